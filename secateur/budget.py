@@ -1,0 +1,273 @@
+"""Budgets: what must hold at the end, and how it is divided over the network.
+
+A target is text (`50%`, `params<=100e6`, `macs<=50%`, `size<=200MB`, `latency<=8ms`, `2:4`, `tokens=64`); a bare
+percentage is always the share **kept**. Units are divided along one *path*: the order in which they would leave if the
+budget shrank from everything to the floors. The cut is the first state of the path that fits, found by bisection, then
+refilled unit by unit: never over the budget, and within one unit of it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.errors import SecateurError
+
+ALLOCATIONS = ("uniform", "global", "per-kind", "owl")
+FORMS = "50%, params<=100e6, macs<=50%, size<=200MB, latency<=8ms, 2:4 or tokens=64"
+_UNITS = {
+    "size": {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30},
+    "latency": {"": 1e-3, "us": 1e-6, "ms": 1e-3, "s": 1.0},
+    "params": {"": 1, "k": 1e3, "m": 1e6, "b": 1e9},
+    "macs": {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12},
+}
+_NUMBER = r"\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parsed target. `value` is a share in 0..1 where `relative`, else parameters, multiply-adds, bytes or seconds."""
+
+    kind: str
+    value: float
+    relative: bool
+    text: str
+    n_m: tuple[int, int] | None = None
+
+    def limit(self, dense: float) -> float:
+        """The absolute limit, given the dense model's figure."""
+        return self.value * dense if self.relative else self.value
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def parse_target(text: str | float | Target) -> Target:
+    """Text (or a share as a number) to a `Target`.
+
+    >>> parse_target("75%").value, parse_target("params<=100e6").value, parse_target("2:4").n_m
+    (0.75, 100000000.0, (2, 4))
+
+    Raises `SecateurError` when it can't be read or lies outside what can be meant.
+    """
+    if isinstance(text, Target):
+        return text
+    raw = f"{text:g}" if isinstance(text, int | float) else str(text)
+    clean = raw.strip().lower().replace(" ", "").replace("≤", "<=")
+    if match := re.fullmatch(rf"({_NUMBER}|-\d+(?:\.\d+)?)(%?)", clean):
+        share = float(match[1]) / (100 if match[2] else 1)
+        if not 0 < share <= 1:
+            raise SecateurError(
+                f"{raw!r} keeps {share:g} of the units, which is outside 0..1",
+                where="target",
+                fix="a target is the share kept, such as 50%",
+            )
+        return Target("share", share, True, raw)
+    if match := re.fullmatch(r"(\d+):(\d+)", clean):
+        n, m = int(match[1]), int(match[2])
+        if not 0 < n <= m or m < 2:
+            raise SecateurError(
+                f"{raw!r} isn't a pattern", where="target", fix="N:M keeps N of every M weights, such as 2:4"
+            )
+        return Target("n_m", n / m, True, raw, (n, m))
+    if match := re.fullmatch(r"tokens=(\d+)", clean):
+        return Target("tokens", float(match[1]), False, raw)
+    if match := re.fullmatch(rf"(params|macs|size|latency)<=({_NUMBER})([a-z%]*)", clean):
+        kind, number, unit = match[1], float(match[2]), match[3]
+        if unit == "%":
+            if not 0 < number <= 100:
+                raise SecateurError(f"{raw!r} is outside 0..100 %", where="target", fix="such as macs<=50%")
+            return Target(kind, number / 100, True, raw)
+        if unit in _UNITS[kind] and number > 0:
+            return Target(kind, number * _UNITS[kind][unit], False, raw)
+    raise SecateurError(f"{raw!r} can't be read", where="target", fix=f"write one of {FORMS}")
+
+
+def parse_schedule(text: str) -> int:
+    """The number of rounds: `once` is 1, `iterative:K` is K."""
+    if text == "once":
+        return 1
+    if (match := re.fullmatch(r"iterative:(\d+)", text.strip())) and int(match[1]) > 0:
+        return int(match[1])
+    raise SecateurError(f"{text!r} isn't a schedule", where="schedule", fix="write once or iterative:K, K >= 1")
+
+
+def rounds(share: float, count: int) -> list[float]:
+    """Shares kept after each of `count` rounds, falling linearly to `share`."""
+    return [1 - (1 - share) * (i + 1) / count for i in range(count)]
+
+
+def divide(sizes: Sequence[int], shares: Sequence[float], total: int) -> list[int]:
+    """How many weights each layer keeps: near size x share, in all exactly `total` (or all there are).
+
+    Remainders go to the largest fractions, the earlier layer first; no layer is given more than it has.
+
+    >>> divide([10, 10, 7], [0.5, 0.5, 0.5], 13)
+    [5, 5, 3]
+    """
+    if not 0 <= total <= sum(sizes):
+        raise SecateurError(f"can't keep {total} of {sum(sizes)} weights", where="budget")
+    wanted = [min(max(share, 0.0), 1.0) * size for size, share in zip(sizes, shares)]
+    keep = [min(size, math.floor(want + 1e-9)) for size, want in zip(sizes, wanted)]
+    left = total - sum(keep)
+    order = sorted(range(len(sizes)), key=lambda i: (keep[i] - wanted[i], i))
+    while left:
+        step = 1 if left > 0 else -1
+        movable = [i for i in (order if left > 0 else order[::-1]) if 0 <= keep[i] + step <= sizes[i]]
+        share, extra = divmod(abs(left), len(movable))
+        for position, i in enumerate(movable):
+            room = sizes[i] - keep[i] if step > 0 else keep[i]
+            keep[i] += step * min(room, share + (position < extra))
+        left = total - sum(keep)
+    return keep
+
+
+def owl_shares(outliers: Sequence[float], share: float, lam: float = 0.08) -> list[float]:
+    """Share kept per block from its outlier ratio, mean `share` (weight-baselines, 15; OWL, arXiv 2310.05175).
+
+    >>> [round(1 - s, 5) for s in owl_shares([2, 5, 3], 0.3)]
+    [0.77111, 0.61111, 0.71778]
+    """
+    ratios = torch.tensor(outliers, dtype=torch.float64)
+    spread = (ratios.max() - ratios.min()).item()
+    raised = (ratios - ratios.min()) / spread * 2 * lam if spread > 0 else torch.zeros_like(ratios)
+    return (raised - raised.mean() + share).clamp(0, 1).tolist()
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """One group as the allocator sees it: units with scores, in a kind, with a floor and a grain."""
+
+    name: str
+    kind: str
+    scores: Tensor
+    floor: int = 1
+    round_to: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.scores.numel()
+
+    def grains(self) -> list[list[int]]:
+        """Leaving units, lowest score first (of equals the later one), in steps that keep a multiple of `round_to`."""
+        values, steps, kept = self.scores.tolist(), [], self.size
+        order = sorted(range(self.size), key=lambda unit: (values[unit], -unit))
+        floor = max(1, self.floor)
+        while kept > floor:
+            down = kept % self.round_to or self.round_to
+            if kept - down < floor:
+                break
+            gone = self.size - kept
+            steps.append(order[gone : gone + down])
+            kept -= down
+        return steps
+
+
+Step = list[tuple[str, int]]
+
+
+def build_path(groups: Sequence[Competitor], allocation: str = "uniform") -> list[Step]:
+    """The order in which units leave, as steps of (group name, unit).
+
+    uniform: all groups of a kind lose their next unit together, kinds in step by share; global: by score over all
+    groups; per-kind: by score within a kind, kinds in step by share.
+    """
+    if allocation == "uniform":
+        steps: dict[tuple[float, str, int, int], Step] = {}
+        for group in groups:
+            gone = 0
+            for index, grain in enumerate(group.grains()):
+                key = ((gone + len(grain) / 2) / group.size, group.kind, group.size, index)
+                steps.setdefault(key, []).extend((group.name, unit) for unit in grain)
+                gone += len(grain)
+        return [steps[key] for key in sorted(steps)]
+    if allocation not in ("global", "per-kind"):
+        raise SecateurError(
+            f"there is no allocation {allocation!r} for units", where="allocation", fix="uniform, global or per-kind"
+        )
+    ranked: list[tuple[float, str, int, Step]] = []
+    for position, group in enumerate(groups):
+        level, values = -math.inf, group.scores.tolist()
+        for grain in group.grains():
+            # a coarse step leaves when its average unit would; never before the step ahead of it
+            level = max(level, sum(values[unit] for unit in grain) / len(grain))
+            ranked.append((level, group.kind, position, [(group.name, unit) for unit in grain]))
+    ranked.sort(key=lambda item: (item[0], -item[2]))
+    if allocation == "global":
+        return [step for *_, step in ranked]
+    total = {kind: sum(g.size for g in groups if g.kind == kind) for kind in {g.kind for g in groups}}
+    gone_of = dict.fromkeys(total, 0)
+    keyed = []
+    for _, kind, _, step in ranked:
+        keyed.append(((gone_of[kind] + len(step) / 2) / total[kind], kind, step))
+        gone_of[kind] += len(step)
+    keyed.sort(key=lambda item: item[:2])
+    return [step for *_, step in keyed]
+
+
+def kept_after(groups: Sequence[Competitor], steps: Iterable[Step]) -> dict[str, Tensor]:
+    """Sorted kept units per group once `steps` have left."""
+    gone: dict[str, set[int]] = {group.name: set() for group in groups}
+    for step in steps:
+        for name, unit in step:
+            gone[name].add(unit)
+    return {
+        group.name: torch.tensor([u for u in range(group.size) if u not in gone[group.name]], dtype=torch.int64)
+        for group in groups
+    }
+
+
+def follow(
+    groups: Sequence[Competitor],
+    path: Sequence[Step],
+    cost: Callable[[Mapping[str, Tensor]], float],
+    limit: float,
+    *,
+    refill: bool = True,
+    describe: Callable[[float], str] = lambda value: f"{value:,.0f}",
+) -> dict[str, Tensor]:
+    """The largest state of `path` whose cost is at most `limit`: never over, within one step.
+
+    Parameters
+    ----------
+    cost: kept units -> what is bounded; it must not rise as units leave.
+    refill: give back, latest leaver first, every step that still fits.
+
+    Raises `SecateurError` naming the best that can be reached when even the end of the path is over the limit.
+    """
+
+    def price(count: int) -> float:
+        return cost(kept_after(groups, path[:count]))
+
+    if price(0) <= limit:
+        return kept_after(groups, [])
+    if (least := price(len(path))) > limit:
+        raise SecateurError(
+            f"the target {describe(limit)} can't be met: with every group at its floor {describe(least)} is left",
+            where="target",
+            fix=f"ask for {describe(least)} or more, or lower the floors",
+        )
+    low, high = 0, len(path)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if price(middle) <= limit else (middle, high)
+    left = list(path[:high])
+    if refill:
+        # Units of one kind and size cost the same, so one that doesn't fit closes its like.
+        like = {group.name: (group.kind, group.size) for group in groups}
+        closed: set[frozenset[tuple[str, int]]] = set()
+        for index in range(len(left) - 1, -1, -1):
+            owners = frozenset(like[name] for name, _ in left[index])
+            if owners in closed:
+                continue
+            trial = left[:index] + left[index + 1 :]
+            if cost(kept_after(groups, trial)) <= limit:
+                left = trial
+            else:
+                closed.add(owners)
+    return kept_after(groups, left)

@@ -1,0 +1,82 @@
+"""Example inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments of `model.forward`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+
+Inputs = Tensor | tuple | list | dict
+
+
+def as_call(inputs: Inputs) -> tuple[tuple, dict[str, Any]]:
+    """(args, kwargs) so that `model(*args, **kwargs)` runs.
+
+    >>> as_call({"x": 1})
+    ((), {'x': 1})
+    """
+    if isinstance(inputs, dict) or hasattr(inputs, "keys"):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    raise SecateurError(
+        f"inputs is a {type(inputs).__name__}", where="inputs", fix="pass a tensor, a tuple or a dict of keywords"
+    )
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    args, kwargs = as_call(inputs)
+    return model(*args, **kwargs)
+
+
+def map_tensors(value: Any, fn: Callable[[Tensor], Any]) -> Any:
+    """`fn` over every tensor of nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, dict) or hasattr(value, "keys"):
+        return {key: map_tensors(item, fn) for key, item in dict(value).items()}
+    if isinstance(value, tuple | list):
+        return type(value)(map_tensors(item, fn) for item in value)
+    return value
+
+
+def describe(inputs: Inputs) -> Any:
+    """A JSON-able description from which like inputs can be made: shapes, dtypes, no values."""
+    return map_tensors(
+        inputs, lambda t: {"tensor": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
+    )
+
+
+def from_description(spec: Any) -> Any:
+    """Inputs of the described shapes: ones for integers and booleans, seeded noise for floats."""
+    if isinstance(spec, dict) and set(spec) == {"tensor", "dtype"}:
+        dtype = getattr(torch, spec["dtype"])
+        if dtype.is_floating_point:
+            return torch.randn(spec["tensor"], generator=torch.Generator().manual_seed(0)).to(dtype)
+        return torch.ones(spec["tensor"], dtype=dtype)
+    if isinstance(spec, dict):
+        return {key: from_description(item) for key, item in spec.items()}
+    if isinstance(spec, list):
+        return tuple(from_description(item) for item in spec)
+    return spec
+
+
+def default_inputs(model: nn.Module, length: int = 16) -> dict[str, Tensor]:
+    """Token ids for a language model; other models need the caller's `inputs`."""
+    config = getattr(model, "config", None)
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is None or not hasattr(model, "get_input_embeddings"):
+        raise SecateurError(
+            f"{type(model).__name__} isn't a language model, so its inputs can't be guessed",
+            where="inputs",
+            fix="pass an example input: a tensor, a tuple or a dict of keyword arguments",
+        )
+    device = next(model.parameters()).device
+    ids = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids.to(device)}
