@@ -1,0 +1,384 @@
+"""Pages about the registered methods, written from their code: docstring, taxonomy record, hyperparameters.
+
+python -m secateur.report.pages docs/methods --readme README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from secateur.errors import SecateurError
+from secateur.files import atomic_write_text
+from secateur.method import Method, UnitMethod, WeightMethod, list_methods, method_class
+from secateur.taxonomy import AXES, MEANING, RECORDS, MethodInfo, notation
+
+GENERATED = (
+    "<!-- written by `python -m secateur.report.pages docs/methods`; edit the method's file instead -->"
+)
+START, END = "<!-- methods: start -->", "<!-- methods: end -->"
+
+LABELS = {
+    "objects": "objects",
+    "granularity": "granularity",
+    "speedup": "speed-up",
+    "when": "when",
+    "criteria": "criteria",
+    "order": "order",
+    "stages": "stages",
+    "data": "data",
+    "start": "starts from",
+    "recovery": "recovery",
+    "task": "task",
+    "decision": "decision",
+    "scope": "scope",
+    "fusion": "combined with",
+    "supervision": "supervision",
+    "models": "models",
+    "budget_exact": "budget met exactly",
+    "budget_unit": "budget counted in",
+}
+
+
+def kind_of(cls: type[Method]) -> str:
+    """What a method removes, in one word of the index."""
+    if issubclass(cls, WeightMethod):
+        return "weights"
+    return "units" if issubclass(cls, UnitMethod) else "other"
+
+
+def _cell(text: object) -> str:
+    return " ".join(str(text).split()).replace("|", r"\|")
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
+    head = list(header)
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+    return [*lines, *("| " + " | ".join(map(_cell, row)) + " |" for row in rows), ""]
+
+
+def _spelled(info: MethodInfo, axis: str) -> str:
+    """The members of an axis in words."""
+    text = notation(info, axis)
+    if text in ("any", "-") or axis not in AXES:
+        return ""
+    return ", ".join(
+        MEANING[member] for member in AXES[axis] if member in info.members(axis) and member in MEANING
+    )
+
+
+def prose(text: str) -> str:
+    """A docstring as markdown: doctests and indented blocks become code, stray markup is escaped.
+
+    >>> print(prose("scores a_i * b_i, as `a_b`"))
+    scores a\\_i \\* b\\_i, as `a_b`
+    """
+    out: list[str] = []
+    code: str | None = None
+    for line in [*inspect.cleandoc(text).splitlines(), ""]:
+        stripped = line.strip()
+        after_blank = not out or not out[-1]
+        if code is None and stripped.startswith(">>>"):
+            code = "doctest"
+            out.append("```python")
+        elif code is None and line.startswith("    ") and after_blank:
+            code = "indented"
+            out.append("```")
+        elif code and (not stripped if code == "doctest" else stripped and not line.startswith("    ")):
+            while not out[-1]:
+                out.pop()
+            out += ["```", ""]
+            code = None
+        if code:
+            out.append(line.removeprefix("    ") if code == "indented" else line)
+        else:
+            parts = re.split(r"(`[^`]*`|https?://\S+)", line)
+            out.append(
+                "".join(part if i % 2 else re.sub(r"([*_<])", r"\\\1", part) for i, part in enumerate(parts))
+            )
+    if code:
+        out += ["```", ""]
+    joined = re.sub(r"\n{3,}", "\n\n", "\n".join(out)).strip()
+    return re.sub(r"(?<!/)(?<!\w)arXiv:? (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", joined)
+
+
+def _docs(cls: type[Method]) -> tuple[str, str]:
+    """(what it does, notes on reconstruction): the class's docstring, then its module's, paragraph by paragraph.
+
+    A paragraph that starts with `Reconstruct`, `Depart` or `Differs` is a note.
+    """
+    module = inspect.getmodule(cls)
+    texts = [cls.__dict__.get("__doc__") or "", (module.__doc__ if module else "") or ""]
+    if texts[0].startswith(f"{cls.__name__}("):  # the signature that dataclass() writes
+        texts[0] = ""
+    body: list[str] = []
+    notes: list[str] = []
+    for text in texts:
+        for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text)):
+            note = re.match(r"(reconstruct|depart|differs)", paragraph.strip(), re.IGNORECASE)
+            target = notes if note else body
+            if paragraph.strip() and paragraph not in target:
+                target.append(paragraph)
+    return prose("\n\n".join(body)), prose("\n\n".join(notes))
+
+
+def _hyperparameters(cls: type[Method]) -> list[str]:
+    rows = []
+    for field in dataclasses.fields(cls):
+        if not field.init:
+            continue
+        default: object = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        shown = "required" if default is dataclasses.MISSING else f"`{default!r}`"
+        rows.append((f"`{field.name}`", shown, field.metadata.get("help", "")))
+    if not rows:
+        return ["None.", ""]
+    return _table(("name", "default", "meaning"), rows)
+
+
+def _target(info: MethodInfo) -> str:
+    return "2:4" if info.members("granularity") == {"N:M"} else "50%"
+
+
+def _examples(cls: type[Method]) -> list[str]:
+    name, target = cls.name, _target(cls.info)
+    data = bool(cls.needs) or bool(cls.info.members("data") & {"calib", "data"})
+    field = next(
+        (f for f in dataclasses.fields(cls) if f.init and isinstance(f.default, int | float | str)), None
+    )
+    given = f", data={'batches' if data else 'None'}" if data else ""
+    lines = [
+        "```sh",
+        f"secateur prune smollm2 --method {name} --target {target} --out out/{name}",
+        "```",
+        "",
+        "```python",
+        "import secateur",
+        "",
+        f'pruned = secateur.prune(model, inputs, method="{name}", target="{target}"{given})',
+        f'pruned.save("out/{name}")',
+        "```",
+        "",
+    ]
+    if field is not None:
+        lines += [
+            f"Hyperparameters are keyword arguments: `secateur.prune(..., {field.name}={field.default!r})`.",
+            "",
+        ]
+    if {"unstr", "N:M"} <= cls.info.members("granularity"):
+        lines += ['`target="2:4"` keeps 2 of every 4 weights along the input.', ""]
+    return lines
+
+
+def _facts(cls: type[Method]) -> str:
+    info = cls.info
+    facts = [f"Removes {kind_of(cls)}" if kind_of(cls) != "other" else "Neither removes weights nor units"]
+    facts.append("needs no training" if info.training_free else "trains")
+    facts.append("reads `" + "`, `".join(sorted(cls.needs)) + "`" if cls.needs else "reads no statistics")
+    if issubclass(cls, (WeightMethod, UnitMethod)):
+        facts.append(f"divides a budget {'`' + cls.allocation + '`'} unless told otherwise")
+    if issubclass(cls, UnitMethod) and cls.kinds:
+        facts.append(f"cuts {', '.join(kind.replace('_', ' ') for kind in cls.kinds)}")
+    return "; ".join(facts) + "."
+
+
+def method_page(cls: type[Method]) -> str:
+    """The page of one registered method, as markdown."""
+    info = cls.info
+    body, notes = _docs(cls)
+    module = cls.__module__.replace(".", "/") + ".py"
+    links = []
+    for link in info.links:
+        label = f"arXiv {info.arxiv}" if "arxiv.org" in link else link.removeprefix("https://github.com/")
+        links.append(f"[{label}]({link})")
+    where = [*links, f"`{module}`", f"Spec: {info.spec}"]
+    lines = [f"# {info.title or cls.name}", "", GENERATED, "", f"`{cls.name}` · " + " · ".join(where), ""]
+    if info.description:
+        lines += [info.description, ""]
+    lines += [_facts(cls), ""]
+    if info.kernel_needed:
+        lines += [
+            "The result is zeros in dense tensors: same size and speed without sparse kernels.",
+            "",
+        ]
+    lines += ["## What it does", "", body or "No docstring.", ""]
+    if notes:
+        lines += ["## Reconstruction", "", notes, ""]
+    lines += [
+        "## Use",
+        "",
+        *_examples(cls),
+        "## Hyperparameters",
+        "",
+        *_hyperparameters(cls),
+        "## Place in the taxonomy",
+        "",
+    ]
+    rows = [(label, f"`{notation(info, axis)}`", _spelled(info, axis)) for axis, label in LABELS.items()]
+    flags = ("training_free", "needs_labels", "kernel_needed", "changes_shapes")
+    rows += [
+        (flag.replace("_", " "), "`yes`" if getattr(info, flag) else "`no`", "derived") for flag in flags
+    ]
+    lines += _table(("axis", "value", "in words"), rows)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def methods_table(classes: Mapping[str, type[Method]], prefix: str = "") -> str:
+    """One row a method, with links to the pages under `prefix`."""
+    rows = []
+    for name, cls in classes.items():
+        info = cls.info
+        paper = f"[{info.arxiv}](https://arxiv.org/abs/{info.arxiv})" if info.arxiv else "-"
+        shown = [
+            f"[{name}]({prefix}{name}.md)",
+            _title(info.title),
+            kind_of(cls),
+            notation(info, "granularity"),
+        ]
+        shown += [notation(info, "when"), notation(info, "criteria"), notation(info, "data")]
+        rows.append([*shown, "yes" if info.training_free else "no", paper])
+    header = (
+        "method",
+        "name",
+        "removes",
+        "granularity",
+        "when",
+        "criteria",
+        "data",
+        "training-free",
+        "arXiv",
+    )
+    return "\n".join(_table(header, rows)).rstrip() + "\n"
+
+
+def _title(title: str) -> str:
+    return title.split(" (")[0]
+
+
+def index_page(classes: Mapping[str, type[Method]]) -> str:
+    """`docs/methods/README.md`."""
+    lines = ["# Methods", "", GENERATED, "", f"{len(classes)} methods, from their own records.", ""]
+    lines += [methods_table(classes)]
+    lines += [
+        "The short forms are spelled out in [taxonomy.md](taxonomy.md), which also places the published systems."
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def taxonomy_page(classes: Mapping[str, type[Method]]) -> str:
+    """`docs/methods/taxonomy.md`: the axes, and where the published systems stand on them."""
+    by_spec: dict[str, list[str]] = {}
+    for name, cls in classes.items():
+        by_spec.setdefault(cls.info.spec, []).append(f"[{name}]({name}.md)")
+    lines = ["# Taxonomy", "", GENERATED, ""]
+    lines += ["Every method has one record. `secateur.list_methods` and `secateur methods` filter by it, and"]
+    lines += [
+        "`secateur.recommend` chooses by it. The axes are those of Cheng et al., *A Survey on Deep Neural Network"
+    ]
+    lines += [
+        "Pruning* ([2308.06767](https://arxiv.org/abs/2308.06767)), extended to tokens, attention blocks, windows"
+    ]
+    lines += [
+        "and saliency maps. `a/b` are alternatives, `a+b` go together, `any` is every member, `-` is not applicable.",
+        "",
+    ]
+    members = []
+    for axis, legal in AXES.items():
+        words = [f"`{member}` {MEANING[member]}" if member in MEANING else f"`{member}`" for member in legal]
+        members.append((LABELS[axis], ", ".join(words)))
+    lines += ["## Axes", "", *_table(("axis", "members"), members)]
+    lines += ["## Published systems", ""]
+    lines += ["Our reading of the papers; the last column links to what this library has of each.", ""]
+    axes = (
+        "objects",
+        "granularity",
+        "speedup",
+        "when",
+        "criteria",
+        "order",
+        "data",
+        "recovery",
+        "decision",
+        "models",
+    )
+    rows = []
+    for info in RECORDS:
+        title = f"[{_title(info.title)}](https://arxiv.org/abs/{info.arxiv})"
+        here = ", ".join(by_spec.get(info.spec, ())) or "-"
+        rows.append([title, *(notation(info, axis) for axis in axes), here])
+    lines += _table(("system", *(LABELS[axis] for axis in axes), "here"), rows)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def registered() -> dict[str, type[Method]]:
+    """Every registered method by name."""
+    return {name: method_class(name) for name in list_methods()}
+
+
+def pages() -> dict[str, str]:
+    """Every page of `docs/methods`: file name -> markdown.
+
+    >>> "README.md" in pages()
+    True
+    """
+    classes = registered()
+    methods = {f"{name}.md": method_page(cls) for name, cls in classes.items()}
+    return {"README.md": index_page(classes), "taxonomy.md": taxonomy_page(classes), **methods}
+
+
+def write_pages(folder: str | Path) -> list[Path]:
+    """Writes the pages that changed, removes pages of methods that are gone, and returns what it touched."""
+    folder, touched = Path(folder), []
+    wanted = pages()
+    for name, text in wanted.items():
+        path = folder / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            atomic_write_text(path, text)
+            touched.append(path)
+    for path in sorted(folder.glob("*.md")):
+        if path.name not in wanted and GENERATED in path.read_text(encoding="utf-8"):
+            path.unlink()
+            touched.append(path)
+    return touched
+
+
+def with_methods(text: str, classes: Mapping[str, type[Method]]) -> str:
+    """`text` with the table of methods between its two markers renewed.
+
+    Raises `SecateurError` where the markers are missing.
+    """
+    if START not in text or END not in text:
+        raise SecateurError(
+            "the markers of the method table are missing", where="readme", fix=f"add {START} and {END}"
+        )
+    before, rest = text.split(START, 1)
+    return f"{before}{START}\n{methods_table(classes, 'docs/methods/')}{END}{rest.split(END, 1)[1]}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m secateur.report.pages", description="Write the pages of all methods."
+    )
+    parser.add_argument("folder", help="where the pages go, such as docs/methods")
+    parser.add_argument("--readme", help="a file whose table of methods is renewed too")
+    given = parser.parse_args(argv)
+    touched = write_pages(given.folder)
+    if given.readme:
+        path = Path(given.readme)
+        old = path.read_text(encoding="utf-8")
+        new = with_methods(old, registered())
+        if new != old:
+            atomic_write_text(path, new)
+            touched.append(path)
+    print("\n".join(map(str, touched)) if touched else "nothing to change")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
