@@ -147,12 +147,9 @@ def _target(info: MethodInfo) -> str:
 
 
 def _examples(cls: type[Method]) -> list[str]:
-    name, target = cls.name, _target(cls.info)
-    data = bool(cls.needs) or bool(cls.info.members("data") & {"calib", "data"})
-    field = next(
-        (f for f in dataclasses.fields(cls) if f.init and isinstance(f.default, int | float | str)), None
-    )
-    given = f", data={'batches' if data else 'None'}" if data else ""
+    name, target, info = cls.name, _target(cls.info), cls.info
+    given = "model, " if "llm" in info.models else "model, inputs, "
+    data = ", data=samples" if cls.needs else ""
     lines = [
         "```sh",
         f"secateur prune smollm2 --method {name} --target {target} --out out/{name}",
@@ -161,18 +158,18 @@ def _examples(cls: type[Method]) -> list[str]:
         "```python",
         "import secateur",
         "",
-        f'pruned = secateur.prune(model, inputs, method="{name}", target="{target}"{given})',
+        f'pruned = secateur.prune({given}method="{name}", target="{target}"{data})',
         f'pruned.save("out/{name}")',
         "```",
         "",
     ]
+    field = next(
+        (f for f in dataclasses.fields(cls) if f.init and isinstance(f.default, int | float | str)), None
+    )
     if field is not None:
-        lines += [
-            f"Hyperparameters are keyword arguments: `secateur.prune(..., {field.name}={field.default!r})`.",
-            "",
-        ]
-    if {"unstr", "N:M"} <= cls.info.members("granularity"):
-        lines += ['`target="2:4"` keeps 2 of every 4 weights along the input.', ""]
+        lines += [f"Hyperparameters are keyword arguments: `{field.name}={field.default!r}`.", ""]
+    if {"unstr", "N:M"} <= info.members("granularity"):
+        lines += ["The target `2:4` keeps 2 of every 4 weights along the input.", ""]
     return lines
 
 
@@ -366,11 +363,13 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m secateur.report.pages", description="Write the pages of all methods."
     )
     parser.add_argument("folder", help="where the pages go, such as docs/methods")
-    parser.add_argument("--readme", help="a file whose table of methods is renewed too")
+    parser.add_argument(
+        "--readme", default="README.md", help="its table of methods is renewed too (default: README.md)"
+    )
     given = parser.parse_args(argv)
     touched = write_pages(given.folder)
-    if given.readme:
-        path = Path(given.readme)
+    path = Path(given.readme)
+    if path.exists():
         old = path.read_text(encoding="utf-8")
         new = with_methods(old, registered())
         if new != old:

@@ -88,7 +88,7 @@ def test_the_committed_pages_are_up_to_date() -> None:
     for name, text in wanted.items():
         assert (folder / name).read_text(encoding="utf-8") == text, f"{name} is stale"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert pages.with_methods(readme, pages.registered()) == readme, "run it with --readme README.md"
+    assert pages.with_methods(readme, pages.registered()) == readme, "the README's table is stale"
 
 
 def test_every_method_has_a_page_and_every_link_leads_somewhere() -> None:
