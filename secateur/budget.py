@@ -94,7 +94,9 @@ def parse_schedule(text: str) -> int:
         return 1
     if (match := re.fullmatch(r"iterative:(\d+)", text.strip())) and int(match[1]) > 0:
         return int(match[1])
-    raise SecateurError(f"{text!r} isn't a schedule", where="schedule", fix="write once or iterative:K, K >= 1")
+    raise SecateurError(
+        f"{text!r} isn't a schedule", where="schedule", fix="write once or iterative:K, K >= 1"
+    )
 
 
 def rounds(share: float, count: int) -> list[float]:
@@ -188,7 +190,9 @@ def build_path(groups: Sequence[Competitor], allocation: str = "uniform") -> lis
         return [steps[key] for key in sorted(steps)]
     if allocation not in ("global", "per-kind"):
         raise SecateurError(
-            f"there is no allocation {allocation!r} for units", where="allocation", fix="uniform, global or per-kind"
+            f"there is no allocation {allocation!r} for units",
+            where="allocation",
+            fix="uniform, global or per-kind",
         )
     ranked: list[tuple[float, str, int, Step]] = []
     for position, group in enumerate(groups):
@@ -217,7 +221,9 @@ def kept_after(groups: Sequence[Competitor], steps: Iterable[Step]) -> dict[str,
         for name, unit in step:
             gone[name].add(unit)
     return {
-        group.name: torch.tensor([u for u in range(group.size) if u not in gone[group.name]], dtype=torch.int64)
+        group.name: torch.tensor(
+            [u for u in range(group.size) if u not in gone[group.name]], dtype=torch.int64
+        )
         for group in groups
     }
 

@@ -26,7 +26,9 @@ def as_call(inputs: Inputs) -> tuple[tuple, dict[str, Any]]:
     if isinstance(inputs, Tensor):
         return (inputs,), {}
     raise SecateurError(
-        f"inputs is a {type(inputs).__name__}", where="inputs", fix="pass a tensor, a tuple or a dict of keywords"
+        f"inputs is a {type(inputs).__name__}",
+        where="inputs",
+        fix="pass a tensor, a tuple or a dict of keywords",
     )
 
 

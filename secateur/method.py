@@ -102,11 +102,15 @@ def register(cls: T) -> T:
     name = cls.__module__.rpartition(".")[2].replace("_", "-")
     if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
         raise SecateurError(
-            f"two methods are named {name!r}", where=cls.__module__, fix="one method a file, named after the file"
+            f"two methods are named {name!r}",
+            where=cls.__module__,
+            fix="one method a file, named after the file",
         )
     if not isinstance(cls.__dict__.get("info"), MethodInfo):
         raise SecateurError(
-            "it has no taxonomy record", where=f"method {name}", fix="set info = MethodInfo(...) or record(...)"
+            "it has no taxonomy record",
+            where=f"method {name}",
+            fix="set info = MethodInfo(...) or record(...)",
         )
     cls.name = name
     cls.info = dataclasses.replace(cls.info, name=name)
@@ -160,7 +164,9 @@ def _coerce(cls: type[Method], field: dataclasses.Field, value: Any) -> Any:
         return value
     try:
         if isinstance(default, bool):
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+                value.lower()
+            ]
         if default is None:
             return None if value.lower() == "none" else float(value) if "." in value else int(value)
         if isinstance(default, tuple):
@@ -168,7 +174,9 @@ def _coerce(cls: type[Method], field: dataclasses.Field, value: Any) -> Any:
         return type(default)(value)
     except (KeyError, ValueError, IndexError) as error:
         raise SecateurError(
-            f"{value!r} is not a {type(default).__name__}", where=f"{cls.name}.{field.name}", fix=f"e.g. {default}"
+            f"{value!r} is not a {type(default).__name__}",
+            where=f"{cls.name}.{field.name}",
+            fix=f"e.g. {default}",
         ) from error
 
 

@@ -7,7 +7,7 @@ On disk a plan is two files: `plan.json` (what stays of every group, as ranges a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,30 @@ from secateur.errors import SecateurError
 from secateur.files import atomic_write_bytes, atomic_write_text
 
 FORMAT = "secateur-plan"
+
+
+class Masks(MutableMapping[str, Tensor]):
+    """Bool masks by name, held as bits: a 32nd of the memory of float32 weights."""
+
+    def __init__(self, masks: Mapping[str, Tensor] | None = None):
+        self._bits: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
+        self.update(masks or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        bits, shape = self._bits[name]
+        return unpack(bits, shape)
+
+    def __setitem__(self, name: str, mask: Tensor) -> None:
+        self._bits[name] = (pack(mask), tuple(mask.shape))
+
+    def __delitem__(self, name: str) -> None:
+        del self._bits[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bits)
+
+    def __len__(self) -> int:
+        return len(self._bits)
 
 
 @dataclass
@@ -42,9 +66,13 @@ class Plan:
     keep: dict[str, Tensor] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
-    masks: dict[str, Tensor] = field(default_factory=dict)
+    masks: MutableMapping[str, Tensor] = field(default_factory=Masks)
     values: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.masks, Masks):
+            self.masks = Masks(self.masks)
 
     @property
     def structured(self) -> bool:
@@ -53,7 +81,17 @@ class Plan:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
             return NotImplemented
-        plain = ("method", "target", "seed", "hyperparameters", "options", "inputs", "sizes", "kinds", "notes")
+        plain = (
+            "method",
+            "target",
+            "seed",
+            "hyperparameters",
+            "options",
+            "inputs",
+            "sizes",
+            "kinds",
+            "notes",
+        )
         return all(getattr(self, name) == getattr(other, name) for name in plain) and all(
             _same(getattr(self, name), getattr(other, name)) for name in ("keep", "masks", "values")
         )
@@ -73,11 +111,16 @@ class Plan:
             "options": self.options,
             "inputs": self.inputs,
             "groups": {
-                name: {"kind": self.kinds.get(name, ""), "size": self.sizes[name], "keep": to_ranges(units.tolist())}
+                name: {
+                    "kind": self.kinds.get(name, ""),
+                    "size": self.sizes[name],
+                    "keep": to_ranges(units.tolist()),
+                }
                 for name, units in self.keep.items()
             },
             "masks": {
-                name: {"shape": list(mask.shape), "kept": int(mask.sum())} for name, mask in self.masks.items()
+                name: {"shape": list(mask.shape), "kept": int(mask.sum())}
+                for name, mask in self.masks.items()
             },
             "notes": self.notes,
         }
@@ -96,11 +139,15 @@ class Plan:
         try:
             document = json.loads(path.read_text())
         except FileNotFoundError as error:
-            raise SecateurError("there is no plan", where=str(path), fix="give a directory that holds plan.json") from error
+            raise SecateurError(
+                "there is no plan", where=str(path), fix="give a directory that holds plan.json"
+            ) from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise SecateurError(f"it isn't JSON ({error})", where=str(path)) from error
         if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise SecateurError("it isn't a plan", where=str(path), fix="give a plan.json that secateur wrote")
+            raise SecateurError(
+                "it isn't a plan", where=str(path), fix="give a plan.json that secateur wrote"
+            )
         try:
             keep, sizes, kinds = {}, {}, {}
             for name, group in document["groups"].items():
@@ -116,9 +163,12 @@ class Plan:
             tensors: dict[str, Tensor] = {}
             if (beside := path.with_name("plan.safetensors")).exists():
                 tensors = load_file(beside)
-            masks = {
-                name: unpack(tensors[f"mask/{name}"], entry["shape"]) for name, entry in document["masks"].items()
-            }
+            masks = Masks(
+                {
+                    name: unpack(tensors[f"mask/{name}"], entry["shape"])
+                    for name, entry in document["masks"].items()
+                }
+            )
             return cls(
                 method=document["method"],
                 target=document["target"],
@@ -135,7 +185,9 @@ class Plan:
             )
         except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
             raise SecateurError(
-                f"it is damaged ({type(error).__name__}: {error})", where=str(path), fix="write the plan again"
+                f"it is damaged ({type(error).__name__}: {error})",
+                where=str(path),
+                fix="write the plan again",
             ) from error
 
     def summary(self) -> list[dict[str, Any]]:
@@ -224,7 +276,9 @@ def from_ranges(text: str, where: str = "ranges") -> list[int]:
         try:
             low, high = int(first), int(last) if dash else int(first)
         except ValueError:
-            raise SecateurError(f"{part!r} isn't a range", where=where, fix="write ranges such as 0-2,5") from None
+            raise SecateurError(
+                f"{part!r} isn't a range", where=where, fix="write ranges such as 0-2,5"
+            ) from None
         if high < low:
             raise SecateurError(f"{part!r} runs backwards", where=where, fix="write ranges such as 0-2,5")
         units.update(range(low, high + 1))

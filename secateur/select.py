@@ -35,7 +35,7 @@ def top_k_rows(scores: Tensor, k: int) -> Tensor:
 
 
 def _top_k_rows(scores: Tensor, k: int) -> Tensor:
-    rows, columns = scores.shape
+    columns = scores.shape[1]
     if k <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     if k >= columns:
@@ -56,12 +56,13 @@ def exact_rows(scores: Tensor, keep: int) -> Tensor:
 
     Each row keeps ⌊keep / rows⌋; what is left over goes to the rows whose next weight scores highest.
     """
-    rows, columns = scores.shape
-    each, extra = divmod(keep, rows)
+    each, extra = divmod(keep, len(scores))
     mask = top_k_rows(scores, each)
     if not extra:
         return mask
-    lowest = torch.finfo(scores.dtype).min if scores.dtype.is_floating_point else torch.iinfo(scores.dtype).min
+    lowest = (
+        torch.finfo(scores.dtype).min if scores.dtype.is_floating_point else torch.iinfo(scores.dtype).min
+    )
     best, where = scores.masked_fill(mask, lowest).max(1)
     chosen = top_k(best, extra).nonzero().squeeze(1)
     mask[chosen, where[chosen]] = True
