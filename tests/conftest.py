@@ -35,16 +35,16 @@ def tiny_llama() -> Callable[..., nn.Module]:
     def make(gqa: bool = True, **overrides: Any) -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        sizes: dict[str, Any] = dict(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2 if gqa else 4,
-            max_position_embeddings=64,
-            tie_word_embeddings=False,
-        )
+        sizes: dict[str, Any] = {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2 if gqa else 4,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": False,
+        }
         torch.manual_seed(0)
         return LlamaForCausalLM(LlamaConfig(**sizes | overrides)).eval()
 

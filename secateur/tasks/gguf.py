@@ -90,7 +90,7 @@ def convert(source: str | Path, out: str | Path, dtype: torch.dtype = torch.floa
             value = rotary_to_halves(value, heads if part == "attn_q" else kv_heads)
         state[hf_name(tensor.name)] = value.to(dtype)
     tied = "lm_head.weight" not in state
-    special = {
+    special: dict[str, Any] = {
         f"{kind}_token_id": fields.get(f"tokenizer.ggml.{name}_token_id")
         for kind, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }

