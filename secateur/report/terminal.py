@@ -1,0 +1,167 @@
+"""Reports and lists as tables in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from secateur.report.summary import in_seconds, notes, number, rows
+
+
+def table(*headings: str, right: Iterable[str] = (), title: str | None = None) -> Table:
+    """An open table; the headings in `right` are aligned right."""
+    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    for heading in headings:
+        made.add_column(
+            heading, justify="right" if heading in right else "left", overflow="fold", no_wrap=heading in right
+        )
+    return made
+
+
+def report_tables(report: Mapping[str, Any]) -> list[Any]:
+    """What `print_report` prints, as rich renderables."""
+    met = report.get("met")
+    head = Text.assemble(
+        (str(report.get("model") or "model"), "bold"),
+        f"  {report.get('method')}  target {report.get('target')}  ",
+        ("met" if met else "not met", "green" if met else "bold red") if met is not None else "",
+    )
+    parts: list[Any] = [head]
+    figures = table("", "before", "after", "after/before", right=("before", "after", "after/before"))
+    for row in rows(report.get("before") or {}, report.get("after") or {}):
+        figures.add_row(*row.texts)
+    if figures.row_count:
+        parts.append(figures)
+    if kept := kept_by_kind(report):
+        counts = table("cut", "groups", "units", "kept", "share", right=("groups", "units", "kept", "share"))
+        for kind, groups, size, left in kept:
+            share = f"{left / size:.1%}".replace("%", " %") if size else ""
+            counts.add_row(kind.replace("_", " "), str(groups), f"{size:,}", f"{left:,}", share)
+        parts.append(counts)
+    if lines := frozen(report.get("groups") or []):
+        parts.append(Text(f"not cut: {len(lines)} " + ("group" if len(lines) == 1 else "groups"), style="bold"))
+        shown = list(dict.fromkeys(reason for _, reason in lines))
+        for reason in shown[:6]:
+            names = [name for name, why in lines if why == reason]
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            parts.append(Text(f"  {names[0]}{more}: {reason}"))
+        if len(shown) > 6:
+            parts.append(Text(f"  and {len(shown) - 6} other reasons: `secateur inspect` shows all"))
+    for note in notes(report):
+        parts.append(Text(f"note: {note}", style="yellow"))
+    last = []
+    if report.get("seconds") is not None:
+        last.append(f"took {in_seconds(report['seconds'])}")
+    if report.get("out"):
+        last.append(f"written to {report['out']}")
+    if last:
+        parts.append(Text(", ".join(last)))
+    return parts
+
+
+def kept_by_kind(report: Mapping[str, Any]) -> list[tuple[str, int, int, int]]:
+    """(kind, number of groups, units, kept units) of what was cut, single weights last."""
+    totals: dict[str, list[int]] = {}
+    cut = [g for g in report.get("groups") or [] if g.get("kept") is not None and not g.get("reason")]
+    for group in [*cut, *({**w, "kind": "weights"} for w in report.get("weights") or [])]:
+        entry = totals.setdefault(group["kind"], [0, 0, 0])
+        entry[0] += 1
+        entry[1] += group["size"]
+        entry[2] += group["kept"]
+    return [(kind, *entry) for kind, entry in totals.items() if kind == "weights" or entry[2] < entry[1]]
+
+
+def frozen(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(name, reason) of the groups that could not be cut."""
+    return [(group["name"], group["reason"]) for group in groups if group.get("reason")]
+
+
+def print_report(report: Mapping[str, Any], console: Console | None = None) -> None:
+    """Before and after, what was cut, what could not be, and what a reader must know.
+
+    >>> print_report(pruned.report)  # doctest: +SKIP
+    """
+    console = console or Console()
+    for part in report_tables(report):
+        console.print(part)
+
+
+def print_measurement(figures: Mapping[str, Any], console: Console | None = None, title: str = "") -> None:
+    """One model's figures."""
+    console = console or Console()
+    made = table(title, "value", right=("value",))
+    for row in rows(figures, {}):
+        made.add_row(row.label, row.texts[1])
+    console.print(made)
+
+
+def print_groups(groups: Sequence[Mapping[str, Any]], console: Console | None = None, full: bool = False) -> None:
+    """Groups as `secateur inspect` shows them: like groups in one row unless `full`.
+
+    Each of `groups` has name, kind, size, params and macs (shares of the model that the units carry) and reason.
+    """
+    console = console or Console()
+    made = table("group", "kind", "units", "params", "macs", "", right=("units", "params", "macs"))
+    for row in groups if full else merge_alike(groups):
+        cells = [f"{row[key]:.1%}".replace("%", " %") if row.get(key) is not None else "–" for key in ("params", "macs")]
+        count = row.get("count", 1)
+        units = f"{count} × {number(row['size'])}" if count > 1 else number(row["size"])
+        why = Text(f"not cut: {row['reason']}", style="dim") if row["reason"] else Text("")
+        made.add_row(row["name"], row["kind"].replace("_", " "), units, *cells, why)
+    console.print(made)
+
+
+def merge_alike(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Groups whose names differ only in numbers, of one kind, size and reason, as one row with `count`; shares add up.
+
+    >>> alike = merge_alike([dict(name=f"layers.{i}.mlp", kind="neurons", size=8, reason=None, params=0.1, macs=0.1)
+    ...                      for i in range(3)])
+    >>> alike[0]["name"], alike[0]["count"], round(alike[0]["params"], 2)
+    ('layers.0-2.mlp', 3, 0.3)
+    """
+    merged: dict[tuple, list[Mapping[str, Any]]] = {}
+    for group in groups:
+        key = (_without_numbers(group["name"]), group["kind"], group["size"], _without_numbers(group["reason"] or ""))
+        merged.setdefault(key, []).append(group)
+    made = []
+    for alike in merged.values():
+        row = dict(alike[0]) | {"count": len(alike)}
+        for key in ("params", "macs"):
+            values = [group[key] for group in alike if group.get(key) is not None]
+            row[key] = sum(values) if values else None
+        row["name"] = common_name([group["name"] for group in alike])
+        made.append(row)
+    return made
+
+
+def common_name(names: Sequence[str]) -> str:
+    """One name for names that differ in numbers only; runs of numbers become `first-last`.
+
+    >>> common_name(["a.0.b", "a.1.b", "a.2.b"]), common_name(["a.0.b", "a.4.b"])
+    ('a.0-2.b', 'a.{0,4}.b')
+    """
+    import re
+
+    from secateur.plan import to_ranges
+
+    parts = [re.split(r"(\d+)", name) for name in names]
+    out = []
+    for column in zip(*parts, strict=True):
+        values = list(dict.fromkeys(column))
+        if len(values) == 1:
+            out.append(values[0])
+        else:
+            text = to_ranges(sorted(int(value) for value in values))
+            out.append("{" + text + "}" if "," in text else text)
+    return "".join(out)
+
+
+def _without_numbers(text: str) -> str:
+    import re
+
+    return re.sub(r"\d+", "#", text)
