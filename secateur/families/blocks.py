@@ -1,0 +1,251 @@
+"""Where a model's repeated blocks are, and which tensors a share of weights counts: read off the module tree."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """The blocks in order. `path` is the list's module path; "" with one module: the whole model is one block."""
+
+    path: str
+    modules: tuple[nn.Module, ...]
+
+    @property
+    def repeated(self) -> bool:
+        return self.path != ""
+
+    def path_of(self, index: int) -> str:
+        return f"{self.path}.{index}" if self.repeated else ""
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One prunable tensor, seen as [out, in]; `name` as in `named_parameters()`.
+
+    Linear [out, in]; convolution [out, in / groups * kernel]; `transformers.Conv1D` transposed; expert tensors
+    [experts * out, in]. With `parts` > 1 (experts, convolution groups) the rows fall into that many equal runs, and
+    every run has inputs of its own.
+    """
+
+    name: str
+    path: str
+    module: nn.Module
+    attribute: str
+    block: int
+    kind: str
+    parts: int = 1
+    block_path: str = ""
+
+    @property
+    def role(self) -> str:
+        """What it is within its block: `q_proj`, `fc1`, `gate_up_proj`."""
+        return self.path.rpartition(".")[2] if self.attribute == "weight" else self.attribute
+
+    @property
+    def parameter(self) -> Tensor:
+        return getattr(self.module, self.attribute)
+
+    def weight(self) -> Tensor:
+        """[out, in], detached; a view of the parameter where the layout allows."""
+        return self.fold(self.parameter.detach())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        shape = self.parameter.shape
+        if self.kind == "conv1d":
+            return shape[1], shape[0]
+        if self.kind == "experts_transposed":
+            return shape[0] * shape[2], shape[1]
+        if self.kind == "experts":
+            return shape[0] * shape[1], shape[2]
+        return shape[0], shape[1:].numel()
+
+    @property
+    def numel(self) -> int:
+        return self.parameter.numel()
+
+    def fold(self, tensor: Tensor) -> Tensor:
+        """A tensor laid out as the parameter (the weight, a mask) -> [out, in]."""
+        if self.kind == "conv1d":
+            return tensor.T
+        if self.kind == "experts_transposed":
+            return tensor.transpose(1, 2).reshape(self.shape)
+        return tensor.reshape(self.shape)
+
+    def unfold(self, tensor: Tensor) -> Tensor:
+        """[out, in] -> laid out as the parameter."""
+        shape = self.parameter.shape
+        if self.kind == "conv1d":
+            return tensor.T
+        if self.kind == "experts_transposed":
+            return tensor.reshape(shape[0], shape[2], shape[1]).transpose(1, 2)
+        return tensor.reshape(shape)
+
+    @torch.no_grad()
+    def set(self, weight: Tensor) -> None:
+        """Writes [out, in] values into the parameter, in its dtype."""
+        self.parameter.copy_(self.unfold(weight))
+
+
+def find_blocks(model: nn.Module) -> Blocks:
+    """The repeated blocks that hold most parameters.
+
+    >>> blocks = find_blocks(LlamaForCausalLM(config))
+    >>> blocks.path, len(blocks)
+    ('model.layers', 30)
+
+    A language model's are its decoder's. A model that isn't one stack of blocks made of matrices (convolutional nets,
+    an encoder beside a decoder) is one block.
+    """
+    whole = Blocks("", (model,))
+    root = _decoder(model)
+    prefix = next(name for name, module in model.named_modules() if module is root)
+    lists: dict[str, nn.Module] = {}
+    for name, module in root.named_modules():
+        if _repeated(module, alone=root is not model) and not any(name.startswith(f"{p}.") for p in lists):
+            lists[name] = module
+    if not lists:
+        return whole
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in lists.items()}
+    best = max(sizes, key=lambda name: sizes[name])
+    if any(size > 0.05 * sizes[best] for name, size in sizes.items() if name != best):
+        return whole
+    dense, convolved = 0, 0
+    for module in lists[best].modules():
+        if isinstance(module, CONVS) and module.groups == 1:
+            convolved += module.weight.numel()
+        else:
+            dense += sum(p.numel() for _, p, _ in _matrices_of(module))
+    if dense == 0 or convolved > 0.05 * dense:
+        return whole
+    path = f"{prefix}.{best}" if prefix and best else prefix or best
+    return Blocks(path, tuple(lists[best].children())) if path else whole
+
+
+def find_matrices(model: nn.Module) -> dict[str, Matrix]:
+    """The matrices that a share of the weights counts, by parameter name, in the order of the modules.
+
+    In a stack of blocks: Linear, `transformers.Conv1D` and expert tensors inside the blocks (embeddings, head and
+    norms stay). Elsewhere: every Linear and convolution. A tensor shared with an embedding, or the output head of a
+    language model, is left out.
+    """
+    blocks = find_blocks(model)
+    index = {}
+    for position, block in enumerate(blocks.modules):
+        index |= {id(module): position for module in block.modules()}
+    kept_out = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    if (head := _output_head(model)) is not None and getattr(head, "weight", None) is not None:
+        kept_out.add(id(head.weight))
+    matrices: dict[str, Matrix] = {}
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if id(module) not in index:
+            continue
+        if isinstance(module, CONVS) and not blocks.repeated:
+            found: list[tuple[str, nn.Parameter, str]] = [("weight", module.weight, "conv")]
+        else:
+            found = _matrices_of(module)
+        for attribute, parameter, kind in found:
+            if id(parameter) in kept_out or id(parameter) in seen or not parameter.is_floating_point():
+                continue
+            seen.add(id(parameter))
+            parts = module.groups if kind == "conv" else len(parameter) if kind.startswith("experts") else 1
+            name = f"{path}.{attribute}" if path else attribute
+            matrices[name] = Matrix(
+                name, path, module, attribute, index[id(module)], kind, parts, blocks.path
+            )
+    return matrices
+
+
+def check_weights(matrices: dict[str, Matrix]) -> None:
+    """Raises `SecateurError`, naming the layer, when a weight is NaN or infinite."""
+    for name, matrix in matrices.items():
+        if not torch.isfinite(matrix.parameter).all():
+            raise SecateurError(
+                "the weights hold NaN or infinite values", where=name, fix="repair or reload the model"
+            )
+
+
+@contextlib.contextmanager
+def plain_experts(module: nn.Module) -> Iterator[None]:
+    """Within, expert layers multiply expert by expert, so that each one's inputs can be seen."""
+    configs: dict[int, tuple[Any, Any]] = {}
+    for part in module.modules():
+        config = getattr(part, "config", None)
+        if _is_experts(part) and getattr(config, "_experts_implementation", "eager") not in (None, "eager"):
+            configs.setdefault(id(config), (config, config._experts_implementation))
+    try:
+        for config, _ in configs.values():
+            config._experts_implementation = "eager"
+        yield
+    finally:
+        for config, implementation in configs.values():
+            config._experts_implementation = implementation
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    generates = getattr(model, "can_generate", lambda: False)
+    if not hasattr(model, "get_decoder") or not generates():
+        return model
+    if getattr(model.config, "is_encoder_decoder", False):
+        return model
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, nn.Module) else model
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    if not hasattr(model, "get_output_embeddings"):
+        return None
+    try:
+        return model.get_output_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def _repeated(module: nn.Module, alone: bool) -> bool:
+    """A list of blocks of one class; `alone`: a single block, or several classes, will do in a ModuleList."""
+    if not isinstance(module, nn.ModuleList | nn.Sequential):
+        return False
+    children = list(module.children())
+    if not children or any(not list(child.children()) for child in children):
+        return False
+    same = len(children) > 1 and len({type(child) for child in children}) == 1
+    return same or (alone and isinstance(module, nn.ModuleList))
+
+
+def _is_experts(module: nn.Module) -> bool:
+    if "expert" not in type(module).__name__.lower() and not hasattr(module, "num_experts"):
+        return False
+    return any(p.dim() == 3 for p in module.parameters(recurse=False))
+
+
+def _matrices_of(module: nn.Module) -> list[tuple[str, nn.Parameter, str]]:
+    """(attribute, parameter, kind) of the matrices the module itself owns, convolutions apart."""
+    if isinstance(module, nn.Linear):
+        return [("weight", module.weight, "linear")]
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return [("weight", module.weight, "conv1d")]
+    if isinstance(module, CONVS) or not _is_experts(module):
+        return []
+    tensors = {n: p for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and min(p.shape) > 1}
+    transposed = getattr(module, "is_transposed", None)
+    if transposed is None:
+        down = next((p for n, p in tensors.items() if "down" in n), None)
+        up = next((p for n, p in tensors.items() if "up" in n), None)
+        transposed = up is not None and down is not None and up.shape[1] == down.shape[2]
+    return [(n, p, "experts_transposed" if transposed else "experts") for n, p in tensors.items()]

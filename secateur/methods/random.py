@@ -1,0 +1,48 @@
+"""Random weights: the control that every weight method must beat.
+
+No paper. Spec: weight-baselines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from secateur.method import WeightMethod, register, seeded
+from secateur.stats.layer import LayerStats
+from secateur.taxonomy import MethodInfo
+
+
+@register
+@dataclass
+class Random(WeightMethod):
+    """Weights leave in random order, the same share from every row.
+
+    >>> secateur.prune(model, method="random", target="50%", seed=1)  # doctest: +SKIP
+    """
+
+    seed: int | None = field(default=None, metadata={"help": "None: the run's seed"})
+
+    info = MethodInfo(
+        title="Random weights",
+        spec="weight-baselines",
+        objects="W",
+        granularity="unstr/N:M",
+        speedup="spec",
+        when="any",
+        criteria="none",
+        order="shot",
+        data="free",
+        start="either",
+        scope="loc",
+        models="mlp cnn vit bert llm ssm",
+        budget_unit="weight",
+        description="Single weights in random order: the control.",
+    )
+
+    def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
+        return torch.rand(weight.shape, generator=seeded(self.seed or 0, "random", stats.name)).to(
+            weight.device
+        )

@@ -1,0 +1,206 @@
+"""Statistics of every matrix of the dense model in one go."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.families.blocks import Matrix, check_weights
+from secateur.inputs import Inputs, as_call, map_tensors
+from secateur.stats.layer import OF_GRADIENTS, OF_INPUTS, LayerStats, check_needs
+from secateur.stats.record import (
+    NotShared,
+    Recorder,
+    as_batches,
+    device_of,
+    evaluating,
+    run,
+    sequences_in,
+    token_mask,
+)
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def collect(
+    model: nn.Module,
+    batches: Any,
+    needs: Iterable[str],
+    matrices: Mapping[str, Matrix],
+    *,
+    loss: Loss | None = None,
+    progress: Callable[..., Iterable] | None = None,
+    batch_size: int | None = None,
+) -> dict[str, LayerStats]:
+    """Parameter name -> `LayerStats`, over the whole dense model.
+
+    >>> stats = collect(model, ids, {"input_norm", "gradient"}, find_matrices(model))
+    >>> stats["model.layers.0.mlp.up_proj.weight"].gradient.shape
+    torch.Size([1536, 576])
+
+    Parameters
+    ----------
+    batches, batch_size: as for `stream`.
+    needs: any of input_norm, hessian, input_mean, input_var, gradient, fisher.
+    loss: (model, batch) -> scalar, for gradients; None: the causal language modelling loss of the ids, or the model's
+        own where a batch holds labels.
+
+    The model is left as it was: modes, `requires_grad` flags and `.grad`.
+    Raises `SecateurError` when a layer's values are NaN or infinite, or there is no loss to take.
+    """
+    needs = check_needs(frozenset(needs))
+    check_weights(dict(matrices))
+    if not needs:
+        return {name: LayerStats(name=name) for name in matrices}
+    device = device_of(model)
+    if "fisher" in needs and "gradient" in needs and isinstance(batches, Tensor):
+        batch_size = 1
+    chunks = [map_tensors(batch, lambda t: t.to(device)) for batch in as_batches(batches, batch_size)]
+    stats = _inputs(model, chunks, needs & OF_INPUTS, matrices, progress)
+    if needs & OF_GRADIENTS:
+        of_loss = loss or default_loss(model, chunks[0])
+        gradient, fisher = _gradients(model, chunks, needs, matrices, of_loss, progress)
+        for name in matrices:
+            stats[name] = LayerStats(
+                stats[name].inputs, name=name, gradient=gradient.get(name), fisher=fisher.get(name)
+            )
+    return stats
+
+
+def _inputs(
+    model: nn.Module,
+    batches: list[Inputs],
+    needs: frozenset[str],
+    matrices: Mapping[str, Matrix],
+    progress: Callable[..., Iterable] | None,
+) -> dict[str, LayerStats]:
+    if not needs:
+        return {name: LayerStats(name=name) for name in matrices}
+    for share in (True, False):
+        recorder = Recorder(matrices, needs, share)
+        try:
+            with torch.no_grad(), evaluating(model), recorder:
+                for batch in progress(batches, "activations", len(batches)) if progress else batches:
+                    recorder.begin(sequences_in(batch), token_mask(batch))
+                    run(model, batch)
+        except NotShared:
+            continue
+        break
+    recorder.check()
+    return recorder.stats
+
+
+def _gradients(
+    model: nn.Module,
+    batches: list[Inputs],
+    needs: frozenset[str],
+    matrices: Mapping[str, Matrix],
+    loss: Loss,
+    progress: Callable[..., Iterable] | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(mean over batches of the gradient, mean over single samples of its square), each [out, in]."""
+    parameters = {name: matrix.parameter for name, matrix in matrices.items()}
+    flags = {id(p): (p, p.requires_grad) for p in model.parameters()}
+    gradient = {
+        n: torch.zeros(m.shape, device=m.parameter.device) for n, m in matrices.items() if "gradient" in needs
+    }
+    fisher = {
+        n: torch.zeros(m.shape, device=m.parameter.device) for n, m in matrices.items() if "fisher" in needs
+    }
+    samples = 0
+    try:
+        for parameter, _ in flags.values():
+            parameter.requires_grad_(False)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        with torch.enable_grad(), evaluating(model):
+            for batch in progress(batches, "gradients", len(batches)) if progress else batches:
+                size = sequences_in(batch)
+                alone = size == 1
+                if gradient:
+                    for name, g in _backward(model, batch, loss, parameters):
+                        g = matrices[name].fold(g).float()
+                        gradient[name] += g / len(batches)
+                        if fisher and alone:
+                            fisher[name] += g.square_()
+                if fisher and not (gradient and alone):
+                    for sample in _singles(batch, size):
+                        for name, g in _backward(model, sample, loss, parameters):
+                            fisher[name] += matrices[name].fold(g).float().square()
+                samples += size
+    finally:
+        for parameter, flag in flags.values():
+            parameter.requires_grad_(flag)
+    for name in fisher:
+        fisher[name] /= samples
+    for name in matrices:
+        for found in (gradient.get(name), fisher.get(name)):
+            if found is not None and not torch.isfinite(found).all():
+                raise SecateurError(
+                    "its gradient is NaN or infinite", where=name, fix="check the loss and the data"
+                )
+    return gradient, fisher
+
+
+def _backward(
+    model: nn.Module, batch: Inputs, loss: Loss, parameters: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    value = loss(model, batch)
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        raise SecateurError(
+            "it must give a scalar tensor that depends on the weights",
+            where="loss",
+            fix="return e.g. model(**batch).loss",
+        )
+    if not torch.isfinite(value):
+        raise SecateurError(f"the loss is {value.item()}", where="loss", fix="check the calibration data")
+    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    for name, g in zip(parameters, found):
+        if g is not None:
+            yield name, g
+
+
+def _singles(batch: Inputs, size: int) -> Iterator[Inputs]:
+    def cut(tensor: Tensor, i: int) -> Tensor:
+        return tensor[i : i + 1] if tensor.dim() and len(tensor) == size else tensor
+
+    for i in range(size):
+        yield map_tensors(batch, partial(cut, i=i))
+
+
+def default_loss(model: nn.Module, batch: Inputs) -> Loss:
+    """The mean next-token loss of the ids for causal language models; the model's own loss where a batch has labels.
+
+    Raises `SecateurError` for other models.
+    """
+    parameters = inspect.signature(type(model).forward).parameters
+    if "labels" in parameters and hasattr(batch, "keys") and "labels" in batch:
+        return lambda model, batch: model(**batch).loss
+    config = getattr(model, "config", None)
+    generates = getattr(model, "can_generate", lambda: False)()
+    if not ({"input_ids", "labels"} <= set(parameters) and generates) or getattr(
+        config, "is_encoder_decoder", False
+    ):
+        raise SecateurError(
+            f"{type(model).__name__} has no loss of its own that could be taken",
+            where="loss",
+            fix="pass loss=, a function of (model, batch) that gives a scalar",
+        )
+    return causal_lm_loss
+
+
+def causal_lm_loss(model: nn.Module, batch: Inputs) -> Tensor:
+    """The mean next-token loss; padding doesn't count."""
+    args, kwargs = as_call(batch)
+    ids = kwargs.pop("input_ids", None)
+    ids = args[0] if ids is None else ids
+    labels = ids
+    if (mask := token_mask(batch)) is not None:
+        labels = ids.masked_fill(~mask, -100)
+    return model(input_ids=ids, labels=labels, **{"use_cache": False, **kwargs}).loss

@@ -1,0 +1,241 @@
+"""What is known of one layer's data: norms, moments and Hessian of its inputs, gradients of its weight. All in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from secateur.errors import SecateurError
+
+OF_INPUTS = frozenset({"input_norm", "hessian", "input_mean", "input_var"})
+OF_GRADIENTS = frozenset({"gradient", "fisher"})
+NEEDS = OF_INPUTS | OF_GRADIENTS
+CHUNK = 1 << 23
+"""Numbers cast to fp32 at a time."""
+
+
+class InputStats:
+    """Running sums over a layer's input rows; one object for all layers that read the same tensor.
+
+    >>> inputs = InputStats(4, {"hessian"})
+    >>> inputs.add(torch.randn(16, 4)); inputs.sequences += 1
+
+    With `parts` > 1 (experts, convolution groups) every part has rows of its own and all sums are [parts, ...].
+    """
+
+    def __init__(
+        self, size: int, needs: frozenset[str] | set[str], device: torch.device | None = None, parts: int = 1
+    ):
+        self.size, self.needs, self.parts = size, frozenset(needs), parts
+        self.sequences = 0
+        self.tokens = [0] * parts
+        zeros = {"dtype": torch.float32, "device": device}
+        self.outer = torch.zeros(parts, size, size, **zeros) if "hessian" in needs else None
+        self.square = (
+            torch.zeros(parts, size, **zeros) if "input_norm" in needs and "hessian" not in needs else None
+        )
+        moments = bool({"input_mean", "input_var"} & self.needs)
+        self.mean = torch.zeros(parts, size, **zeros) if moments else None
+        self.deviation = torch.zeros(parts, size, **zeros) if moments else None
+        self._factors: dict[tuple[float, int], Tensor] = {}
+
+    def add(self, rows: Tensor, part: int = 0) -> None:
+        """Adds rows [tokens, in] of one part."""
+        self._factors.clear()
+        for chunk in rows.split(max(1, CHUNK // self.size)):
+            x = chunk.float()
+            if not len(x):
+                continue
+            if self.outer is not None:
+                self.outer[part].addmm_(x.T, x)
+            if self.square is not None:
+                self.square[part] += torch.linalg.vector_norm(x, dim=0).square_()
+            if self.mean is not None and self.deviation is not None:
+                before, count = self.tokens[part], len(x)
+                mean = x.mean(0)
+                shift = mean - self.mean[part]
+                self.deviation[part] += (x - mean).square_().sum(0)
+                self.deviation[part] += shift.square() * (before * count / (before + count))
+                self.mean[part] += shift * (count / (before + count))
+            self.tokens[part] += len(x)
+
+    def finite(self) -> bool:
+        sums = (self.outer, self.square, self.deviation)
+        return all(bool(torch.isfinite(s).all()) for s in sums if s is not None)
+
+    def hessian(self, part: int = 0) -> Tensor:
+        """[in, in], 2 / sequences * sum of x xᵀ; the identity where no token came."""
+        if self.outer is None:
+            raise _missing("hessian")
+        if not self.tokens[part]:
+            return torch.eye(self.size, device=self.outer.device)
+        return self.outer[part] * (2 / self.sequences)
+
+    def norm(self, part: int = 0) -> Tensor:
+        """[in], the root of the mean over sequences of the sum over tokens of x²; ones where no token came."""
+        total = self.outer.diagonal(dim1=1, dim2=2) if self.outer is not None else self.square
+        if total is None:
+            raise _missing("input_norm")
+        if not self.tokens[part]:
+            return torch.ones_like(total[part])
+        return (total[part] / self.sequences).sqrt_()
+
+    def factor(self, damping: float = 0.01, part: int = 0) -> tuple[Tensor, Tensor]:
+        """(R, dead): R upper triangular with R Rᵀ = Hessian + damping * mean(diagonal) * I, and the mask of inputs
+        that are always zero, whose diagonal is set to 1 first. R⁻¹ is then SparseGPT's U: Hessian⁻¹ = Uᵀ U.
+
+        Computed once for all layers that share these inputs.
+        Raises `SecateurError` when the damped Hessian isn't positive definite.
+        """
+        key = (damping, part)
+        if key not in self._factors:
+            hessian = self.hessian(part)
+            diagonal = hessian.diagonal()
+            dead = diagonal == 0
+            diagonal[dead] = 1
+            diagonal += damping * diagonal.mean()
+            # the Cholesky factor of the matrix read backwards, read backwards, is upper triangular
+            lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+            if info.item():
+                raise SecateurError(
+                    "the Hessian isn't positive definite",
+                    where=f"inputs of size {self.size}",
+                    fix=f"raise damping (now {damping:g}) or give more calibration data",
+                )
+            self._factors[key] = lower.flip(0, 1)
+        upper = self._factors[key]
+        return upper, self.dead(part)
+
+    def dead(self, part: int = 0) -> Tensor:
+        """[in] bool: inputs that were zero in every token."""
+        if self.outer is None:
+            raise _missing("hessian")
+        if not self.tokens[part]:
+            return torch.zeros(self.size, dtype=torch.bool, device=self.outer.device)
+        return self.outer[part].diagonal() == 0
+
+    def release(self) -> None:
+        """Drops the cached factors."""
+        self._factors.clear()
+
+
+class LayerStats:
+    """The statistics of one matrix. What the method didn't list in `needs` raises when read.
+
+    Attributes (fp32, on the weight's device)
+    -----------------------------------------
+    input_norm: [in], the root of the mean over sequences of the sum over tokens of x²
+    hessian: [in, in], 2 / sequences * sum over tokens of x xᵀ
+    input_mean, input_var: [in], over tokens; the variance is unbiased
+    gradient: [out, in], mean over batches of dLoss/dW
+    fisher: [out, in], mean over single samples of (dLoss/dW)²
+    name: the matrix's
+    inputs: the `InputStats` behind them, one object for all matrices with the same input tensor
+
+    Spec: weight-baselines, 6-8 and 12.
+    """
+
+    def __init__(
+        self,
+        inputs: InputStats | None = None,
+        *,
+        name: str = "",
+        part: int | None = None,
+        gradient: Tensor | None = None,
+        fisher: Tensor | None = None,
+    ):
+        self.inputs, self.name, self.part = inputs, name, part
+        self._gradient, self._fisher = gradient, fisher
+
+    @property
+    def sequences(self) -> int:
+        return self.inputs.sequences if self.inputs else 0
+
+    @property
+    def tokens(self) -> int:
+        if self.inputs is None:
+            return 0
+        return sum(self.inputs.tokens) if self.part is None else self.inputs.tokens[self.part]
+
+    def _one(self, name: str) -> tuple[InputStats, int]:
+        if self.inputs is None:
+            raise _missing(name)
+        if self.part is None and self.inputs.parts > 1:
+            raise SecateurError(
+                f"the layer has {self.inputs.parts} parts (experts or groups) with inputs of their own",
+                where=name,
+                fix="go through stats.split(weight)",
+            )
+        return self.inputs, self.part or 0
+
+    @property
+    def input_norm(self) -> Tensor:
+        inputs, part = self._one("input_norm")
+        return inputs.norm(part)
+
+    @property
+    def hessian(self) -> Tensor:
+        inputs, part = self._one("hessian")
+        return inputs.hessian(part)
+
+    @property
+    def input_mean(self) -> Tensor:
+        inputs, part = self._one("input_mean")
+        if inputs.mean is None:
+            raise _missing("input_mean")
+        return inputs.mean[part].clone()
+
+    @property
+    def input_var(self) -> Tensor:
+        inputs, part = self._one("input_var")
+        if inputs.deviation is None:
+            raise _missing("input_var")
+        return inputs.deviation[part] / max(inputs.tokens[part] - 1, 1)
+
+    @property
+    def gradient(self) -> Tensor:
+        if self._gradient is None:
+            raise _missing("gradient")
+        return self._gradient
+
+    @property
+    def fisher(self) -> Tensor:
+        if self._fisher is None:
+            raise _missing("fisher")
+        return self._fisher
+
+    def split(self, weight: Tensor) -> Iterator[tuple[Tensor, LayerStats]]:
+        """(rows of `weight` [out, in], their statistics) for every part; just (weight, self) for a plain layer."""
+        parts = self.inputs.parts if self.inputs and self.part is None else 1
+        if parts == 1:
+            yield weight, self
+            return
+        rows = len(weight) // parts
+        for part in range(parts):
+            own = slice(part * rows, (part + 1) * rows)
+            yield (
+                weight[own],
+                LayerStats(
+                    self.inputs,
+                    name=f"{self.name}[{part}]",
+                    part=part,
+                    gradient=None if self._gradient is None else self._gradient[own],
+                    fisher=None if self._fisher is None else self._fisher[own],
+                ),
+            )
+
+
+def check_needs(needs: frozenset[str] | set[str]) -> frozenset[str]:
+    if unknown := set(needs) - NEEDS:
+        raise SecateurError(
+            f"there is no statistic {', '.join(sorted(unknown))}",
+            where="needs",
+            fix=f"one of {', '.join(sorted(NEEDS))}",
+        )
+    return frozenset(needs)
+
+
+def _missing(name: str) -> SecateurError:
+    return SecateurError(f"{name} wasn't gathered", where="stats", fix=f"list {name!r} in the method's needs")

@@ -1,0 +1,223 @@
+"""Statistics block by block, through the model's own forward: the memory of one block, whatever the depth.
+
+For block i the model's forward runs with the blocks before it replaced by what they gave last time, and stops behind
+block i. Masks, rotary tables and per-layer arguments therefore come from the model itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.families.blocks import Matrix, check_weights, find_blocks
+from secateur.stats.layer import OF_GRADIENTS, LayerStats, check_needs
+from secateur.stats.record import NotShared, Recorder, as_batches, evaluating, run, sequences_in, token_mask
+
+
+@dataclass
+class Block:
+    """One block of the model with its matrices and their statistics, both by parameter name."""
+
+    index: int
+    path: str
+    module: nn.Module
+    matrices: dict[str, Matrix]
+    stats: dict[str, LayerStats] = field(default_factory=dict)
+
+
+def stream(
+    model: nn.Module,
+    batches: Any,
+    needs: Iterable[str],
+    matrices: Mapping[str, Matrix],
+    *,
+    propagate: bool = True,
+    skip: int = 0,
+    progress: Callable[..., Iterable] | None = None,
+    batch_size: int | None = None,
+) -> Iterator[Block]:
+    """The blocks in order, each with the statistics of its matrices.
+
+    >>> for block in stream(model, ids, {"input_norm"}, find_matrices(model)):
+    ...     for name, matrix in block.matrices.items():
+    ...         matrix.set(matrix.weight() * mask_of(matrix.weight(), block.stats[name].input_norm))
+
+    Parameters
+    ----------
+    batches: token ids [N, L] (int64), pictures [N, ...], or a list of batches (tensor, tuple or dict of model inputs);
+        tokens that an `attention_mask` hides are left out of the statistics.
+    needs: input_norm, hessian, input_mean, input_var; with none the blocks come without running the model.
+    matrices: as `find_matrices` gives them.
+    propagate: a block's inputs come from the blocks before it as the caller left them; else from the dense model.
+    skip: blocks already done: run forward, without statistics, and not given.
+    progress: `secateur.progress.track` or alike: (iterable, description, total) -> iterable.
+    batch_size: samples a forward; None: about 2048 tokens.
+
+    The model is untouched between blocks, and after the last one, also when the generator is closed early.
+    Raises `SecateurError` naming the layer when weights or activations are NaN or infinite.
+    """
+    needs = check_needs(frozenset(needs))
+    if needs & OF_GRADIENTS:
+        raise SecateurError(
+            f"{', '.join(sorted(needs & OF_GRADIENTS))} isn't gathered block by block",
+            where="stream",
+            fix="use collect",
+        )
+    blocks = find_blocks(model)
+    flow = _Flow(model, blocks.modules, as_batches(batches, batch_size) if needs else [])
+    order: Iterable[int] = range(skip, len(blocks))
+    if progress is not None:
+        order = progress(order, "blocks", len(blocks) - skip)
+    for index in order:
+        own = {name: matrix for name, matrix in matrices.items() if matrix.block == index}
+        check_weights(own)
+        empty = {name: LayerStats(name=name) for name in own}
+        block = Block(index, blocks.path_of(index), blocks.modules[index], own, empty)
+        if needs:
+            block.stats = flow.gather(index, own, needs, keep_output=not propagate)
+        yield block
+        for stats in block.stats.values():
+            if stats.inputs is not None:
+                stats.inputs.release()
+        block.stats.clear()
+
+
+class _Stop(BaseException):
+    """Ends a forward behind the block it is for."""
+
+
+class _Flow:
+    """Hidden states between two blocks, one per batch, moved forward in place."""
+
+    def __init__(self, model: nn.Module, modules: tuple[nn.Module, ...], batches: list):
+        self.model, self.modules, self.batches = model, modules, batches
+        self.hidden: list[list[Tensor]] = [[] for _ in batches]
+        self.level = [-1] * len(batches)
+        self.outputs: dict[int, Any] = {}
+
+    def gather(
+        self, index: int, matrices: Mapping[str, Matrix], needs: frozenset[str], keep_output: bool
+    ) -> dict[str, LayerStats]:
+        for share in (True, False):
+            recorder = Recorder(matrices, needs, share)
+            try:
+                with torch.no_grad(), evaluating(self.model), recorder:
+                    for number, batch in enumerate(self.batches):
+                        recorder.begin(sequences_in(batch), self._mask(batch))
+                        self._forward(number, index, keep_output)
+            except NotShared:
+                continue
+            break
+        recorder.check()
+        return recorder.stats
+
+    def _mask(self, batch: Any) -> Tensor | None:
+        mask = token_mask(batch)
+        return None if mask is None else mask.to(next(self.model.parameters()).device)
+
+    def _forward(self, number: int, index: int, keep_output: bool) -> None:
+        """Block `index` on one batch. The states before it (or, with `keep_output`, behind it) are kept."""
+        known = self.level[number]
+        keep = index if keep_output else index - 1
+        with contextlib.ExitStack() as stack:
+            for position in range(index + 1):
+                if position <= known:
+                    forward = self._replay(position, number)
+                else:
+                    forward = self._play(position, number, keep=position == keep, stop=position == index)
+                stack.enter_context(_forward_replaced(self.modules[position], forward))
+            try:
+                run(self.model, self.batches[number])
+            except _Stop:
+                return
+        raise SecateurError(
+            "the model's forward doesn't come by it",
+            where=f"block {index}",
+            fix="give data that uses every block",
+        )
+
+    def _replay(self, position: int, number: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return _fill(self.outputs[position], [tensor.clone() for tensor in self.hidden[number]])
+
+        return forward
+
+    def _play(self, position: int, number: int, keep: bool, stop: bool) -> Callable[..., Any]:
+        original = self.modules[position].forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            self.outputs[position], states = _take(output)
+            if keep:
+                self._store(number, states)
+                self.level[number] = position
+            if stop:
+                raise _Stop
+            return output
+
+        return forward
+
+    def _store(self, number: int, states: list[Tensor]) -> None:
+        kept = self.hidden[number]
+        if [(t.shape, t.dtype, t.stride()) for t in kept] == [(t.shape, t.dtype, t.stride()) for t in states]:
+            for old, new in zip(kept, states):
+                old.copy_(new)
+        else:
+            self.hidden[number] = [tensor.clone() for tensor in states]
+
+
+class _State:
+    """Stands for the hidden state number `slot` in the form of a block's output."""
+
+    def __init__(self, slot: int):
+        self.slot = slot
+
+
+def _take(output: Any) -> tuple[Any, list[Tensor]]:
+    """(the output's form, its hidden states): the first tensor, and those of its shape; other tensors are dropped."""
+    states: list[Tensor] = []
+
+    def take(tensor: Tensor) -> _State | None:
+        if states and tensor.shape != states[0].shape:
+            return None
+        states.append(tensor)
+        return _State(len(states) - 1)
+
+    return _map(output, take), states
+
+
+def _fill(form: Any, states: list[Tensor]) -> Any:
+    return _map(form, lambda tensor: tensor, states)
+
+
+def _map(value: Any, fn: Callable[[Tensor], Any], states: list[Tensor] | None = None) -> Any:
+    if isinstance(value, _State):
+        return states[value.slot] if states is not None else value
+    if isinstance(value, Tensor):
+        return fn(value)
+    if hasattr(value, "keys"):
+        return type(value)(**{key: _map(item, fn, states) for key, item in value.items()})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(item, fn, states) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(_map(item, fn, states) for item in value)
+    return value if isinstance(value, str | int | float | bool) else None
+
+
+@contextlib.contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
