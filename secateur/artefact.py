@@ -1,0 +1,790 @@
+"""Saves pruned models so that they load without secateur: safetensors, JSON and, where needed, one short Python file.
+
+Three forms, the simplest that can hold the model:
+
+- plain: a transformers model whose shapes its config can express; any `from_pretrained` loads it.
+- custom: a transformers model whose layers differ; `modeling_pruned.py` builds the dense model from the config and
+  re-shapes it, so `from_pretrained(folder, trust_remote_code=True)` loads it.
+- module: any other module; `load_pruned.py` re-shapes a freshly built dense model and loads the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.abc
+import importlib.util
+import inspect
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.files import atomic_directory, atomic_write_json, atomic_write_text
+
+if TYPE_CHECKING:
+    from secateur.plan import Plan
+
+FORMAT = "secateur-module"
+BROKEN = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    StrictDataclassError,
+)
+SHARD_BYTES = 5_000_000_000
+TRANSIENT = {
+    "training",
+    "gradient_checkpointing",
+    "name_or_path",
+    "is_gradient_checkpointing",
+    "_is_hf_initialized",
+}
+CONFIG_KEYS = {
+    "architectures",
+    "auto_map",
+    "dtype",
+    "model_type",
+    "pruned",
+    "transformers_version",
+    "_name_or_path",
+}
+
+MODELING = '''"""A pruned {name}. It needs torch and transformers:
+
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)    # or the Auto class in config.json
+
+config.json describes the dense model; its "pruned" entry says what was cut.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from {config_module} import {config}
+from {module} import {name}
+
+
+class PrunedConfig({config}):
+    model_type = "{model_type}"
+
+
+{swap}
+
+{reshape}
+
+class Pruned{name}({name}):
+    config_class = PrunedConfig
+
+    def __init__(self, config, *args, **kwargs):
+        swap(config, config.pruned["dense"])
+        super().__init__(config, *args, **kwargs)
+        swap(config, config.pruned["config"])
+        reshape(self, config.pruned)
+        self.tie_weights()
+'''
+
+LOADER = '''"""Loads the pruned model beside this file. It needs torch and safetensors{timm}:
+
+    from load_pruned import load
+    model = load({argument})    # {comment}
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+
+{reshape}
+
+{assemble}
+
+def load(model=None):
+    folder = Path(__file__).resolve().parent
+    return assemble(folder, json.loads((folder / "model.json").read_text()), model)
+'''
+
+
+def swap(config: Any, values: dict[str, Any]) -> None:
+    """Set fields of a config, e.g. {"num_hidden_layers": 4, "text_config.hidden_size": 96}."""
+    for path, value in values.items():
+        *parents, leaf = path.split(".")
+        setattr(functools.reduce(getattr, parents, config), leaf, value)
+
+
+def reshape(model: nn.Module, cut: dict[str, Any]) -> None:
+    """Drop the blocks that were removed; give tensors and attributes the sizes of the pruned model."""
+    for path, kept in cut["blocks"].items():
+        blocks = model.get_submodule(path)
+        left = [list(blocks._modules.values())[index] for index in kept]
+        blocks._modules.clear()
+        blocks._modules.update({str(index): block for index, block in enumerate(left)})
+    for path in cut["identity"]:
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, nn.Identity())
+    for name, shape in cut["shapes"].items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        old = getattr(module, leaf, None)
+        if shape is None:
+            setattr(module, leaf, None)
+        elif old is None or list(old.shape) != shape:
+            like = next(module.parameters()) if old is None else old
+            new = torch.empty(shape, dtype=like.dtype, device=like.device)
+            if leaf in module._buffers:
+                module.register_buffer(leaf, new)
+            else:
+                setattr(module, leaf, nn.Parameter(new, requires_grad=like.requires_grad))
+    for path, values in cut["attributes"].items():
+        module = model.get_submodule(path)
+        for key, value in values.items():
+            as_tuple = isinstance(value, list) and not isinstance(getattr(module, key, None), list)
+            setattr(module, key, tuple(value) if as_tuple else value)
+
+
+def assemble(folder: Path, about: dict[str, Any], model: nn.Module | None = None) -> nn.Module:
+    """The pruned model of a folder: a dense one, re-shaped, with the folder's weights."""
+    if model is None:
+        import timm
+
+        model = timm.create_model(**about["timm"])
+    reshape(model, about["pruned"])
+    state = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        state.update(load_file(file))
+    state.update({name: state[source] for name, source in about["tied"].items()})
+    missing, extra = model.load_state_dict(state, strict=False, assign=True)
+    if missing or set(extra) - set(about["buffers"]):
+        raise RuntimeError(f"this is another model: missing {missing}, unexpected {extra}")
+    for name in extra:
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path).register_buffer(leaf, state[name], persistent=False)
+    for name, source in about["tied"].items():
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, model.get_parameter(source))
+    return model.eval()
+
+
+def save_model(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    tokenizer: Any = None,
+    plan: Plan | None = None,
+    report: Mapping[str, Any] | None = None,
+    dense_config: Any = None,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Write a pruned model into a new or empty directory, all or nothing, in the simplest form that can hold it.
+
+    >>> save_model(pruned.model, "out", tokenizer=tokenizer, plan=pruned.plan)  # doctest: +SKIP
+    {'form': 'plain', 'load': 'AutoModelForCausalLM.from_pretrained(folder)', 'why': None}
+
+    dense_config: the transformers config before the cut; the model's own where it is None. changes: attributes that
+    the cut set, by module path; only needed for those that can't be read off the modules.
+
+    Gives what it wrote: `form` (plain, custom, module), `load` (the line that loads it) and `why` (what the config
+    can't express; None when plain). The same goes into `report.json` under `artefact`.
+
+    Raises `SecateurError` where the directory isn't empty, the disk is full, or the model holds modules that the
+    dense one doesn't have.
+    """
+    with atomic_directory(directory) as partial:
+        if _transformers_class(model) is not None:
+            about = _save_transformers(model, partial, plan, dense_config, changes or {})
+        else:
+            about = _save_module(model, partial, plan, changes or {})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if plan is not None:
+            plan.save(partial)
+        atomic_write_json(partial / "report.json", {**(report or {}), "artefact": about})
+    return about
+
+
+def load(
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) of a directory that `save_model` or `Pruned.save` wrote; the tokenizer may be None.
+
+    >>> model, tokenizer = secateur.load("out")  # doctest: +SKIP
+    >>> model, _ = secateur.load("out", model=build_the_dense_model())  # doctest: +SKIP
+
+    model: a freshly built dense model, needed for modules that are neither transformers' nor timm's. No code of the
+    directory is run: what it says was cut is done by this library's own copy of it. The model is in eval mode.
+
+    Raises `SecateurError` where there is no model, or it is damaged.
+    """
+    path = Path(path).expanduser()
+    if (path / "config.json").is_file():
+        loaded = _load_transformers(path, dtype)
+    elif (path / "model.json").is_file():
+        loaded = _load_module(path, model)
+        loaded = loaded.to(dtype) if dtype else loaded
+    else:
+        raise SecateurError("there is no model", where=str(path), fix="give a directory that secateur wrote")
+    return loaded.to(device or "cpu").eval(), _load_tokenizer(path)
+
+
+# What differs between a model and the one that its config or constructor builds
+
+
+def compare(
+    model: nn.Module,
+    dense: nn.Module | None,
+    blocks: Mapping[str, Sequence[int]] | None = None,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The table that makes `reshape(dense, table)` a module of the model's shapes and attributes. `dense` is changed.
+
+    Without a dense model the table holds every shape and every number among the attributes.
+
+    Raises `SecateurError` when no table can do it.
+    """
+    cut: dict[str, Any] = {"blocks": {}, "identity": [], "shapes": {}, "attributes": {}}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if dense is None:
+        cut["blocks"] = {path: list(kept) for path, kept in (blocks or {}).items()}
+        cut["shapes"] = {name: list(tensor.shape) for name, tensor in _tensors(model).items()}
+        cut["shapes"] |= {f"{p}.{k}".lstrip("."): None for p, m in modules.items() for k in _absent(m)}
+        for path, module in modules.items():
+            cut["attributes"][path] = _attributes(module)
+    else:
+        cut["blocks"] = _removed_blocks(model, dense, blocks or {})
+        reshape(dense, cut)
+        wanted = dict(dense.named_modules(remove_duplicate=False))
+        for path, module in modules.items():
+            if type(module) is nn.Identity and path in wanted and type(wanted[path]) is not nn.Identity:
+                cut["identity"].append(path)
+        reshape(dense, {**cut, "blocks": {}})
+        wanted = dict(dense.named_modules(remove_duplicate=False))
+        if strange := sorted(modules.keys() ^ wanted.keys()):
+            raise SecateurError(
+                f"{strange[0]!r} is in the {'pruned' if strange[0] in modules else 'dense'} model only",
+                where=type(model).__name__,
+                fix="a model is saved when cutting changed sizes, removed blocks, or replaced modules by nn.Identity",
+            )
+        here, there = _tensors(model), _tensors(dense)
+        cut["shapes"] = {
+            name: list(tensor.shape)
+            for name, tensor in here.items()
+            if name not in there or there[name].shape != tensor.shape
+        }
+        cut["shapes"] |= {name: None for name in there if name not in here}
+        for path, module in modules.items():
+            old = _attributes(wanted[path])
+            cut["attributes"][path] = {
+                key: value
+                for key, value in _attributes(module).items()
+                if key not in old or old[key] != value
+            }
+    for path, values in (changes or {}).items():
+        for key, value in values.items():
+            if (
+                path in modules
+                and _simple(value)
+                and getattr(modules[path], key, None) == value
+                and dense is None
+            ):
+                cut["attributes"][path][key] = _plain(value)
+    cut["attributes"] = {path: values for path, values in cut["attributes"].items() if values}
+    return cut
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _absent(module: nn.Module) -> Iterator[str]:
+    """Parameters that are registered as None, such as the bias of Linear(bias=False)."""
+    yield from (key for key, value in module._parameters.items() if value is None)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Numbers, and tuples and lists of integers, that a module keeps; text too, where it isn't the root's."""
+    return {
+        key: _plain(value)
+        for key, value in vars(module).items()
+        if key not in TRANSIENT and not key.startswith("__") and _simple(value)
+        if not (key.startswith("_") and isinstance(value, bool | str | float))
+    }
+
+
+def _simple(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return bool(value) and all(isinstance(item, int) for item in value)
+    return isinstance(value, bool | int | float | str)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | list) else value
+
+
+def _removed_blocks(
+    model: nn.Module, dense: nn.Module, known: Mapping[str, Sequence[int]]
+) -> dict[str, list[int]]:
+    removed: dict[str, list[int]] = {}
+    for path, left in model.named_modules():
+        if not isinstance(left, nn.ModuleList | nn.Sequential):
+            continue
+        try:
+            whole = dense.get_submodule(path)
+        except AttributeError:
+            continue
+        if len(left) < len(whole):
+            kept = list(known.get(path, ()))
+            removed[path] = kept if len(kept) == len(left) else _match(left, whole)
+    return removed
+
+
+def _match(left: nn.Module, whole: nn.Module) -> list[int]:
+    """Which blocks stayed, by their structure alone: the first ones that fit, in order."""
+
+    def structure(block: nn.Module) -> list[tuple[str, str]]:
+        return [(path, type(module).__name__) for path, module in block.named_modules()]
+
+    candidates = [structure(block) for block in whole.children()]
+    kept: list[int] = []
+    for block in map(structure, left.children()):
+        start = kept[-1] + 1 if kept else 0
+        found = next((i for i in range(start, len(candidates)) if candidates[i] == block), None)
+        kept.append(start if found is None else found)
+    if kept[-1] >= len(candidates):
+        return list(range(len(kept)))
+    return kept
+
+
+def kept_blocks(plan: Plan | None) -> dict[str, list[int]]:
+    """Indices of the blocks that a plan keeps, by the path of their list."""
+    if plan is None:
+        return {}
+    return {
+        name.rpartition(":")[0]: units.tolist()
+        for name, units in plan.keep.items()
+        if plan.kinds.get(name) == "layers"
+    }
+
+
+# transformers
+
+
+def _transformers_class(model: nn.Module) -> type | None:
+    """The class of the library that a model is, or that it was before it was pruned; None for anything else."""
+    if getattr(model, "config", None) is None or not hasattr(model, "save_pretrained"):
+        return None
+    cls = type(model)
+    if cls.__module__.startswith("transformers."):
+        return cls
+    parent = cls.__mro__[1]
+    pruned = getattr(model.config, "pruned", None) is not None and cls.__name__ == f"Pruned{parent.__name__}"
+    return parent if pruned and parent.__module__.startswith("transformers.") else None
+
+
+def _build(build: Any) -> nn.Module:
+    """A module without weights; with them where its constructor can't do without."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with torch.device("meta"):
+                return build()
+        except (RuntimeError, NotImplementedError):
+            with torch.random.fork_rng(devices=[]):
+                return build()
+
+
+def _dense_config(config: Any) -> Any:
+    """The config of the dense model; of one that was pruned before, that of its first ancestor."""
+    config = copy.deepcopy(config)
+    pruned = getattr(config, "pruned", None)
+    if pruned is None:
+        return config
+    swap(config, pruned["dense"])
+    fields = {k: v for k, v in config.to_dict().items() if k not in {"pruned", "model_type", "auto_map"}}
+    cls = next(c for c in type(config).__mro__ if c.__module__.startswith("transformers."))
+    return cls.from_dict(fields)
+
+
+def _config_fields(config: Any, prefix: str = "") -> dict[str, Any]:
+    """All fields with dotted names, down through the sub-configs."""
+    fields: dict[str, Any] = {}
+    for key, value in config.to_dict().items():
+        own = getattr(config, key, None)
+        if hasattr(own, "to_dict") and isinstance(value, dict):
+            fields |= _config_fields(own, f"{prefix}{key}.")
+        elif key not in CONFIG_KEYS and not key.startswith("_"):
+            fields[prefix + key] = value
+    return fields
+
+
+def _save_transformers(
+    model: Any, folder: Path, plan: Plan | None, dense_config: Any, changes: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    cls = _transformers_class(model)
+    assert cls is not None
+    why = _inexpressible(model, cls)
+    architectures = model.config.architectures
+    try:
+        if why is None:
+            model.save_pretrained(folder)
+            auto = _auto_classes(cls, model.config.model_type)[0]
+            return {"form": "plain", "load": f"{auto}.from_pretrained(folder)", "why": None}
+        return _save_custom(model, cls, folder, plan, dense_config, changes, why)
+    finally:
+        model.config.architectures = architectures
+
+
+def _inexpressible(model: Any, cls: type) -> str | None:
+    """Why the model's config doesn't describe it; None when building from the config gives these very modules."""
+    if type(model) is not cls:
+        return f"it was loaded as {type(model).__name__}"
+    try:
+        config = type(model.config).from_dict(model.config.to_dict())
+        config._attn_implementation = model.config._attn_implementation
+        built = _build(lambda: cls(config))
+    except BROKEN as error:
+        return f"its config can't be built from ({str(error).strip().splitlines()[-1].strip()})"
+    try:
+        cut = compare(model, built)
+    except SecateurError as error:
+        return error.what
+    if cut["blocks"] or cut["identity"]:
+        return (
+            f"{next(iter(cut['blocks']), None) or cut['identity'][0]} has fewer blocks than the config says"
+        )
+    for name, shape in cut["shapes"].items():
+        old = _tensors(built).get(name)
+        says = "none" if old is None else str(list(old.shape))
+        more = f", and {len(cut['shapes']) - 1} more" if len(cut["shapes"]) > 1 else ""
+        return f"{name} is {shape}, the config says {says}{more}"
+    for path, values in cut["attributes"].items():
+        key, value = next(iter(values.items()))
+        return f"{path}.{key} is {value}, the config says {getattr(built.get_submodule(path), key, None)}"
+    return None
+
+
+def _auto_classes(cls: type, model_type: str) -> list[str]:
+    """Names of the Auto classes that give `cls`."""
+    from transformers.models.auto import modeling_auto
+
+    names = []
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(getattr(auto, "_model_mapping", None), "_model_mapping", {})
+        known = mapping.get(model_type, ())
+        if name.startswith("AutoModel") and cls.__name__ in ((known,) if isinstance(known, str) else known):
+            names.append(name)
+    return sorted(names, key=lambda name: (name != "AutoModelForCausalLM", len(name))) or ["AutoModel"]
+
+
+def _render(cls: type, config: type, model_type: str) -> str:
+    return MODELING.format(
+        name=cls.__name__,
+        module=cls.__module__,
+        config=config.__name__,
+        config_module=config.__module__,
+        model_type=model_type,
+        swap=inspect.getsource(swap),
+        reshape=inspect.getsource(reshape),
+    )
+
+
+def _save_custom(
+    model: Any,
+    cls: type,
+    folder: Path,
+    plan: Plan | None,
+    dense_config: Any,
+    changes: Mapping[str, Mapping[str, Any]],
+    why: str,
+) -> dict[str, Any]:
+    before = getattr(model.config, "pruned", None) or {"blocks": {}}
+    dense = _dense_config(dense_config if dense_config is not None else model.config)
+    blocks = dict(before["blocks"])
+    for path, kept in kept_blocks(plan).items():
+        earlier = blocks.get(path)
+        blocks[path] = [earlier[i] for i in kept] if earlier else kept
+    cut = compare(model, _build(lambda: cls(copy.deepcopy(dense))), blocks, changes)
+    was, now = _config_fields(dense), _config_fields(model.config)
+    cut["dense"] = {key: value for key, value in was.items() if key in now and now[key] != value}
+    cut["config"] = {key: now[key] for key in cut["dense"]}
+
+    model_type = f"pruned_{dense.model_type}"
+    text = _render(cls, type(dense), model_type)
+    state = model.state_dict()
+    state |= {name: tensor for name, tensor in _tensors(model).items() if name in cut["shapes"]}
+    automatic = model.config.auto_map if hasattr(model.config, "auto_map") else None
+    model.save_pretrained(folder, state_dict=state, save_original_format=False)
+    if automatic is not None:
+        model.config.auto_map = automatic
+
+    autos = _auto_classes(cls, dense.model_type)
+    dense.dtype = model.config.dtype
+    document = json.loads(dense.to_json_string(use_diff=True))
+    document |= {
+        "architectures": [f"Pruned{cls.__name__}"],
+        "auto_map": {
+            "AutoConfig": "modeling_pruned.PrunedConfig",
+            **{auto: f"modeling_pruned.Pruned{cls.__name__}" for auto in autos},
+        },
+        "model_type": model_type,
+        "pruned": {"class": f"{cls.__module__}:{cls.__name__}", **cut},
+    }
+    atomic_write_json(folder / "config.json", document)
+    atomic_write_text(folder / "modeling_pruned.py", text)
+    _verify(model, text, folder / "config.json")
+    return {
+        "form": "custom",
+        "load": f"{autos[0]}.from_pretrained(folder, trust_remote_code=True)",
+        "why": why,
+    }
+
+
+def _verify(model: nn.Module, text: str, config_file: Path) -> None:
+    """Builds the model as a loader would and compares shapes and attributes."""
+    config, built = _module_from(text, "verify")
+    again = _build(lambda: built(config.from_dict(json.loads(config_file.read_text()))))
+    left = compare(model, again)
+    if left["blocks"] or left["identity"] or left["shapes"]:
+        raise SecateurError(
+            f"the saved model would differ in {next(iter(left['shapes'] or left['blocks'] or left['identity']))}",
+            where=type(model).__name__,
+            fix="save the plan, and apply it to the dense model after loading",
+        )
+
+
+class _Text(importlib.abc.InspectLoader):
+    """Imports a module from its text."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def get_source(self, fullname: str) -> str:
+        return self.text
+
+
+def _module_from(text: str, name: str, file: Path | None = None) -> tuple[Any, Any]:
+    """(config class, model class) of a rendered modeling file. `file` is where transformers finds it to copy it."""
+    spec = importlib.util.spec_from_loader(f"secateur_{name}.modeling_pruned", _Text(text))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    if file:
+        module.__file__ = str(file)
+    built = [cls for key, cls in vars(module).items() if key.startswith("Pruned") and hasattr(cls, "forward")]
+    return module.PrunedConfig, built[0]
+
+
+def _load_transformers(path: Path, dtype: torch.dtype | None) -> nn.Module:
+    import transformers
+    from safetensors import SafetensorError
+
+    try:
+        document = json.loads((path / "config.json").read_text())
+        if "pruned" in document:
+            cls, config = _trusted_classes(document, path)
+            config = config.from_dict(document)
+        else:
+            name = (document.get("architectures") or [""])[0]
+            cls, config = getattr(transformers, name, None), None
+            if cls is None:
+                raise SecateurError(
+                    f"transformers has no {name!r}", where=str(path), fix="update transformers"
+                )
+        with _quiet():
+            model, info = cls.from_pretrained(
+                path, config=config, dtype=dtype or "auto", output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise SecateurError(
+            f"it can't be loaded ({str(error).strip().splitlines()[0]})",
+            where=str(path),
+            fix="save the model again",
+        ) from error
+    if info["missing_keys"]:
+        raise SecateurError(
+            f"it lacks {min(info['missing_keys'])}", where=str(path), fix="save the model again"
+        )
+    return model
+
+
+def _trusted_classes(document: dict[str, Any], path: Path) -> tuple[Any, Any]:
+    module, _, name = document["pruned"]["class"].partition(":")
+    if not module.startswith("transformers.models.") or not name.isidentifier():
+        raise SecateurError(f"{module}:{name} isn't a class of transformers", where=str(path))
+    cls = getattr(importlib.import_module(module), name)
+    text = _render(cls, cls.config_class, document["model_type"])
+    config, pruned = _module_from(text, f"{abs(hash((text, str(path)))):x}", path / "modeling_pruned.py")
+    for auto in document["auto_map"]:
+        (config if auto == "AutoConfig" else pruned).register_for_auto_class(auto)
+    return pruned, config
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _load_tokenizer(path: Path) -> Any:
+    if not any(path.glob("tokenizer*")) and not any(path.glob("*vocab*")):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise SecateurError(f"its tokenizer can't be loaded ({error})", where=str(path)) from error
+
+
+# Any other module
+
+
+def _save_module(
+    model: nn.Module, folder: Path, plan: Plan | None, changes: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    timm_kwargs, cut = None, None
+    for kwargs in _timm_candidates(model):
+        import timm
+
+        try:
+            cut = compare(
+                model, _build(functools.partial(timm.create_model, **kwargs)), kept_blocks(plan), changes
+            )
+        except (SecateurError, RuntimeError, TypeError, ValueError):
+            continue
+        timm_kwargs = kwargs
+        break
+    if cut is None:
+        cut = compare(model, None, kept_blocks(plan), changes)
+    state: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    seen: dict[int, str] = {}
+    for name, tensor in _tensors(model).items():
+        if id(tensor) in seen:
+            tied[name] = seen[id(tensor)]
+        else:
+            seen[id(tensor)] = name
+            state[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    persistent = model.state_dict().keys()
+    if extra := [name for name in persistent if name not in state and name not in tied]:
+        raise SecateurError(
+            f"its state holds more than tensors ({extra[0]})",
+            where=type(model).__name__,
+            fix="save its state yourself",
+        )
+    cls = type(model)
+    atomic_write_json(
+        folder / "model.json",
+        {
+            "format": FORMAT,
+            "class": f"{cls.__module__}:{cls.__qualname__}",
+            "timm": timm_kwargs,
+            "tied": tied,
+            "buffers": [name for name in state if name not in persistent],
+            "pruned": cut,
+        },
+    )
+    for number, part in enumerate(shards := _shards(state), 1):
+        name = (
+            "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        )
+        save_file(part, folder / name)
+    build = f"build_{cls.__name__}()"
+    atomic_write_text(
+        folder / "load_pruned.py",
+        LOADER.format(
+            reshape=inspect.getsource(reshape),
+            assemble=inspect.getsource(assemble),
+            timm=", and timm" if timm_kwargs else "",
+            argument="" if timm_kwargs else build,
+            comment=f"timm {timm_kwargs['model_name']}"
+            if timm_kwargs
+            else f"the dense {cls.__name__}, freshly built",
+        ),
+    )
+    return {
+        "form": "module",
+        "load": f"load_pruned.load({'' if timm_kwargs else build})",
+        "why": f"{cls.__module__}.{cls.__qualname__} isn't a transformers model, so it has no config to load it from",
+    }
+
+
+def _timm_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Calls of `timm.create_model` that may build the dense model, most telling first."""
+    about = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    name = about.get("architecture") if hasattr(about, "get") else None
+    if not name:
+        return
+    kwargs: dict[str, Any] = {"model_name": name, "pretrained": False}
+    if isinstance(classes := getattr(model, "num_classes", None), int):
+        kwargs["num_classes"] = classes
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None and first.groups == 1 and first.in_channels != 3:
+        kwargs["in_chans"] = first.in_channels
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if isinstance(size, tuple):
+        yield {**kwargs, "img_size": list(size)}
+    yield kwargs
+
+
+def _shards(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        if size and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def _load_module(path: Path, model: nn.Module | None) -> nn.Module:
+    from safetensors import SafetensorError
+
+    about = json.loads((path / "model.json").read_text())
+    if about.get("format") != FORMAT:
+        raise SecateurError("it isn't a model that secateur wrote", where=str(path))
+    if model is None and about["timm"] is None:
+        raise SecateurError(
+            f"it needs a freshly built dense {about['class']}", where=str(path), fix="pass it as model="
+        )
+    try:
+        return assemble(path, about, model)
+    except (RuntimeError, KeyError, AttributeError, IndexError, SafetensorError, OSError) as error:
+        raise SecateurError(
+            f"it can't be loaded ({str(error).strip().splitlines()[0]})",
+            where=str(path),
+            fix="pass a freshly built dense model of the same settings",
+        ) from error
