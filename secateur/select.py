@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ def top_k_rows(scores: Tensor, k: int) -> Tensor:
     """Mask of the k highest of every row of [rows, columns] scores.
 
     Selection by the k-th value instead of a sort: equal scores at the threshold are settled by position.
+    Raises `SecateurError` when a score is NaN.
 
     >>> top_k_rows(torch.tensor([[1.0, 2.0, 2.0, 0.0]]), 2)
     tensor([[False,  True,  True, False]])
@@ -40,15 +42,30 @@ def _top_k_rows(scores: Tensor, k: int) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     if k >= columns:
         return torch.ones_like(scores, dtype=torch.bool)
-    values = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-    threshold = values.kthvalue(columns - k + 1, dim=1, keepdim=True).values
-    above = values > threshold
-    missing = k - above.sum(1, keepdim=True)
+    values = scores.detach()
+    values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    if values.device.type == "cpu":
+        # numpy's vectorised partition is several times faster than kthvalue or topk
+        threshold = torch.from_numpy(np.partition(values.numpy(), columns - k, axis=1)[:, columns - k])[
+            :, None
+        ]
+    else:
+        threshold = values.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    mask = values >= threshold
+    count = mask.sum(1)
+    if (count == k).all():
+        return mask
+    if (count < k).any():
+        raise SecateurError(
+            "a score isn't a number", where="selection", fix="check the weights and the data for NaN"
+        )
     equal = values == threshold
-    surplus = equal.sum(1, keepdim=True) > missing
-    if surplus.any():
-        equal = equal & (equal.cumsum(1) <= missing)
-    return above | equal
+    ties = equal.sum(1)
+    row, column = equal.nonzero(as_tuple=True)
+    order = torch.arange(len(row), device=row.device) - (ties.cumsum(0) - ties)[row]
+    late = order >= (ties - (count - k))[row]
+    mask[row[late], column[late]] = False
+    return mask
 
 
 def exact_rows(scores: Tensor, keep: int) -> Tensor:
@@ -63,7 +80,9 @@ def exact_rows(scores: Tensor, keep: int) -> Tensor:
     lowest = (
         torch.finfo(scores.dtype).min if scores.dtype.is_floating_point else torch.iinfo(scores.dtype).min
     )
-    best, where = scores.masked_fill(mask, lowest).max(1)
+    left = scores.masked_fill(mask, lowest)
+    where = left.argmax(1)
+    best = left.gather(1, where[:, None]).squeeze(1)
     chosen = top_k(best, extra).nonzero().squeeze(1)
     mask[chosen, where[chosen]] = True
     return mask
@@ -80,7 +99,17 @@ def n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
         raise SecateurError(
             f"a row of {columns} weights can't be parted into groups of {m}", where=f"pattern {n}:{m}"
         )
-    return top_k_rows(scores.reshape(-1, m), n).reshape(rows, columns)
+    groups = scores.reshape(-1, m)
+    if m > 8:
+        return top_k_rows(groups, n).reshape(rows, columns)
+    # every pair of a group compared once: the higher, or of equals the earlier, is ahead
+    rank = torch.zeros(m, len(groups), dtype=torch.int8, device=scores.device)
+    lanes = groups.T.contiguous()
+    for second in range(1, m):
+        ahead = lanes[:second] >= lanes[second]
+        rank[second] += ahead.sum(0, dtype=torch.int8)
+        rank[:second] += ~ahead
+    return (rank < n).T.reshape(rows, columns)
 
 
 @dataclass(frozen=True)
