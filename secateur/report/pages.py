@@ -80,7 +80,7 @@ def prose(text: str) -> str:
     """
     out: list[str] = []
     code: str | None = None
-    for line in [*inspect.cleandoc(text).splitlines(), ""]:
+    for line in [*re.sub(r" *# doctest: .*", "", inspect.cleandoc(text)).splitlines(), ""]:
         stripped = line.strip()
         after_blank = not out or not out[-1]
         if code is None and stripped.startswith(">>>"):
@@ -108,14 +108,14 @@ def prose(text: str) -> str:
 
 
 def _docs(cls: type[Method]) -> tuple[str, str]:
-    """(what it does, notes on reconstruction): the class's docstring, then its module's, paragraph by paragraph.
+    """(what it does, notes on reconstruction): the module's docstring, then the class's, paragraph by paragraph.
 
     A paragraph that starts with `Reconstruct`, `Depart` or `Differs` is a note.
     """
     module = inspect.getmodule(cls)
-    texts = [cls.__dict__.get("__doc__") or "", (module.__doc__ if module else "") or ""]
-    if texts[0].startswith(f"{cls.__name__}("):  # the signature that dataclass() writes
-        texts[0] = ""
+    texts = [(module.__doc__ if module else "") or "", cls.__dict__.get("__doc__") or ""]
+    if texts[1].startswith(f"{cls.__name__}("):  # the signature that dataclass() writes
+        texts[1] = ""
     body: list[str] = []
     notes: list[str] = []
     for text in texts:
