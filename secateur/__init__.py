@@ -1,6 +1,35 @@
-"""secateur: saliency-driven pruning."""
+"""secateur: saliency-driven pruning. Find what is redundant in a network, cut it out, repair what is left, prove it."""
 
+from secateur.artefact import load
 from secateur.errors import SecateurError
+from secateur.graph import Graph, Group, trace
+from secateur.measure import measure
+from secateur.method import Method, UnitMethod, WeightMethod, list_methods, recommend, register
+from secateur.plan import Plan
+from secateur.prune import Options, Pruned, apply_plan, prune
+from secateur.recover import recover
+from secateur.taxonomy import MethodInfo
 
 __version__ = "0.1.0"
-__all__ = ["SecateurError"]
+
+__all__ = [
+    "Graph",
+    "Group",
+    "Method",
+    "MethodInfo",
+    "Options",
+    "Plan",
+    "Pruned",
+    "SecateurError",
+    "UnitMethod",
+    "WeightMethod",
+    "apply_plan",
+    "list_methods",
+    "load",
+    "measure",
+    "prune",
+    "recommend",
+    "recover",
+    "register",
+    "trace",
+]

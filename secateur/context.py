@@ -43,6 +43,8 @@ class Context:
     kinds: tuple[str, ...] | None = None
     loss: Objective | None = None
     uniform: bool = False
+    skip_blocks: tuple[int, int] = (0, 0)
+    """Leading and final blocks that are left whole; a method may set it."""
     options: dict[str, Any] = field(default_factory=dict)
     progress: Callable[..., Iterable] | None = None
     checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(None))
@@ -144,12 +146,15 @@ class Context:
 
     def competitors(self, scores: Mapping[str, Tensor]) -> list[Competitor]:
         """The groups that have scores, as the allocator sees them."""
+        first, last = self.skip_blocks
+        blocks = sorted({b for g in self.groups if (b := self.block_of(g.name)) is not None})
+        spared = {*blocks[:first], *blocks[len(blocks) - last :]} if first or last else set()
         return [
             Competitor(
                 name=group.name,
                 kind=group.kind,
                 scores=self._finite(group, scores[group.name]),
-                floor=self.floor_of(group),
+                floor=group.size if self.block_of(group.name) in spared else self.floor_of(group),
                 round_to=1 if group.kind in COARSE else self.round_to,
             )
             for group in self.groups
@@ -213,13 +218,13 @@ class Context:
         """Median seconds of one forward of the really cut model on the example inputs."""
         from copy import deepcopy
 
-        from secateur.measure import latency
+        from secateur.measure import forward_seconds
         from secateur.surgery import cut_units
 
         model = deepcopy(self.model)
         if keep:
             cut_units(model, self.graph, keep)
-        return latency(model, self.inputs)
+        return forward_seconds(model, self.inputs)
 
     def allocate(self, scores: Mapping[str, Tensor], allocation: str | None = None) -> dict[str, Tensor]:
         """Kept units per group: the scores' order, divided so that the target is met exactly and never exceeded."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.taxonomy import MethodInfo, filter_records
+from secateur.taxonomy import recommend as advise
 
 if TYPE_CHECKING:
     from secateur.context import Context
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from secateur.plan import Plan
     from secateur.select import Pattern
     from secateur.stats.layer import LayerStats
+    from secateur.stats.stream import Block
 
 
 @dataclasses.dataclass
@@ -59,10 +61,21 @@ class WeightMethod(Method):
         """[out, in] -> [out, in], higher = keep."""
         raise TypeError(f"{type(self).__name__} must define score")
 
+    def scores(self, weight: Tensor, stats: LayerStats) -> Tensor:
+        """`score`, part by part where rows have inputs of their own: experts, convolution groups."""
+        return torch.cat([self.score(rows, own) for rows, own in stats.split(weight)])
+
     def solve(self, weight: Tensor, stats: LayerStats, pattern: Pattern) -> tuple[Tensor, Tensor]:
         """(new weight, kept mask), both [out, in]; the mask satisfies `pattern` exactly."""
-        mask = pattern.select(self.score(weight, stats))
-        return weight * mask, mask
+        mask = pattern.select(self.scores(weight, stats))
+        return weight.masked_fill(~mask, 0), mask
+
+    def solve_block(self, block: Block, patterns: Mapping[str, Pattern]) -> dict[str, tuple[Tensor, Tensor]]:
+        """`solve` for the matrices of one block, by name; override it to solve several at once."""
+        return {
+            name: self.solve(block.matrices[name].weight(), block.stats[name], pattern)
+            for name, pattern in patterns.items()
+        }
 
 
 @dataclasses.dataclass
@@ -188,6 +201,16 @@ def list_methods(search: str | None = None, **filters: Any) -> list[str]:
     """
     records: Iterable[MethodInfo] = [cls.info for cls in _load_all().values()]
     return sorted(record.name for record in filter_records(records, search=search, **filters))
+
+
+def recommend(**situation: Any) -> list[tuple[MethodInfo, str]]:
+    """Registered methods that suit a situation, each with the reason.
+
+    >>> recommend(hardware="gpu-dense", train=False, data="calib", model="llm")  # doctest: +SKIP
+
+    The questions and the advice are the survey's (`secateur.taxonomy.recommend`).
+    """
+    return advise([cls.info for cls in _load_all().values()], **situation)
 
 
 def seeded(seed: int, *parts: object) -> torch.Generator:
