@@ -589,7 +589,7 @@ def recommend(
     if hardware in ("gpu-dense", "cpu"):
         rules["speedup"] = {"univ"}
     if dynamic:
-        rules["when"] = {"RT"}
+        rules["when"], rules["decision"] = {"RT"}, {"dyn"}
     elif train:
         rules["when"] = {"PAT", "PAT-PT", "PDT"} if trained else {"PBT", "PDT"}
     else:
@@ -601,10 +601,14 @@ def recommend(
         rules["models"] = models
     if "recovery" in overrides:
         rules.pop("training_free", None)
+    if "when" in overrides:
+        rules.pop("decision", None)
     rules |= overrides
 
     answers: list[tuple[int, MethodInfo, str]] = []
     for info in filter_records(records, **rules):
+        if info.criteria == {"none"}:  # chance is a baseline, not advice
+            continue
         reasons = _reasons(info)
         bonus = []
         if high_ratio and train and ("iter" in info.members("order") or "REG" in info.criteria):

@@ -125,6 +125,13 @@ def test_recommendation_refuses_unknown_answers(answers: dict) -> None:
         recommend(RECORDS, **answers)
 
 
+def test_recommendation_leaves_out_chance_and_what_is_decided_once() -> None:
+    magnitude = info(title="Magnitude", when="any", start="either", data="free", models="any")
+    chance = info(title="Random", when="any", start="either", data="free", models="any", criteria="none")
+    assert [record.title for record, _ in recommend([chance, magnitude], hardware="sparse")] == ["Magnitude"]
+    assert recommend([chance, magnitude], hardware="sparse", model="vlm") == []
+
+
 def test_table_round_trip() -> None:
     assert parse(render(RECORDS)) == list(RECORDS)
     odd = info(
