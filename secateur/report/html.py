@@ -43,11 +43,15 @@ def report_html(report: Mapping[str, Any], plan: Plan | None = None) -> str:
     parts += _section("Speed: predicted and measured", [speed_figure(report)], figures, _speed_text(report))
     parts += _section("What each layer keeps", kept_figures(report), figures)
     if plan is not None:
-        text = "One row a layer, one column a unit in the model's own order; the pale ones left."
+        text = "One row a layer, one column a unit, in the model's own order: the green ones stay."
         if plan.masks:
-            text = "One row a layer, columns are the inputs of the matrix: how many of an input's weights stay."
+            text = (
+                "One row a layer, columns are the inputs of the matrix: how many of an input's weights stay."
+            )
         strips = strip_figures(plan)
-        parts += _section("Which were cut", strips, figures, text, choose=bool(plan.masks) and len(strips) > 2)
+        parts += _section(
+            "Which were cut", strips, figures, text, choose=bool(plan.masks) and len(strips) > 2
+        )
     parts += _section("Scores", score_figures(report, plan), figures, "Higher scores stay.")
     parts += [_frozen_table(report), _reproduce(report)]
     title = f"{report.get('model') or 'model'}: {report.get('method')} {report.get('target')}"
@@ -107,7 +111,9 @@ def _section(
         height = item["layout"]["height"]
         plots.append(f'<div class="plot" id="{item["id"]}" style="height:{height}px"{hidden}></div>')
     if choose:
-        parts.append(f'<p><select class="choose" aria-label="{html.escape(title)}">{"".join(menu)}</select></p>')
+        parts.append(
+            f'<p><select class="choose" aria-label="{html.escape(title)}">{"".join(menu)}</select></p>'
+        )
     return [*parts, *plots, "</section>"]
 
 
@@ -135,7 +141,7 @@ def _table(headings: Sequence[str], lines: Sequence[Sequence[str]], numbers: int
 
     def cells(tag: str, values: Sequence[str]) -> str:
         return "".join(
-            f'<{tag}{" class=n" if numbers and i >= numbers else ""}>{html.escape(str(value))}</{tag}>'
+            f"<{tag}{' class=n' if numbers and i >= numbers else ''}>{html.escape(str(value))}</{tag}>"
             for i, value in enumerate(values)
         )
 
@@ -148,7 +154,13 @@ def _figures_table(report: Mapping[str, Any]) -> str:
     parts = [_table(("", "before", "after", "after / before"), lines, 1)] if lines else []
     if kept := kept_by_kind(report):
         counts = [
-            (_kind(kind), f"{groups}", f"{size:,}", f"{left:,}", f"{left / size * 100:.1f} %" if size else "–")
+            (
+                _kind(kind),
+                f"{groups}",
+                f"{size:,}",
+                f"{left:,}",
+                f"{left / size * 100:.1f} %" if size else "–",
+            )
             for kind, groups, size, left in kept
         ]
         parts.append(_table(("cut", "groups", "units", "kept", "share kept"), counts, 1))
@@ -162,7 +174,9 @@ def _kind(kind: str) -> str:
 def _frozen_table(report: Mapping[str, Any]) -> str:
     groups = [{**group, "params": None, "macs": None} for group in report.get("groups") or []]
     stuck = [group for group in groups if group.get("reason")]
-    skipped = [(w["name"], "weights", "", w["reason"]) for w in report.get("weights") or [] if w.get("reason")]
+    skipped = [
+        (w["name"], "weights", "", w["reason"]) for w in report.get("weights") or [] if w.get("reason")
+    ]
     if not stuck and not skipped:
         return ""
     lines = []
@@ -182,7 +196,9 @@ def _reproduce(report: Mapping[str, Any]) -> str:
     parts = [f"<section><h2>The same again</h2><pre>{html.escape(command_line(report))}</pre>"]
     if shown:
         parts.append(f"<details><summary>settings</summary>{_table(('setting', 'value'), shown)}</details>")
-    parts.append(f"<details><summary>versions</summary>{_table(('what', 'version'), lines)}</details></section>")
+    parts.append(
+        f"<details><summary>versions</summary>{_table(('what', 'version'), lines)}</details></section>"
+    )
     return "".join(parts)
 
 
@@ -239,10 +255,21 @@ def cost_figure(report: Mapping[str, Any]) -> Figure | None:
         "hovertemplate": "%{customdata}<extra></extra>",
         "customdata": [f"{row.texts[1]} → {row.texts[2]}" for row in found],
     }
-    line = {"type": "line", "x0": 100, "x1": 100, "y0": 0, "y1": 1, "yref": "paper", "line": {"color": "$soft", "width": 1, "dash": "dot"}}
+    line = {
+        "type": "line",
+        "x0": 100,
+        "x1": 100,
+        "y0": 0,
+        "y1": 1,
+        "yref": "paper",
+        "line": {"color": "$soft", "width": 1, "dash": "dot"},
+    }
     top = max(100.0, *shares)
     xaxis = {"range": [0, top * 1.12], **(PERCENT if top < 150 else {"ticksuffix": " %"})}
-    return {"data": [bar], "layout": _layout(50 + 34 * len(found), xaxis=xaxis, yaxis={"showgrid": False}, shapes=[line])}
+    return {
+        "data": [bar],
+        "layout": _layout(50 + 34 * len(found), xaxis=xaxis, yaxis={"showgrid": False}, shapes=[line]),
+    }
 
 
 def quality_figures(report: Mapping[str, Any]) -> list[Figure]:
@@ -279,9 +306,15 @@ def quality_figures(report: Mapping[str, Any]) -> list[Figure]:
         if wide:
             from math import log10
 
-            axis = {"type": "log", "range": [log10(max(min(values) / 3, 1e-9)), log10(max(values)) * 1.25], "dtick": 1}
+            axis = {
+                "type": "log",
+                "range": [log10(max(min(values) / 3, 1e-9)), log10(max(values)) * 1.25],
+                "dtick": 1,
+            }
         layout = _layout(60 + 58 * len(tasks), barmode="group", xaxis=axis, yaxis={"showgrid": False})
-        made.append({"title": title + (" (logarithmic scale)" if wide else ""), "data": data, "layout": layout})
+        made.append(
+            {"title": title + (" (logarithmic scale)" if wide else ""), "data": data, "layout": layout}
+        )
     return made
 
 
@@ -292,7 +325,10 @@ def speed_figure(report: Mapping[str, Any]) -> Figure | None:
     if not (first and last and before["macs"] and after["macs"]):
         return None
     promised = first * after["macs"] / before["macs"]
-    bars = [("before, measured", first, "$before"), ("after, if time followed multiply-adds", promised, "$mid")]
+    bars = [
+        ("before, measured", first, "$before"),
+        ("after, if time followed multiply-adds", promised, "$mid"),
+    ]
     bars = [*bars, ("after, measured", last, "$after")][::-1]
     data = {
         "type": "bar",
@@ -312,7 +348,9 @@ def speed_figure(report: Mapping[str, Any]) -> Figure | None:
 
 def _speed_text(report: Mapping[str, Any]) -> str:
     before, after = (single(report.get(key) or {})["forward_seconds"] for key in ("before", "after"))
-    return f"One forward on the example inputs; {before / after:.2f} times as fast." if before and after else ""
+    return (
+        f"One forward on the example inputs; {before / after:.2f} times as fast." if before and after else ""
+    )
 
 
 def layer_label(names: Sequence[str]) -> list[str]:
@@ -333,7 +371,11 @@ def layer_label(names: Sequence[str]) -> list[str]:
                 return [part[differing[0]] for part in parts]
     words = [name.split(".") for name in plain]
     shared = 0
-    while all(len(word) > shared + 1 for word in words) and len({word[shared] for word in words}) == 1 and len(words) > 1:
+    while (
+        all(len(word) > shared + 1 for word in words)
+        and len({word[shared] for word in words}) == 1
+        and len(words) > 1
+    ):
         shared += 1
     return [".".join(word[shared:]) for word in words]
 
@@ -406,9 +448,16 @@ def split_block(name: str) -> tuple[str, int, str] | None:
 def _weights_map(weights: Sequence[Mapping[str, Any]]) -> Figure:
     split = [split_block(w["name"]) for w in weights]
     shares = [100 * w["kept"] / w["size"] for w in weights]
-    texts = [f"{w['name']}: {w['kept']:,} of {w['size']:,}, {s:.2f} %" for w, s in zip(weights, shares, strict=True)]
+    texts = [
+        f"{w['name']}: {w['kept']:,} of {w['size']:,}, {s:.2f} %"
+        for w, s in zip(weights, shares, strict=True)
+    ]
     found = [part for part in split if part]
-    if len(found) == len(weights) and len({part[0] for part in found}) == 1 and len({part[1] for part in found}) > 1:
+    if (
+        len(found) == len(weights)
+        and len({part[0] for part in found}) == 1
+        and len({part[1] for part in found}) > 1
+    ):
         columns = sorted({part[1] for part in found})
         lines = list(dict.fromkeys(part[2] for part in found))
         z: list[list[float | None]] = [[None] * len(columns) for _ in lines]
@@ -476,7 +525,9 @@ def strip_figures(plan: Plan) -> list[Figure]:
             "ygap": 1,
             "xgap": 1 if max(line["size"] for line in lines) <= 64 else 0,
         }
-        made.append(_strip(_kind(kind).capitalize(), data, len(names), "unit", max(line["size"] for line in lines)))
+        made.append(
+            _strip(_kind(kind).capitalize(), data, len(names), "unit", max(line["size"] for line in lines))
+        )
     families: dict[str, list[str]] = {}
     for name in plan.masks:
         part = split_block(name)
@@ -535,7 +586,8 @@ def score_figures(report: Mapping[str, Any], plan: Plan | None) -> list[Figure]:
             (stay if unit in kept else leave).append(value)
     made = []
     for kind, (stay, leave) in kinds.items():
-        low, high = min([*stay, *leave]), max([*stay, *leave])
+        ranked = sorted([*stay, *leave])
+        low, high = ranked[0], ranked[int(0.995 * (len(ranked) - 1))]  # the last bar holds the far tail
         if not low < high:
             continue
         edges = [low + (high - low) * i / 60 for i in range(61)]
@@ -544,7 +596,7 @@ def score_figures(report: Mapping[str, Any], plan: Plan | None) -> list[Figure]:
         for values, name, color in ((leave, "cut", "$before"), (stay, "kept", "$kept")):
             counts = [0] * 60
             for value in values:
-                counts[min(59, int((value - low) / (high - low) * 60))] += 1
+                counts[min(59, int((min(value, high) - low) / (high - low) * 60))] += 1
             hover = f"%{{y}} {name}<extra></extra>"
             data.append({"type": "bar", "x": middles, "y": counts, "name": name, "marker": {"color": color}})
             data[-1]["hovertemplate"] = hover

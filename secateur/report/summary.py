@@ -148,16 +148,25 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     before, after = report.get("before") or {}, report.get("after") or {}
     found = [str(note) for note in report.get("notes") or []]
     if any(w["kept"] < w["size"] for w in report.get("weights") or []):
-        if after.get("params") == before.get("params") and not any("sparse kernels" in note for note in found):
+        if after.get("params") == before.get("params") and not any(
+            "sparse kernels" in note for note in found
+        ):
             found.insert(0, SPARSE_NOTE)
     times = single(before)["forward_seconds"], single(after)["forward_seconds"]
     if times[0] and times[1] and times[1] > 0.98 * times[0] and SPARSE_NOTE not in found:
-        found.append("it is not faster: the time was measured, and a smaller count of multiply-adds did not shorten it")
+        found.append(
+            "it is not faster: the time was measured, and a smaller count of multiply-adds did not shorten it"
+        )
     for row in rows(before, after):
         if row.key == "perplexity" and row.before and row.after is None:
             found.append(f"{row.label} is no longer finite: what is left does not work")
         if row.key == "perplexity" and row.ratio and row.ratio > 10:
             found.append(f"{row.label} is {row.ratio:,.0f} times what it was: what is left hardly works")
+    if trained := report.get("recovery"):
+        between = by_task(report.get("cut") or {})
+        was = [f"{kind}, {task} was {figure(kind, value)}" for (kind, task), value in between.items()]
+        text = f"after the cut it was trained ({trained['recover']}, {trained['steps']} steps)"
+        found.append(text + (f"; before that {'; '.join(was)}" if was else ""))
     if report.get("met") is False:
         found.append("the target was not met")
     return list(dict.fromkeys(found))

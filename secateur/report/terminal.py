@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from secateur.plan import to_ranges
 from secateur.report.summary import in_seconds, notes, number, rows
+from secateur.taxonomy import AXES, MEANING, MethodInfo, notation
 
 
 def table(*headings: str, right: Iterable[str] = (), title: str | None = None) -> Table:
@@ -18,7 +21,10 @@ def table(*headings: str, right: Iterable[str] = (), title: str | None = None) -
     made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
     for heading in headings:
         made.add_column(
-            heading, justify="right" if heading in right else "left", overflow="fold", no_wrap=heading in right
+            heading,
+            justify="right" if heading in right else "left",
+            overflow="fold",
+            no_wrap=heading in right,
         )
     return made
 
@@ -44,7 +50,9 @@ def report_tables(report: Mapping[str, Any]) -> list[Any]:
             counts.add_row(kind.replace("_", " "), str(groups), f"{size:,}", f"{left:,}", share)
         parts.append(counts)
     if lines := frozen(report.get("groups") or []):
-        parts.append(Text(f"not cut: {len(lines)} " + ("group" if len(lines) == 1 else "groups"), style="bold"))
+        parts.append(
+            Text(f"not cut: {len(lines)} " + ("group" if len(lines) == 1 else "groups"), style="bold")
+        )
         shown = list(dict.fromkeys(reason for _, reason in lines))
         for reason in shown[:6]:
             names = [name for name, why in lines if why == reason]
@@ -100,24 +108,114 @@ def print_measurement(figures: Mapping[str, Any], console: Console | None = None
     console.print(made)
 
 
-def print_groups(groups: Sequence[Mapping[str, Any]], console: Console | None = None, full: bool = False) -> None:
-    """Groups as `secateur inspect` shows them: like groups in one row unless `full`.
-
-    Each of `groups` has name, kind, size, params and macs (shares of the model that the units carry) and reason.
-    """
-    console = console or Console()
+def print_graph(found: Mapping[str, Any], console: Console, full: bool = False) -> None:
+    """What `describe_groups` found, as `secateur inspect` shows it: like groups in one row unless `full`."""
+    console.print(
+        f"{number(found['params'])} parameters, {number(found['macs'])} multiply-adds on the example inputs"
+    )
     made = table("group", "kind", "units", "params", "macs", "", right=("units", "params", "macs"))
+    groups = found["groups"]
     for row in groups if full else merge_alike(groups):
-        cells = [f"{row[key]:.1%}".replace("%", " %") if row.get(key) is not None else "–" for key in ("params", "macs")]
+        cells = [f"{row[key] * 100:.1f} %" if row.get(key) is not None else "–" for key in ("params", "macs")]
         count = row.get("count", 1)
-        units = f"{count} × {number(row['size'])}" if count > 1 else number(row["size"])
+        units = f"{count} × {row['size']:,}" if count > 1 else f"{row['size']:,}"
         why = Text(f"not cut: {row['reason']}", style="dim") if row["reason"] else Text("")
         made.add_row(row["name"], row["kind"].replace("_", " "), units, *cells, why)
     console.print(made)
+    for name, why in found["unknown"].items():
+        console.print(Text(f"operation without a rule: {name}: {why}", style="yellow"))
+    console.print(
+        "Shares are of the whole model; groups overlap, so they don't add up to 100 %.", style="dim"
+    )
 
 
-def merge_alike(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Groups whose names differ only in numbers, of one kind, size and reason, as one row with `count`; shares add up.
+def print_methods(records: Sequence[MethodInfo], console: Console) -> None:
+    """A row a method."""
+    if not records:
+        console.print("no method is like that; drop a filter, or see all with `secateur methods`")
+        return
+    made = table("method", "title", "cuts", "when", "speed-up", "data", "what it does")
+    for info in records:
+        axes = [notation(info, axis) for axis in ("objects", "when", "speedup", "data")]
+        made.add_row(Text(info.name, style="bold"), info.title, *axes, info.description)
+    console.print(made)
+    console.print("`secateur methods NAME` shows one with its hyperparameters.", style="dim")
+
+
+def print_method(found: Mapping[str, Any], info: MethodInfo, console: Console) -> None:
+    """One method: what it does, its hyperparameters, its place in the taxonomy."""
+    console.print(Text.assemble((found["name"], "bold"), f"  {info.title}"))
+    if found["doc"]:
+        console.print(Text(found["doc"]))
+    made = table("hyperparameter", "default", "")
+    for item in found["hyperparameters"]:
+        made.add_row(f"--{item['name'].replace('_', '-')}", str(item["default"]), Text(item["help"]))
+    console.print(made if made.row_count else "It has no hyperparameters.")
+    made = table("axis", "value", "")
+    for axis, members in AXES.items():
+        held = [member for member in members if member in info.members(axis)]
+        named = ", ".join(MEANING[member] for member in held if member in MEANING)
+        made.add_row(axis, notation(info, axis), named if len(held) < 8 else "")
+    console.print(made)
+    for link in info.links:
+        console.print(Text(link))
+
+
+def print_advice(advice: Sequence[tuple[MethodInfo, str]], console: Console) -> None:
+    """Methods with the reasons for them, best first."""
+    if not advice:
+        console.print("no method fits; allow training (--train), give data, or ask about other hardware")
+        return
+    for place, (info, why) in enumerate(advice, 1):
+        console.print(Text.assemble(f"{place}. ", (info.name or info.spec, "bold"), f"  {info.title}"))
+        console.print(Text(f"   {why}"))
+
+
+def print_plan(plan: Mapping[str, Any], console: Console, full: bool = False) -> None:
+    """A plan's rows: kept of size."""
+    head = f"  target {plan['target']}  seed {plan['seed']}"
+    console.print(Text.assemble((plan["method"], "bold"), head))
+    made = table("name", "kind", "size", "kept", "share", right=("size", "kept", "share"))
+    rows = plan["rows"]
+    if not full:
+        counted = [{**row, "reason": None} for row in rows]
+        rows = [{**row, "size": row["size"] * row["count"]} for row in merge_alike(counted, add=("kept",))]
+    for row in rows:
+        share = f"{100 * row['kept'] / row['size']:.1f} %" if row["size"] else ""
+        made.add_row(
+            row["name"], row["kind"].replace("_", " "), f"{row['size']:,}", f"{row['kept']:,}", share
+        )
+    console.print(made if made.row_count else "it cuts nothing")
+    if plan["values"]:
+        console.print(f"{len(plan['values'])} tensors are replaced by repaired ones")
+
+
+def print_diff(found: Mapping[str, Any], console: Console) -> None:
+    """Where two plans differ."""
+    rows = found["rows"]
+    if not rows:
+        console.print("the two plans keep the same")
+        return
+    made = table(
+        "name",
+        "kept by first",
+        "by second",
+        "both of either",
+        right=("kept by first", "by second", "both of either"),
+    )
+    for row in rows:
+        kept = ["whole" if row[key] is None else f"{row[key]:,}" for key in ("first", "second")]
+        alone = row["first"] is None or row["second"] is None
+        made.add_row(row["name"], *kept, "" if alone else f"{100 * row['agree']:.1f} %")
+    console.print(made)
+
+
+def merge_alike(
+    groups: Sequence[Mapping[str, Any]], add: Sequence[str] = ("params", "macs")
+) -> list[dict[str, Any]]:
+    """Groups whose names differ only in numbers, of one kind, size and reason, as one row with `count`.
+
+    What `add` names is added up.
 
     >>> alike = merge_alike([dict(name=f"layers.{i}.mlp", kind="neurons", size=8, reason=None, params=0.1, macs=0.1)
     ...                      for i in range(3)])
@@ -126,12 +224,17 @@ def merge_alike(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     merged: dict[tuple, list[Mapping[str, Any]]] = {}
     for group in groups:
-        key = (_without_numbers(group["name"]), group["kind"], group["size"], _without_numbers(group["reason"] or ""))
+        key = (
+            _without_numbers(group["name"]),
+            group["kind"],
+            group["size"],
+            _without_numbers(group["reason"] or ""),
+        )
         merged.setdefault(key, []).append(group)
     made = []
     for alike in merged.values():
         row = dict(alike[0]) | {"count": len(alike)}
-        for key in ("params", "macs"):
+        for key in add:
             values = [group[key] for group in alike if group.get(key) is not None]
             row[key] = sum(values) if values else None
         row["name"] = common_name([group["name"] for group in alike])
@@ -145,10 +248,6 @@ def common_name(names: Sequence[str]) -> str:
     >>> common_name(["a.0.b", "a.1.b", "a.2.b"]), common_name(["a.0.b", "a.4.b"])
     ('a.0-2.b', 'a.{0,4}.b')
     """
-    import re
-
-    from secateur.plan import to_ranges
-
     parts = [re.split(r"(\d+)", name) for name in names]
     out = []
     for column in zip(*parts, strict=True):
@@ -162,6 +261,4 @@ def common_name(names: Sequence[str]) -> str:
 
 
 def _without_numbers(text: str) -> str:
-    import re
-
     return re.sub(r"\d+", "#", text)

@@ -1,0 +1,731 @@
+"""The command line. Flags and their help are the dataclasses and signatures of the Python API.
+
+Results go to stdout (with `--json` one JSON object and nothing else), progress and messages to stderr. A user's mistake
+is one line and exit code 2; a bug keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import inspect
+import json
+import math
+import os
+import re
+import shlex
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import cyclopts
+from cyclopts import App, Group, Parameter
+
+from secateur import __version__
+from secateur.errors import SecateurError
+from secateur.options import Options
+from secateur.taxonomy import AXES, FLAGS, MEANING, RECORDS, MethodInfo, notation
+from secateur.taxonomy import recommend as advise
+
+MISTAKE = 2
+MODEL = "smollm2, aidreams, a folder that transformers or secateur wrote, or a hub name"
+TARGET = "what holds at the end: 50% (share kept), 'params<=100e6', 'macs<=50%', 'size<=200MB', 'latency<=8ms', 2:4"
+Command = Callable[..., Any]
+
+# ---------------------------------------------------------------- flags
+
+
+def flag(
+    name: str, kind: Any = str, default: Any = inspect.Parameter.empty, help: str = "", group: Any = None
+) -> inspect.Parameter:
+    """One keyword flag; `foo_bar` becomes `--foo-bar`."""
+    extra: dict[str, Any] = {"group": group} if group else {}
+    if kind is bool and default is False:
+        extra["negative"] = ""
+    if default is None or default is False or default == ():
+        extra["show_default"] = False
+    note = Annotated[kind, Parameter(name=f"--{name.replace('_', '-')}", help=help, **extra)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=note)
+
+
+def word(
+    name: str, kind: Any = str, default: Any = inspect.Parameter.empty, help: str = ""
+) -> inspect.Parameter:
+    """One positional argument."""
+    note = Annotated[kind, Parameter(help=help)]
+    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY, default=default, annotation=note)
+
+
+def words(name: str, help: str = "") -> inspect.Parameter:
+    """Any number of positional arguments."""
+    return inspect.Parameter(
+        name, inspect.Parameter.VAR_POSITIONAL, annotation=Annotated[str, Parameter(help=help)]
+    )
+
+
+def fields_as_flags(
+    cls: type, group: Any = None, rename: Callable[[str], str] = str
+) -> list[inspect.Parameter]:
+    """The fields of a dataclass as flags: names, types, defaults, and help from `metadata["help"]`.
+
+    Tuples are written with commas. Fields that a command line cannot say (functions, tensors) are left out.
+    """
+    hints = typing.get_type_hints(cls)
+    made = []
+    for item in dataclasses.fields(cls):
+        kind = _flag_type(hints[item.name])
+        if not item.init or kind is None:
+            continue
+        default = item.default
+        if item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
+        if isinstance(default, tuple | list):
+            default = ",".join(map(str, default))
+        required = default is dataclasses.MISSING
+        default = inspect.Parameter.empty if required else default
+        made.append(flag(rename(item.name), kind, default, item.metadata.get("help", ""), group))
+    return made
+
+
+def _flag_type(hint: Any) -> Any:
+    if typing.get_origin(hint) is typing.Literal or hint in (int, float, bool, str):
+        return hint
+    members = typing.get_args(hint)
+    if typing.get_origin(hint) in (tuple, list):
+        return str
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        kinds = [_flag_type(member) for member in members if member is not type(None)]
+        known = [kind for kind in kinds if kind is not None]
+        if not known:
+            return None
+        return typing.Union[tuple([*known, *([None] if type(None) in members else [])])]  # noqa: UP007
+    return None
+
+
+def listed(text: str | None) -> tuple[str, ...]:
+    """`a,b` -> ("a", "b")"""
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def command(parameters: Sequence[inspect.Parameter], function: Command, help: str) -> Command:
+    """`function` with the signature that the command line shows."""
+
+    signature = inspect.Signature(list(parameters))
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return function(*bound.args, **bound.kwargs)
+
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    run.__name__, run.__doc__ = function.__name__, help
+    return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Recovery:
+    """Training after the cut."""
+
+    recover: Literal["lora", "full"] | None = dataclasses.field(
+        default=None,
+        metadata={"help": "train what is left: low-rank updates that are merged, or all weights"},
+    )
+    steps: int = dataclasses.field(default=100, metadata={"help": "training steps, of 8 windows each"})
+    distill: bool = dataclasses.field(
+        default=False, metadata={"help": "learn from the dense model as well (keeps it in memory)"}
+    )
+    recover_lr: float | None = dataclasses.field(
+        default=None, metadata={"help": "learning rate; default: 3e-4 for lora, 3e-5 for full"}
+    )
+
+
+JSON = flag("json", bool, False, "print one JSON object, and nothing else, on stdout")
+TASKS = flag(
+    "tasks",
+    str | None,
+    None,
+    "measure quality on these, separated by commas: texts (perplexity: wikitext2, ptb, a file) and sets of questions"
+    " (accuracy: piqa, arc_easy, ...)",
+)
+LIMIT = flag("limit", int | None, None, "at most this many windows of a text and questions of a set")
+LATENCY = flag("latency", bool, False, "measure the time of a forward, and of a new token")
+SEQLEN = flag("seqlen", int, 512, "tokens in an evaluation window")
+SHAPE = flag(
+    "input_shape",
+    str | None,
+    None,
+    "shape of the example input of a model that reads pictures, such as 1,3,224,224",
+)
+OUT_HELP = "a new folder for the result"
+
+
+def prune_parameters(method: str | None) -> list[inspect.Parameter]:
+    """Flags of `prune`; with a method's name, its hyperparameters too."""
+    options = fields_as_flags(Options, Group("Options", sort_key=2))
+    output, quality = Group("Output", sort_key=4), Group("Measurement", sort_key=3)
+    made = [
+        word("model", help=MODEL),
+        flag("method", help="the method: `secateur methods` lists them"),
+        flag("target", help=TARGET),
+        flag(
+            "data",
+            str | None,
+            None,
+            "calibration text: a .txt or .jsonl file, wikitext2, ...; default: some English",
+        ),
+        flag("seed", int, 0, "of everything that is drawn by chance"),
+    ]
+    made += options
+    made += fields_as_flags(Recovery, Group("Recovery", sort_key=3))
+    made += [_moved(TASKS, quality), _moved(LIMIT, quality), _moved(LATENCY, quality), SHAPE]
+    made += [
+        flag("out", str | None, None, OUT_HELP, output),
+        flag("report", str | None, None, "a self-contained HTML file with the report", output),
+        flag("inplace", bool, True, "cut the loaded model itself; a copy takes twice the memory", output),
+        flag("resume", bool, True, "keep finished steps, so that a killed run goes on where it was", output),
+        _moved(JSON, output),
+    ]
+    if method is not None:
+        from secateur.method import method_class
+
+        cls = method_class(method)
+        taken = {parameter.name for parameter in made}
+        group = Group(f"Hyperparameters of {cls.name}", sort_key=1)
+        made += fields_as_flags(cls, group, lambda field: own_flag(cls.name, field, taken))
+    return made
+
+
+def own_flag(method: str, field: str, taken: Iterable[str]) -> str:
+    """A hyperparameter's name as a flag: its own, or with the method's before it where a general flag has that name."""
+    return f"{method.replace('-', '_')}_{field}" if field in taken else field
+
+
+def _moved(parameter: inspect.Parameter, group: Group) -> inspect.Parameter:
+    kind, note = typing.get_args(parameter.annotation)
+    return parameter.replace(annotation=Annotated[kind, note, Parameter(group=group)])
+
+
+def named_method(argv: Sequence[str]) -> str | None:
+    """The value of `--method`, found before the flags are parsed, because it decides which flags there are."""
+    for index, token in enumerate(argv):
+        if token == "--method" and index + 1 < len(argv):
+            return argv[index + 1]
+        if token.startswith("--method="):
+            return token.partition("=")[2]
+    return None
+
+
+def on_off(argv: Sequence[str], switches: Mapping[str, bool]) -> list[str]:
+    """`--prove off` as `--no-prove`, for every yes-or-no flag. `switches`: name -> whether it has a `--no-` form."""
+    out: list[str] = []
+    words_ = {"on": True, "off": False, "true": True, "false": False, "yes": True, "no": False}
+    for token in argv:
+        name, equals, value = token.partition("=")
+        if equals and name in switches and value.lower() in words_:
+            out += _switch(name, words_[value.lower()], switches)
+        elif out and out[-1] in switches and token.lower() in words_:
+            out += _switch(out.pop(), words_[token.lower()], switches)
+        else:
+            out.append(token)
+    return out
+
+
+def _switch(name: str, on: bool, switches: Mapping[str, bool]) -> list[str]:
+    if on:
+        return [name]
+    return [f"--no-{name.removeprefix('--')}"] if switches[name] else []
+
+
+def _switches(parameters: Iterable[inspect.Parameter]) -> dict[str, bool]:
+    found = {}
+    for parameter in parameters:
+        kind = typing.get_args(parameter.annotation)[0]
+        if kind is bool:
+            found[f"--{parameter.name.replace('_', '-')}"] = parameter.default is not False
+    return found
+
+
+# ---------------------------------------------------------------- what verbs share
+
+
+def show(value: Mapping[str, Any], as_json: bool, draw: Callable[[Any], None]) -> None:
+    """The result on stdout: JSON, or what `draw` prints on a console."""
+    from rich.console import Console
+
+    if as_json:
+        print(json.dumps(plain(value), ensure_ascii=False), file=sys.stdout, flush=True)
+    else:
+        draw(Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
+
+
+def plain(value: Any) -> Any:
+    """`value` with what JSON can hold: infinities and NaN are null, sets are sorted lists, paths are text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(plain, value))
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def check_new_folder(path: str | None, name: str = "--out") -> None:
+    """Refuse a folder that is in use before any work is done."""
+    if path is None:
+        return
+    folder = Path(path).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise SecateurError("is a file", where=f"{name} {path}", fix="give a new folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise SecateurError(
+            "the folder is not empty", where=f"{name} {path}", fix="give a new folder, or remove this one"
+        )
+    _check_writable(folder, f"{name} {path}")
+
+
+def check_new_file(path: str | None, name: str = "--report") -> None:
+    """Refuse a file that cannot be written before any work is done."""
+    if path is None:
+        return
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise SecateurError("is a folder", where=f"{name} {path}", fix="give the name of an .html file")
+    _check_writable(file, f"{name} {path}")
+
+
+def _check_writable(path: Path, where: str) -> None:
+    parent = path if path.is_dir() else path.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise SecateurError(f"{parent} is a file", where=where, fix="choose another place")
+    if not os.access(parent, os.W_OK):
+        raise SecateurError(f"cannot write in {parent}", where=where, fix="choose a place you may write to")
+
+
+def example(model: Any, shape: str | None) -> Any:
+    """Example inputs: noise of `shape`, or of the size of pictures a config states; None for a language model."""
+    import torch
+
+    if shape is None:
+        config = getattr(model, "config", None)
+        if getattr(config, "vocab_size", None) is not None:
+            return None
+        size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+        if size is None:
+            raise SecateurError(
+                f"{type(model).__name__} isn't a language model, so its inputs can't be guessed",
+                where="inputs",
+                fix="give --input-shape, such as --input-shape 1,3,224,224",
+            )
+        sizes = [1, channels, *(size if isinstance(size, list | tuple) else (size, size))]
+    else:
+        try:
+            sizes = [int(part) for part in re.split(r"[,x]", shape)]
+            if min(sizes) < 1:
+                raise ValueError(shape)
+        except ValueError:
+            raise SecateurError(
+                f"{shape!r} isn't a shape", where="--input-shape", fix="write sizes such as 1,3,224,224"
+            ) from None
+    first = next(model.parameters())
+    noise = torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(first.device, first.dtype)
+    name = getattr(model, "main_input_name", None)
+    return {name: noise} if name else noise
+
+
+# ---------------------------------------------------------------- verbs
+
+
+def prune(model: str, **given: Any) -> None:
+    from secateur.measure import measure as run_measure
+    from secateur.method import make_method, method_class
+    from secateur.progress import track
+    from secateur.prune import prune as run
+    from secateur.report.html import library_versions, write_report
+    from secateur.report.terminal import print_report
+    from secateur.tasks import load_model
+
+    out, page = given["out"], given["report"]
+    check_new_folder(out)
+    check_new_file(page)
+    cls = method_class(given["method"])
+    taken = {parameter.name for parameter in prune_parameters(None)}
+    fields = {item.name: own_flag(cls.name, item.name, taken) for item in dataclasses.fields(cls)}
+    method = make_method(cls, **{name: given[flag_] for name, flag_ in fields.items() if flag_ in given})
+    settings = {item.name: given[item.name] for item in dataclasses.fields(Options)}
+    settings["kinds"] = listed(given["kinds"]) or None
+    Options(**settings).check()
+    recovery = Recovery(**{item.name: given[item.name] for item in dataclasses.fields(Recovery)})
+    if recovery.steps < 1:
+        raise SecateurError(f"{recovery.steps} steps is no training", where="--steps", fix="give 1 or more")
+    check_target(given["target"])
+    tasks = {"tasks": listed(given["tasks"]), "limit": given["limit"]}
+    with quiet_stdout():
+        network, tokenizer = load_model(model)
+        inputs = example(network, given["input_shape"])
+        times = {"before": _times(network, inputs, settings["seqlen"])} if given["latency"] else {}
+        inplace = given["inplace"] and not (recovery.recover and recovery.distill)
+        pruned = run(
+            network,
+            inputs,
+            method=method,
+            target=given["target"],
+            data=given["data"],
+            seed=given["seed"],
+            tokenizer=tokenizer,
+            inplace=inplace,
+            rollback=False,
+            resume=given["resume"],
+            progress=track,
+            **tasks,
+            **settings,
+        )
+        report = pruned.report
+        if recovery.recover:
+            _recover(pruned, recovery, network, given["data"], given["seed"])
+            measured = {"inputs": inputs, "tokenizer": tokenizer, "seqlen": settings["seqlen"], **tasks}
+            report["cut"], report["after"] = report["after"], run_measure(pruned.model, **measured)
+        if given["latency"]:
+            times["after"] = _times(pruned.model, inputs, settings["seqlen"])
+            for when, figures in times.items():
+                report[when]["latency"] = figures
+        report |= {"model": model, "out": out, "command": shlex.join(["secateur", *_argv])}
+        report["versions"] = library_versions()
+        if out:
+            pruned.save(Path(out).expanduser())
+        if page:
+            write_report(Path(page).expanduser(), report, pruned.plan)
+            print(f"report: {page}", file=sys.stderr)
+    show(report, given["json"], lambda console: print_report(report, console))
+
+
+_argv: list[str] = []
+
+
+def _recover(pruned: Any, recovery: Recovery, dense: Any, data: Any, seed: int) -> None:
+    """Train the pruned model on the calibration text; what was trained goes into the report."""
+    from secateur.data import calibration_batches
+    from secateur.recover import recover
+
+    options = pruned.report["options"]
+    samples = max(options["samples"], min(8 * recovery.steps, 1024))
+    windows = calibration_batches(data, pruned.tokenizer, pruned.model, samples, options["seqlen"], seed)
+    start = time.perf_counter()
+    losses = recover(
+        pruned.model,
+        windows,
+        how=recovery.recover or "lora",
+        steps=recovery.steps,
+        lr=recovery.recover_lr,
+        teacher=dense if recovery.distill else None,
+        masks=pruned.plan.masks,
+        seed=seed,
+    )
+    pruned.report["recovery"] = {**dataclasses.asdict(recovery), "losses": losses}
+    pruned.report["seconds"] += time.perf_counter() - start
+
+
+def check_target(text: str) -> None:
+    """Read the target before anything is loaded."""
+    from secateur.budget import parse_target
+
+    if text.strip().lower() in ("params", "macs", "size", "latency"):
+        raise SecateurError(
+            f"{text!r} has no limit",
+            where="target",
+            fix=f"quote it, the shell reads < and >: --target '{text}<=50%'",
+        )
+    parse_target(text)
+
+
+def _times(model: Any, inputs: Any, seqlen: int) -> dict[str, float]:
+    from secateur.measure import measure as run
+
+    return run(model, latency=True, seqlen=seqlen, inputs=inputs)["latency"]
+
+
+def measure(model: str, **given: Any) -> None:
+    from secateur.measure import measure as run
+    from secateur.report.terminal import print_measurement
+    from secateur.tasks import load_model
+
+    with quiet_stdout():
+        network, tokenizer = load_model(model)
+        asked = {name: given[name] for name in ("limit", "seqlen", "latency")}
+        inputs = example(network, given["input_shape"])
+        figures = run(network, tokenizer, tasks=listed(given["tasks"]), inputs=inputs, **asked)
+    figures = {"model": model, **figures}
+    show(figures, given["json"], lambda console: print_measurement(figures, console, model))
+
+
+def inspect_model(model: str, **given: Any) -> None:
+    from secateur.graph import trace
+    from secateur.inputs import default_inputs
+    from secateur.report.graph import describe_groups, write_graph
+    from secateur.report.terminal import print_graph
+    from secateur.tasks import load_model
+
+    check_new_file(given["html"], "--html")
+    with quiet_stdout():
+        network, _ = load_model(model)
+        inputs = example(network, given["input_shape"])
+        graph = trace(network, default_inputs(network) if inputs is None else inputs)
+        found = {"model": model, **describe_groups(graph)}
+        if given["html"]:
+            write_graph(Path(given["html"]).expanduser(), graph, model)
+            print(f"picture: {given['html']}", file=sys.stderr)
+    show(found, given["json"], lambda console: print_graph(found, console, given["full"]))
+
+
+def methods(*text: str, **given: Any) -> None:
+    from secateur.method import list_methods, method_class
+    from secateur.report.terminal import print_method, print_methods
+
+    filters = {key: value for key, value in given.items() if key != "json" and value is not None}
+    names = list_methods()
+    key = "-".join(text).strip().lower().replace("_", "-")
+    if key in names and not filters:
+        cls = method_class(key)
+        found = describe_method(cls.info)
+        found["hyperparameters"] = [
+            {"name": item.name, "default": _default(item), "help": item.metadata.get("help", "")}
+            for item in dataclasses.fields(cls)
+            if item.init
+        ]
+        found["needs"] = sorted(cls.needs)
+        found["doc"] = inspect.cleandoc(cls.__doc__ or "")
+        show(found, given["json"], lambda console: print_method(found, cls.info, console))
+        return
+    matching = list_methods(search=" ".join(text) or None, **filters)
+    if not matching and len(text) == 1 and not filters:
+        method_class(text[0])
+    records = [method_class(name).info for name in matching]
+    value = {"methods": [describe_method(info) for info in records]}
+    show(value, given["json"], lambda console: print_methods(records, console))
+
+
+def recommend(**given: Any) -> None:
+    from secateur.method import list_methods, method_class
+    from secateur.report.terminal import print_advice
+
+    as_json, published = given.pop("json"), given.pop("published")
+    records: Iterable[MethodInfo] = RECORDS
+    if not published:
+        records = [method_class(name).info for name in list_methods()]
+    advice = advise(records, **given)
+    value = {"methods": [{**describe_method(info), "why": why} for info, why in advice]}
+    show(value, as_json, lambda console: print_advice(advice, console))
+
+
+def describe_method(info: MethodInfo) -> dict[str, Any]:
+    """A record as JSON: axes as lists of members."""
+    fields = {item.name: getattr(info, item.name) for item in dataclasses.fields(info)}
+    axes = {axis: sorted(info.members(axis)) for axis in AXES}
+    flags = {name: getattr(info, name) for name in FLAGS}
+    return plain({"name": info.name or info.spec, **fields, **axes, **flags, "links": info.links})
+
+
+def _default(item: dataclasses.Field) -> Any:
+    if item.default_factory is not dataclasses.MISSING:
+        return item.default_factory()
+    return None if item.default is dataclasses.MISSING else item.default
+
+
+def plan_show(directory: str, **given: Any) -> None:
+    from secateur.plan import Plan
+    from secateur.report.terminal import print_plan
+
+    plan = Plan.load(Path(directory).expanduser())
+    value = {
+        name: getattr(plan, name)
+        for name in ("method", "target", "seed", "hyperparameters", "options", "inputs", "notes")
+    }
+    value |= {"rows": plan.summary(), "values": sorted(plan.values)}
+    show(value, given["json"], lambda console: print_plan(value, console, given["full"]))
+
+
+def plan_diff(first: str, second: str, **given: Any) -> None:
+    from secateur.plan import Plan, diff
+    from secateur.report.terminal import print_diff
+
+    plans = [Plan.load(Path(path).expanduser()) for path in (first, second)]
+    value = {"first": first, "second": second, "rows": diff(*plans)}
+    show(value, given["json"], lambda console: print_diff(value, console))
+
+
+def plan_apply(plan: str, model: str, **given: Any) -> None:
+    import copy
+
+    from secateur.artefact import save_model
+    from secateur.measure import measure as run
+    from secateur.plan import Plan
+    from secateur.prune import apply_plan
+    from secateur.report.terminal import print_report
+    from secateur.tasks import load_model
+
+    check_new_folder(given["out"])
+    decided = Plan.load(Path(plan).expanduser())
+    with quiet_stdout():
+        network, tokenizer = load_model(model)
+        asked: dict[str, Any] = {"tasks": listed(given["tasks"]), "limit": given["limit"]}
+        inputs = example(network, given["input_shape"])
+        before = run(network, tokenizer, inputs=inputs, **asked)
+        config = copy.deepcopy(getattr(network, "config", None))
+        changes = apply_plan(network, decided)
+        after = run(network, tokenizer, inputs=inputs, **asked)
+        report = {"model": model, "method": decided.method, "target": decided.target, "seed": decided.seed}
+        report |= {
+            "before": before,
+            "after": after,
+            "out": given["out"],
+            "notes": list(decided.notes.values()),
+        }
+        rows = decided.summary()
+        report["groups"] = [{**row, "reason": None} for row in rows if row["kind"] != "weights"]
+        report["weights"] = [row for row in rows if row["kind"] == "weights"]
+        if given["out"]:
+            save_model(
+                network,
+                Path(given["out"]).expanduser(),
+                tokenizer=tokenizer,
+                plan=decided,
+                report=report,
+                dense_config=config,
+                changes=changes,
+            )
+    show(report, given["json"], lambda console: print_report(report, console))
+
+
+# ---------------------------------------------------------------- the application
+
+
+def build(argv: Sequence[str]) -> tuple[App, list[str]]:
+    """The application, and the command line with `on` and `off` read; `prune` gets the flags of the method it names."""
+    app = App(
+        name="secateur",
+        version=__version__,
+        help="Find what is redundant in a neural network, cut it out, and see what the cut did.",
+        result_action="return_value",
+        help_on_error=False,
+    )
+    verb = next((token for token in argv if not token.startswith("-")), "")
+    parameters: list[inspect.Parameter] = [JSON]
+    if verb == "prune":
+        parameters = prune_parameters(named_method(argv))
+    text = "Make a model smaller.\n\nWith --method NAME, --help shows the method's hyperparameters too."
+    app.command(command(parameters, prune, text), name="prune")
+    inspected = [
+        word("model", help=MODEL),
+        flag("html", str | None, None, "a self-contained HTML file with the groups as a picture"),
+        flag("full", bool, False, "every group in a row of its own"),
+        SHAPE,
+        JSON,
+    ]
+    text = "Show what can be cut: groups, kinds, sizes, shares of the cost; and what cannot, and why."
+    app.command(command(inspected, inspect_model, text), name="inspect")
+    measured = [word("model", help=MODEL), TASKS, LIMIT, SEQLEN, LATENCY, SHAPE, JSON]
+    app.command(command(measured, measure, "Measure size, cost, speed and quality."), name="measure")
+    app.command(
+        command([*_filters(), JSON], methods, "List the methods, search them, or show one."), name="methods"
+    )
+    text = "Methods that fit, best first, with reasons."
+    app.command(command([*_advice(), JSON], recommend, text), name="recommend")
+    plans = App(name="plan", help="Show, compare and apply plans: what is kept, as data.")
+    full = flag("full", bool, False, "every group in a row of its own")
+    where = "a folder that holds a plan.json, or the file"
+    plans.command(
+        command([word("directory", help=where), full, JSON], plan_show, "Show a plan."), name="show"
+    )
+    both = [word("first", help=where), word("second", help="the other"), JSON]
+    plans.command(command(both, plan_diff, "Show where two plans differ."), name="diff")
+    applied = [word("plan", help=where), word("model", help="the dense model"), flag("out", help=OUT_HELP)]
+    applied += [TASKS, LIMIT, SHAPE, JSON]
+    plans.command(command(applied, plan_apply, "Do what a plan says to a fresh model."), name="apply")
+    app.command(plans)
+    every = [*parameters, *inspected, *measured, *_filters(), *_advice(), full]
+    return app, on_off(argv, _switches(every))
+
+
+def _filters() -> list[inspect.Parameter]:
+    made = [words("text", "words to look for in names, titles and descriptions; or the name of one method")]
+    for axis, members in AXES.items():
+        named = ", ".join(f"{m} ({MEANING[m]})" if m in MEANING else m for m in members)
+        made.append(flag(axis, str | None, None, f"one or several as a/b: {named}"))
+    for name in FLAGS:
+        made.append(
+            flag(name, bool | None, None, _first_line(getattr(MethodInfo, name)) or name.replace("_", " "))
+        )
+    return made
+
+
+def _first_line(documented: Any) -> str:
+    return (documented.__doc__ or "").split("\n")[0]
+
+
+def _advice() -> list[inspect.Parameter]:
+    """The keywords of `taxonomy.recommend`; its docstring is their help."""
+    text = " ".join((advise.__doc__ or "").split())
+    hints = typing.get_type_hints(advise)
+    made = []
+    for name, parameter in inspect.signature(advise).parameters.items():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            found = re.search(rf"`{name}`: (.+?)(?=\. `|\. Raises)", text)
+            made.append(flag(name, hints[name], parameter.default, found[1] if found else ""))
+    made.append(
+        flag("published", bool, False, "choose among all published systems, also those not in this library")
+    )
+    return made
+
+
+@contextlib.contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """What libraries print goes to stderr: stdout belongs to the result."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; gives the exit code: 0, or 2 for anything that the user can mend.
+
+    >>> main(["methods", "--when", "PAT-PT", "--json"])  # doctest: +SKIP
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    _argv[:] = given
+    try:
+        app, tokens = build(given)
+        app(tokens, exit_on_error=False, print_error=False)
+        return 0
+    except cyclopts.CycloptsError as error:
+        return _fail(" ".join(str(error).split()))
+    except SecateurError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written; run the same command again to continue")
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the reader of our output has gone
+        return 0
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(f"the disk is full ({error.filename or error}); free some space, or write elsewhere")
+        raise
+    except Exception as error:
+        if type(error).__name__ in ("OutOfMemoryError",):
+            return _fail(f"out of memory ({str(error).splitlines()[0]}); lower --samples or --seqlen")
+        raise
+
+
+def _fail(message: str) -> int:
+    print(f"secateur: {' '.join(message.split())}", file=sys.stderr)
+    return MISTAKE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
