@@ -1,0 +1,604 @@
+"""Groups of coupled slices, what they cost, and which sizes follow from keeping only some of their units."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.graph.labels import ALONE, EXPERT, HEAD, INNER, MIXED, RESIDUAL, Axes
+from secateur.graph.sizes import Attribute, Extent, evaluate, leaves
+
+if TYPE_CHECKING:
+    from secateur.graph.trace import Tracer
+
+KINDS = ("channels", "heads", "kv_groups", "head_dim", "neurons", "experts", "hidden", "layers")
+HOW = ("sum", "mean", "max", "prod")
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """What leaves one tensor when a unit leaves: `index[u]` along `dim` of the tensor called `name`."""
+
+    name: str
+    dim: int
+    index: Tensor
+    role: str
+
+
+@dataclass(eq=False)
+class Group:
+    """Coupled slices that vanish together; every unit has the same footprint.
+
+    >>> group = graph["model.layers.0.self_attn:kv_groups"]
+    >>> group.size, group.kind, [(s.name, s.dim, tuple(s.index.shape)) for s in group.slices]
+    """
+
+    name: str
+    kind: str
+    size: int
+    slices: tuple[Slice, ...] = ()
+    reason: str | None = None
+    exact: bool = True
+    modules: tuple[str, ...] = ()
+    _classes: np.ndarray = field(default_factory=lambda: np.zeros(0, int), repr=False)
+    _alone: bool = False  # query heads over one shared key-value head
+
+    def reduce(
+        self, values: Mapping[str, Tensor], how: str = "sum", roles: Sequence[str] | None = None
+    ) -> Tensor:
+        """One number for every unit: values of the same shapes as the tensors, gathered over the coupled slices.
+
+        >>> scores = graph["fc1:neurons"].reduce({n: p.abs() for n, p in model.named_parameters()})  # [units]
+
+        `how` is sum, mean (of all entries of a unit), max or prod; `roles` keeps only slices with these roles.
+        Tensors missing from `values` are passed over. A group of layers sums over the tensors of each block.
+        Raises SecateurError for an unknown `how`, a wrong shape, or when no slice has a value.
+        """
+        if how not in HOW:
+            raise SecateurError(
+                f"reduction {how!r}", where="Group.reduce", fix=f"use one of {', '.join(HOW)}"
+            )
+        parts: list[Tensor] = []
+        if self.kind == "layers":
+            rows = []
+            for path in self.modules:
+                flat = [v.reshape(-1) for n, v in values.items() if n.startswith(path + ".")]
+                if not flat:
+                    raise SecateurError("no value for this block", where=path, fix="score its parameters")
+                rows.append(_fold(torch.cat(flat)[None], how))
+            return torch.cat(rows)
+        for s in self.slices:
+            if s.name not in values or (roles is not None and s.role not in roles):
+                continue
+            value = values[s.name]
+            if value.dim() <= s.dim or value.shape[s.dim] <= int(s.index.max()):
+                raise SecateurError(
+                    f"values of shape {tuple(value.shape)}", where=s.name, fix="give the shape of the tensor"
+                )
+            index = s.index.to(value.device)
+            rows_ = value.movedim(s.dim, 0).reshape(value.shape[s.dim], -1)
+            if how == "sum":
+                parts.append(rows_.sum(1, keepdim=True)[index.reshape(-1)].reshape(self.size, -1))
+            else:
+                parts.append(rows_[index.reshape(-1)].reshape(self.size, -1))
+        if not parts:
+            raise SecateurError(
+                "no value for any slice of this group", where=self.name, fix="check the names"
+            )
+        return _fold(torch.cat(parts, 1), how)
+
+
+def _fold(rows: Tensor, how: str) -> Tensor:
+    if how == "max":
+        return rows.amax(1)
+    return {"sum": rows.sum, "mean": rows.mean, "prod": rows.prod}[how](1)
+
+
+@dataclass
+class Graph:
+    """A traced model: groups in a stable order, and the shapes of all parameters and buffers."""
+
+    groups: list[Group]
+    shapes: dict[str, tuple[int, ...]]
+    aliases: dict[str, str] = field(default_factory=dict)
+    unknown: dict[str, str] = field(default_factory=dict)
+    normalised: frozenset[str] = frozenset()
+    _parameters: list[str] = field(default_factory=list, repr=False)
+    _class: np.ndarray = field(default_factory=lambda: np.zeros(0, int), repr=False)
+    _open: np.ndarray = field(default_factory=lambda: np.zeros(0, bool), repr=False)
+    _events: list[Any] = field(default_factory=list, repr=False)
+    _costs: list[Any] = field(default_factory=list, repr=False)
+    _found: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)
+
+    def __getitem__(self, name: str) -> Group:
+        for group in self.groups:
+            if group.name == name:
+                return group
+        near = [g.name for g in self.groups if name.split(":")[0] in g.name][:5]
+        raise SecateurError(f"no group {name!r}", where="Graph", fix=f"see graph.explain(); near: {near}")
+
+    def prunable(self, kinds: Sequence[str] | str | None = None) -> list[Group]:
+        """The groups that can be cut, of these kinds."""
+        kinds = [kinds] if isinstance(kinds, str) else kinds
+        return [g for g in self.groups if g.reason is None and (kinds is None or g.kind in kinds)]
+
+    def params(self, keep: Mapping[str, Tensor] | None = None, names: Sequence[str] | None = None) -> int:
+        """Predicted number of parameters of the whole model (tied ones count once), or of the tensors in `names`."""
+        shapes = {n: list(self.shapes[n]) for n in (self._parameters if names is None else names)}
+        for group, kept in self._kept(keep):
+            if group.kind == "layers":
+                gone = [m for u, m in enumerate(group.modules) if u not in set(kept.tolist())]
+                shapes = {n: s for n, s in shapes.items() if not _under(n, gone)}
+                continue
+            for s in group.slices:
+                if s.name in shapes:
+                    shapes[s.name][s.dim] -= (group.size - len(kept)) * s.index.shape[1]
+        return sum(prod(s) for s in shapes.values())
+
+    def macs(self, keep: Mapping[str, Tensor] | None = None) -> int:
+        """Predicted multiply-adds of one forward on the traced inputs (convolutions, matrix products, attention)."""
+        alive = self._alive(keep)
+        gone = [
+            m for g, kept in self._kept(keep) for u, m in enumerate(g.modules) if u not in set(kept.tolist())
+        ]
+        total = 0
+        for module, const, parts in self._costs:
+            if not _under(module + ".", gone):
+                total += const * prod(self._count(p, alive) for p in parts)
+        return total
+
+    def explain(self) -> str:
+        """Every group: kind, number of units, share of the parameters it touches, and why it is frozen."""
+        total = max(1, self.params())
+        lines = []
+        for g in self.groups:
+            share = self._touched(g) / total
+            note = (
+                f"frozen: {g.reason}"
+                if g.reason
+                else ("" if g.exact else "a norm or softmax mixes its units")
+            )
+            lines.append(
+                f"{g.name:<48} {g.kind:<10} {g.size:>6} units {share:>7.1%} of parameters  {note}".rstrip()
+            )
+        lines += [f"operation without a rule: {name}: {why}" for name, why in self.unknown.items()]
+        return "\n".join(lines)
+
+    def _touched(self, group: Group) -> int:
+        if group.kind == "layers":
+            inside = [n for n in self._parameters if _under(n, group.modules)]
+            return sum(prod(self.shapes[n]) for n in inside)
+        own = set(self._parameters)
+        return sum(
+            s.index.numel() * prod(self.shapes[s.name]) // self.shapes[s.name][s.dim]
+            for s in group.slices
+            if s.name in own
+        )
+
+    def _kept(self, keep: Mapping[str, Tensor] | None) -> list[tuple[Group, Tensor]]:
+        out = []
+        for name, kept in (keep or {}).items():
+            group = self[name]
+            if group.reason is not None:
+                raise SecateurError(
+                    f"this group cannot be cut: {group.reason}", where=name, fix="leave it whole"
+                )
+            kept = torch.as_tensor(kept).cpu().long()
+            if kept.ndim != 1 or not len(kept) or len(kept.unique()) != len(kept):
+                raise SecateurError(
+                    "kept units must be distinct, one at least", where=name, fix="keep some unit"
+                )
+            if int(kept.min()) < 0 or int(kept.max()) >= group.size:
+                raise SecateurError(
+                    f"kept unit {int(kept.max())} of {group.size}",
+                    where=name,
+                    fix="use unit numbers of the graph",
+                )
+            out.append((group, kept.sort().values))
+        return out
+
+    def _alive(self, keep: Mapping[str, Tensor] | None) -> np.ndarray:
+        alive = np.ones(len(self._open), bool)
+        for group, kept in self._kept(keep):
+            if group.kind != "layers":
+                gone = np.ones(group.size, bool)
+                gone[kept.numpy()] = False
+                alive[group._classes[gone]] = False
+        return alive
+
+    def _entries(self, axes: Axes, axis: int) -> Any:
+        """The classes along an axis: None (constant) or an array [entries, labels of each entry]."""
+        axis %= max(1, len(axes.shape))
+        key = (id(axes), axis)
+        if key not in self._found:
+            found = None
+            for layer in axes.layers:
+                if layer.shape[axis] > 1:
+                    rows = self._class[np.moveaxis(layer, axis, 0).reshape(layer.shape[axis], -1)]
+                    if (rows == rows[:, :1]).all():
+                        rows = rows[:, :1]
+                    if self._open[rows].any():
+                        found = rows
+                    break
+            self._found[key] = (found, axes)
+        return self._found[key][0]
+
+    def _count(self, part: Any, alive: np.ndarray) -> int:
+        rows, start, stop, sign = part
+        if rows is None:
+            return sign * (stop - start)
+        return sign * int(alive[rows[start:stop]].any(1).sum())
+
+    def assign(self, keep: Mapping[str, Tensor]) -> tuple[dict[Attribute, int], list[str]]:
+        """The values that integer attributes must take, and the places where none would fit."""
+        changed, trouble = self._solve(keep)
+        return changed, [text for text, _ in trouble]
+
+    def troubled(self, keep: Mapping[str, Tensor]) -> list[list[str]]:
+        """For each place where no attribute fits, the groups of `keep` that meet there."""
+        _, trouble = self._solve(keep)
+        out = []
+        for _, rows in trouble:
+            met = np.unique(np.concatenate([r.ravel() for r in rows])) if rows else np.zeros(0, int)
+            out.append([n for n in keep if np.isin(self[n]._classes, met).any()])
+        return out
+
+    def _solve(self, keep: Mapping[str, Tensor]) -> tuple[dict[Attribute, int], list[tuple[str, list]]]:
+        alive = self._alive(keep)
+        want: dict[Attribute, int] = {}
+        trouble: list[tuple[str, list]] = []
+        pending = []
+
+        def at(leaf: Attribute | Extent, values: Mapping[Attribute, int]) -> int:
+            if isinstance(leaf, Extent):
+                rows = self._entries(leaf.axes, leaf.axis)
+                return self._count((rows, 0, leaf.axes.shape[leaf.axis], 1), alive)
+            return values.get(leaf, self._old(leaf))
+
+        for expr, part, where, module in self._events:
+            target = self._count(part, alive)
+            rows = [] if part[0] is None else [part[0]]
+            if isinstance(expr, Attribute):
+                if want.setdefault(expr, target) != target:
+                    text = f"{module}.{expr.name} would have to be {want[expr]} and {target} ({where})"
+                    trouble.append((text, rows))
+            else:
+                for leaf in leaves(expr):
+                    found = self._entries(leaf.axes, leaf.axis) if isinstance(leaf, Extent) else None
+                    rows += [] if found is None else [found]
+                pending.append((expr, target, where, module, rows))
+        for _ in range(2):
+            for expr, target, _where, _module, _rows in pending:
+                unknown = sorted(
+                    {a for a in leaves(expr) if isinstance(a, Attribute) and a not in want}, key=str
+                )
+                if _try(expr, lambda leaf: at(leaf, want)) == target:
+                    continue
+                for leaf in unknown:
+                    fits = (
+                        v
+                        for v in range(1, self._old(leaf) + 1)
+                        if self._fits(expr, at, want, leaf, v, target)
+                    )
+                    value = next(fits, None)
+                    if value is not None:
+                        want[leaf] = value
+                        break
+        for expr, target, where, module, rows in pending:
+            got = _try(expr, lambda leaf: at(leaf, want))
+            if got != target:
+                trouble.append((f"{module}: a size becomes {got} where {target} is needed ({where})", rows))
+        changed = {a: v for a, v in want.items() if v != self._old(a)}
+        return changed, trouble
+
+    def _fits(self, expr: Any, at: Any, want: dict, leaf: Attribute, value: int, target: int) -> bool:
+        trial = {**want, leaf: value}
+        return _try(expr, lambda x: at(x, trial)) == target
+
+    def _old(self, attribute: Attribute) -> int:
+        return self._attributes[attribute]
+
+    @property
+    def _attributes(self) -> dict[Attribute, int]:
+        return self.__dict__.setdefault("_attribute_values", {})
+
+
+def _try(expr: Any, value: Any) -> int | None:
+    try:
+        return evaluate(expr, value)
+    except (ZeroDivisionError, ValueError):
+        return None
+
+
+def _under(name: str, paths: Sequence[str]) -> bool:
+    return any(name.startswith(p + ".") for p in paths)
+
+
+# --- from labels to groups
+
+
+def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
+    """Resolve what tracing left open, and gather the classes into groups."""
+    labels = t.labels
+    for out in outputs:
+        for layer in out.layers:
+            labels.freeze(layer, "it is an output of the model")
+    _freeze_positions(t)
+    _settle(t)
+    ids = np.arange(labels.count)
+    roots, classes = np.unique(labels.find(ids), return_inverse=True)
+    n = len(roots)
+    code = np.zeros(n, np.int32)
+    flags = np.zeros(n, np.uint8)
+    shared = np.ones(n, np.int32)
+    frozen = labels.frozen[: labels.count]
+    known = frozen > 0
+    order = np.flatnonzero(known)[::-1]
+    code[classes[order]] = frozen[order]
+    np.bitwise_or.at(flags, classes, labels.flags[: labels.count])
+    np.maximum.at(shared, classes, labels.shared[: labels.count])
+
+    keys = list(t.ids)
+    members, places, owner = [], [], []
+    for k, key in enumerate(keys):
+        members.append(classes[t.ids[key]])
+        places.append(np.arange(len(t.ids[key])))
+        owner.append(np.full(len(t.ids[key]), k))
+    made = np.zeros(n, bool)
+    for k, key in enumerate(keys):
+        if t.roles.get(key) == "out":
+            made[members[k]] = True
+    cls, place, own = (np.concatenate(v) if v else np.zeros(0, int) for v in (members, places, owner))
+    order = np.lexsort((place, own, cls))
+    cls, place, own = cls[order], place[order], own[order]
+    bounds = np.flatnonzero(np.r_[True, cls[1:] != cls[:-1], True]) if len(cls) else np.zeros(1, int)
+    buckets: dict[tuple, list[tuple[int, int, int]]] = defaultdict(list)
+    for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        c = int(cls[a])
+        buckets[int(code[c]), own[a:b].tobytes()].append((c, a, b))
+
+    used = t.uses
+    groups = []
+    for (why, _), found in buckets.items():
+        first_place = own[found[0][1]]
+        found.sort(key=lambda item: int(place[item[1]]))
+        rows = np.stack([place[a:b] for _, a, b in found])
+        owners = own[found[0][1] : found[0][2]]
+        slices, at = [], 0
+        for k, count in Counter(owners.tolist()).items():
+            name, dim = keys[k]
+            index = torch.from_numpy(np.ascontiguousarray(rows[:, at : at + count]))
+            slices.append(Slice(name, dim, index, t.roles.get(keys[k], "vector")))
+            at += count
+        units = np.array([c for c, _, _ in found])
+        reason = labels.reasons[why] if why else None
+        if reason is None and not made[units].any():
+            reason = "no layer produces it"
+        if reason is None and all(s.name not in used for s in slices):
+            continue
+        if reason is None and len(units) == 1:
+            reason = "a single unit"
+        bits = int(np.bitwise_or.reduce(flags[units]))
+        kind = _kind(slices, bits, int(shared[units].max()), t)
+        group = Group(
+            "", kind, len(units), tuple(slices), reason, not bits & MIXED, (), units, bool(bits & ALONE)
+        )
+        groups.append((first_place, group))
+    _name([g for _, g in groups])
+    rank = {name: n for name, n in used.items()}
+    position = {name: n for n, (name, _) in enumerate(keys)}
+
+    def key(group: Group) -> tuple:
+        names = [s.name for s in group.slices if s.role == "out"] or [s.name for s in group.slices]
+        late = KINDS.index(group.kind) if group.kind == "hidden" else 0
+        return group.reason is not None, late, min((rank.get(x, 10**9), position[x]) for x in names)
+
+    ordered = sorted((g for _, g in groups), key=key)
+    shapes = {
+        name: tuple(v.shape)
+        for named in (t.model.named_parameters, t.model.named_buffers)
+        for name, v in named(remove_duplicate=False)
+    }
+    graph = Graph(
+        ordered,
+        shapes,
+        dict(t.aliases),
+        dict(t.unknown),
+        frozenset(t.normalised),
+        [name for name, _ in t.model.named_parameters() if name not in t.aliases],
+        classes,
+        np.zeros(n, bool),
+    )
+    for g in ordered:
+        if g.reason is None:
+            graph._open[g._classes] = True
+    _compile(t, graph)
+    last = [g for g in ordered if g.reason is None]
+    graph.groups = last + _layers(t, graph) + [g for g in ordered if g.reason is not None]
+    return graph
+
+
+def _freeze_positions(t: Tracer) -> None:
+    """Of a tensor that is no weight only the last axis holds channels; others are positions."""
+    dims = defaultdict(list)
+    for name, d in t.ids:
+        dims[name].append(d)
+    for name, own in dims.items():
+        if len(own) > 1 and not any((name, d) in t.roles for d in own):
+            for d in own[:-1]:
+                t.labels.freeze(t.ids[name, d], "positions, not channels")
+
+
+def _settle(t: Tracer) -> None:
+    """Blocks of a split axis lose the same offsets; axes that cannot shrink do not."""
+    labels, busy = t.labels, True
+    while busy:
+        busy = False
+        for grid in t.splits:
+            varying = [k for k, size in enumerate(grid.shape) if size > 1 and not labels.same(grid, k)]
+            if len(varying) > 1:
+                labels.tie(grid, grid.take([0], varying[0]))
+                busy = True
+        for layer, axis, why in t.rigids:
+            if labels.same(layer, axis):
+                continue
+            found = labels.find(layer)
+            if any(n > 1 and k != axis and not labels.same(layer, k) for k, n in enumerate(found.shape)):
+                labels.tie(layer, layer.take([0], axis))
+                busy = True
+            else:
+                labels.freeze(layer, why)
+
+
+def _kind(slices: Sequence[Slice], bits: int, shared: int, t: Tracer) -> str:
+    makers = [s for s in slices if s.role == "out"]
+    wide = any(s.index.shape[1] > 1 for s in makers)
+    if bits & HEAD and wide:
+        return "kv_groups" if shared > 1 else "heads"
+    if bits & EXPERT and not bits & RESIDUAL:
+        return "experts"
+    shapes = [
+        len(next(v.shape for v in [t.model.get_parameter(s.name)])) for s in makers if _is_param(t, s.name)
+    ]
+    if shapes and all(rank > 2 for rank in shapes):
+        return "channels"
+    if bits & RESIDUAL:
+        return "hidden"
+    if bits & INNER:
+        return "head_dim"
+    return "neurons"
+
+
+def _is_param(t: Tracer, name: str) -> bool:
+    try:
+        t.model.get_parameter(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _common(paths: Sequence[str]) -> str:
+    parts = [p.split(".") for p in paths]
+    out = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        out.append(level[0])
+    return ".".join(out)
+
+
+def _name(groups: Sequence[Group]) -> None:
+    """Common module path and kind; the producing layer where that is not enough."""
+    hidden = [g for g in groups if g.kind == "hidden" and g.reason is None]
+    for g in groups:
+        modules = [s.name.rpartition(".")[0] for s in g.slices if s.role != "vector"]
+        modules = modules or [s.name.rpartition(".")[0] for s in g.slices]
+        path = _common(modules)
+        if g.kind == "hidden" and (len(hidden) == 1 and g is hidden[0] or not path):
+            path = "stem"
+        g.name = f"{path or modules[0] or 'model'}:{g.kind}"
+    for attempt in range(2):
+        count = Counter(g.name for g in groups)
+        for g in groups:
+            if count[g.name] > 1 and g.reason is not None or count[g.name] > 1 and attempt == 0:
+                maker = next((s for s in g.slices if s.role == "out"), g.slices[0])
+                place = maker.name if attempt else maker.name.rpartition(".")[0]
+                g.name = f"{place or 'model'}:{g.kind}"
+    seen: Counter[str] = Counter()
+    for g in sorted(groups, key=lambda g: g.reason is not None):
+        seen[g.name] += 1
+        if seen[g.name] > 1:
+            g.name = f"{g.name}.{seen[g.name]}"
+
+
+def _layers(t: Tracer, graph: Graph) -> list[Group]:
+    """Blocks of a list that add to the residual stream: what goes in is tied to what comes out."""
+    groups = []
+    for path, module in t.model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
+            continue
+        found = []
+        for name, child in module.named_children():
+            inside = f"{path}.{name}" if path else name
+            calls = t.calls.get(inside, [])
+            if len(calls) != 1 or not any(True for _ in child.parameters()):
+                continue
+            before, after = calls[0]
+            if not isinstance(before, Axes) or after is None or not before.layers or before is after:
+                continue
+            if before.shape == after.shape and _same_labels(t, before, after):
+                found.append(inside)
+        if len(found) > 1:
+            groups.append(Group(f"{path or 'model'}:layers", "layers", len(found), modules=tuple(found)))
+    return groups
+
+
+def _same_labels(t: Tracer, a: Axes, b: Axes) -> bool:
+    if len(a.layers) != len(b.layers):
+        return False
+    return all(
+        x.shape == y.shape and np.array_equal(t.labels.find(x), t.labels.find(y))
+        for x, y in zip(a.layers, b.layers, strict=True)
+    )
+
+
+def _compile(t: Tracer, graph: Graph) -> None:
+    """Keep of the recorded sizes and costs only what depends on labels that can be cut."""
+    attributes = graph._attributes
+    seen = set()
+    for event in t.events:
+        part = event.part
+        rows = graph._entries(part.axes, part.axis)
+        fixed = [a for a in leaves(event.expr) if isinstance(a, Attribute)]
+        moving = rows is not None or any(
+            isinstance(a, Extent) and graph._entries(a.axes, a.axis) is not None for a in leaves(event.expr)
+        )
+        if not fixed and not moving:
+            continue
+        where = f"{event.where}"
+        packed = (rows, part.start, part.stop, part.sign)
+        value = part.sign * (part.stop - part.start)
+        key = (
+            event.module,
+            where,
+            repr(event.expr) if fixed else id(event.expr),
+            id(rows),
+            part.start,
+            part.stop,
+        )
+        if key in seen:
+            continue
+        seen.add(key)
+        for a in fixed:
+            attributes.setdefault(a, 0)
+        graph._events.append((event.expr, packed, where, event.module))
+        if isinstance(event.expr, Attribute):
+            attributes[event.expr] = value
+    modules = dict(t.model.named_modules())
+    for a in attributes:
+        owner: Any = modules[a.module]
+        for name in a.name.split("."):
+            owner = getattr(owner, name)
+        attributes[a] = int(owner if a.place is None else owner[a.place])
+    for module, dims in t.costs:
+        const, parts = 1, []
+        for dim in dims:
+            if isinstance(dim, int):
+                const *= dim
+                continue
+            axes, axis = dim
+            rows = graph._entries(axes, axis)
+            size = axes.shape[axis]
+            if rows is None:
+                const *= size
+            else:
+                parts.append((rows, 0, size, 1))
+        graph._costs.append((module, const, parts))

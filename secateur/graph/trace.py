@@ -1,0 +1,640 @@
+"""Run a model once and follow every prunable index of every parameter through it.
+
+`trace` runs the model's own forward on the given inputs and watches each operation: high-level ones (linear, matmul,
+einsum, attention, recurrent layers) where Python calls them, all others where PyTorch dispatches them. No graph is
+exported, so data-dependent code, caches and nested outputs need nothing special.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from secateur.errors import SecateurError
+from secateur.graph.groups import Graph, build_graph
+from secateur.graph.labels import Axes, Labels, along
+from secateur.graph.rules import RULES, Call, pointwise
+from secateur.graph.sizes import Attribute, Extent, Size, expression, leaves
+
+__all__ = ["trace"]
+
+aten = torch.ops.aten
+HIGH_LEVEL = {
+    "linear": aten.linear.default,
+    "matmul": aten.matmul.default,
+    "__matmul__": aten.matmul.default,
+    "einsum": aten.einsum.default,
+    "scaled_dot_product_attention": aten.scaled_dot_product_attention.default,
+    "lstm": aten.lstm.input,
+    "gru": aten.gru.input,
+    "rnn_tanh": aten.rnn_tanh.input,
+    "rnn_relu": aten.rnn_relu.input,
+}
+RESHAPES = {"view", "reshape", "expand", "_unsafe_view", "unflatten", "broadcast_to"}
+FACTORIES = {
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "rand",
+    "randn",
+    "new_zeros",
+    "new_ones",
+    "new_empty",
+    "new_full",
+}
+
+
+def trace(model: nn.Module, inputs: Any) -> Graph:
+    """The groups of coupled parameter slices of a model.
+
+    >>> graph = trace(model, {"input_ids": torch.zeros(2, 8, dtype=torch.long)})
+    >>> print(graph.explain())
+    >>> graph["model.layers.0.mlp:neurons"].size
+    24
+
+    `inputs` is a tensor, a tuple of positional arguments or a dict of keyword arguments of `model.forward`. The model
+    is run once, in evaluation mode and without gradients, and is left as it was. Use a batch of two or more: an
+    axis of size one is never taken for a prunable one, but its merges with other axes are ambiguous.
+
+    Raises SecateurError if the model cannot be run on the inputs. Spec: spa (arXiv 2403.18955), algorithm A.
+    """
+    tracer = Tracer(model)
+    outputs = tracer.run(inputs)
+    return build_graph(tracer, outputs)
+
+
+class Part:
+    """The number of entries kept between two places of an axis; negative when counted from the end."""
+
+    def __init__(self, axes: Axes, axis: int, start: int, stop: int, sign: int = 1):
+        self.axes, self.axis, self.start, self.stop, self.sign = (
+            axes,
+            axis % len(axes.shape),
+            start,
+            stop,
+            sign,
+        )
+
+
+class Event:
+    """A size that was passed to an operation, and what it has to be."""
+
+    def __init__(self, expr: Any, part: Part, where: str, module: str):
+        self.expr, self.part, self.where, self.module = expr, part, where, module
+
+
+class Tracer:
+    """Labels, and what was learnt on the way: splits, rigid axes, sizes, costs, uses of weights, calls of modules."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.labels = Labels()
+        self.env = WeakTensorKeyDictionary()
+        self.splits: list[np.ndarray] = []
+        self.rigids: list[tuple[np.ndarray, int, str]] = []
+        self.events: list[Event] = []
+        self.costs: list[tuple[str, list[Any]]] = []
+        self.roles: dict[tuple[str, int], str] = {}
+        self.ids: dict[tuple[str, int], np.ndarray] = {}
+        self.aliases: dict[str, str] = {}
+        self.calls: dict[str, list[tuple[Axes | None, Axes | None]]] = {}
+        self.stack: list[str] = [""]
+        self.op = ""
+        self.off = 0
+        self.current: tuple[str, Sequence[Any]] = ("", ())
+        self.unknown: dict[str, str] = {}
+        self.uses: dict[str, int] = {}
+        self.normalised: set[str] = set()
+        self._label_parameters()
+
+    # --- parameters
+
+    def _label_parameters(self) -> None:
+        by_storage: dict[tuple, str] = {}
+        named = list(self.model.named_parameters(remove_duplicate=False))
+        named += list(self.model.named_buffers(remove_duplicate=False))
+        self.by_storage: dict[tuple, Axes] = {}
+        for name, tensor in named:
+            if tensor is None or not tensor.is_floating_point():
+                continue
+            key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.device)
+            if tensor.numel() and key in by_storage:
+                self.aliases[name] = by_storage[key]
+                self.env[tensor] = self.by_storage[key]
+                continue
+            shape, layers = tuple(tensor.shape), []
+            for d, n in enumerate(shape):
+                if n > 1:
+                    self.ids[name, d] = self.labels.new(n)
+                    layers.append(along(self.ids[name, d], len(shape), d))
+            axes = Axes(shape, layers, frozenset([name]))
+            self.env[tensor] = axes
+            if tensor.numel():
+                by_storage[key] = name
+                self.by_storage[key] = axes
+
+    def axes(self, tensor: torch.Tensor) -> Axes:
+        """What is known of a tensor; an unseen one is a constant, unless it is a parameter's `.data`."""
+        found = self.env.get(tensor)
+        if found is None:
+            if tensor.is_floating_point() and tensor.layout == torch.strided:
+                key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.device)
+                found = self.by_storage.get(key)
+            if found is None:
+                found = Axes(tuple(tensor.shape), [], frozenset())
+            self.env[tensor] = found
+        return found
+
+    # --- what rules call
+
+    def reason(self, text: str) -> str:
+        module = self.stack[-1]
+        return f"{text} ({self.op}{' in ' + module if module else ''}, {source_line()})"
+
+    def freeze(self, ids: np.ndarray, why: str) -> None:
+        self.labels.freeze(ids, why)
+
+    def weight(self, x: Axes, outs: Sequence[int], ins: Sequence[int]) -> None:
+        """A value made of parameters only is used as a weight: note the role of their dims."""
+        if not x.params:
+            return
+        names = [key for key in self.ids if key[0] in x.params and key not in self.roles] if len(x.params) > 1 else [
+            (name, d) for name in x.params for d in range(8) if (name, d) in self.ids and (name, d) not in self.roles
+        ]  # fmt: skip
+        for role, axes in (("out", outs), ("in", ins)):
+            for axis in axes:
+                for layer in x.layers:
+                    if layer.shape[axis] > 1:
+                        roots = np.unique(self.labels.find(np.ravel(layer)))
+                        for key in names:
+                            if (
+                                key not in self.roles
+                                and np.isin(self.labels.find(self.ids[key]), roots).any()
+                            ):
+                                self.roles[key] = role
+
+    def origin(self, xs: Sequence[Axes | None]) -> frozenset[str] | None:
+        names: frozenset[str] = frozenset()
+        for x in xs:
+            if x is None:
+                continue
+            if x.params is None:
+                return None
+            names |= x.params
+        return names
+
+    def rigid(self, layer: np.ndarray, axis: int, why: str) -> None:
+        self.rigids.append((layer, axis, why))
+
+    def cost(self, dims: list[Any]) -> None:
+        self.costs.append((self.stack[-1], dims))
+
+    def part(self, x: Axes, d: int, parts: list[tuple[int, int]], step: int) -> None:
+        """A labelled axis is cut at given places: they follow from attributes, or the blocks stay in step."""
+        size = x.shape[d]
+        sizes = [v for v in flat_ints(self.current[1]) if isinstance(v, Size)]
+        settable = [v for v in sizes if any(isinstance(leaf, Attribute) for leaf in leaves(v.expr))]
+        where = source_line()
+        if settable and step == 1:
+            single = len(parts) == 1
+            for a, b in parts:
+                for v in settable:
+                    targets = []
+                    if single and int(v) >= 0:
+                        targets = [Part(x, d, 0, int(v))] if int(v) in (a, b) else []
+                    elif single:
+                        targets = [Part(x, d, size + int(v), size, -1)] if size + int(v) in (a, b) else []
+                    elif int(v) == b - a:
+                        targets = [Part(x, d, a, b)]
+                    self.events += [Event(v.expr, target, where, self.stack[-1]) for target in targets]
+            return
+        length = parts[0][1] - parts[0][0]
+        even = all(b - a == length and a % length == 0 for a, b in parts) if length else False
+        for layer in x.layers:
+            if layer.shape[d] == 1:
+                continue
+            if even and size % length == 0 and step == 1:
+                shape = layer.shape
+                self.splits.append(layer.reshape(*shape[:d], size // length, length, *shape[d + 1 :]))
+            else:
+                self.rigid(layer, d, self.reason("this axis is cut at constant places"))
+
+    # --- running
+
+    def run(self, inputs: Any) -> list[Axes]:
+        args, kwargs = call_arguments(inputs)
+        training = [m for m in self.model.modules() if m.training]
+        for value in flat_tensors((args, kwargs)):
+            self.env[value] = Axes(tuple(value.shape), [], None)
+        with ExitStack() as stack:
+            stack.callback(lambda: [setattr(m, "training", True) for m in training])
+            self.model.eval()
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(watched_sizes(self.model))
+            stack.enter_context(without_cache(self.model))
+            for handle in self._hooks():
+                stack.callback(handle.remove)
+            stack.enter_context(Dispatch(self))
+            stack.enter_context(Functions(self))
+            try:
+                output = self.model(*args, **kwargs)
+            except SecateurError:
+                raise
+            except Exception as error:
+                raise SecateurError(
+                    f"the model does not run on these inputs: {type(error).__name__}: {error}",
+                    where="trace",
+                    fix="give inputs on which model(*inputs) or model(**inputs) works",
+                ) from error
+        return [self.axes(value) for value in flat_tensors(output)]
+
+    def _hooks(self) -> Iterator[Any]:
+        for path, module in self.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+
+            def enter(m: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                self.stack.append(path)
+                self.off += 1
+                seen = [self.axes(v) for v in flat_tensors((args, kwargs))]
+                self.off -= 1
+                self.calls.setdefault(path, []).append((seen, None))  # type: ignore[arg-type]
+
+            def leave(m: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
+                self.stack.pop()
+                calls = self.calls[path]
+                first = next(iter(flat_tensors(output)), None)
+                if first is None:
+                    return
+                self.off += 1
+                out = self.axes(first)
+                self.off -= 1
+                seen: Any = calls[-1][0]
+                if isinstance(seen, list):
+                    calls[-1] = (next((x for x in seen if x.shape == out.shape), None), out)
+
+            yield module.register_forward_pre_hook(enter, with_kwargs=True)
+            yield module.register_forward_hook(leave, with_kwargs=True)
+
+    def apply(self, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Label the results of one operation."""
+        full = op._schema.name.split("::")[1]
+        self.op = full
+        named = bind(op._schema, args, kwargs)
+        tensors: dict[str, Any] = {}
+        for key, value in named.items():
+            if isinstance(value, torch.Tensor):
+                tensors[key] = self.axes(value)
+            elif isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
+                tensors[key] = [self.axes(v) if isinstance(v, torch.Tensor) else None for v in value]
+        outs = list(flat_tensors(result))
+        if not outs:
+            return
+        in_place = full.endswith("_") and not full.endswith("__")
+        name = full.rstrip("_") if in_place else full
+        if name in ("__and__", "__or__", "__xor__", "__iand__", "__ior__"):
+            name = "bitwise"
+        shapes = [tuple(o.shape) for o in outs]
+        call = Call(name, named, tensors, shapes)
+        xs = call.tensors()
+        try:
+            if any(x.layers for x in xs):
+                if name in RULES:
+                    made = RULES[name](self, call)
+                elif torch.Tag.pointwise in op.tags or name == "bitwise":
+                    made = pointwise(self, call)
+                else:
+                    raise NotImplementedError
+            else:
+                made = [Axes(shape, [], self.origin(xs)) for shape in shapes]
+        except NotImplementedError:
+            why = self.reason(f"no rule for {name}")
+            self.unknown.setdefault(name, why)
+            for x in xs:
+                for layer in x.layers:
+                    self.freeze(layer, why)
+            made = [Axes(shape, [], self.origin(xs)) for shape in shapes]
+        if isinstance(made, Axes):
+            made = [made]
+        for n, out in enumerate(outs):
+            axes = made[n] if n < len(made) else None
+            if axes is None or axes.shape != shapes[n]:
+                same = shapes[n] == made[0].shape
+                axes = Axes(shapes[n], made[0].layers if same else [], made[0].params)
+            if in_place and n == 0:
+                self._written(out, axes, named)
+            self.env[out] = axes
+        for name in self.origin(xs) or ():
+            self.uses.setdefault(name, len(self.uses))
+        for x in xs:
+            if x.params:
+                for name in x.params:
+                    self.uses.setdefault(name, len(self.uses))
+
+    def _written(self, out: torch.Tensor, axes: Axes, named: Mapping[str, Any]) -> None:
+        """A write into a view reaches its base: labels that the base does not know cannot be cut."""
+        before = self.env.get(out)
+        base = out._base
+        if base is None or not axes.layers:
+            return
+        known = {k for layer in (before.layers if before else []) for k, n in enumerate(layer.shape) if n > 1}
+        for layer in axes.layers:
+            if any(k not in known for k, n in enumerate(layer.shape) if n > 1):
+                self.freeze(layer, self.reason("written into a part of another tensor"))
+
+    def sizes(self, name: str, args: Sequence[Any], result: Any) -> None:
+        """Note the integers that a reshaping call was given."""
+        out = result if isinstance(result, torch.Tensor) else None
+        if out is None:
+            return
+        axes = self.axes(out)
+        ints = list(args[1:]) if not isinstance(args[0], int) else list(args)
+        if name == "unflatten":
+            first = int(ints[0]) % args[0].dim() if isinstance(ints[0], int) else 0
+            ints = [None] * first + list(ints[1])
+            ints += [None] * (axes_rank(axes) - len(ints))
+        elif len(ints) == 1 and isinstance(ints[0], (tuple, list)):
+            ints = list(ints[0])
+        if len(ints) != axes_rank(axes):
+            return
+        where = source_line()
+        if name == "expand":
+            self.expanded(args[0], out, ints)
+            axes = self.axes(out)
+        for k, value in enumerate(ints):
+            if isinstance(value, Size):
+                self.events.append(Event(value.expr, Part(axes, k, 0, axes.shape[k]), where, self.stack[-1]))
+
+    def expanded(self, source: torch.Tensor, out: torch.Tensor, ints: Sequence[Any]) -> None:
+        """An axis expanded to a size that an attribute holds can shrink: it gets labels of its own."""
+        axes, pad = self.axes(out), out.dim() - source.dim()
+        layers = list(axes.layers)
+        for k, value in enumerate(ints):
+            grown = k < pad or source.shape[k - pad] == 1
+            settable = any(isinstance(a, Attribute) for a in leaves(expression(value)))
+            if grown and settable and value > 1 and not axes.has(k):
+                layers.append(along(self.labels.new(int(value)), out.dim(), k))
+        self.env[out] = Axes(axes.shape, layers, axes.params)
+
+    def factory(self, name: str, args: Sequence[Any], result: torch.Tensor) -> None:
+        """A tensor made with the size of a labelled axis shrinks with it."""
+        shape = args[1:] if name.startswith("new_") else args
+        if shape and isinstance(shape[0], (tuple, list)):
+            shape = shape[0]
+        rank, layers = result.dim(), []
+        for k, value in enumerate(shape[:rank]):
+            expr = expression(value)
+            if isinstance(expr, Extent) and int(value) > 1:
+                for layer in expr.axes.layers:
+                    if layer.shape[expr.axis] > 1 and sum(n > 1 for n in layer.shape) == 1:
+                        layers.append(along(layer.reshape(-1), rank, k))
+                        break
+            if isinstance(value, Size):
+                part = Part(Axes(tuple(result.shape), layers), k, 0, int(value))
+                self.events.append(Event(value.expr, part, source_line(), self.stack[-1]))
+        if layers:
+            self.env[result] = Axes(tuple(result.shape), layers, frozenset())
+
+
+def axes_rank(axes: Axes) -> int:
+    return len(axes.shape)
+
+
+class Dispatch(TorchDispatchMode):
+    """Sees every operation that reaches the dispatcher."""
+
+    def __init__(self, tracer: Tracer):
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not self.tracer.off and hasattr(func, "_schema"):
+            self.tracer.off += 1
+            try:
+                self.tracer.apply(func, args, kwargs or {}, out)
+            finally:
+                self.tracer.off -= 1
+        return out
+
+
+class Functions(TorchFunctionMode):
+    """Sees what Python calls: whole contractions, and the integers given to views, slices and splits."""
+
+    def __init__(self, tracer: Tracer):
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        t = self.tracer
+        if t.off:
+            return func(*args, **kwargs)
+        if name == "__get__":
+            out = func(*args, **kwargs)
+            return t_shape(t, args[0], out) if type(out) is torch.Size else out
+        if name == "size":
+            out = func(*args, **kwargs)
+            if type(out) is torch.Size:
+                return t_shape(t, args[0], out)
+            d = args[1] if len(args) > 1 else kwargs["dim"]
+            return t_shape(t, args[0], args[0].shape)[d]
+        if name in HIGH_LEVEL and not (name in ("lstm", "gru", "rnn_tanh", "rnn_relu") and packed(args)):
+            t.off += 1
+            try:
+                out = func(*args, **kwargs)
+                if name == "einsum" and not isinstance(args[1], (list, tuple)):
+                    t.apply(HIGH_LEVEL[name], (args[0], list(args[1:])), {}, out)
+                else:
+                    t.apply(HIGH_LEVEL[name], args, kwargs, out)
+            finally:
+                t.off -= 1
+            return out
+        before, t.current = t.current, (name, (args, tuple(kwargs.values())))
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            t.current = before
+        if name in RESHAPES:
+            t.sizes(name, args if not kwargs else (*args, *kwargs.values()), out)
+        elif name in FACTORIES and isinstance(out, torch.Tensor):
+            t.factory(name, args, out)
+        elif name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "group_norm", "layer_norm",
+                      "rms_norm"):  # fmt: skip
+            grouped(t, name, args, kwargs)
+        return out
+
+
+def t_shape(t: Tracer, tensor: torch.Tensor, shape: torch.Size) -> torch.Size:
+    """The shape with its labelled entries as Sizes."""
+    known = t.env.get(tensor)
+    if known is None or not known.layers:
+        return shape
+    return torch.Size(Size(n, Extent(known, k)) if known.has(k) else n for k, n in enumerate(shape))
+
+
+def packed(args: Sequence[Any]) -> bool:
+    """Recurrent layers on packed sequences have another signature."""
+    return isinstance(args[2], torch.Tensor)
+
+
+def grouped(t: Tracer, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Groups that equal the channels shrink with them; normalised shapes follow the tensor."""
+    x = t.axes(args[0])
+    where, module = source_line(), t.stack[-1]
+    if name in ("layer_norm", "rms_norm"):
+        shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
+        for k, value in enumerate(shape):
+            axis = len(x.shape) - len(shape) + k
+            if isinstance(value, Size):
+                t.events.append(Event(value.expr, Part(x, axis, 0, x.shape[axis]), where, module))
+        return
+    if name == "group_norm":
+        groups, channel = (args[1] if len(args) > 1 else kwargs["num_groups"]), 1
+    else:
+        place = 7 if name.startswith("conv_t") else 6
+        groups = args[place] if len(args) > place else kwargs.get("groups", 1)
+        if name.startswith("conv_t") and "groups" not in kwargs and len(args) > 6:
+            groups = args[6]
+        w = t.axes(args[1] if len(args) > 1 else kwargs["weight"])
+        channel = len(x.shape) - (len(w.shape) - 2) - 1
+    if isinstance(groups, Size) and int(groups) > 1:
+        if int(groups) == x.shape[channel]:
+            t.events.append(Event(groups.expr, Part(x, channel, 0, x.shape[channel]), where, module))
+        else:
+            fixed = Axes((int(groups),))
+            t.events.append(Event(groups.expr, Part(fixed, 0, 0, int(groups)), where, module))
+
+
+# --- small helpers
+
+
+def bind(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by the names of an operation's schema, defaults filled in."""
+    out = {}
+    for n, arg in enumerate(schema.arguments):
+        if n < len(args):
+            out[arg.name] = args[n]
+        elif arg.name in kwargs:
+            out[arg.name] = kwargs[arg.name]
+        elif arg.has_default_value():
+            out[arg.name] = arg.default_value
+    return out
+
+
+def flat_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested tuples, lists, dicts and dataclasses; other objects (caches) are passed over."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for v in value.values():
+            yield from flat_tensors(v)
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from flat_tensors(v)
+
+
+def flat_ints(value: Any) -> Iterator[int]:
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, slice):
+        yield from flat_ints((value.start, value.stop, value.step))
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from flat_ints(v)
+
+
+def call_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor, a tuple of positional or a dict of keyword arguments, as (args, kwargs)."""
+    if isinstance(inputs, torch.Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    raise SecateurError(
+        f"inputs of type {type(inputs).__name__}",
+        where="trace",
+        fix="give a tensor, a tuple of positional arguments or a dict of keyword arguments",
+    )
+
+
+SKIP = ("/torch/", "/secateur/graph/", "/contextlib.py")
+
+
+def source_line() -> str:
+    """The line of the model's code that is running: `file.py:12: code`."""
+    frame = sys._getframe(1)
+    last = frame
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not any(part in name for part in SKIP):
+            text = linecache.getline(name, frame.f_lineno).strip()
+            return f"{name.rsplit('/', 1)[-1]}:{frame.f_lineno}: {text[:100]}"
+        last, frame = frame, frame.f_back  # type: ignore[assignment]
+    return f"{last.f_code.co_filename}:{last.f_lineno}"
+
+
+INTERNAL = {"training", "call_super_init", "dump_patches", "padding_idx", "_version"}
+
+
+@contextmanager
+def watched_sizes(model: nn.Module) -> Iterator[None]:
+    """Replace integer attributes by Sizes while the model runs."""
+    undo: list[tuple[dict, str, Any]] = []
+    seen: set[int] = set()
+
+    def watch(owner: dict, module: str, prefix: str) -> None:
+        for key, value in list(owner.items()):
+            if key in INTERNAL:
+                continue
+            new: Any = None
+            if type(value) is int and value > 1:
+                new = Size(value, Attribute(module, prefix + key))
+            elif type(value) in (tuple, list) and value and all(type(v) is int for v in value):
+                new = type(value)(
+                    Size(v, Attribute(module, prefix + key, n)) if v > 1 else v for n, v in enumerate(value)
+                )
+            elif key == "config" and hasattr(value, "__dict__") and not isinstance(value, nn.Module):
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    watch(value.__dict__, module, prefix + key + ".")
+                continue
+            if new is not None:
+                undo.append((owner, key, value))
+                owner[key] = new
+
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            watch(module.__dict__, path, "")
+    try:
+        yield
+    finally:
+        for owner, key, value in reversed(undo):
+            owner[key] = value
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Models that can return a cache do not: its tensors are no output to be kept whole."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "use_cache", False):
+        yield
+        return
+    config.use_cache = False  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        config.use_cache = True  # type: ignore[union-attr]
