@@ -29,7 +29,7 @@ from cyclopts import App, Group, Parameter
 from secateur import __version__
 from secateur.errors import SecateurError
 from secateur.options import Options
-from secateur.taxonomy import AXES, FLAGS, MEANING, RECORDS, MethodInfo, notation
+from secateur.taxonomy import AXES, FLAGS, MEANING, RECORDS, MethodInfo
 from secateur.taxonomy import recommend as advise
 
 MISTAKE = 2
@@ -103,7 +103,7 @@ def _flag_type(hint: Any) -> Any:
         known = [kind for kind in kinds if kind is not None]
         if not known:
             return None
-        return typing.Union[tuple([*known, *([None] if type(None) in members else [])])]  # noqa: UP007
+        return typing.Union[(*known, *([None] if type(None) in members else []))]
     return None
 
 

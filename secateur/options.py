@@ -25,7 +25,7 @@ class Options:
     floor: float = field(default=0.0, metadata={"help": "least share kept of any layer or group, 0..1"})
     round_to: int = field(default=1, metadata={"help": "keep multiples of this many channels or neurons"})
     kinds: tuple[str, ...] | None = field(
-        default=None, metadata={"help": "kinds of unit to cut, e.g. neurons kv_groups; default: the method's"}
+        default=None, metadata={"help": "kinds of unit to cut, e.g. neurons,kv_groups; default: the method's"}
     )
     uniform: bool = field(
         default=False,

@@ -134,7 +134,7 @@ def _legend(rows: Sequence[dict[str, Any]], colors: Sequence[str]) -> str:
         ]
         why = html.escape(merged["reason"] or "")
         lines.append(
-            f'<tr><td class="swatches">{"".join(marks)}</td><td class="name">{html.escape(merged["name"])}</td>'
+            f'<tr><td class="swatches{" many" * (len(marks) > 6)}">{"".join(marks)}</td><td class="name">{html.escape(merged["name"])}</td>'
             f'<td>{_kind(merged["kind"])}</td><td class="n">{count}</td><td class="n">{shares[0]}</td>'
             f'<td class="n">{shares[1]}</td><td>{why}</td></tr>'
         )
@@ -166,6 +166,9 @@ def _sides(graph: Graph) -> dict[str, list[tuple[int, str]]]:
     for i, group in enumerate(graph.groups):
         for s in group.slices:
             found.setdefault(s.name, []).append((i, s.role))
+    for alias, name in graph.aliases.items():  # a tied tensor is read by its other user the other way round
+        turned = [(i, {"in": "out", "out": "in"}.get(role, role)) for i, role in found.get(name, [])]
+        found.setdefault(alias, turned)
     return found
 
 
@@ -182,14 +185,16 @@ def _modules(shapes: Tensors) -> dict[str, Tensors]:
 def _rows(graph: Graph) -> list[tuple[str, int | None, list[tuple[str, str]]]]:
     """(label, index of the group of layers it is a unit of, [(module path, short name)]), blocks apart from the rest."""
     wholes = {path: i for i, group in enumerate(graph.groups) for path in group.modules}
-    rows: dict[str, list[tuple[str, str]]] = {}
+    rows: list[tuple[str, int | None, list[tuple[str, str]]]] = []
     for path in _modules(graph.shapes):
         whole = next((block for block in wholes if path == block or path.startswith(block + ".")), None)
         match = re.match(r"(.*?\.)?\d+(?=\.)", path)
         label = whole or (match[0] if match else path.rpartition(".")[0])
         short = path[len(label) + 1 :] if label and path != label else path
-        rows.setdefault(label, []).append((path, short or path))
-    return [(label or "model", wholes.get(label), modules) for label, modules in rows.items()]
+        if not rows or rows[-1][0] != (label or "model"):
+            rows.append((label or "model", wholes.get(label), []))
+        rows[-1][2].append((path, short or path))
+    return rows
 
 
 def _module(

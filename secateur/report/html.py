@@ -6,6 +6,7 @@ import base64
 import functools
 import gzip
 import html
+import itertools
 import json
 import platform
 import re
@@ -17,7 +18,7 @@ from typing import Any
 from secateur.files import atomic_write_text
 from secateur.plan import Plan, to_ranges
 from secateur.report.summary import command_line, figure, in_seconds, notes, rows, single
-from secateur.report.terminal import frozen, kept_by_kind, merge_alike
+from secateur.report.terminal import kept_by_kind, merge_alike
 
 HERE = Path(__file__).parent
 Figure = dict[str, Any]
@@ -282,7 +283,7 @@ def quality_figures(report: Mapping[str, Any]) -> list[Figure]:
             continue
         scale = 100 if key == "accuracy" else 1
         tasks = [row.label.partition(", ")[2] for row in found][::-1]
-        data = []
+        data: list[dict[str, Any]] = []
         for name, color in (("after", "$after"), ("before", "$before")):
             values = [getattr(row, name) for row in found][::-1]
             data.append(
@@ -395,7 +396,7 @@ def kept_figures(report: Mapping[str, Any]) -> list[Figure]:
         labels = layer_label([group["name"] for group in groups])
         numbered = all(label.isdigit() for label in labels) and len(labels) > 1
         shares = [100 * group["kept"] / group["size"] for group in groups]
-        common = {
+        common: dict[str, Any] = {
             "type": "bar",
             "marker": {"color": ["$frozen" if g.get("reason") else "$kept" for g in groups]},
             "customdata": [
@@ -512,7 +513,9 @@ def strip_figures(plan: Plan) -> list[Figure]:
     made = []
     scale = [[0, "$cut"], [1, "$kept"]]
     for kind, names in kinds.items():
-        lines = [{"size": plan.sizes[name], "keep": to_ranges(plan.keep[name].tolist())} for name in names]
+        lines: list[dict[str, Any]] = [
+            {"size": plan.sizes[name], "keep": to_ranges(plan.keep[name].tolist())} for name in names
+        ]
         data = {
             "type": "heatmap",
             "rows": lines,
@@ -591,7 +594,7 @@ def score_figures(report: Mapping[str, Any], plan: Plan | None) -> list[Figure]:
         if not low < high:
             continue
         edges = [low + (high - low) * i / 60 for i in range(61)]
-        middles = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
+        middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
         data = []
         for values, name, color in ((leave, "cut", "$before"), (stay, "kept", "$kept")):
             counts = [0] * 60

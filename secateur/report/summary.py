@@ -24,7 +24,8 @@ METRICS = {"acc": "", "acc_norm": " (length-normalised)"}
 
 def single(figures: Mapping[str, Any]) -> dict[str, float | None]:
     """The single numbers of a measurement, those of its latency among them."""
-    return {key: (figures | (figures.get("latency") or {})).get(key) for key in FIGURES}
+    every = {**figures, **(figures.get("latency") or {})}
+    return {key: every.get(key) for key in FIGURES}
 
 
 def by_task(figures: Mapping[str, Any]) -> dict[tuple[str, str], float | None]:
@@ -147,11 +148,10 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     """What a reader must know: the report's own notes, and those that follow from its figures."""
     before, after = report.get("before") or {}, report.get("after") or {}
     found = [str(note) for note in report.get("notes") or []]
-    if any(w["kept"] < w["size"] for w in report.get("weights") or []):
-        if after.get("params") == before.get("params") and not any(
-            "sparse kernels" in note for note in found
-        ):
-            found.insert(0, SPARSE_NOTE)
+    zeros = any(entry["kept"] < entry["size"] for entry in report.get("weights") or [])
+    said = any("sparse kernels" in note for note in found)
+    if zeros and not said and after.get("params") == before.get("params"):
+        found.insert(0, SPARSE_NOTE)
     times = single(before)["forward_seconds"], single(after)["forward_seconds"]
     if times[0] and times[1] and times[1] > 0.98 * times[0] and SPARSE_NOTE not in found:
         found.append(

@@ -76,12 +76,17 @@ def kept_by_kind(report: Mapping[str, Any]) -> list[tuple[str, int, int, int]]:
     """(kind, number of groups, units, kept units) of what was cut, single weights last."""
     totals: dict[str, list[int]] = {}
     cut = [g for g in report.get("groups") or [] if g.get("kept") is not None and not g.get("reason")]
-    for group in [*cut, *({**w, "kind": "weights"} for w in report.get("weights") or [])]:
+    weights = [{**entry, "kind": "weights"} for entry in report.get("weights") or [] if entry["size"]]
+    for group in [*cut, *weights]:
         entry = totals.setdefault(group["kind"], [0, 0, 0])
         entry[0] += 1
         entry[1] += group["size"]
         entry[2] += group["kept"]
-    return [(kind, *entry) for kind, entry in totals.items() if kind == "weights" or entry[2] < entry[1]]
+    return [
+        (kind, groups, size, kept)
+        for kind, (groups, size, kept) in totals.items()
+        if kind == "weights" or kept < size
+    ]
 
 
 def frozen(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -113,15 +118,19 @@ def print_graph(found: Mapping[str, Any], console: Console, full: bool = False) 
     console.print(
         f"{number(found['params'])} parameters, {number(found['macs'])} multiply-adds on the example inputs"
     )
-    made = table("group", "kind", "units", "params", "macs", "", right=("units", "params", "macs"))
-    groups = found["groups"]
-    for row in groups if full else merge_alike(groups):
+    made = table("group", "kind", "units", "params", "macs", right=("units", "params", "macs"))
+    groups = found["groups"] if full else merge_alike(found["groups"])
+    for row in groups:
         cells = [f"{row[key] * 100:.1f} %" if row.get(key) is not None else "–" for key in ("params", "macs")]
         count = row.get("count", 1)
         units = f"{count} × {row['size']:,}" if count > 1 else f"{row['size']:,}"
-        why = Text(f"not cut: {row['reason']}", style="dim") if row["reason"] else Text("")
-        made.add_row(row["name"], row["kind"].replace("_", " "), units, *cells, why)
+        cells = [row["name"], row["kind"].replace("_", " "), units, *cells]
+        made.add_row(*cells, style="dim" if row["reason"] else None)
     console.print(made)
+    if stuck := frozen(groups):
+        console.print("cannot be cut:", style="bold")
+        for name, reason in stuck:
+            console.print(Text(f"  {name}: {reason}"))
     for name, why in found["unknown"].items():
         console.print(Text(f"operation without a rule: {name}: {why}", style="yellow"))
     console.print(
@@ -145,8 +154,7 @@ def print_methods(records: Sequence[MethodInfo], console: Console) -> None:
 def print_method(found: Mapping[str, Any], info: MethodInfo, console: Console) -> None:
     """One method: what it does, its hyperparameters, its place in the taxonomy."""
     console.print(Text.assemble((found["name"], "bold"), f"  {info.title}"))
-    if found["doc"]:
-        console.print(Text(found["doc"]))
+    console.print(Text(re.sub(r"(^|\n)>>> .*(\n\.\.\. .*)*\n*", "\n", found["doc"]).strip()))
     made = table("hyperparameter", "default", "")
     for item in found["hyperparameters"]:
         made.add_row(f"--{item['name'].replace('_', '-')}", str(item["default"]), Text(item["help"]))
@@ -178,8 +186,8 @@ def print_plan(plan: Mapping[str, Any], console: Console, full: bool = False) ->
     made = table("name", "kind", "size", "kept", "share", right=("size", "kept", "share"))
     rows = plan["rows"]
     if not full:
-        counted = [{**row, "reason": None} for row in rows]
-        rows = [{**row, "size": row["size"] * row["count"]} for row in merge_alike(counted, add=("kept",))]
+        alike = merge_alike([{**row, "reason": None} for row in rows], add=("kept",))
+        rows = [{**row, "size": row["size"] * row["count"]} for row in alike]
     for row in rows:
         share = f"{100 * row['kept'] / row['size']:.1f} %" if row["size"] else ""
         made.add_row(
@@ -224,13 +232,13 @@ def merge_alike(
     """
     merged: dict[tuple, list[Mapping[str, Any]]] = {}
     for group in groups:
-        key = (
+        like = (
             _without_numbers(group["name"]),
             group["kind"],
             group["size"],
             _without_numbers(group["reason"] or ""),
         )
-        merged.setdefault(key, []).append(group)
+        merged.setdefault(like, []).append(group)
     made = []
     for alike in merged.values():
         row = dict(alike[0]) | {"count": len(alike)}
@@ -249,9 +257,9 @@ def common_name(names: Sequence[str]) -> str:
     ('a.0-2.b', 'a.{0,4}.b')
     """
     parts = [re.split(r"(\d+)", name) for name in names]
-    out = []
+    out: list[str] = []
     for column in zip(*parts, strict=True):
-        values = list(dict.fromkeys(column))
+        values: list[str] = list(dict.fromkeys(column))
         if len(values) == 1:
             out.append(values[0])
         else:
