@@ -102,14 +102,21 @@ def n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     groups = scores.reshape(-1, m)
     if m > 8:
         return top_k_rows(groups, n).reshape(rows, columns)
-    # every pair of a group compared once: the higher, or of equals the earlier, is ahead
-    rank = torch.zeros(m, len(groups), dtype=torch.int8, device=scores.device)
-    lanes = groups.T.contiguous()
-    for second in range(1, m):
+    return (ahead_of(groups.T.contiguous()) < n).T.reshape(rows, columns)
+
+
+def ahead_of(lanes: Tensor) -> Tensor:
+    """[m, groups] scores -> how many of its group are ahead of each: higher, or equal and earlier.
+
+    >>> ahead_of(torch.tensor([[1.0], [4.0], [4.0]])).T
+    tensor([[2, 0, 1]], dtype=torch.int8)
+    """
+    rank = torch.zeros(lanes.shape, dtype=torch.int8, device=lanes.device)
+    for second in range(1, len(lanes)):
         ahead = lanes[:second] >= lanes[second]
         rank[second] += ahead.sum(0, dtype=torch.int8)
         rank[:second] += ~ahead
-    return (rank < n).T.reshape(rows, columns)
+    return rank
 
 
 @dataclass(frozen=True)

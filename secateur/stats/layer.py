@@ -44,12 +44,16 @@ class InputStats:
     def add(self, rows: Tensor, part: int = 0) -> None:
         """Adds rows [tokens, in] of one part."""
         self._factors.clear()
+        band = max(64, -(-self.size // 8))
         for chunk in rows.split(max(1, CHUNK // self.size)):
             x = chunk.float()
             if not len(x):
                 continue
             if self.outer is not None:
-                self.outer[part].addmm_(x.T, x)
+                # the upper triangle is enough, in bands
+                for first in range(0, self.size, band):
+                    rows_of = slice(first, first + band)
+                    self.outer[part][rows_of, first:].addmm_(x[:, rows_of].T, x[:, first:])
             if self.square is not None:
                 self.square[part] += torch.linalg.vector_norm(x, dim=0).square_()
             if self.mean is not None and self.deviation is not None:
@@ -71,7 +75,8 @@ class InputStats:
             raise _missing("hessian")
         if not self.tokens[part]:
             return torch.eye(self.size, device=self.outer.device)
-        return self.outer[part] * (2 / self.sequences)
+        upper = self.outer[part].triu() * (2 / self.sequences)
+        return upper + upper.triu(1).T
 
     def norm(self, part: int = 0) -> Tensor:
         """[in], the root of the mean over sequences of the sum over tokens of x²; ones where no token came."""
@@ -91,19 +96,26 @@ class InputStats:
         """
         key = (damping, part)
         if key not in self._factors:
-            hessian = self.hessian(part)
-            diagonal = hessian.diagonal()
-            dead = diagonal == 0
-            diagonal[dead] = 1
+            if self.outer is None:
+                raise _missing("hessian")
+            # the Cholesky factor of the matrix read backwards, read backwards, is upper triangular; only the lower
+            # triangle of what goes in is looked at
+            backwards = self.outer[part].flip(0, 1)
+            diagonal = backwards.diagonal()
+            if not self.tokens[part]:
+                diagonal.fill_(1)
+            else:
+                backwards *= 2 / self.sequences
+                diagonal[diagonal == 0] = 1
             diagonal += damping * diagonal.mean()
-            # the Cholesky factor of the matrix read backwards, read backwards, is upper triangular
-            lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+            lower, info = torch.linalg.cholesky_ex(backwards)
             if info.item():
                 raise SecateurError(
                     "the Hessian isn't positive definite",
                     where=f"inputs of size {self.size}",
                     fix=f"raise damping (now {damping:g}) or give more calibration data",
                 )
+            del backwards, diagonal
             self._factors[key] = lower.flip(0, 1)
         upper = self._factors[key]
         return upper, self.dead(part)

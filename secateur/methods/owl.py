@@ -1,0 +1,64 @@
+"""OWL: Wanda with more weights left in the blocks that hold more outliers.
+
+Yin et al. 2023, "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High Sparsity",
+https://arxiv.org/abs/2310.05175. Spec: weight-baselines, item 15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from secateur.method import register
+from secateur.methods.wanda import Wanda
+from secateur.taxonomy import MethodInfo
+
+
+@register
+@dataclass
+class OWL(Wanda):
+    """Wanda, with a block's share moved by up to `lam` after its outliers in the dense model.
+
+    >>> secateur.prune(model, method="owl", target="30%", data=ids)  # doctest: +SKIP
+
+    `allocation="owl"` gives other weight methods the same shares.
+    """
+
+    lam: float = field(default=0.08, metadata={"help": "how far a block's share may lie from the mean"})
+    M: float = field(default=5.0, metadata={"help": "an outlier scores more than M times the block's mean"})
+
+    allocation: ClassVar[str] = "owl"
+
+    info = MethodInfo(
+        title="OWL",
+        spec="weight-baselines",
+        objects="W",
+        granularity="unstr",
+        speedup="spec",
+        when="PAT-PT",
+        criteria="MAG+ACT",
+        order="shot",
+        data="calib",
+        start="pre",
+        scope="loc",
+        models="vit bert llm ssm",
+        budget_unit="weight",
+        year=2023,
+        arxiv="2310.05175",
+        refs="luuyin/OWL",
+        description="Wanda's scores; blocks with more outliers keep more.",
+    )
+
+    def outliers(self, scores: Iterable[Tensor]) -> float:
+        """Percent of a block's scores, over all its matrices, that are above M times their mean.
+
+        >>> OWL(M=2).outliers([torch.tensor([[1.0, 1.0, 1.0, 7.0]])])
+        25.0
+        """
+        scores = list(scores)
+        count = sum(s.numel() for s in scores)
+        mean = sum(s.double().sum().item() for s in scores) / count
+        return 100 * sum(int((s > self.M * mean).sum()) for s in scores) / count
