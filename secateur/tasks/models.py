@@ -77,7 +77,7 @@ def _folder(name_or_path: str | Path) -> Path:
         return path
     if path.exists():
         raise SecateurError("is a file, not a model folder", where=text, fix=SAVED)
-    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+    if text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1:
         raise SecateurError("no such folder", where=text, fix="check the path")
     close = difflib.get_close_matches(text, NAMES, cutoff=0.8)
     if close:
