@@ -132,10 +132,12 @@ def swap(config: Any, values: dict[str, Any]) -> None:
 def reshape(model: nn.Module, cut: dict[str, Any]) -> None:
     """Drop the blocks that were removed; give tensors and attributes the sizes of the pruned model."""
     for path, kept in cut["blocks"].items():
-        blocks = model.get_submodule(path)
-        left = [list(blocks._modules.values())[index] for index in kept]
-        blocks._modules.clear()
-        blocks._modules.update({str(index): block for index, block in enumerate(left)})
+        blocks = model.get_submodule(path)._modules
+        numbered = all(name.isdigit() for name in blocks)
+        left = [list(blocks.items())[index] for index in kept]
+        blocks.clear()
+        for index, (name, block) in enumerate(left):
+            blocks[str(index) if numbered else name] = block
     for path in cut["identity"]:
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, nn.Identity())
@@ -190,15 +192,15 @@ def save_model(
     plan: Plan | None = None,
     report: Mapping[str, Any] | None = None,
     dense_config: Any = None,
-    changes: Mapping[str, Mapping[str, Any]] | None = None,
+    changes: Any = None,
 ) -> dict[str, Any]:
     """Write a pruned model into a new or empty directory, all or nothing, in the simplest form that can hold it.
 
     >>> save_model(pruned.model, "out", tokenizer=tokenizer, plan=pruned.plan)  # doctest: +SKIP
     {'form': 'plain', 'load': 'AutoModelForCausalLM.from_pretrained(folder)', 'why': None}
 
-    dense_config: the transformers config before the cut; the model's own where it is None. changes: attributes that
-    the cut set, by module path; only needed for those that can't be read off the modules.
+    dense_config: the transformers config before the cut; the model's own where it is None. changes: what
+    `cut_units` gave; it tells which blocks were removed where there is no plan.
 
     Gives what it wrote: `form` (plain, custom, module), `load` (the line that loads it) and `why` (what the config
     can't express; None when plain). The same goes into `report.json` under `artefact`.
@@ -208,9 +210,9 @@ def save_model(
     """
     with atomic_directory(directory) as partial:
         if _transformers_class(model) is not None:
-            about = _save_transformers(model, partial, plan, dense_config, changes or {})
+            about = _save_transformers(model, partial, plan, dense_config, changes)
         else:
-            about = _save_module(model, partial, plan, changes or {})
+            about = _save_module(model, partial, plan, changes)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if plan is not None:
@@ -254,7 +256,6 @@ def compare(
     model: nn.Module,
     dense: nn.Module | None,
     blocks: Mapping[str, Sequence[int]] | None = None,
-    changes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The table that makes `reshape(dense, table)` a module of the model's shapes and attributes. `dense` is changed.
 
@@ -266,6 +267,7 @@ def compare(
     modules = dict(model.named_modules(remove_duplicate=False))
     if dense is None:
         cut["blocks"] = {path: list(kept) for path, kept in (blocks or {}).items()}
+        cut["identity"] = [path for path, module in modules.items() if type(module) is nn.Identity]
         cut["shapes"] = {name: list(tensor.shape) for name, tensor in _tensors(model).items()}
         cut["shapes"] |= {f"{p}.{k}".lstrip("."): None for p, m in modules.items() for k in _absent(m)}
         for path, module in modules.items():
@@ -299,15 +301,6 @@ def compare(
                 for key, value in _attributes(module).items()
                 if key not in old or old[key] != value
             }
-    for path, values in (changes or {}).items():
-        for key, value in values.items():
-            if (
-                path in modules
-                and _simple(value)
-                and getattr(modules[path], key, None) == value
-                and dense is None
-            ):
-                cut["attributes"][path][key] = _plain(value)
     cut["attributes"] = {path: values for path, values in cut["attributes"].items() if values}
     return cut
 
@@ -349,15 +342,15 @@ def _removed_blocks(
 ) -> dict[str, list[int]]:
     removed: dict[str, list[int]] = {}
     for path, left in model.named_modules():
-        if not isinstance(left, nn.ModuleList | nn.Sequential):
-            continue
         try:
             whole = dense.get_submodule(path)
         except AttributeError:
             continue
-        if len(left) < len(whole):
-            kept = list(known.get(path, ()))
-            removed[path] = kept if len(kept) == len(left) else _match(left, whole)
+        here, there = len(left._modules), len(whole._modules)
+        if here < there and len(known.get(path, ())) == here:
+            removed[path] = list(known[path])
+        elif here < there and isinstance(left, nn.ModuleList | nn.Sequential):
+            removed[path] = _match(left, whole)
     return removed
 
 
@@ -378,15 +371,14 @@ def _match(left: nn.Module, whole: nn.Module) -> list[int]:
     return kept
 
 
-def kept_blocks(plan: Plan | None) -> dict[str, list[int]]:
-    """Indices of the blocks that a plan keeps, by the path of their list."""
-    if plan is None:
-        return {}
-    return {
-        name.rpartition(":")[0]: units.tolist()
-        for name, units in plan.keep.items()
-        if plan.kinds.get(name) == "layers"
-    }
+def kept_blocks(plan: Plan | None, changes: Any = None) -> dict[str, list[int]]:
+    """Positions of the blocks that a cut kept, by the path of their list."""
+    blocks = {}
+    if plan is not None:
+        blocks = {
+            n.rpartition(":")[0]: u.tolist() for n, u in plan.keep.items() if plan.kinds.get(n) == "layers"
+        }
+    return blocks | {path: list(kept) for path, kept in getattr(changes, "layers", {}).items()}
 
 
 # transformers
@@ -424,7 +416,7 @@ def _dense_config(config: Any) -> Any:
         return config
     swap(config, pruned["dense"])
     fields = {k: v for k, v in config.to_dict().items() if k not in {"pruned", "model_type", "auto_map"}}
-    cls = next(c for c in type(config).__mro__ if c.__module__.startswith("transformers."))
+    cls: Any = next(c for c in type(config).__mro__ if c.__module__.startswith("transformers."))
     return cls.from_dict(fields)
 
 
@@ -441,7 +433,7 @@ def _config_fields(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _save_transformers(
-    model: Any, folder: Path, plan: Plan | None, dense_config: Any, changes: Mapping[str, Mapping[str, Any]]
+    model: Any, folder: Path, plan: Plan | None, dense_config: Any, changes: Any
 ) -> dict[str, Any]:
     cls = _transformers_class(model)
     assert cls is not None
@@ -449,7 +441,8 @@ def _save_transformers(
     architectures = model.config.architectures
     try:
         if why is None:
-            model.save_pretrained(folder)
+            with quiet():
+                model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
             auto = _auto_classes(cls, model.config.model_type)[0]
             return {"form": "plain", "load": f"{auto}.from_pretrained(folder)", "why": None}
         return _save_custom(model, cls, folder, plan, dense_config, changes, why)
@@ -457,7 +450,7 @@ def _save_transformers(
         model.config.architectures = architectures
 
 
-def _inexpressible(model: Any, cls: type) -> str | None:
+def _inexpressible(model: Any, cls: Any) -> str | None:
     """Why the model's config doesn't describe it; None when building from the config gives these very modules."""
     if type(model) is not cls:
         return f"it was loaded as {type(model).__name__}"
@@ -492,10 +485,10 @@ def _auto_classes(cls: type, model_type: str) -> list[str]:
 
     names = []
     for name, auto in vars(modeling_auto).items():
-        mapping = getattr(getattr(auto, "_model_mapping", None), "_model_mapping", {})
-        known = mapping.get(model_type, ())
-        if name.startswith("AutoModel") and cls.__name__ in ((known,) if isinstance(known, str) else known):
-            names.append(name)
+        if name.startswith("AutoModel") and hasattr(auto, "_model_mapping"):
+            known = auto._model_mapping._model_mapping.get(model_type, ())
+            if cls.__name__ in ((known,) if isinstance(known, str) else known):
+                names.append(name)
     return sorted(names, key=lambda name: (name != "AutoModelForCausalLM", len(name))) or ["AutoModel"]
 
 
@@ -517,28 +510,35 @@ def _save_custom(
     folder: Path,
     plan: Plan | None,
     dense_config: Any,
-    changes: Mapping[str, Mapping[str, Any]],
+    changes: Any,
     why: str,
 ) -> dict[str, Any]:
     before = getattr(model.config, "pruned", None) or {"blocks": {}}
     dense = _dense_config(dense_config if dense_config is not None else model.config)
     blocks = dict(before["blocks"])
-    for path, kept in kept_blocks(plan).items():
+    for path, kept in kept_blocks(plan, changes).items():
         earlier = blocks.get(path)
         blocks[path] = [earlier[i] for i in kept] if earlier else kept
-    cut = compare(model, _build(lambda: cls(copy.deepcopy(dense))), blocks, changes)
+    cut = compare(model, _build(lambda: cls(copy.deepcopy(dense))), blocks)
     was, now = _config_fields(dense), _config_fields(model.config)
     cut["dense"] = {key: value for key, value in was.items() if key in now and now[key] != value}
-    cut["config"] = {key: now[key] for key in cut["dense"]}
+    cut["config"] = _valid_fields(dense, {key: now[key] for key in cut["dense"]})
 
     model_type = f"pruned_{dense.model_type}"
     text = _render(cls, type(dense), model_type)
     state = model.state_dict()
     state |= {name: tensor for name, tensor in _tensors(model).items() if name in cut["shapes"]}
-    automatic = model.config.auto_map if hasattr(model.config, "auto_map") else None
-    model.save_pretrained(folder, state_dict=state, save_original_format=False)
-    if automatic is not None:
-        model.config.auto_map = automatic
+    automatic = getattr(model.config, "auto_map", None)
+    swap(model.config, cut["dense"])
+    try:
+        with quiet():
+            model.save_pretrained(
+                folder, state_dict=state, save_original_format=False, max_shard_size=SHARD_BYTES
+            )
+    finally:
+        swap(model.config, {key: now[key] for key in cut["dense"]})
+        if automatic is not None:
+            model.config.auto_map = automatic
 
     autos = _auto_classes(cls, dense.model_type)
     dense.dtype = model.config.dtype
@@ -560,6 +560,20 @@ def _save_custom(
         "load": f"{autos[0]}.from_pretrained(folder, trust_remote_code=True)",
         "why": why,
     }
+
+
+def _valid_fields(dense: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """As many of the fields as the config accepts together: it may refuse 5 heads that don't divide its width."""
+    for left_out in (None, *fields, ...):
+        chosen = {} if left_out is ... else {key: value for key, value in fields.items() if key != left_out}
+        trial = copy.deepcopy(dense)
+        try:
+            swap(trial, chosen)
+            type(trial).from_dict(trial.to_dict())
+            return chosen
+        except BROKEN:
+            continue
+    return {}
 
 
 def _verify(model: nn.Module, text: str, config_file: Path) -> None:
@@ -614,7 +628,7 @@ def _load_transformers(path: Path, dtype: torch.dtype | None) -> nn.Module:
                 raise SecateurError(
                     f"transformers has no {name!r}", where=str(path), fix="update transformers"
                 )
-        with _quiet():
+        with quiet():
             model, info = cls.from_pretrained(
                 path, config=config, dtype=dtype or "auto", output_loading_info=True
             )
@@ -644,7 +658,7 @@ def _trusted_classes(document: dict[str, Any], path: Path) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -670,23 +684,24 @@ def _load_tokenizer(path: Path) -> Any:
 # Any other module
 
 
-def _save_module(
-    model: nn.Module, folder: Path, plan: Plan | None, changes: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
+def _save_module(model: nn.Module, folder: Path, plan: Plan | None, changes: Any) -> dict[str, Any]:
+    blocks = kept_blocks(plan, changes)
     timm_kwargs, cut = None, None
     for kwargs in _timm_candidates(model):
         import timm
 
         try:
-            cut = compare(
-                model, _build(functools.partial(timm.create_model, **kwargs)), kept_blocks(plan), changes
-            )
-        except (SecateurError, RuntimeError, TypeError, ValueError):
+            dense = _build(functools.partial(timm.create_model, **kwargs))
+        except BROKEN:
+            continue
+        try:
+            cut = compare(model, dense, blocks)
+        except SecateurError:
             continue
         timm_kwargs = kwargs
         break
     if cut is None:
-        cut = compare(model, None, kept_blocks(plan), changes)
+        cut = compare(model, None, blocks)
     state: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     seen: dict[int, str] = {}

@@ -146,7 +146,7 @@ def recover(
     hidden: float = 0.0,
     masks: Mapping[str, Tensor] | None = None,
     rank: int = 8,
-    alpha: float = 16.0,
+    alpha: int = 16,
     targets: Sequence[str] | None = None,
     loss: Objective | None = None,
     **settings: Any,
@@ -227,7 +227,7 @@ def _lora(
     data: Any,
     masks: Mapping[str, Tensor],
     rank: int,
-    alpha: float,
+    alpha: int,
     targets: Sequence[str] | None,
     **settings: Any,
 ) -> list[float]:
@@ -261,7 +261,7 @@ def _lora(
             if hasattr(layer, "lora_A"):
                 _mask_update(layer, mask)
         losses = fit(model, data, parameters=trained, **settings)
-        adapted.merge_and_unload(progressbar=False)
+        adapted.merge_and_unload(progressbar=False)  # type: ignore[operator]
         with torch.no_grad():
             for name, mask in masks.items():
                 model.get_parameter(name).mul_(mask)
