@@ -175,7 +175,7 @@ class Tracer:
         for role, axes in (("out", outs), ("in", ins)):
             for axis in axes:
                 for layer in x.layers:
-                    if layer.shape[axis] > 1:
+                    if axis < layer.ndim and layer.shape[axis] > 1:
                         roots = np.unique(self.labels.find(np.ravel(layer)))
                         for key in names:
                             if (
@@ -318,8 +318,9 @@ class Tracer:
                     raise NotImplementedError
             else:
                 made = [Axes(shape, [], self.origin(xs)) for shape in shapes]
-        except NotImplementedError:
-            why = self.reason(f"no rule for {name}")
+        except (NotImplementedError, IndexError, KeyError, ValueError, TypeError, AssertionError) as error:
+            told = "" if isinstance(error, NotImplementedError) else f": {type(error).__name__} {error}"
+            why = self.reason(f"no rule for this {name}{told}")
             self.unknown.setdefault(name, why)
             for x in xs:
                 for layer in x.layers:
