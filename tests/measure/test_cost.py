@@ -122,3 +122,16 @@ def test_decoding_feeds_one_token_at_a_time(tiny_llama: Callable[..., nn.Module]
     model.model.embed_tokens.register_forward_hook(lambda _, args, out: lengths.append(out.shape[1]))
     assert decode_latency(model, torch.zeros(1, 5, dtype=torch.long), steps=3, warmup=1) > 0
     assert lengths == [5, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet50", "mobilenet_v2", "shufflenet_v2_x1_0", "vit_b_16", "convnext_tiny"]
+)
+def test_macs_and_params_are_those_that_torchvision_publishes(name: str) -> None:
+    from torchvision.models import get_model, get_model_weights
+
+    with torch.device("meta"):
+        model, picture = get_model(name), torch.ones(1, 3, 224, 224)
+    published = get_model_weights(name).IMAGENET1K_V1.meta
+    assert params(model) == published["num_params"]
+    assert macs(model, picture) == pytest.approx(published["_ops"] * 1e9, abs=0.5e6 + 0.001e9)
