@@ -110,8 +110,9 @@ def _load(
 
 
 def _token_inputs(model: nn.Module, seqlen: int, device: torch.device) -> dict[str, Tensor] | None:
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
-    if size is None or not accepts(model, "input_ids"):
+    config = getattr(model, "config", None)
+    size = getattr(config, "vocab_size", None)
+    if size is None or not accepts(model, "input_ids") or getattr(config, "is_encoder_decoder", False):
         return None
     return {"input_ids": torch.arange(seqlen, device=device)[None] % size}
 
@@ -122,6 +123,7 @@ def _latency(model: nn.Module, inputs: Inputs | None) -> dict[str, float]:
             "latency needs inputs", where="measure", fix="give inputs, such as a batch of pictures"
         )
     result = {"forward_seconds": timing.latency(model, inputs)}
-    if isinstance(inputs, Mapping) and set(inputs) == {"input_ids"} and accepts(model, "past_key_values"):
+    generates = getattr(model, "can_generate", bool)() and accepts(model, "past_key_values")
+    if generates and isinstance(inputs, Mapping) and set(inputs) == {"input_ids"}:
         result["decode_seconds_per_token"] = timing.decode_latency(model, inputs["input_ids"])
     return result

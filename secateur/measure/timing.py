@@ -9,6 +9,7 @@ from torch import nn
 from secateur.errors import SecateurError
 from secateur.inputs import Inputs
 from secateur.measure.cost import evaluating, run
+from secateur.tasks.text import context
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -50,10 +51,12 @@ def latency(model: nn.Module, inputs: Inputs, repeats: int = 5, warmup: int = 2)
 def decode_latency(model: nn.Module, prompt: torch.Tensor, steps: int = 16, warmup: int = 2) -> float:
     """Median seconds a new token of a causal language model takes after `prompt` [B, L], with its cache.
 
-    The cache grows by one token a step, greedily. Raises SecateurError where the model returns no cache.
+    The cache grows by one token a step, greedily; the prompt is cut so that all fit the model's context. Raises SecateurError where the model returns no cache.
     """
     _positive(steps=steps)
-    device, seconds = _device(model), []
+    device, seconds, longest = _device(model), [], context(model)
+    if longest:
+        prompt = prompt[:, : max(1, longest - warmup - steps)]
     with evaluating(model), torch.no_grad():
         out = model(input_ids=prompt, use_cache=True)
         for _ in range(warmup + steps):

@@ -200,6 +200,36 @@ def test_measure_of_a_language_model_is_json(tiny_llama: Callable[..., nn.Module
     assert {"macs", "accuracy", "seconds", "peak_memory_bytes"} <= set(result)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "t5", "mamba"])
+def test_measure_of_other_language_models(kind: str) -> None:
+    import transformers
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config, build = {
+        "gpt2": (
+            transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=24),
+            transformers.GPT2LMHeadModel,
+        ),
+        "bert": (transformers.BertConfig(**sizes, intermediate_size=24), transformers.BertForMaskedLM),
+        "t5": (
+            transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2),
+            transformers.T5ForConditionalGeneration,
+        ),
+        "mamba": (
+            transformers.MambaConfig(vocab_size=40, hidden_size=16, state_size=4, num_hidden_layers=1),
+            transformers.MambaForCausalLM,
+        ),
+    }[kind]
+    model = build(config)
+    given = {"input_ids": torch.zeros(1, 8, dtype=torch.long)}
+    if kind == "t5":
+        assert measure(model)["macs"] is None
+        given["decoder_input_ids"] = given["input_ids"]
+    result = measure(model, inputs=given, latency=True)
+    assert result["macs"] > 0
+    assert ("decode_seconds_per_token" in result["latency"]) == (kind == "gpt2")
+
+
 def test_measure_of_a_vision_model_needs_only_inputs() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
     result = measure(model, inputs=torch.ones(1, 3, 8, 8), latency=True)
