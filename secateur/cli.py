@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import errno
 import inspect
 import json
@@ -16,6 +17,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import time
 import types
 import typing
@@ -306,8 +308,31 @@ def _check_writable(path: Path, where: str) -> None:
         parent = parent.parent
     if not parent.is_dir():
         raise SecateurError(f"{parent} is a file", where=where, fix="choose another place")
-    if not os.access(parent, os.W_OK):
-        raise SecateurError(f"cannot write in {parent}", where=where, fix="choose a place you may write to")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise SecateurError(
+            f"cannot write in {parent} ({reason})", where=where, fix="choose a place you may write to"
+        ) from error
+
+
+def check_measurement(given: Mapping[str, Any]) -> None:
+    """Refuse unknown tasks and impossible sizes before any work is done."""
+    from secateur.tasks import choices, text
+
+    known = [*text.SETS, *choices.SETS]
+    for task in listed(given.get("tasks")):
+        if task in known or Path(task).expanduser().is_file():
+            continue
+        near = difflib.get_close_matches(task, known, n=1, cutoff=0.5)
+        fix = f"did you mean {near[0]}?" if near else f"give a text file, or one of {', '.join(known)}"
+        raise SecateurError(f"there is no task {task!r}", where="--tasks", fix=fix)
+    for name, least in (("limit", 1), ("seqlen", 2)):
+        value = given.get(name)
+        if value is not None and value < least:
+            raise SecateurError(f"{value} is too few", where=f"--{name}", fix=f"give {least} or more")
 
 
 def example(model: Any, shape: str | None) -> Any:
@@ -367,6 +392,7 @@ def prune(model: str, **given: Any) -> None:
     if recovery.steps < 1:
         raise SecateurError(f"{recovery.steps} steps is no training", where="--steps", fix="give 1 or more")
     check_target(given["target"])
+    check_measurement(given)
     tasks = {"tasks": listed(given["tasks"]), "limit": given["limit"]}
     with quiet_stdout():
         network, tokenizer = load_model(model)
@@ -401,6 +427,7 @@ def prune(model: str, **given: Any) -> None:
         report["versions"] = library_versions()
         if out:
             pruned.save(Path(out).expanduser())
+            print(f"model: {out}", file=sys.stderr)
         if page:
             write_report(Path(page).expanduser(), report, pruned.plan)
             print(f"report: {page}", file=sys.stderr)
@@ -457,6 +484,7 @@ def measure(model: str, **given: Any) -> None:
     from secateur.report.terminal import print_measurement
     from secateur.tasks import load_model
 
+    check_measurement(given)
     with quiet_stdout():
         network, tokenizer = load_model(model)
         asked = {name: given[name] for name in ("limit", "seqlen", "latency")}
@@ -572,6 +600,7 @@ def plan_apply(plan: str, model: str, **given: Any) -> None:
     from secateur.tasks import load_model
 
     check_new_folder(given["out"])
+    check_measurement(given)
     decided = Plan.load(Path(plan).expanduser())
     with quiet_stdout():
         network, tokenizer = load_model(model)
@@ -615,6 +644,7 @@ def build(argv: Sequence[str]) -> tuple[App, list[str]]:
         help="Find what is redundant in a neural network, cut it out, and see what the cut did.",
         result_action="return_value",
         help_on_error=False,
+        suppress_keyboard_interrupt=False,
     )
     verb = next((token for token in argv if not token.startswith("-")), "")
     parameters: list[inspect.Parameter] = [JSON]
@@ -704,11 +734,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         app(tokens, exit_on_error=False, print_error=False)
         return 0
     except cyclopts.CycloptsError as error:
-        return _fail(" ".join(str(error).split()))
+        return _fail(_explain(error))
     except SecateurError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written; run the same command again to continue")
+        resumes = given[:1] == ["prune"] and "--no-resume" not in given
+        again = "run the same command again to continue" if resumes else "run it again to start anew"
+        return _fail(f"interrupted; nothing is half written; {again}")
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the reader of our output has gone
         return 0
@@ -716,10 +748,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(f"the disk is full ({error.filename or error}); free some space, or write elsewhere")
         raise
-    except Exception as error:
-        if type(error).__name__ in ("OutOfMemoryError",):
-            return _fail(f"out of memory ({str(error).splitlines()[0]}); lower --samples or --seqlen")
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+            reason = (str(error) or "of the machine").splitlines()[0]
+            return _fail(f"out of memory ({reason}); lower --samples or --seqlen, or take a smaller model")
         raise
+
+
+def _explain(error: cyclopts.CycloptsError) -> str:
+    """What cyclopts found wrong, in one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, cyclopts.UnusedCliTokensError):
+        return f"too many arguments: {' '.join(error.unused_tokens or [])}; --help shows what it takes"
+    if isinstance(error, cyclopts.UnknownOptionError) and "Did you mean" not in text:
+        return f"{text} --help lists the flags; with --method NAME, those of the method too"
+    return text
 
 
 def _fail(message: str) -> int:

@@ -381,50 +381,94 @@ def layer_label(names: Sequence[str]) -> list[str]:
     return [".".join(word[shared:]) for word in words]
 
 
-def _by_kind(report: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    cut: dict[str, list[Mapping[str, Any]]] = {}
-    for group in report.get("groups") or []:
-        if group.get("kept") is not None:
-            cut.setdefault(group["kind"], []).append(group)
-    return {kind: groups for kind, groups in cut.items() if any(g["kept"] < g["size"] for g in groups)}
+def panels(names: Sequence[str]) -> list[tuple[list[int], list[str]]]:
+    """Names parted into what is drawn together: (places, labels). Numbered layers of one family make a panel.
+
+    >>> panels(["layers.0.mlp:neurons", "layers.1.mlp:neurons", "embed:neurons"])
+    [([0, 1], ['0', '1']), ([2], ['embed'])]
+    """
+    families: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        families.setdefault(re.sub(r"\d+", "#", name), []).append(place)
+    made: list[tuple[list[int], list[str]]] = []
+    rest: list[int] = []
+    for places in families.values():
+        labels = layer_label([names[place] for place in places])
+        if len(places) > 1 and all(label.isdigit() for label in labels):
+            made.append((places, labels))
+        else:
+            rest += places
+    if rest:
+        rest.sort()
+        made.append((rest, _unique(layer_label([names[place] for place in rest]))))
+    return made
+
+
+def _panel_title(kind: str, name: str, count: int) -> str:
+    """The kind, and where it is when the kind has several panels."""
+    title = _kind(kind).capitalize()
+    part = split_block(name.rpartition(":")[0])
+    return f"{title}, {part[0]} {part[2]}" if count > 1 and part else title
 
 
 def kept_figures(report: Mapping[str, Any]) -> list[Figure]:
-    """Share kept per layer: a panel of bars a kind; for single weights a map of layers and matrices."""
+    """Share kept per layer: panels of bars a kind; for single weights a map of layers and matrices."""
     made = []
-    for kind, groups in _by_kind(report).items():
-        labels = layer_label([group["name"] for group in groups])
-        numbered = all(label.isdigit() for label in labels) and len(labels) > 1
-        shares = [100 * group["kept"] / group["size"] for group in groups]
-        common: dict[str, Any] = {
-            "type": "bar",
-            "marker": {"color": ["$frozen" if g.get("reason") else "$kept" for g in groups]},
-            "customdata": [
-                f"{g['name']}: {g['kept']} of {g['size']}" + (f"<br>{g['reason']}" if g.get("reason") else "")
-                for g in groups
-            ],
-            "hovertemplate": "%{customdata}<extra></extra>",
-        }
-        share = {"range": [0, 105], **PERCENT}
-        title = f"{_kind(kind).capitalize()} kept"
-        if numbered:
-            axis = {**_named("layer"), "type": "category", "showgrid": False, "nticks": 24}
-            layout = _layout(210, xaxis=axis, yaxis=share, bargap=0.25)
-            made.append({"title": title, "data": [{**common, "x": labels, "y": shares}], "layout": layout})
-        else:
-            common["marker"]["color"].reverse()
-            common["customdata"].reverse()
-            unique = _unique(labels)[::-1]
-            bar = {**common, "orientation": "h", "x": shares[::-1], "y": unique}
-            bar["text"] = [f" {g['kept']}/{g['size']}" for g in groups][::-1]
-            bar |= {"textposition": "outside", "cliponaxis": False}
-            axis = {"type": "category", "showgrid": False, "dtick": 1, "tickfont": {"size": 11}}
-            layout = _layout(50 + 20 * len(groups), xaxis={**share, "range": [0, 115]}, yaxis=axis)
-            made.append({"title": title, "data": [bar], "layout": layout})
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for group in report.get("groups") or []:
+        if group.get("kept") is not None:
+            kinds.setdefault(group["kind"], []).append(group)
+    for kind, groups in kinds.items():
+        found = panels([group["name"] for group in groups])
+        drawn = [
+            ([groups[place] for place in places], labels)
+            for places, labels in found
+            if any(groups[place]["kept"] < groups[place]["size"] for place in places)
+        ]
+        for members, labels in drawn:
+            figure_ = _kept_panel(members, labels)
+            figure_["title"] = _panel_title(kind, members[0]["name"], len(drawn)) + " kept"
+            made.append(figure_)
     weights = [w for w in report.get("weights") or [] if w["size"]]
     if weights:
         made.append(_weights_map(weights))
     return made
+
+
+def _kept_panel(groups: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Figure:
+    shares = [100 * group["kept"] / group["size"] for group in groups]
+    colors = ["$frozen" if group.get("reason") else "$kept" for group in groups]
+    hover = [
+        f"{g['name']}: {g['kept']:,} of {g['size']:,}"
+        + (f"<br>{_short(g['reason'])}" if g.get("reason") else "")
+        for g in groups
+    ]
+    common: dict[str, Any] = {"type": "bar", "hovertemplate": "%{customdata}<extra></extra>"}
+    if len(labels) > 1 and all(label.isdigit() for label in labels):
+        bar = {**common, "x": list(labels), "y": shares, "customdata": hover, "marker": {"color": colors}}
+        xaxis = {**_named("layer"), "type": "category", "showgrid": False, "nticks": 24}
+        return {
+            "data": [bar],
+            "layout": _layout(210, xaxis=xaxis, yaxis={"range": [0, 105], **PERCENT}, bargap=0.25),
+        }
+    bar = {
+        **common,
+        "orientation": "h",
+        "x": shares[::-1],
+        "y": labels[::-1],
+        "customdata": hover[::-1],
+        "marker": {"color": colors[::-1]},
+        "text": [f" {g['kept']:,}/{g['size']:,}" for g in groups][::-1],
+        "textposition": "outside",
+        "cliponaxis": False,
+    }
+    yaxis = {"type": "category", "showgrid": False, "dtick": 1, "tickfont": {"size": 11}}
+    layout = _layout(50 + 20 * len(groups), xaxis={"range": [0, 115], **PERCENT}, yaxis=yaxis)
+    return {"data": [bar], "layout": layout}
+
+
+def _short(reason: str) -> str:
+    return html.escape(reason if len(reason) < 90 else reason[:87] + "...")
 
 
 def _unique(labels: Sequence[str]) -> list[str]:
@@ -512,25 +556,27 @@ def strip_figures(plan: Plan) -> list[Figure]:
         kinds.setdefault(plan.kinds.get(name, ""), []).append(name)
     made = []
     scale = [[0, "$cut"], [1, "$kept"]]
-    for kind, names in kinds.items():
-        lines: list[dict[str, Any]] = [
-            {"size": plan.sizes[name], "keep": to_ranges(plan.keep[name].tolist())} for name in names
-        ]
-        data = {
-            "type": "heatmap",
-            "rows": lines,
-            "y": _unique(layer_label(names)),
-            "colorscale": scale,
-            "zmin": 0,
-            "zmax": 1,
-            "showscale": False,
-            "hovertemplate": "layer %{y}, unit %{x}: kept %{z:.0%}<extra></extra>",
-            "ygap": 1,
-            "xgap": 1 if max(line["size"] for line in lines) <= 64 else 0,
-        }
-        made.append(
-            _strip(_kind(kind).capitalize(), data, len(names), "unit", max(line["size"] for line in lines))
-        )
+    for kind, every in kinds.items():
+        found = panels(every)
+        for places, labels in found:
+            names = [every[place] for place in places]
+            lines: list[dict[str, Any]] = [
+                {"size": plan.sizes[name], "keep": to_ranges(plan.keep[name].tolist())} for name in names
+            ]
+            widest = max(line["size"] for line in lines)
+            data = {
+                "type": "heatmap",
+                "rows": lines,
+                "y": labels,
+                "colorscale": scale,
+                "zmin": 0,
+                "zmax": 1,
+                "showscale": False,
+                "hovertemplate": "layer %{y}, unit %{x}: kept %{z:.0%}<extra></extra>",
+                "ygap": 1,
+                "xgap": 1 if widest <= 64 else 0,
+            }
+            made.append(_strip(_panel_title(kind, names[0], len(found)), data, len(names), "unit", widest))
     families: dict[str, list[str]] = {}
     for name in plan.masks:
         part = split_block(name)

@@ -136,12 +136,20 @@ class Row:
 def rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row]:
     """The before/after table: every single figure that either side has, then quality by task."""
     left, right = single(before), single(after)
-    found = [Row(key, label, left[key], right[key]) for key, label in FIGURES.items()]
+    labels = {**FIGURES, "macs": FIGURES["macs"] + _tokens(before)}
+    found = [Row(key, label, left[key], right[key]) for key, label in labels.items()]
     first, last = by_task(before), by_task(after)
     found = [row for row in found if row.before is not None or row.after is not None]
     for kind, task in dict.fromkeys([*first, *last]):
         found.append(Row(kind, f"{kind}, {task}", first.get((kind, task)), last.get((kind, task))))
     return found
+
+
+def _tokens(figures: Mapping[str, Any]) -> str:
+    """What a language model's multiply-adds were counted on."""
+    inputs = figures.get("inputs")
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    return f", {math.prod(ids['tensor'])} tokens" if isinstance(ids, Mapping) and "tensor" in ids else ""
 
 
 def notes(report: Mapping[str, Any]) -> list[str]:
@@ -166,7 +174,8 @@ def notes(report: Mapping[str, Any]) -> list[str]:
         between = by_task(report.get("cut") or {})
         was = [f"{kind}, {task} was {figure(kind, value)}" for (kind, task), value in between.items()]
         text = f"after the cut it was trained ({trained['recover']}, {trained['steps']} steps)"
-        found.append(text + (f"; before that {'; '.join(was)}" if was else ""))
+        text += f"; before that {'; '.join(was)}" if was else ""
+        found.append(text + "; applying the plan again gives the untrained model")
     if report.get("met") is False:
         found.append("the target was not met")
     return list(dict.fromkeys(found))

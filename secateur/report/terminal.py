@@ -59,7 +59,7 @@ def report_tables(report: Mapping[str, Any]) -> list[Any]:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             parts.append(Text(f"  {names[0]}{more}: {reason}"))
         if len(shown) > 6:
-            parts.append(Text(f"  and {len(shown) - 6} other reasons: `secateur inspect` shows all"))
+            parts.append(Text(f"  and {len(shown) - 6} more: `secateur inspect` shows all"))
     for note in notes(report):
         parts.append(Text(f"note: {note}", style="yellow"))
     last = []
