@@ -73,6 +73,9 @@ class Plan:
     def __post_init__(self) -> None:
         if not isinstance(self.masks, Masks):
             self.masks = Masks(self.masks)
+        # as JSON gives them back, so that a loaded plan equals the one that was saved
+        for name in ("hyperparameters", "options", "inputs", "notes"):
+            setattr(self, name, json.loads(json.dumps(getattr(self, name))))
 
     @property
     def structured(self) -> bool:

@@ -135,8 +135,10 @@ class Run:
                 ):
                     if _has_parameter(self.model, name):
                         scratch.remember(name)
+                grown = any(not _has_parameter(self.model, name) for name in plan.values)
                 set_values(self.model, plan.values)
                 mask_units(self.model, graph, plan.keep)
+                graph = None if grown else graph  # a repair added a bias: the groups are traced with it
         assert merged is not None and graph is not None
         scratch.restore()
         merged.target = str(self.target)
