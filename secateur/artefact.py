@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.files import atomic_directory, atomic_write_json, atomic_write_text
+from secateur.inputs import call, default_inputs, from_description, map_tensors
 
 if TYPE_CHECKING:
     from secateur.plan import Plan
@@ -437,7 +438,7 @@ def _save_transformers(
 ) -> dict[str, Any]:
     cls = _transformers_class(model)
     assert cls is not None
-    why = _inexpressible(model, cls)
+    why = _inexpressible(model, cls, plan)
     architectures = model.config.architectures
     try:
         if why is None:
@@ -450,7 +451,7 @@ def _save_transformers(
         model.config.architectures = architectures
 
 
-def _inexpressible(model: Any, cls: Any) -> str | None:
+def _inexpressible(model: Any, cls: Any, plan: Plan | None) -> str | None:
     """Why the model's config doesn't describe it; None when building from the config gives these very modules."""
     if type(model) is not cls:
         return f"it was loaded as {type(model).__name__}"
@@ -473,10 +474,58 @@ def _inexpressible(model: Any, cls: Any) -> str | None:
         says = "none" if old is None else str(list(old.shape))
         more = f", and {len(cut['shapes']) - 1} more" if len(cut["shapes"]) > 1 else ""
         return f"{name} is {shape}, the config says {says}{more}"
-    for path, values in cut["attributes"].items():
+    if cut["attributes"] and not _computes_the_same(model, cls, config, plan):
+        path, values = next(iter(cut["attributes"].items()))
         key, value = next(iter(values.items()))
         return f"{path}.{key} is {value}, the config says {getattr(built.get_submodule(path), key, None)}"
     return None
+
+
+def _computes_the_same(model: Any, cls: Any, config: Any, plan: Plan | None) -> bool:
+    """Whether what the config builds gives the model's outputs with the model's weights, whatever its attributes say.
+
+    Many attributes are never read again after the modules were built. The weights are shared, not copied.
+    """
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), torch.device("cpu"):
+        twin = cls(copy.deepcopy(config))
+    twin.load_state_dict(model.state_dict(), strict=False, assign=True)
+    twin.tie_weights()
+    device = next(model.parameters()).device
+    training = model.training
+    try:
+        inputs = map_tensors(_example(model, plan), lambda tensor: tensor.to(device))
+        with torch.no_grad():
+            ours = _floats(call(model.eval(), inputs))
+            theirs = _floats(call(twin.to(device).eval(), inputs))
+    except (SecateurError, *BROKEN):
+        return False
+    finally:
+        model.train(training)
+    return len(ours) == len(theirs) > 0 and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
+        for a, b in zip(ours, theirs)
+    )
+
+
+def _example(model: Any, plan: Plan | None) -> Any:
+    """Inputs that tell models apart: random token ids, or noise of the shapes that the plan was traced with."""
+    if plan is None or not isinstance(plan.inputs, dict) or set(plan.inputs) == {"tensor", "dtype"}:
+        return default_inputs(model)
+    inputs = from_description(plan.inputs)
+    for name, value in inputs.items():
+        if name.endswith("input_ids"):
+            embedding = model.get_input_embeddings()
+            inputs[name] = torch.arange(value.numel()).reshape(value.shape) * 7 % embedding.num_embeddings
+    return inputs
+
+
+def _floats(output: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    wanted = {key: value for key, value in output.items() if key != "past_key_values"}
+    map_tensors(wanted, lambda tensor: found.append(tensor) if tensor.is_floating_point() else None)
+    return found
 
 
 def _auto_classes(cls: type, model_type: str) -> list[str]:

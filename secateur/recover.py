@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -239,14 +239,14 @@ def _lora(
         raise SecateurError("there is no linear layer to adapt", where="lora", fix="use how='full'")
     requires = {parameter: parameter.requires_grad for parameter in model.parameters()}
     seed = settings.get("seed", 0)
-    adapted = None
+    adapted: Any = None
     try:
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
             torch.manual_seed(seed)
             config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0)
             try:
-                adapted = LoraModel(model, config, "default")
+                adapted = cast(Any, LoraModel(model, config, "default"))
             except ValueError as error:
                 raise SecateurError(
                     str(error).split(". ")[0], where="lora", fix="give names of linear modules"
@@ -261,7 +261,7 @@ def _lora(
             if hasattr(layer, "lora_A"):
                 _mask_update(layer, mask)
         losses = fit(model, data, parameters=trained, **settings)
-        adapted.merge_and_unload(progressbar=False)  # type: ignore[operator]
+        adapted.merge_and_unload(progressbar=False)
         with torch.no_grad():
             for name, mask in masks.items():
                 model.get_parameter(name).mul_(mask)
@@ -279,7 +279,7 @@ def _lora(
 
 def lora_targets(model: nn.Module) -> list[str]:
     """Names of the linear layers (nn.Linear and transformers' Conv1D) but the output embedding."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     kinds: tuple[type, ...] = (nn.Linear,)
     try:
         from transformers.pytorch_utils import Conv1D
