@@ -11,11 +11,11 @@ import json
 import time
 
 import torch
-from secateur.data.text import calibration, encode, load_text
 
 import secateur
 from secateur.measure import perplexity
 from secateur.tasks import load_model
+from secateur.tasks.text import calibration, encode, load_text
 
 
 def main() -> None:
