@@ -74,10 +74,13 @@ class Context:
             reasons = "; ".join(dict.fromkeys(f"{g.name}: {g.reason}" for g in frozen[:8])) or (
                 f"the graph holds only {', '.join(sorted({g.kind for g in self.graph.groups})) or 'no groups'}"
             )
+            others = sorted({g.kind for g in self.graph.prunable()})
             raise SecateurError(
                 f"nothing can be cut ({reasons})",
                 where=type(self.model).__name__,
-                fix="`secateur inspect` shows every group",
+                fix=f"its {', '.join(others)} can be: pass kinds= or take another method"
+                if others
+                else "`secateur inspect` shows every group",
             )
         return groups
 

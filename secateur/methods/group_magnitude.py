@@ -1,0 +1,73 @@
+"""Grouped magnitude: the L2 norm of everything that leaves with a unit.
+
+Fang et al. 2023, "DepGraph: Towards Any Structural Pruning", https://arxiv.org/abs/2301.12900 (group norm, without its
+sparse training); Li et al. 2016, https://arxiv.org/abs/1608.08710 for single filters. Spec: weight-baselines, item 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from secateur.context import Context
+from secateur.errors import SecateurError
+from secateur.graph import Group
+from secateur.method import UnitMethod, register
+from secateur.taxonomy import MethodInfo
+
+
+@register
+@dataclass
+class GroupMagnitude(UnitMethod):
+    """Units whose coupled weights are small leave first. Any architecture, no data.
+
+    >>> secateur.prune(resnet, images, method="group-magnitude", target="50%")  # doctest: +SKIP
+    """
+
+    norm: int = field(default=2, metadata={"help": "1: sum of |w|, 2: root of the sum of w²"})
+
+    kinds: ClassVar[tuple[str, ...] | None] = (
+        "channels",
+        "heads",
+        "kv_groups",
+        "head_dim",
+        "neurons",
+        "hidden",
+        "experts",
+    )
+    share_of: ClassVar[str] = "units"
+    info = MethodInfo(
+        title="Grouped magnitude",
+        spec="weight-baselines",
+        objects="F C N H",
+        granularity="struct",
+        speedup="univ",
+        when="PAT",
+        criteria="NORM",
+        order="either",
+        data="free",
+        start="pre",
+        recovery="none/tune",
+        scope="loc/glob",
+        models="mlp cnn vit ssm bert llm",
+        budget_unit="units",
+        year=2023,
+        arxiv="2301.12900",
+        refs=("VainF/Torch-Pruning",),
+        description="L2 norm of the coupled slices that leave together.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.norm not in (1, 2):
+            raise SecateurError(f"there is no norm {self.norm}", where="group-magnitude", fix="1 or 2")
+
+    def score(self, group: Group, context: Context) -> Tensor:
+        parameters = dict(context.model.named_parameters(remove_duplicate=False))
+        powers = {
+            slice.name: parameters[slice.name].detach().abs().float().pow(self.norm)
+            for slice in group.slices
+            if slice.role in ("out", "in") and slice.name in parameters
+        }
+        return group.reduce(powers, roles=("out", "in")).pow(1 / self.norm)

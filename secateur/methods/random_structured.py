@@ -1,0 +1,49 @@
+"""Random units: the control that every structured method must beat.
+
+No paper. Spec: weight-baselines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.context import Context
+from secateur.graph import Group
+from secateur.method import UnitMethod, register
+from secateur.taxonomy import MethodInfo
+
+
+@register
+@dataclass
+class RandomStructured(UnitMethod):
+    """Heads (with their key/value group) and MLP neurons in random order, the same share from every layer.
+
+    >>> secateur.prune(model, method="random-structured", target="80%", seed=1)  # doctest: +SKIP
+    """
+
+    kinds: ClassVar[tuple[str, ...] | None] = ("heads", "kv_groups", "neurons")
+    share_of: ClassVar[str] = "weights"
+    info = MethodInfo(
+        title="Random units",
+        spec="weight-baselines",
+        objects="H N",
+        granularity="struct",
+        speedup="univ",
+        when="any",
+        criteria="none",
+        order="shot",
+        data="free",
+        start="either",
+        recovery="none",
+        scope="loc",
+        models="llm vit bert",
+        budget_unit="params",
+        description="Heads and neurons in random order: the control.",
+    )
+
+    def score(self, group: Group, context: Context) -> Tensor:
+        return torch.rand(group.size, generator=context.generator(group.name))

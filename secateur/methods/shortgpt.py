@@ -1,0 +1,58 @@
+"""ShortGPT: whole blocks that hardly turn the hidden state leave.
+
+Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect",
+https://arxiv.org/abs/2403.03853. Spec: weight-baselines, item 13.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from secateur.context import Context
+from secateur.graph import Group
+from secateur.method import UnitMethod, register
+from secateur.stats.influence import block_influence
+from secateur.taxonomy import MethodInfo
+
+
+@register
+@dataclass
+class ShortGPT(UnitMethod):
+    """Block influence: 1 - the mean cosine between what enters a block and what leaves it.
+
+    >>> secateur.prune(model, method="shortgpt", target="75%", data=ids)  # doctest: +SKIP
+
+    One shot: the influence is not measured again after a block has left.
+    """
+
+    kinds: ClassVar[tuple[str, ...] | None] = ("layers",)
+    needs: ClassVar[frozenset[str]] = frozenset({"block_influence"})
+    share_of: ClassVar[str] = "weights"
+    info = MethodInfo(
+        title="ShortGPT",
+        spec="weight-baselines",
+        objects="L",
+        granularity="struct",
+        speedup="univ",
+        when="PAT-PT",
+        criteria="ACT",
+        order="shot",
+        data="calib",
+        start="pre",
+        recovery="none",
+        scope="glob",
+        models="llm",
+        budget_unit="layers",
+        year=2024,
+        arxiv="2403.03853",
+        refs=("sramshetty/ShortGPT",),
+        description="Blocks whose output points the way of their input leave whole.",
+    )
+
+    def score(self, group: Group, context: Context) -> Tensor:
+        return block_influence(
+            context.model, context.require_data(), group.modules, progress=context.progress
+        )
