@@ -69,6 +69,24 @@ def _draw(n: int, generator: torch.Generator) -> int:
     return int(torch.randint(n, (1,), generator=generator))
 
 
+def reach_of(count: int, step: int, least: int, most: int, reach: int = 4) -> tuple[int, int]:
+    """(lowest, highest) level such that count + level * step stays in least..most, at most `reach` to each side.
+
+    >>> reach_of(count=4, step=1, least=0, most=8), reach_of(1, 1, 0, 8)
+    ((-4, 4), (-1, 4))
+    """
+    return -min(reach, (count - least) // step), min(reach, (most - count) // step)
+
+
+def halving(index: int) -> float:
+    """The van der Corput sequence: its first few numbers are always spread evenly over 0..1.
+
+    >>> [halving(i) for i in range(5)]
+    [0.0, 0.5, 0.25, 0.75, 0.125]
+    """
+    return sum(((index >> bit) & 1) / 2 ** (bit + 1) for bit in range(index.bit_length()))
+
+
 @dataclass(frozen=True)
 class Stage:
     """How many tokens the candidates of a stage are judged on, and how many go on."""

@@ -50,7 +50,7 @@ def prepare(weight: Tensor, hessian: Tensor, units: Tensor | None = None, dampin
     """The problem of removing `units` from a layer.
 
     >>> problem = prepare(torch.eye(2), torch.tensor([[2.0, 1.0], [1.0, 2.0]]), damping=0.0)
-    >>> unit_scores(problem.B, problem.inverse, problem.G, 2, 1, first_order=False)
+    >>> unit_scores(problem.B, problem.inverse, problem.G, torch.arange(2), 1, first_order=False)
     tensor([0.7500, 0.7500])
 
     Parameters
@@ -74,8 +74,8 @@ def prepare(weight: Tensor, hessian: Tensor, units: Tensor | None = None, dampin
     rest = torch.ones(columns, dtype=torch.bool)
     rest[units.reshape(-1).cpu()] = False
     rows = torch.cat([units.reshape(-1).cpu(), rest.nonzero().squeeze(1)]).to(device)
-    H = hessian.to(device=device, dtype=compute)[rows][:, rows]
-    B = weight.detach().to(compute).T[rows].clone()
+    H = hessian.to(device=device, dtype=compute)[rows[:, None], rows]
+    B = weight.detach().to(compute).T[rows]
     diagonal = H.diagonal()
     B[diagonal == 0] = 0
     mean = diagonal.mean()
@@ -91,51 +91,47 @@ def prepare(weight: Tensor, hessian: Tensor, units: Tensor | None = None, dampin
         raise SecateurError(
             "the Hessian isn't positive definite", where="obs", fix="give more damping or more data"
         )
-    return Removal(
-        B,
-        damped,
-        damped @ B,
-        torch.cholesky_inverse(factor),
-        rows,
-        *units.shape,
-        weight.dtype,
-        weight.detach(),
-    )
+    count, width = units.shape
+    inverse = torch.cholesky_inverse(factor)
+    return Removal(B, damped, damped @ B, inverse, rows, count, width, weight.dtype, weight.detach())
 
 
 def unit_scores(
-    B: Tensor, inverse: Tensor, G: Tensor, units: int, width: int, first_order: bool = True
+    B: Tensor, inverse: Tensor, G: Tensor, units: Tensor, width: int, first_order: bool = True
 ) -> Tensor:
-    """[units]: loss that removing each unit adds, higher = keep.
+    """Loss that removing each of `units` (int64 [n], numbers of blocks of `width` rows) adds, [n], higher = keep.
 
     The sum over a unit's rows of B * (1/2 [inverse]_uu^-1 B + G); without `first_order` the G term, an energy of the
     dense layer's output, is left out and this is the plain OBS cost.
     """
-    size = units * width
-    B, G = B[:size], G[:size]
     if width == 1:
-        cost = (B * B).sum(1) / (2 * inverse.diagonal()[:size])
-        return cost + (B * G).sum(1) if first_order else cost
-    blocks = inverse[:size, :size].reshape(units, width, units, width)
-    blocks = blocks[torch.arange(units), :, torch.arange(units), :]
-    B, G = B.reshape(units, width, -1), G.reshape(units, width, -1)
-    gradient = torch.linalg.solve(blocks, B) / 2
-    return (B * (gradient + G if first_order else gradient)).sum((1, 2))
+        B = B[units]
+        cost = (B * B).sum(1) / (2 * inverse.diagonal()[units])
+        return cost + (B * G[units]).sum(1) if first_order else cost
+    rows = rows_of(units, width)
+    blocks = inverse[rows[:, :, None], rows[:, None, :]]
+    gradient = torch.cholesky_solve(B[rows], torch.linalg.cholesky(blocks)) / 2
+    return (B[rows] * (gradient + G[rows] if first_order else gradient)).sum((1, 2))
 
 
-def remove(B: Tensor, inverse: Tensor, gone: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, inverse of the smaller H) after the rows `gone` were removed and the others made up for them.
+def rows_of(units: Tensor, width: int) -> Tensor:
+    """[n, width]: the rows of each unit."""
+    return units[:, None] * width + torch.arange(width, device=units.device)
 
-    B -= inverse[:, p] inverse[p, p]^-1 B[p]; rows p of both are dropped.
+
+def remove(B: Tensor, inverse: Tensor, gone: Tensor) -> None:
+    """Removes the rows `gone`, in place, and lets the others make up for them.
+
+    B -= inverse[:, p] inverse[p, p]^-1 B[p], the same for `inverse`; rows p of both, columns p of `inverse` become zero.
     """
-    left = torch.ones(len(B), dtype=torch.bool, device=B.device)
-    left[gone] = False
-    left = left.nonzero().squeeze(1)
-    across = inverse[left][:, gone]
-    factor = torch.linalg.cholesky(inverse[gone][:, gone])
-    B = B[left] - across @ torch.cholesky_solve(B[gone], factor)
+    across = inverse[:, gone]
+    factor = torch.linalg.cholesky(across[gone])
+    B.addmm_(across, torch.cholesky_solve(B[gone], factor), alpha=-1)
     half = torch.linalg.solve_triangular(factor, across.T, upper=False)
-    return B, inverse[left][:, left].addmm_(half.T, half, alpha=-1)
+    inverse.addmm_(half.T, half, alpha=-1)
+    B[gone] = 0
+    inverse[gone] = 0
+    inverse[:, gone] = 0
 
 
 def split(total: int, rounds: int) -> list[int]:
@@ -165,30 +161,28 @@ def select(
 
 
 def _path(problem: Removal, keeps: Sequence[int], rounds: int, first_order: bool) -> list[Tensor]:
-    B, inverse, G, width = problem.B, problem.inverse, problem.G, problem.width
-    alive = torch.arange(problem.units, device=B.device)
-    total = problem.units - keeps[-1]
+    B, inverse, G, width = problem.B.clone(), problem.inverse.clone(), problem.G, problem.width
+    alive = torch.ones(problem.units, dtype=torch.bool, device=B.device)
+    left = problem.units
+    total = max(left - keeps[-1], 1)
     found: list[Tensor] = []
 
-    def drop(which: Tensor) -> None:
-        nonlocal B, inverse, G, alive
-        rows = (which[:, None] * width + torch.arange(width, device=B.device)).reshape(-1)
-        B, inverse = remove(B, inverse, rows)
-        left = torch.ones(len(G), dtype=torch.bool, device=B.device)
-        left[rows] = False
-        G = G[left]
-        alive = alive[left[: len(alive) * width : width]]
+    def drop(units: Tensor) -> None:
+        if len(units):
+            remove(B, inverse, rows_of(units, width).reshape(-1))
+            alive[units] = False
 
     for keep in keeps:
-        dead = problem.dead[alive].nonzero().squeeze(1)[: len(alive) - keep]
-        if len(dead):
-            drop(dead)
-        count = len(alive) - keep
-        share = max(1, -(-rounds * count // max(total, 1))) if len(keeps) > 1 else rounds
+        dead = (alive & problem.dead).nonzero().squeeze(1)[: left - keep]
+        count = left - keep - len(dead)
+        share = rounds if len(keeps) == 1 else max(1, -(-rounds * count // total))
+        drop(dead)
         for k in split(count, share):
-            scores = unit_scores(B, inverse, G, len(alive), width, first_order)
-            drop(scores.sort(stable=True).indices[:k])
-        found.append(alive.cpu())
+            units = alive.nonzero().squeeze(1)
+            scores = unit_scores(B, inverse, G, units, width, first_order)
+            drop(units[scores.sort(stable=True).indices[:k]])
+        left = keep
+        found.append(alive.nonzero().squeeze(1).cpu())
     return found
 
 
@@ -208,7 +202,7 @@ def refit(problem: Removal, keep: Tensor) -> Tensor:
 
 def kept_rows(problem: Removal, keep: Tensor) -> Tensor:
     device = problem.B.device
-    rows = (keep.to(device)[:, None] * problem.width + torch.arange(problem.width, device=device)).reshape(-1)
+    rows = rows_of(keep.to(device), problem.width).reshape(-1)
     return torch.cat([rows, torch.arange(problem.units * problem.width, len(problem.B), device=device)])
 
 
