@@ -1,7 +1,7 @@
 """Tyr-the-Pruner: which layer can spare how much is found by search, not by a formula.
 
-Li, Zhang, Yin, Zhang, Zheng, Li, Chen, Mo, Barsoum 2025, "Tyr-the-Pruner: Structural Pruning LLMs via Global Sparsity
-Distribution Optimization", https://arxiv.org/abs/2503.09657. Spec: tyr.
+Li et al. 2025, "Tyr-the-Pruner: Structural Pruning LLMs via Global Sparsity Distribution Optimization",
+https://arxiv.org/abs/2503.09657. Spec: tyr.
 
 Reconstruction: the algorithm is read from the released code; the rounds, their halving and the expected weights from
 the authors' description, because `LocalPruner.step` of that code sets its argument `expected_sparsity` to 0 and so puts
@@ -77,13 +77,14 @@ class Tyr(UnitMethod):
     info = record("tyr")
 
     def __post_init__(self) -> None:
+        where, sizes = "tyr.expected", (*self.tokens, *self.survivors)
         if self.expected not in ("mean", "median", "off"):
+            raise SecateurError(f"there is no {self.expected!r}", where=where, fix="mean, median or off")
+        if len(self.tokens) != len(self.survivors) or not sizes or min(sizes) <= 0:
+            raise SecateurError("tokens and survivors don't match", where="tyr", fix="one of each per stage")
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise SecateurError(
-                f"there is no {self.expected!r}", where="tyr.expected", fix="mean, median or off"
-            )
-        if len(self.tokens) != len(self.survivors) or min(*self.tokens, *self.survivors, 1) <= 0:
-            raise SecateurError(
-                "tokens and survivors don't match", where="tyr", fix="give one of each per stage"
+                f"there is no {self.dtype!r}", where="tyr.dtype", fix="auto, float32, bfloat16"
             )
 
     def plan(self, context: Context) -> Plan:

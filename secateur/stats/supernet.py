@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -130,6 +131,8 @@ class Supernet:
 
     def __enter__(self) -> Self:
         self.dense = {layer.name: layer.matrix.weight().clone() for layer in self.layers}
+        if self.offload:
+            Path(self.offload).mkdir(parents=True, exist_ok=True)
         self.disk = Checkpoint(
             tempfile.mkdtemp(prefix="supernet-", dir=self.offload) if self.offload else None
         )
@@ -187,7 +190,7 @@ class Supernet:
         versions = {}
         for count, keep in zip(pruned, self.solve(layer, problem, [layer.size - count for count in pruned])):
             versions[f"keep/{count}"] = keep
-            versions[f"weight/{count}"] = refit(problem, keep)[:, layer.columns(keep)]
+            versions[f"weight/{count}"] = refit(problem, keep)[:, layer.columns(keep)].cpu()
         return versions
 
     def _take(self, layer: Sublayer, versions: dict[str, Tensor]) -> None:

@@ -289,6 +289,10 @@ def test_bad_settings_are_refused() -> None:
         Tyr(expected="average")
     with pytest.raises(SecateurError, match="one of each"):
         Tyr(tokens=(128.0,), survivors=(4, 2))
+    with pytest.raises(SecateurError, match="one of each"):
+        Tyr(tokens=(), survivors=())
+    with pytest.raises(SecateurError, match="float17"):
+        Tyr(dtype="float17")
 
 
 @pytest.mark.needs_data
