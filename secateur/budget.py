@@ -184,9 +184,11 @@ def build_path(groups: Sequence[Competitor], allocation: str = "uniform") -> lis
         for group in groups:
             gone = 0
             for index, grain in enumerate(group.grains()):
-                key = ((gone + len(grain) / 2) / group.size, group.kind, group.size, index)
-                steps.setdefault(key, []).extend((group.name, unit) for unit in grain)
+                # a unit leaves when its kind's share has fallen by the whole of it: few large units (a third of the
+                # heads) stay while many small ones can make up the difference
                 gone += len(grain)
+                key = (gone / group.size, group.kind, group.size, index)
+                steps.setdefault(key, []).extend((group.name, unit) for unit in grain)
         return [steps[key] for key in sorted(steps)]
     if allocation not in ("global", "per-kind"):
         raise SecateurError(
@@ -208,8 +210,8 @@ def build_path(groups: Sequence[Competitor], allocation: str = "uniform") -> lis
     gone_of = dict.fromkeys(total, 0)
     keyed = []
     for _, kind, _, step in ranked:
-        keyed.append(((gone_of[kind] + len(step) / 2) / total[kind], kind, step))
         gone_of[kind] += len(step)
+        keyed.append((gone_of[kind] / total[kind], kind, step))
     keyed.sort(key=lambda item: item[:2])
     return [step for *_, step in keyed]
 

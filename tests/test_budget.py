@@ -112,11 +112,15 @@ def test_a_path_meets_a_share_within_one_unit_and_never_over(allocation, share):
         assert len({len(keep[f"{i}.attn"]) for i in range(3)}) == 1
 
 
-def test_uniform_at_80_percent_by_hand():
-    # 2 of 3 KV groups leave 589,824; the other 2,241,331 weights are 1,297 neurons of 1,728
+@pytest.mark.parametrize(
+    # a third of the heads stays until a third is to go: (0.8 * 3,538,944 - 884,736) / 1,728 neurons are kept, and so on
+    ("share", "heads", "neurons"),
+    [(0.8, 3, 1126), (0.6, 2, 887), (0.5, 2, 682)],
+)
+def test_uniform_shares_by_hand(share, heads, neurons):
     groups, cost = llama_like(1)
-    keep = follow(groups, build_path(groups), cost, 0.8 * 3_538_944)
-    assert len(keep["0.attn"]) == 2 and len(keep["0.mlp"]) == 1297
+    keep = follow(groups, build_path(groups), cost, share * 3_538_944)
+    assert len(keep["0.attn"]) == heads and len(keep["0.mlp"]) == neurons
 
 
 def test_the_lowest_scores_leave_and_ties_keep_the_earlier():
