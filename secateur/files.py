@@ -61,7 +61,7 @@ def explain_oserror(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         number = getattr(error, "errno", None)
-        if number in FULL or "No space left" in str(error) or "os error 28" in str(error):
+        if number in FULL or any(f"(os error {code})" in str(error) for code in FULL):
             raise SecateurError(
                 "the disk is full; nothing was written",
                 where=str(path),
