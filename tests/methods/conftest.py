@@ -1,0 +1,40 @@
+"""Plans without the cut, for tests of what a method decides."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from secateur.budget import parse_target
+from secateur.context import Context
+from secateur.method import make_method
+from secateur.plan import Plan
+
+
+@pytest.fixture
+def plan_of() -> Callable[..., Plan]:
+    """`plan_of(model, "taylor", "70%", ids, element="square", allocation="global")`: the plan of a language model.
+
+    The model is traced once and remembered.
+    """
+    graphs: dict[int, Any] = {}
+
+    def plan(model: nn.Module, method: str, target: str, data: Any, **settings: Any) -> Plan:
+        own = {f.name for f in dataclasses.fields(Context)} - {"model", "method", "target", "inputs", "data"}
+        context = Context(
+            model=model,
+            method=make_method(method, **{k: v for k, v in settings.items() if k not in own}),
+            target=parse_target(target),
+            inputs={"input_ids": torch.ones(2, 8, dtype=torch.int64)},
+            data=data,
+            **{k: v for k, v in settings.items() if k in own},
+        )
+        if id(model) in graphs:
+            context.graph = graphs[id(model)]
+        graphs[id(model)] = context.graph
+        return context.method.plan(context)
+
+    return plan
