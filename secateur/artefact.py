@@ -486,9 +486,9 @@ def _computes_the_same(model: Any, cls: Any, config: Any, plan: Plan | None) -> 
 
     Many attributes are never read again after the modules were built. The weights are shared, not copied.
     """
-    from transformers.initialization import no_init_weights
+    from accelerate import init_empty_weights
 
-    with no_init_weights(), torch.device("cpu"):
+    with init_empty_weights(include_buffers=False):
         twin = cls(copy.deepcopy(config))
     twin.load_state_dict(model.state_dict(), strict=False, assign=True)
     twin.tie_weights()
@@ -725,7 +725,7 @@ def _load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise SecateurError(f"its tokenizer can't be loaded ({error})", where=str(path)) from error
 
@@ -759,7 +759,7 @@ def _save_module(model: nn.Module, folder: Path, plan: Plan | None, changes: Any
             tied[name] = seen[id(tensor)]
         else:
             seen[id(tensor)] = name
-            state[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            state[name] = _own_storage(tensor)
     persistent = model.state_dict().keys()
     if extra := [name for name in persistent if name not in state and name not in tied]:
         raise SecateurError(
@@ -802,6 +802,12 @@ def _save_module(model: nn.Module, folder: Path, plan: Plan | None, changes: Any
         "load": f"load_pruned.load({'' if timm_kwargs else build})",
         "why": f"{cls.__module__}.{cls.__qualname__} isn't a transformers model, so it has no config to load it from",
     }
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, and not a part of a larger tensor."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _timm_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
