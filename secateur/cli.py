@@ -19,17 +19,29 @@ import shlex
 import sys
 import tempfile
 import time
-import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import cyclopts
-from cyclopts import App, Group, Parameter
+from cyclopts import App, Group
 
 from secateur import __version__
 from secateur.errors import SecateurError
+from secateur.flags import (
+    command,
+    fields_as_flags,
+    flag,
+    in_group,
+    listed,
+    named_method,
+    on_off,
+    own_flag,
+    switches_of,
+    word,
+    words,
+)
 from secateur.options import Options
 from secateur.taxonomy import AXES, FLAGS, MEANING, RECORDS, MethodInfo
 from secateur.taxonomy import recommend as advise
@@ -37,96 +49,6 @@ from secateur.taxonomy import recommend as advise
 MISTAKE = 2
 MODEL = "smollm2, aidreams, a folder that transformers or secateur wrote, or a hub name"
 TARGET = "what holds at the end: 50% (share kept), 'params<=100e6', 'macs<=50%', 'size<=200MB', 'latency<=8ms', 2:4"
-Command = Callable[..., Any]
-
-# ---------------------------------------------------------------- flags
-
-
-def flag(
-    name: str, kind: Any = str, default: Any = inspect.Parameter.empty, help: str = "", group: Any = None
-) -> inspect.Parameter:
-    """One keyword flag; `foo_bar` becomes `--foo-bar`."""
-    extra: dict[str, Any] = {"group": group} if group else {}
-    if kind is bool and default is False:
-        extra["negative"] = ""
-    if default is None or default is False or default == ():
-        extra["show_default"] = False
-    note = Annotated[kind, Parameter(name=f"--{name.replace('_', '-')}", help=help, **extra)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=note)
-
-
-def word(
-    name: str, kind: Any = str, default: Any = inspect.Parameter.empty, help: str = ""
-) -> inspect.Parameter:
-    """One positional argument."""
-    note = Annotated[kind, Parameter(help=help)]
-    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY, default=default, annotation=note)
-
-
-def words(name: str, help: str = "") -> inspect.Parameter:
-    """Any number of positional arguments."""
-    return inspect.Parameter(
-        name, inspect.Parameter.VAR_POSITIONAL, annotation=Annotated[str, Parameter(help=help)]
-    )
-
-
-def fields_as_flags(
-    cls: type, group: Any = None, rename: Callable[[str], str] = str
-) -> list[inspect.Parameter]:
-    """The fields of a dataclass as flags: names, types, defaults, and help from `metadata["help"]`.
-
-    Tuples are written with commas. Fields that a command line cannot say (functions, tensors) are left out.
-    """
-    hints = typing.get_type_hints(cls)
-    made = []
-    for item in dataclasses.fields(cls):
-        kind = _flag_type(hints[item.name])
-        if not item.init or kind is None:
-            continue
-        default = item.default
-        if item.default_factory is not dataclasses.MISSING:
-            default = item.default_factory()
-        if isinstance(default, tuple | list):
-            default = ",".join(map(str, default))
-        required = default is dataclasses.MISSING
-        default = inspect.Parameter.empty if required else default
-        made.append(flag(rename(item.name), kind, default, item.metadata.get("help", ""), group))
-    return made
-
-
-def _flag_type(hint: Any) -> Any:
-    if typing.get_origin(hint) is typing.Literal or hint in (int, float, bool, str):
-        return hint
-    members = typing.get_args(hint)
-    if typing.get_origin(hint) in (tuple, list):
-        return str
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        kinds = [_flag_type(member) for member in members if member is not type(None)]
-        known = [kind for kind in kinds if kind is not None]
-        if not known:
-            return None
-        return typing.Union[(*known, *([None] if type(None) in members else []))]
-    return None
-
-
-def listed(text: str | None) -> tuple[str, ...]:
-    """`a,b` -> ("a", "b")"""
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
-
-
-def command(parameters: Sequence[inspect.Parameter], function: Command, help: str) -> Command:
-    """`function` with the signature that the command line shows."""
-
-    signature = inspect.Signature(list(parameters))
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return function(*bound.args, **bound.kwargs)
-
-    run.__signature__ = signature  # type: ignore[attr-defined]
-    run.__name__, run.__doc__ = function.__name__, help
-    return run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,13 +106,13 @@ def prune_parameters(method: str | None) -> list[inspect.Parameter]:
     ]
     made += options
     made += fields_as_flags(Recovery, Group("Recovery", sort_key=3))
-    made += [_moved(TASKS, quality), _moved(LIMIT, quality), _moved(LATENCY, quality), SHAPE]
+    made += [in_group(TASKS, quality), in_group(LIMIT, quality), in_group(LATENCY, quality), SHAPE]
     made += [
         flag("out", str | None, None, OUT_HELP, output),
         flag("report", str | None, None, "a self-contained HTML file with the report", output),
         flag("inplace", bool, True, "cut the loaded model itself; a copy takes twice the memory", output),
         flag("resume", bool, True, "keep finished steps, so that a killed run goes on where it was", output),
-        _moved(JSON, output),
+        in_group(JSON, output),
     ]
     if method is not None:
         from secateur.method import method_class
@@ -200,56 +122,6 @@ def prune_parameters(method: str | None) -> list[inspect.Parameter]:
         group = Group(f"Hyperparameters of {cls.name}", sort_key=1)
         made += fields_as_flags(cls, group, lambda field: own_flag(cls.name, field, taken))
     return made
-
-
-def own_flag(method: str, field: str, taken: Iterable[str]) -> str:
-    """A hyperparameter's name as a flag: its own, or with the method's before it where a general flag has that name."""
-    return f"{method.replace('-', '_')}_{field}" if field in taken else field
-
-
-def _moved(parameter: inspect.Parameter, group: Group) -> inspect.Parameter:
-    kind, note = typing.get_args(parameter.annotation)
-    return parameter.replace(annotation=Annotated[kind, note, Parameter(group=group)])
-
-
-def named_method(argv: Sequence[str]) -> str | None:
-    """The value of `--method`, found before the flags are parsed, because it decides which flags there are."""
-    for index, token in enumerate(argv):
-        if token == "--method" and index + 1 < len(argv):
-            return argv[index + 1]
-        if token.startswith("--method="):
-            return token.partition("=")[2]
-    return None
-
-
-def on_off(argv: Sequence[str], switches: Mapping[str, bool]) -> list[str]:
-    """`--prove off` as `--no-prove`, for every yes-or-no flag. `switches`: name -> whether it has a `--no-` form."""
-    out: list[str] = []
-    words_ = {"on": True, "off": False, "true": True, "false": False, "yes": True, "no": False}
-    for token in argv:
-        name, equals, value = token.partition("=")
-        if equals and name in switches and value.lower() in words_:
-            out += _switch(name, words_[value.lower()], switches)
-        elif out and out[-1] in switches and token.lower() in words_:
-            out += _switch(out.pop(), words_[token.lower()], switches)
-        else:
-            out.append(token)
-    return out
-
-
-def _switch(name: str, on: bool, switches: Mapping[str, bool]) -> list[str]:
-    if on:
-        return [name]
-    return [f"--no-{name.removeprefix('--')}"] if switches[name] else []
-
-
-def _switches(parameters: Iterable[inspect.Parameter]) -> dict[str, bool]:
-    found = {}
-    for parameter in parameters:
-        kind = typing.get_args(parameter.annotation)[0]
-        if kind is bool:
-            found[f"--{parameter.name.replace('_', '-')}"] = parameter.default is not False
-    return found
 
 
 # ---------------------------------------------------------------- what verbs share
@@ -320,13 +192,13 @@ def _check_writable(path: Path, where: str) -> None:
 
 def check_measurement(given: Mapping[str, Any]) -> None:
     """Refuse unknown tasks and impossible sizes before any work is done."""
-    from secateur.tasks import choices, text
+    from secateur.data import choices, text
 
     known = [*text.SETS, *choices.SETS]
     for task in listed(given.get("tasks")):
         if task in known or Path(task).expanduser().is_file():
             continue
-        near = difflib.get_close_matches(task, known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(task, known, n=1, cutoff=0.6)
         fix = f"did you mean {near[0]}?" if near else f"give a text file, or one of {', '.join(known)}"
         raise SecateurError(f"there is no task {task!r}", where="--tasks", fix=fix)
     for name, least in (("limit", 1), ("seqlen", 2)):
@@ -681,7 +553,7 @@ def build(argv: Sequence[str]) -> tuple[App, list[str]]:
     plans.command(command(applied, plan_apply, "Do what a plan says to a fresh model."), name="apply")
     app.command(plans)
     every = [*parameters, *inspected, *measured, *_filters(), *_advice(), full]
-    return app, on_off(argv, _switches(every))
+    return app, on_off(argv, switches_of(every))
 
 
 def _filters() -> list[inspect.Parameter]:
@@ -729,6 +601,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     _argv[:] = given
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app, tokens = build(given)
         app(tokens, exit_on_error=False, print_error=False)
@@ -760,9 +633,24 @@ def _explain(error: cyclopts.CycloptsError) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, cyclopts.UnusedCliTokensError):
         return f"too many arguments: {' '.join(error.unused_tokens or [])}; --help shows what it takes"
-    if isinstance(error, cyclopts.UnknownOptionError) and "Did you mean" not in text:
-        return f"{text} --help lists the flags; with --method NAME, those of the method too"
+    if isinstance(error, cyclopts.UnknownOptionError):
+        name = error.token.keyword or ""
+        owners = (
+            [] if named_method(_argv) is None else _methods_with(name.removeprefix("--").replace("-", "_"))
+        )
+        if owners:
+            return (
+                f"Unknown option: {name}, which belongs to {' and '.join(owners[:4])}; --help lists the flags"
+            )
+        return text if "Did you mean" in text else f"{text} --help lists the flags"
     return text
+
+
+def _methods_with(field: str) -> list[str]:
+    """The methods that have a hyperparameter of this name."""
+    from secateur.method import list_methods, method_class
+
+    return [n for n in list_methods() if field in {item.name for item in dataclasses.fields(method_class(n))}]
 
 
 def _fail(message: str) -> int:

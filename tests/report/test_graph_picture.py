@@ -1,0 +1,39 @@
+"""The picture of a model's groups."""
+
+import json
+import re
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from secateur.graph import trace
+from secateur.report.graph import describe_groups, graph_html
+
+
+def test_coupled_parts_have_one_colour_and_frozen_ones_a_reason(tiny_llama: Callable[..., nn.Module]) -> None:
+    graph = trace(tiny_llama(), {"input_ids": torch.zeros(1, 8, dtype=torch.long)})
+    page = graph_html(graph, "tiny")
+    groups = json.loads(re.search(r'id="groups">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
+    names = [entry[0] for entry in groups]
+    picture = page.split("Layers, in order")[1]
+    mlp = names.index("model.layers.0.mlp:neurons")
+    marks = re.findall(rf'<span data-g="{mlp}" style="--color:([^"]+)"', picture)
+    assert len(marks) == 3 and len(set(marks)) == 1, "gate, up and down, in one colour"
+    embedding = next(entry for entry in groups if entry[0].startswith("model.embed_tokens"))
+    assert embedding[-1] and embedding[-1].split("(")[0].strip() in page
+    order = [picture.index(f'title="{name}"') for name in (
+        "model.embed_tokens", "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj", "model.norm", "lm_head",
+    )]  # fmt: skip
+    assert order == sorted(order)
+
+
+def test_shares_of_a_network_counted_by_hand() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    found = describe_groups(trace(model, torch.ones(2, 4)))
+    (inner,) = [group for group in found["groups"] if group["reason"] is None]
+    assert found["params"] == 4 * 6 + 6 + 6 * 3 + 3
+    assert found["macs"] == 2 * (4 * 6 + 6 * 3)
+    assert inner["size"] == 6 and inner["tensors"] == 3
+    assert inner["params"] == (24 + 6 + 18) / 51
+    assert abs(inner["macs"] - 1.0) < 1e-9

@@ -1,0 +1,199 @@
+"""Reports in the terminal and as HTML, from made-up runs whose figures are known."""
+
+import io
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from secateur.plan import Plan
+from secateur.report import html, summary, terminal
+
+
+def figures(**more: Any) -> dict[str, Any]:
+    return {
+        "params": 1000,
+        "params_nonzero": 1000,
+        "macs": 8000,
+        "size_bytes": 4000,
+        "peak_memory_bytes": 5000,
+    } | more
+
+
+def structured() -> tuple[dict[str, Any], Plan]:
+    """Four layers of eight neurons; layer i keeps 2 + i of them."""
+    keep = {f"model.layers.{i}.mlp:neurons": torch.arange(2 + i) for i in range(4)}
+    groups = [
+        {"name": n, "kind": "neurons", "size": 8, "kept": len(k), "reason": None} for n, k in keep.items()
+    ]
+    groups.append(
+        {"name": "embed:hidden", "kind": "hidden", "size": 16, "kept": 16, "reason": "a <table> fixes it"}
+    )
+    report = {
+        "model": "tiny <b>model</b>",
+        "method": "sample",
+        "target": "50%",
+        "met": True,
+        "seed": 5,
+        "out": None,
+        "seconds": 75.0,
+        "before": figures(
+            perplexity={"ptb": 10.0}, accuracy={"piqa": {"acc": 0.75}}, latency={"forward_seconds": 0.2}
+        ),
+        "after": figures(params=600, macs=4000, perplexity={"ptb": 20.0}, accuracy={"piqa": {"acc": 0.5}})
+        | {"latency": {"forward_seconds": 0.16}},
+        "groups": groups,
+        "weights": [],
+        "notes": [],
+        "hyperparameters": {"gamma": 3.0, "flag": False},
+    }
+    names = list(keep)
+    plan = Plan(
+        "sample", "50%", keep=keep, sizes=dict.fromkeys(names, 8), kinds=dict.fromkeys(names, "neurons")
+    )
+    return report, plan
+
+
+def masked() -> tuple[dict[str, Any], Plan]:
+    masks = {
+        f"h.{i}.{part}.weight": torch.arange(16).reshape(4, 4) % 2 == i % 2 for i in range(3) for part in "ab"
+    }
+    report = {
+        "model": "m",
+        "method": "wanda",
+        "target": "50%",
+        "met": True,
+        "seed": 0,
+        "before": figures(perplexity={"ptb": 10.0}),
+        "after": figures(params_nonzero=500, perplexity={"ptb": 5000.0}),
+        "weights": [{"name": n, "size": m.numel(), "kept": int(m.sum())} for n, m in masks.items()],
+    }
+    return report, Plan("wanda", "50%", masks=masks)
+
+
+def drawn(page: str) -> list[dict[str, Any]]:
+    """The plots of a page."""
+    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def printed(report: dict[str, Any]) -> str:
+    console = Console(width=100, record=True, file=io.StringIO())
+    terminal.print_report(report, console)
+    return console.export_text()
+
+
+def test_numbers_are_written_for_people() -> None:
+    assert [summary.number(x) for x in (134_515_008, 576, 12_345, 1.7e9, 0.5)] == [
+        "134.5 M", "576", "12.35 k", "1.7 G", "0.5",
+    ]  # fmt: skip
+    assert [summary.in_bytes(x) for x in (512, 2048, 538_090_408)] == ["512 B", "2.048 kB", "538.1 MB"]
+    assert [summary.in_seconds(x) for x in (5e-6, 0.0123, 2.5, 75, 7300)] == [
+        "5 µs", "12.3 ms", "2.5 s", "1 min 15 s", "2 h 1 min",
+    ]  # fmt: skip
+    assert summary.figure("perplexity", float("inf")) == "–" and summary.figure("accuracy", 0.5) == "50.0 %"
+
+
+def test_before_and_after_with_ratios() -> None:
+    report, _ = structured()
+    rows = {row.label: row.texts[1:] for row in summary.rows(report["before"], report["after"])}
+    assert rows["parameters"] == ("1,000", "600", "60.0 %")
+    assert rows["multiply-adds"] == ("8,000", "4,000", "50.0 %")
+    assert rows["size"] == ("4 kB", "4 kB", "same")
+    assert rows["time of one forward"] == ("200 ms", "160 ms", "80.0 %")
+    assert rows["perplexity, ptb"] == ("10", "20", "× 2")
+    assert rows["accuracy, piqa"] == ("75.0 %", "50.0 %", "-25.0 points")
+    text = printed(report)
+    assert re.search(r"neurons +4 +32 +14 +43.8 %", text)
+    assert "embed:hidden: a <table> fixes it" in text and "met" in text and "1 min 15 s" in text
+
+
+def test_notes_are_honest() -> None:
+    report, _ = masked()
+    notes = summary.notes(report)
+    assert notes[0] == "same size and speed without sparse kernels: the zeros are stored in dense tensors"
+    assert any("500 times" in note for note in notes)
+    report, _ = structured()
+    assert summary.notes(report) == []
+    report["after"]["latency"] = {"forward_seconds": 0.21}
+    assert any("not faster" in note for note in summary.notes(report))
+    report["met"] = False
+    assert "the target was not met" in summary.notes(report)
+
+
+def test_an_html_report_is_whole_and_safe() -> None:
+    report, plan = structured()
+    page = html.report_html(report, plan)
+    body = page.split('id="figures"')[0]
+    assert "<b>model</b>" not in body and "tiny &lt;b&gt;model&lt;/b&gt;" in body
+    assert "a &lt;table&gt; fixes it" in body
+    assert not re.search(r'(src|href)=["\']?(https?:)?//', page) and "<link" not in page
+    assert "--seed 5" in body and "--gamma 3.0 --no-flag" in body
+    assert "prefers-color-scheme: dark" in page
+    assert len(page) < 3_000_000
+
+
+def test_the_plots_show_the_figures_of_the_report() -> None:
+    report, plan = structured()
+    plots = drawn(html.report_html(report, plan))
+    bars = next(p["data"][0] for p in plots if p["data"][0].get("x") == ["0", "1", "2", "3"])
+    assert bars["y"] == [25.0, 37.5, 50.0, 62.5]
+    strip = next(p["data"][0] for p in plots if "rows" in p["data"][0])
+    assert strip["y"] == ["0", "1", "2", "3"]
+    assert strip["rows"][2] == {"size": 8, "keep": "0-3"}
+    speed = next(p["data"][0] for p in plots if "after, measured" in p["data"][0]["y"])
+    times = dict(zip(speed["y"], speed["x"], strict=True))
+    assert times == pytest.approx(
+        {"after, measured": 160, "after, if time followed multiply-adds": 100, "before, measured": 200}
+    )
+
+
+def test_single_weights_are_shown_by_layer_and_matrix() -> None:
+    report, plan = masked()
+    plots = drawn(html.report_html(report, plan))
+    grid = next(p["data"][0] for p in plots if p["data"][0]["type"] == "heatmap" and p["data"][0].get("xgap"))
+    assert grid["x"] == ["0", "1", "2"] and grid["y"] == ["b", "a"]
+    assert grid["z"] == [[50.0] * 3] * 2
+    inputs = [
+        p["data"][0] for p in plots if p["data"][0]["type"] == "heatmap" and not p["data"][0].get("xgap")
+    ]
+    assert len(inputs) == 2
+    assert inputs[0]["z"][:2] == [[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]]
+
+
+def test_scores_of_kept_and_cut_units() -> None:
+    report, plan = structured()
+    report["scores"] = {name: [8.0 - unit for unit in range(8)] for name in plan.keep}
+    plot = next(p for p in drawn(html.report_html(report, plan)) if p["layout"].get("barmode") == "stack")
+    counts = {trace["name"]: sum(trace["y"]) for trace in plot["data"]}
+    assert counts == {"kept": 14, "cut": 18}
+
+
+def test_a_report_with_little_in_it_still_draws() -> None:
+    page = html.report_html({"method": "m", "target": "100%", "seed": 0, "before": {}, "after": {}})
+    assert drawn(page) == [] and "secateur prune MODEL --method m" in page
+    printed({"method": "m", "target": "100%"})
+
+
+def test_alike_groups_are_one_row() -> None:
+    rows = [
+        {"name": f"h.{i}.mlp", "kind": "neurons", "size": 8, "reason": None, "params": 0.1, "macs": None}
+        for i in (0, 1, 2, 5)
+    ]
+    merged = terminal.merge_alike([*rows, {**rows[0], "name": "h.7.mlp", "size": 9}])
+    assert [(row["name"], row["count"]) for row in merged] == [("h.{0-2,5}.mlp", 4), ("h.7.mlp", 1)]
+    assert merged[0]["params"] == pytest.approx(0.4) and merged[0]["macs"] is None
+
+
+def test_labels_of_layers() -> None:
+    assert html.layer_label(["a.layers.0.mlp:neurons", "a.layers.11.mlp:neurons"]) == ["0", "11"]
+    assert html.layer_label(["stage1.conv:channels", "stage2.conv:channels"]) == [
+        "stage1.conv",
+        "stage2.conv",
+    ]
+    assert html.layer_label(["only:channels"]) == ["only"]
+    assert html.panels(["b.0.x:n", "b.1.x:n", "stem:n"]) == [([0, 1], ["0", "1"]), ([2], ["stem"])]
