@@ -163,7 +163,7 @@ def recover(
     teacher: the dense model; the loss is then (1 - distill) * the data's + distill * KL at `temperature` (+ `hidden` *
     distance of hidden states). None: the data's loss alone.
     masks: kept weights by parameter name, such as `plan.masks`; what is zero stays zero, and a LoRA update is masked
-    as it is trained, so that merging loses nothing.
+    as it is trained, so that merging loses nothing (at the time of full training, with the small optimizer of LoRA).
     rank, alpha, targets: LoRA's rank, its scale (alpha / rank), and the modules to adapt; None: every Linear but the
     output embedding. settings: passed to `fit` (seed, warmup, clip, checkpoint, ...).
 
