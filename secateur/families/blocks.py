@@ -172,6 +172,27 @@ def find_matrices(model: nn.Module) -> dict[str, Matrix]:
     return matrices
 
 
+def every_matrix(model: nn.Module) -> dict[str, Matrix]:
+    """All Linear, `transformers.Conv1D`, convolution and expert tensors, also heads and those outside the blocks.
+
+    A tensor shared with an embedding is left out: changing it would change both.
+    """
+    shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices: dict[str, Matrix] = {}
+    for path, module in model.named_modules():
+        found = _matrices_of(module)
+        if isinstance(module, CONVS):
+            found = [("weight", module.weight, "conv")]
+        for attribute, parameter, kind in found:
+            if id(parameter) in shared or not parameter.is_floating_point():
+                continue
+            shared.add(id(parameter))
+            parts = module.groups if kind == "conv" else len(parameter) if kind.startswith("experts") else 1
+            name = f"{path}.{attribute}" if path else attribute
+            matrices[name] = Matrix(name, path, module, attribute, 0, kind, parts)
+    return matrices
+
+
 def check_weights(matrices: dict[str, Matrix]) -> None:
     """Raises `SecateurError`, naming the layer, when a weight is NaN or infinite."""
     for name, matrix in matrices.items():

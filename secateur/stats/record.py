@@ -126,8 +126,7 @@ class Recorder:
         self._seen.append((weakref.ref(x), x._version, inputs, geometry))
         if matrix.kind == "conv":
             for sample in x.split(1):
-                for part, rows in enumerate(_unfolded(matrix.module, sample)):
-                    inputs.add(rows, part)
+                inputs.add_parts(_unfolded(matrix.module, sample))
         else:
             inputs.add(self._visible(x))
 
@@ -241,6 +240,12 @@ def sequences_in(batch: Inputs) -> int:
     )
 
 
+def batch_numel(batch: Inputs) -> int:
+    """The numbers in a batch's first tensor: ids, or pixels."""
+    args, kwargs = as_call(batch)
+    return next((v.numel() for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.numel()), 1)
+
+
 def token_mask(batch: Inputs) -> Tensor | None:
     """[sequences, length] bool of the tokens that aren't padding; None when none is."""
     mask = batch.get("attention_mask") if hasattr(batch, "get") else None  # type: ignore[union-attr]
@@ -250,8 +255,34 @@ def token_mask(batch: Inputs) -> Tensor | None:
     return None if mask.all() else mask
 
 
+def labels_in(model: nn.Module, batch: Inputs) -> Tensor | None:
+    """The labels of a batch that is a pair (inputs, labels); None of one that is just inputs.
+
+    >>> labels_in(nn.Linear(3, 2), (torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)))
+    tensor([0, 0, 0, 0])
+
+    A tuple or list of two is such a pair where the second is one integer a sample, or where the model takes one input.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        return None
+    labels = batch[1]
+    if labels.dim() == 1 and not labels.is_floating_point() and len(labels) == sequences_in(batch[:1]):
+        return labels
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return None
+    return labels if sum(p.kind in kinds for p in parameters) == 1 else None
+
+
+def inputs_of(model: nn.Module, batch: Inputs) -> Inputs:
+    """The batch without its labels, where it is a pair."""
+    return batch if labels_in(model, batch) is None else batch[0]
+
+
 def run(model: nn.Module, batch: Inputs) -> Any:
-    """The model on a batch, moved to its device; a language model doesn't keep keys and values."""
+    """The model on a batch, moved to its device; a language model doesn't keep keys and values. Labels are left out."""
+    batch = inputs_of(model, batch)
     args, kwargs = as_call(map_tensors(batch, lambda tensor: tensor.to(device_of(model))))
     if "use_cache" in inspect.signature(type(model).forward).parameters:
         kwargs.setdefault("use_cache", False)

@@ -7,6 +7,7 @@ block i. Masks, rotary tables and per-layer arguments therefore come from the mo
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,16 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.families.blocks import Matrix, check_weights, find_blocks
 from secateur.stats.layer import OF_GRADIENTS, LayerStats, check_needs
-from secateur.stats.record import NotShared, Recorder, as_batches, evaluating, run, sequences_in, token_mask
+from secateur.stats.record import (
+    NotShared,
+    Recorder,
+    as_batches,
+    batch_numel,
+    evaluating,
+    run,
+    sequences_in,
+    token_mask,
+)
 
 
 @dataclass
@@ -70,7 +80,7 @@ def stream(
             fix="use collect",
         )
     blocks = find_blocks(model)
-    flow = _Flow(model, blocks.modules, as_batches(batches, batch_size) if needs else [])
+    flow = Flow(model, blocks.modules, as_batches(batches, batch_size) if needs else [])
     order: Iterable[int] = range(skip, len(blocks))
     if progress is not None:
         order = progress(order, "blocks", len(blocks) - skip)
@@ -82,17 +92,21 @@ def stream(
         if needs:
             block.stats = flow.gather(index, own, needs, keep_output=not propagate)
         yield block
-        for stats in block.stats.values():
-            if stats.inputs is not None:
-                stats.inputs.release()
-        block.stats.clear()
+        _drop(block)
+
+
+def _drop(block: Block) -> None:
+    for stats in block.stats.values():
+        if stats.inputs is not None:
+            stats.inputs.release()
+    block.stats.clear()
 
 
 class _Stop(BaseException):
     """Ends a forward behind the block it is for."""
 
 
-class _Flow:
+class Flow:
     """Hidden states between two blocks, one per batch, moved forward in place."""
 
     def __init__(self, model: nn.Module, modules: tuple[nn.Module, ...], batches: list):
@@ -100,6 +114,9 @@ class _Flow:
         self.hidden: list[list[Tensor]] = [[] for _ in batches]
         self.level = [-1] * len(batches)
         self.outputs: dict[int, Any] = {}
+        self.state_bytes = 0
+        self.buffer: Tensor | None = None
+        self.used = 0
 
     def gather(
         self, index: int, matrices: Mapping[str, Matrix], needs: frozenset[str], keep_output: bool
@@ -151,9 +168,11 @@ class _Flow:
     def _play(self, position: int, number: int, keep: bool, stop: bool) -> Callable[..., Any]:
         original = self.modules[position].forward
 
+        @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             self.outputs[position], states = _take(output)
+            self.state_bytes = sum(tensor.nbytes for tensor in states)
             if keep:
                 self._store(number, states)
                 self.level[number] = position
@@ -165,11 +184,28 @@ class _Flow:
 
     def _store(self, number: int, states: list[Tensor]) -> None:
         kept = self.hidden[number]
-        if [(t.shape, t.dtype, t.stride()) for t in kept] == [(t.shape, t.dtype, t.stride()) for t in states]:
+        if [_layout(tensor) for tensor in kept] == [_layout(tensor) for tensor in states]:
             for old, new in zip(kept, states):
                 old.copy_(new)
         else:
-            self.hidden[number] = [tensor.clone() for tensor in states]
+            self.hidden[number] = [self._room(tensor, number).copy_(tensor) for tensor in states]
+
+    def _room(self, state: Tensor, number: int) -> Tensor:
+        """A place for a state, in one buffer for all batches where they have one shape a token."""
+        if self.buffer is None:
+            sizes = [batch_numel(batch) for batch in self.batches]
+            wanted = self.state_bytes * sum(sizes) // sizes[number] + 64 * len(sizes)
+            self.buffer = torch.empty(wanted, dtype=torch.uint8, device=state.device)
+        end = self.used + state.nbytes
+        if not state.is_contiguous() or end > len(self.buffer) or self.buffer.device != state.device:
+            return torch.empty_like(state)
+        own = self.buffer[self.used : end].view(state.dtype).view(state.shape)
+        self.used = -(-end // 64) * 64
+        return own
+
+
+def _layout(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.dtype, tensor.stride(), tensor.device
 
 
 class _State:

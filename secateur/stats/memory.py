@@ -1,0 +1,131 @@
+"""How much memory a calibration run will take above the model, before it starts."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from secateur.families.blocks import Matrix, find_blocks, find_matrices
+from secateur.stats.layer import OF_INPUTS, LayerStats, check_needs
+from secateur.stats.record import as_batches, batch_numel
+from secateur.stats.stream import Flow
+
+SWEPT = 128
+"""Columns in work at once while weights are repaired."""
+
+
+def estimate(
+    model: nn.Module,
+    batches: Any,
+    needs: Iterable[str],
+    matrices: Mapping[str, Matrix] | None = None,
+    *,
+    batch_size: int | None = None,
+) -> int:
+    """Bytes at the peak of a block-by-block run, above the model: hidden states, one block's activations and
+    statistics, and what choosing (or, with a Hessian, repairing) its weights takes for a while.
+
+    >>> print(f"{estimate(model, ids, {'hessian'}) / 1e6:.0f} MB")
+    131 MB
+
+    Two batches are run through one block, the one with most weights, and what they allocate is counted; the rest is
+    arithmetic. The plan that a run writes (masks, repaired weights) isn't part of it, nor freed memory that the allocator
+    holds back (on Linux MALLOC_MMAP_THRESHOLD_=131072 makes it give that up).
+    """
+    needs = check_needs(frozenset(needs)) & OF_INPUTS
+    matrices = find_matrices(model) if matrices is None else matrices
+    blocks = find_blocks(model)
+    weights = [sum(m.numel for m in matrices.values() if m.block == i) for i in range(len(blocks))]
+    index = weights.index(max(weights))
+    own = {name: matrix for name, matrix in matrices.items() if matrix.block == index}
+    if not needs:
+        return _choosing(own, {})
+    chunks = as_batches(batches, batch_size)
+    largest = max(chunks, key=batch_numel)
+    flow = Flow(model, blocks.modules, [largest, largest])
+    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    with _Peak(held) as peak:
+        stats = flow.gather(index, own, needs, keep_output=False)
+    each = flow.state_bytes if blocks.repeated else 0
+    # all batches' states between two blocks, and a copy of the running one
+    states = each * sum(map(batch_numel, chunks)) // max(batch_numel(largest), 1) + each
+    kept = sum({id(s.inputs): _bytes(s) for s in stats.values()}.values())
+    return states + max(peak.bytes, kept + _choosing(own, stats))
+
+
+def _choosing(matrices: Mapping[str, Matrix], stats: Mapping[str, LayerStats]) -> int:
+    """Bytes while a block's masks are chosen: results, kept until the block is done, and the largest working set."""
+    results = sum(m.numel * (m.parameter.element_size() + 1) for m in matrices.values())
+    together: dict[int, list[Matrix]] = {}
+    for name, matrix in matrices.items():
+        with_hessian = (
+            name in stats and stats[name].inputs is not None and stats[name].inputs.outer is not None
+        )
+        together.setdefault(id(stats[name].inputs) if with_hessian else id(matrix), []).append(matrix)
+    working = []
+    for group in together.values():
+        numel = sum(m.numel // m.parts for m in group)
+        size = group[0].shape[1]
+        if (
+            group[0].name in stats
+            and (inputs := stats[group[0].name].inputs) is not None
+            and inputs.outer is not None
+        ):
+            # the factor, and either its making or two copies of the weights, their mask and a few blocks of columns
+            swept = numel * 9 + 4 * SWEPT * (numel // size) * 5
+            working.append(4 * size * size + max(4 * size * size, swept))
+        else:
+            working.append(numel * 12)
+    return results + max(working, default=0)
+
+
+def _bytes(stats: LayerStats) -> int:
+    inputs = stats.inputs
+    if inputs is None:
+        return 0
+    sums = (inputs.outer, inputs.square, inputs.mean, inputs.deviation)
+    return sum(t.nbytes for t in sums if t is not None)
+
+
+class _Peak(TorchDispatchMode):
+    """Counts the bytes of tensors made while it is on, those in `held` apart."""
+
+    def __init__(self, held: set[int]):
+        super().__init__()
+        self.held, self.now, self.bytes = held, 0, 0
+        self.live: dict[int, list[int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in self.held:
+            return
+        key = storage._cdata
+        if key not in self.live:
+            self.live[key] = [storage.nbytes(), 0]
+            self.now += storage.nbytes()
+            self.bytes = max(self.bytes, self.now)
+        self.live[key][1] += 1
+        weakref.finalize(tensor, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        entry = self.live.get(key)
+        if entry is None:
+            return
+        entry[1] -= 1
+        if not entry[1]:
+            self.now -= entry[0]
+            del self.live[key]
