@@ -15,7 +15,7 @@ import torch
 import secateur
 from secateur.measure import perplexity
 from secateur.tasks import load_model
-from secateur.tasks.text import calibration, encode, load_text
+from secateur.data.text import calibration, encode, load_text
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 import secateur
 from secateur.tasks import load_model
-from secateur.tasks.text import encode, load_calibration, load_text
+from secateur.data.text import encode, load_calibration, load_text
 
 
 @torch.inference_mode()

@@ -80,5 +80,6 @@ def default_inputs(model: nn.Module, length: int = 16) -> dict[str, Tensor]:
             fix="pass an example input: a tensor, a tuple or a dict of keyword arguments",
         )
     device = next(model.parameters()).device
+    length = min(length, getattr(config, "max_position_embeddings", None) or length)
     ids = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids.to(device)}

@@ -28,6 +28,9 @@ from secateur.plan import Plan
 from secateur.planning import DENSE_NOTE, Run, Undo, set_values
 from secateur.surgery import cut_units
 
+TRACED = 128
+"""Tokens of the example input that a language model is traced, proved and counted on."""
+
 
 @dataclass
 class Pruned:
@@ -123,7 +126,7 @@ def prune(
     if inputs is None and (
         isinstance(chosen, UnitMethod) or hasattr(getattr(model, "config", None), "vocab_size")
     ):
-        inputs = default_inputs(model)
+        inputs = default_inputs(model, min(options.seqlen, TRACED))
     batches = None
     if chosen.needs:
         batches = calibration_batches(data, tokenizer, model, options.samples, options.seqlen, seed)

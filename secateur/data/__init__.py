@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.data.text import load_calibration
 from secateur.errors import SecateurError
-from secateur.tasks.text import load_calibration
 
 FIX = "give token ids [samples, length], a list of model inputs, a text file, or the name of a text"
 
@@ -22,7 +22,8 @@ def calibration_batches(
     >>> calibration_batches(torch.zeros(4, 16, dtype=torch.int64), None, model).shape  # doctest: +SKIP
     torch.Size([4, 16])
 
-    data: such ids or inputs (an iterable of them is read to its end, at most `samples`); a text file or the name of a
+    data: such ids or inputs (an iterable of them is read to its end, at most `samples`; a pair of them and their labels
+    is parted into batches of 16, as are pictures); a text file or the name of a
     text (needs a tokenizer); None: English that every machine has, or, without a tokenizer, text that the model itself
     writes; "self": the latter.
 
@@ -37,7 +38,9 @@ def calibration_batches(
     if isinstance(data, Tensor):
         if data.dtype in (torch.int32, torch.int64) and data.dim() == 2:
             return _check_ids(data.long(), model)
-        batches: list[Any] = [data]
+        batches: list[Any] = list(data.split(16)) if data.is_floating_point() and data.dim() > 2 else [data]
+    elif isinstance(data, tuple) and len({len(t) for t in data if isinstance(t, Tensor) and t.dim()}) == 1:
+        batches = list(zip(*(part.split(16) for part in data)))
     else:
         try:
             batches = [batch for batch, _ in zip(data, range(samples))]

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.data import choices, text
 from secateur.errors import SecateurError
 from secateur.inputs import Inputs, describe
 from secateur.measure import timing
 from secateur.measure.cost import accepts, macs, params, params_nonzero, peak_memory, size_bytes
 from secateur.measure.quality import accuracy, perplexity
 from secateur.measure.timing import decode_latency, latency
-from secateur.tasks import choices, text
 
 __all__ = [
     "accuracy",
@@ -47,8 +47,8 @@ def measure(
     {'params': 134515008, ..., 'perplexity': {'wikitext2': 25.4}, 'accuracy': {'piqa': {'acc': 0.67, ...}}, ...}
     >>> measure(resnet, inputs=torch.ones(1, 3, 224, 224), latency=True)["latency"]  # doctest: +SKIP
 
-    tasks: a set of text or a text file (perplexity, see tasks.text), or a set of questions (accuracy, see
-    tasks.choices). limit: at most so many windows of a text and questions of a set. seqlen: tokens in a window,
+    tasks: a set of text or a text file (perplexity, see data.text), or a set of questions (accuracy, see
+    data.choices). limit: at most so many windows of a text and questions of a set. seqlen: tokens in a window,
     cut to the model's context. batch: windows at once, and questions of as many tokens. inputs: of the forward
     that macs, memory and latency are measured on; a language model gets [1, seqlen] token ids.
 
@@ -101,10 +101,10 @@ def _load(
     for task in tasks:
         if task in choices.SETS:
             questions[task] = choices.load_items(task, limit)
-        elif task in text.SETS or Path(task).exists():
+        elif task in text.NAMES or Path(task).exists():
             texts[task] = text.encode(tokenizer, text.load_text(task), special=True)
         else:
-            names = ", ".join([*text.SETS, *choices.SETS])
+            names = ", ".join([*text.NAMES, *choices.SETS])
             raise SecateurError("no such task", where=task, fix=f"give a text file, or one of {names}")
     return texts, questions
 

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secateur.data.choices import Item
+from secateur.data.text import context
 from secateur.errors import SecateurError
 from secateur.measure.cost import accepts, evaluating
 from secateur.progress import bar
-from secateur.tasks.choices import Item
-from secateur.tasks.text import context
 
 Progress = Callable[[int, int], None]
 

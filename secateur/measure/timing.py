@@ -6,10 +6,10 @@ import time
 import torch
 from torch import nn
 
+from secateur.data.text import context
 from secateur.errors import SecateurError
 from secateur.inputs import Inputs
 from secateur.measure.cost import evaluating, run
-from secateur.tasks.text import context
 
 
 def _device(model: nn.Module) -> torch.device:

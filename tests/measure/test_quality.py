@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.measure import accuracy, measure, perplexity
 from secateur.measure.quality import encode_pairs, loglikelihood
-from secateur.tasks.choices import Item
-from secateur.tasks.text import sample_from
+from secateur.data.choices import Item
+from secateur.data.text import sample_from
 
 
 class Letters:

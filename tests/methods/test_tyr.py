@@ -299,7 +299,7 @@ def test_bad_settings_are_refused() -> None:
 def test_search_and_refit_pay_on_a_trained_model(aidreams: tuple[nn.Module, Any]) -> None:
     from secateur.planning import set_values
     from secateur.surgery import mask_units
-    from secateur.tasks.text import calibration, load_text
+    from secateur.data.text import calibration, load_text
 
     model, tokenizer = aidreams
     text = load_text("brown")

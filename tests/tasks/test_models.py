@@ -14,7 +14,7 @@ from secateur.errors import SecateurError
 from secateur.files import require_data
 from secateur.measure import perplexity
 from secateur.tasks import load_model, models
-from secateur.tasks.text import encode, load_text
+from secateur.data.text import encode, load_text
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from secateur.data.text import SETS, calibration, context, encode, load_calibration, load_text, sample_from
 from secateur.errors import SecateurError
-from secateur.tasks.text import SETS, calibration, context, encode, load_calibration, load_text, sample_from
 
 
 class Letters:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from secateur.data.choices import SETS, load_items
 from secateur.errors import SecateurError
-from secateur.tasks.choices import SETS, load_items
 
 ASKED = "Question: Is it so?\nAnswer:"
 CASES = {
