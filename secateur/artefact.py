@@ -671,7 +671,7 @@ def _load_transformers(path: Path, dtype: torch.dtype | None) -> nn.Module:
             cls, config = _trusted_classes(document, path)
             config = config.from_dict(document)
         else:
-            name = (document.get("architectures") or [""])[0]
+            name = (document.get("architectures") or ["AutoModelForCausalLM"])[0]
             cls, config = getattr(transformers, name, None), None
             if cls is None:
                 raise SecateurError(
@@ -679,7 +679,7 @@ def _load_transformers(path: Path, dtype: torch.dtype | None) -> nn.Module:
                 )
         with quiet():
             model, info = cls.from_pretrained(
-                path, config=config, dtype=dtype or "auto", output_loading_info=True
+                path, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise SecateurError(

@@ -559,3 +559,11 @@ def test_a_tensor_written_by_hand_is_refused_where_it_is_too_few(tmp_path: Path)
     save_file(state, tmp_path / "net" / "model.safetensors")
     with pytest.raises(SecateurError, match="missing.*scale"):
         load(tmp_path / "net", model=Net())
+
+
+def test_a_pickled_checkpoint_is_never_opened(tiny_llama: Callable[..., nn.Module], tmp_path: Path) -> None:
+    save_model(tiny_llama(), tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    (tmp_path / "out" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(SecateurError, match="safetensors"):
+        load(tmp_path / "out")
