@@ -53,7 +53,7 @@ def tiny_config(kind: str) -> Any:
                               "num_attention_heads", "image_size", "patch_size")}},
             "projection_dim": 32,
         },
-        "convnext": {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 2, 1]},
+        "convnext": {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 2, 1], "patch_size": 4},
         "mamba": {"time_step_rank": 4},
         "mamba2": {"num_heads": 16, "head_dim": 8, "n_groups": 2, "state_size": 8, "chunk_size": 8},
         "swin": {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 4},
@@ -83,15 +83,17 @@ def build(name: str, batch: int = 2) -> tuple[torch.nn.Module, Any]:
     import transformers
 
     config = tiny_config(kind)
-    for auto in (
-        transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForMaskedLM,
-        transformers.AutoModelForImageClassification, transformers.AutoModelForCTC, transformers.AutoModel,
-    ):  # fmt: skip
-        if type(config) in auto._model_mapping and not (
-            kind == "whisper" and auto is not transformers.AutoModelForSeq2SeqLM
-        ):
-            model = auto.from_config(config)
-            break
+    special = {"deit": "DeiTForImageClassification", "clip": "CLIPModel"}
+    if kind in special:
+        model = getattr(transformers, special[kind])(config)
+    else:
+        for auto in (
+            transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForMaskedLM, transformers.AutoModelForCausalLM,
+            transformers.AutoModelForImageClassification, transformers.AutoModelForCTC,
+        ):  # fmt: skip
+            if type(config) in auto._model_mapping:
+                model = auto.from_config(config)
+                break
     ids = torch.randint(3, 256, (batch, 16))
     if kind == "whisper":
         model = transformers.WhisperForConditionalGeneration(config)

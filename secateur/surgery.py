@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from secateur.errors import SecateurError
 from secateur.graph.groups import Graph, Group
-from secateur.graph.trace import call_arguments, flat_tensors
+from secateur.graph.trace import call_arguments, flat_tensors, forget_caches
 
 __all__ = ["Changes", "apply_changes", "cut_units", "mask_units", "prove"]
 
@@ -84,20 +86,22 @@ def _cut(model: nn.Module, graph: Graph, keep: Keep) -> Changes:
     pairs = graph._kept(keep)
     attributes, _ = graph.assign(keep)
     changes = Changes()
+    forget_caches(model)
     before = {path: _own_sizes(m) for path, m in model.named_modules()}
     touched = _cut_tensors(model, graph, pairs, changes)
     modules = dict(model.named_modules())
-    for a, value in attributes.items():
+    for a, number in attributes.items():
         owner: Any = modules[a.module]
-        *path, name = a.name.split(".")
-        for part in path:
-            owner = getattr(owner, part)
+        value: Any = number
+        *steps, name = a.name.split(".")
+        for step in steps:
+            owner = getattr(owner, step)
         if a.place is not None:
             old = getattr(owner, name)
-            value = type(old)(value if n == a.place else v for n, v in enumerate(old))  # type: ignore[assignment]
-        if path:
+            value = type(old)(value if n == a.place else v for n, v in enumerate(old))
+        if steps:
             setattr(owner, name, value)
-            changes.config[".".join([*path[1:], name])] = value
+            changes.config[".".join([*steps[1:], name])] = value
         else:
             _set(changes, a.module, owner, name, value)
     for path in touched:
@@ -132,7 +136,7 @@ def apply_changes(model: nn.Module, changes: Changes) -> None:
         for name, value in values.items():
             setattr(module, name, value)
     for field_name, value in changes.config.items():
-        _set_config(model.config, field_name, value)  # type: ignore[arg-type]
+        _set_config(model.config, field_name, value)
     for module in model.modules():
         _refresh(module)
 
@@ -148,7 +152,7 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
 def _put(model: nn.Module, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    (module._parameters if leaf in module._parameters else module._buffers)[leaf] = value  # type: ignore[assignment,index]
+    (module._parameters if leaf in module._parameters else module._buffers)[leaf] = value  # type: ignore[assignment]
 
 
 def _gone(group: Group, kept: Tensor) -> Tensor:
@@ -217,19 +221,19 @@ def _own_sizes(module: nn.Module) -> dict[str, int]:
 def _standard_sizes(m: nn.Module, before: Mapping[str, int]) -> dict[str, Any]:
     """Sizes that PyTorch's own layers keep beside their tensors."""
     out: dict[str, Any] = {}
-    weight = getattr(m, "weight", None)
+    weight: Any = getattr(m, "weight", None)
+    w: Any = weight
     if isinstance(m, nn.Linear):
-        out = {"in_features": weight.shape[1], "out_features": weight.shape[0]}  # type: ignore[union-attr]
+        out = {"in_features": weight.shape[1], "out_features": weight.shape[0]}
     elif isinstance(m, nn.modules.conv._ConvNd):
-        w = weight
         if m.transposed:
-            out = {"in_channels": w.shape[0], "out_channels": w.shape[1] * m.groups}  # type: ignore[union-attr]
+            out = {"in_channels": w.shape[0], "out_channels": w.shape[1] * m.groups}
         else:
             depthwise = before["groups"] > 1 and before["groups"] == before["in_channels"]
             if depthwise:
-                out["groups"] = w.shape[0] * before["in_channels"] // before["out_channels"]  # type: ignore[union-attr]
+                out["groups"] = w.shape[0] * before["in_channels"] // before["out_channels"]
             groups = out.get("groups", m.groups)
-            out |= {"in_channels": w.shape[1] * groups, "out_channels": w.shape[0]}  # type: ignore[union-attr]
+            out |= {"in_channels": w.shape[1] * groups, "out_channels": w.shape[0]}
     elif isinstance(m, nn.Embedding):
         out = {"embedding_dim": m.weight.shape[1]}
     elif isinstance(m, (nn.LayerNorm, nn.RMSNorm)) and weight is not None:
@@ -245,9 +249,10 @@ def _standard_sizes(m: nn.Module, before: Mapping[str, int]) -> dict[str, Any]:
         out = {"num_parameters": len(m.weight)}
     elif isinstance(m, nn.RNNBase):
         gates = {"LSTM": 4, "GRU": 3}.get(m.mode, 1)
-        out = {"input_size": m.weight_ih_l0.shape[1], "hidden_size": m.weight_hh_l0.shape[0] // gates}
+        w = dict(m.named_parameters(recurse=False))
+        out = {"input_size": w["weight_ih_l0"].shape[1], "hidden_size": w["weight_hh_l0"].shape[0] // gates}
         if m.proj_size:
-            out["proj_size"] = m.weight_hr_l0.shape[0]
+            out["proj_size"] = w["weight_hr_l0"].shape[0]
     elif isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None:
         heads = m.in_proj_weight.shape[0] // 3 // m.head_dim
         out = {"embed_dim": m.in_proj_weight.shape[1], "num_heads": heads}
@@ -363,7 +368,7 @@ def _set_config(config: Any, name: str, value: Any) -> None:
 
 def _get_config(config: Any, name: str) -> Any:
     for part in name.split("."):
-        config = getattr(config, part)
+        config = getattr(config, part, None)
     return config
 
 
@@ -464,11 +469,7 @@ def _fit_config(
             full = prefix + name
             if hasattr(value, "to_dict"):
                 continue
-            try:
-                old = _get_config(config, full)
-            except AttributeError:
-                old = None
-            if type(value) in (int, list, tuple) and value != old:
+            if type(value) in (int, list, tuple) and value != _get_config(config, full):
                 _set_config(config, full, value)
                 changes.config[full] = value
 
@@ -505,16 +506,16 @@ def _forward(model: nn.Module, inputs: Any, grad: bool = False) -> list[Tensor]:
     args, kwargs = call_arguments(inputs)
     was = [m for m in model.modules() if m.training]
     model.eval()
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     cached = getattr(config, "use_cache", None)
     if cached:
-        config.use_cache = False  # type: ignore[union-attr]
+        config.use_cache = False
     try:
         with torch.set_grad_enabled(grad):
             return list(flat_tensors(model(*args, **kwargs)))
     finally:
         if cached:
-            config.use_cache = cached  # type: ignore[union-attr]
+            config.use_cache = cached
         for m in was:
             m.training = True
 
@@ -567,15 +568,49 @@ def _check(
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
+class _Elastic(TorchFunctionMode):
+    """Lets one written size of a view give way.
+
+    Used only to compare values: a part of a plan may be impossible to run alone (channels without their heads)
+    where the whole plan runs.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except RuntimeError:
+            if getattr(func, "__name__", "") not in ("view", "reshape"):
+                raise
+            sizes = list(args[1]) if isinstance(args[1], (tuple, list)) else list(args[1:])
+            for k in reversed(range(len(sizes))):
+                trial = [-1 if n == k else size for n, size in enumerate(sizes)]
+                try:
+                    return args[0].reshape(trial)
+                except RuntimeError:
+                    continue
+            raise
+
+
 def _differs(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> str | None:
     """Does the cut model give something else than the masked one?"""
-    cut, fed = _double(model, inputs)
-    _cut(cut, graph, keep)
-    a = _forward(cut, fed)
-    del cut
-    masked, fed = _double(model, inputs)
-    mask_units(masked, graph, keep)
-    b = _forward(masked, fed)
+
+    def both(double: bool, elastic: bool) -> tuple[list[Tensor], list[Tensor]]:
+        out = []
+        for change in (_cut, mask_units):
+            clone, fed = _double(model, inputs) if double else (copy.deepcopy(model), inputs)
+            change(clone, graph, keep)
+            with _Elastic() if elastic else contextlib.nullcontext():
+                out.append(_forward(clone, fed))
+        return out[0], out[1]
+
+    ways = [(True, False), (True, True), (False, False), (False, True)]
+    for n, way in enumerate(ways):
+        try:
+            a, b = both(*way)
+            break
+        except RuntimeError:
+            if n == len(ways) - 1:
+                raise
     for x, y in zip(a, b, strict=True):
         if not x.is_floating_point():
             continue

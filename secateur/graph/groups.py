@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.graph.labels import ALONE, EXPERT, HEAD, INNER, MIXED, RESIDUAL, Axes
+from secateur.graph.labels import ALONE, EXPERT, HEAD, INNER, MIXED, RESIDUAL, STEM, Axes
 from secateur.graph.sizes import Attribute, Extent, evaluate, leaves
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Group:
 def _fold(rows: Tensor, how: str) -> Tensor:
     if how == "max":
         return rows.amax(1)
-    return {"sum": rows.sum, "mean": rows.mean, "prod": rows.prod}[how](1)
+    return torch.prod(rows, 1) if how == "prod" else (rows.sum(1) if how == "sum" else rows.mean(1))
 
 
 @dataclass
@@ -331,8 +332,8 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
     for out in outputs:
         for layer in out.layers:
             labels.freeze(layer, "it is an output of the model")
-    _freeze_positions(t)
     _settle(t)
+    _link(t)
     ids = np.arange(labels.count)
     roots, classes = np.unique(labels.find(ids), return_inverse=True)
     n = len(roots)
@@ -396,12 +397,12 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
     rank = {name: n for name, n in used.items()}
     position = {name: n for n, (name, _) in enumerate(keys)}
 
-    def key(group: Group) -> tuple:
+    def order_of(group: Group) -> tuple:
         names = [s.name for s in group.slices if s.role == "out"] or [s.name for s in group.slices]
         late = KINDS.index(group.kind) if group.kind == "hidden" else 0
         return group.reason is not None, late, min((rank.get(x, 10**9), position[x]) for x in names)
 
-    ordered = sorted((g for _, g in groups), key=key)
+    ordered = sorted((g for _, g in groups), key=order_of)
     shapes = {
         name: tuple(v.shape)
         for named in (t.model.named_parameters, t.model.named_buffers)
@@ -426,17 +427,6 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
     return graph
 
 
-def _freeze_positions(t: Tracer) -> None:
-    """Of a tensor that is no weight only the last axis holds channels; others are positions."""
-    dims = defaultdict(list)
-    for name, d in t.ids:
-        dims[name].append(d)
-    for name, own in dims.items():
-        if len(own) > 1 and not any((name, d) in t.roles for d in own):
-            for d in own[:-1]:
-                t.labels.freeze(t.ids[name, d], "positions, not channels")
-
-
 def _settle(t: Tracer) -> None:
     """Blocks of a split axis lose the same offsets; axes that cannot shrink do not."""
     labels, busy = t.labels, True
@@ -458,9 +448,88 @@ def _settle(t: Tracer) -> None:
                 labels.freeze(layer, why)
 
 
+def _link(t: Tracer) -> None:
+    """One size in the code, one set of units: axes that share an attribute, or that one takes from the other.
+
+    `x.reshape(B, N, C)` with C from the residual stream makes whole heads and blocks of channels leave together;
+    an attribute that is also needed at its old value cannot change.
+    """
+    labels = t.labels
+    flags = np.zeros(labels.count, np.uint8)
+    np.bitwise_or.at(flags, labels.find(np.arange(labels.count)), labels.flags[: labels.count])
+    shared: dict[Attribute, list[tuple[np.ndarray | None, Any]]] = defaultdict(list)
+    for event in t.events:
+        part, expr = event.part, event.expr
+        if part.sign < 0:
+            continue
+        if isinstance(expr, Attribute):
+            ids = _varying(t, part.axes, [part.axis])
+            if ids is not False:
+                shared[expr].append((ids if ids is None else ids[part.start : part.stop], event))
+            continue
+        if isinstance(expr, Extent):
+            dims = [part.axis]
+        elif isinstance(expr, tuple) and isinstance(expr[1], Extent) and expr[0] is operator.floordiv:
+            shape, k, size = part.axes.shape, part.axis, expr[1].axes.shape[expr[1].axis]
+            pairs = [[k - 1, k], [k, k + 1]]
+            dims = next(
+                (p for p in pairs if 0 <= p[0] and p[1] < len(shape) and shape[p[0]] * shape[p[1]] == size),
+                [],
+            )
+            expr = expr[1]
+        else:
+            continue
+        source = _varying(t, expr.axes, [expr.axis])
+        target = _varying(t, part.axes, dims) if dims else None
+        if source is False or target is False or (source is None and target is None):
+            continue
+        if source is None or target is None or len(source) != len(target):
+            why = f"its size is written as that of another, fixed axis ({event.where})"
+            for ids in (source, target):
+                if ids is not None:
+                    labels.freeze(ids, why)
+            continue
+        _together(t, flags, source, target)
+    for attribute, uses in shared.items():
+        known = [ids for ids, _ in uses if ids is not None]
+        fixed = [event for ids, event in uses if ids is None]
+        for ids in known:
+            if fixed:
+                where = f"{attribute.module}.{attribute.name}"
+                labels.freeze(ids, f"{where} must keep its value elsewhere ({fixed[0].where})")
+            elif len(ids) == len(known[0]):
+                _together(t, flags, known[0], ids)
+    _settle(t)
+
+
+def _together(t: Tracer, flags: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+    """Tie; heads that meet the residual stream become part of it."""
+    bits = [int(np.bitwise_or.reduce(flags[t.labels.find(ids)])) for ids in (a, b)]
+    if any(x & RESIDUAL and not x & HEAD for x in bits):
+        t.labels.flag(a, STEM)
+    t.labels.tie(a, b)
+
+
+def _varying(t: Tracer, axes: Axes, dims: Sequence[int]) -> Any:
+    """The labels along these neighbouring axes, flattened; None when nothing varies there, False when unclear."""
+    for layer in axes.layers:
+        if all(layer.shape[k] == 1 or t.labels.same(layer, k) for k in dims):
+            continue
+        free = [k for k in range(layer.ndim) if k not in dims]
+        if any(layer.shape[k] > 1 and not t.labels.same(layer, k) for k in free):
+            return False
+        for k in free:
+            layer = layer.take([0], k)
+        wide = [axes.shape[k] if k in dims else 1 for k in range(layer.ndim)]
+        return np.broadcast_to(layer, wide).reshape(-1)
+    return None
+
+
 def _kind(slices: Sequence[Slice], bits: int, shared: int, t: Tracer) -> str:
     makers = [s for s in slices if s.role == "out"]
     wide = any(s.index.shape[1] > 1 for s in makers)
+    if bits & STEM:
+        return "hidden"
     if bits & HEAD and wide:
         return "kv_groups" if shared > 1 else "heads"
     if bits & EXPERT and not bits & RESIDUAL:

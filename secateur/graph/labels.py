@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-HEAD, EXPERT, RESIDUAL, MIXED, INNER, ALONE = 1, 2, 4, 8, 16, 32
+HEAD, EXPERT, RESIDUAL, MIXED, INNER, ALONE, STEM = 1, 2, 4, 8, 16, 32, 64
 
 
 class Labels:

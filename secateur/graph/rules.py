@@ -111,7 +111,7 @@ def join(t: Tracer, a: np.ndarray | None, b: np.ndarray | None, why: str) -> np.
         t.labels.tie(a, b)
         return a
     if a is not None or b is not None:
-        t.freeze(b if a is None else a, why)
+        t.freeze(a if b is None else b, why)  # type: ignore[arg-type]
     return None
 
 
@@ -166,20 +166,71 @@ def dims_of(value: Any, rank: int) -> list[int]:
 
 # --- elementwise
 
-PASS = """clone detach alias lift_fresh lift lift_fresh_copy _to_copy to contiguous dropout native_dropout
-feature_dropout alpha_dropout max_pool2d_with_indices max_pool1d_with_indices max_pool3d_with_indices max_pool1d
-max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
-adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d adaptive_max_pool1d mkldnn_adaptive_avg_pool2d
-reflection_pad1d reflection_pad2d
-replication_pad1d replication_pad2d zeros_like ones_like empty_like full_like rand_like randn_like triu tril
-_conj _resize_output fill zero bernoulli uniform normal random exponential masked_fill_scalar
-grid_sampler_2d requires_grad set_data""".split()
+PASS = [
+    "clone",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "lift",
+    "lift_fresh_copy",
+    "_to_copy",
+    "to",
+    "contiguous",
+    "dropout",
+    "native_dropout",
+    "feature_dropout",
+    "alpha_dropout",
+    "max_pool2d_with_indices",
+    "max_pool1d_with_indices",
+    "max_pool3d_with_indices",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "_adaptive_avg_pool2d",
+    "_adaptive_avg_pool3d",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool1d",
+    "mkldnn_adaptive_avg_pool2d",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "replication_pad1d",
+    "replication_pad2d",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "triu",
+    "tril",
+    "fill",
+    "zero",
+    "bernoulli",
+    "uniform",
+    "normal",
+    "random",
+    "exponential",
+    "grid_sampler_2d",
+]
 
 
 @rule(*PASS)
 def same(t: Tracer, c: Call) -> Axes:
     x = next(iter(c.axes.values()))
     return Axes(c.out, x.layers, x.params if isinstance(x, Axes) else None)
+
+
+@rule("as_strided")
+def as_strided(t: Tracer, c: Call) -> Axes:
+    x = c.axes["self"]
+    if x.shape != c.out or c.args.get("storage_offset"):
+        raise NotImplementedError
+    return x
 
 
 def pointwise(t: Tracer, c: Call) -> Axes:
@@ -193,7 +244,7 @@ def pointwise(t: Tracer, c: Call) -> Axes:
     return out
 
 
-for _name in "where masked_fill lerp addcmul addcdiv copy _prelu_kernel".split():
+for _name in ("where", "masked_fill", "lerp", "addcmul", "addcdiv", "_prelu_kernel"):
     RULES[_name] = pointwise
 
 
@@ -220,7 +271,7 @@ def scan(t: Tracer, c: Call) -> Axes:
     x = c.axes["self"]
     if c.name == "flip":
         dims = dims_of(c.args["dims"], len(c.out))
-        return Axes(c.out, [np.flip(layer, dims) for layer in x.layers], x.params)
+        return Axes(c.out, [np.flip(layer, tuple(dims)) for layer in x.layers], x.params)
     return x
 
 
@@ -334,6 +385,17 @@ def matmul(t: Tracer, c: Call) -> Axes:
     return matmul_axes(t, x, y, c.out)
 
 
+@rule("_grouped_mm", "grouped_mm")
+def grouped_mm(t: Tracer, c: Call) -> Axes:
+    x, w = list(c.axes.values())[:2]
+    if len(x.shape) != 2 or len(w.shape) != 3:
+        raise NotImplementedError
+    t.weight(w, [2], [1])
+    w = fix(t, w, 0, t.reason("experts are picked by number"))
+    flat = Axes(w.shape[1:], [layer[0] for layer in w.layers], w.params)
+    return matmul_axes(t, x, flat, c.out)
+
+
 @rule("addmm", "baddbmm", "addmv", "addbmm")
 def addmm(t: Tracer, c: Call) -> Axes:
     first, x, y = list(c.axes.values())[:3]
@@ -348,10 +410,10 @@ def einsum(t: Tracer, c: Call) -> Axes:
     if "." in equation or "->" not in equation:
         raise NotImplementedError
     left, right = equation.split("->")
-    for x, term in zip(c.axes["operands"], left.split(","), strict=True):
+    for x, term in zip(c.axes["tensors"], left.split(","), strict=True):
         summed = [k for k, letter in enumerate(term) if letter not in right]
         t.weight(x, [k for k in range(len(term)) if k not in summed], summed)
-    xs = [rect(t, x) for x in c.axes["operands"]]
+    xs = [rect(t, x) for x in c.axes["tensors"]]
     found: dict[str, np.ndarray] = {}
     dims: dict[str, tuple[Axes, int]] = {}
     activations = all(x.params is None for x in xs)
@@ -370,7 +432,7 @@ def einsum(t: Tracer, c: Call) -> Axes:
         elif ids:
             counts = [len(np.unique(t.labels.find(v))) for v in ids if v is not None]
             for v in ids[1:]:
-                t.labels.tie(ids[0], v)
+                t.labels.tie(ids[0], v)  # type: ignore[arg-type]
             assert ids[0] is not None
             found[letter] = ids[0]
             if len(ids) > 1 and letter in right:
@@ -528,6 +590,9 @@ def attention(t: Tracer, c: Call) -> Axes:
                 share = max(1, n_heads // max(1, distinct))
                 t.labels.shared[hq] = np.maximum(t.labels.shared[hq], share)
                 layers.append(along(hq, rank, -3))
+        mask = c.axes.get("attn_mask") or c.axes.get("attn_bias")
+        if mask is not None and len(mask.shape) >= 3 and mask.shape[-3] > 1:
+            hq = join(t, hq, vector(t, rect(t, mask), -3), t.reason("heads meet a mask of a fixed number"))
         for x in (q, k, v):
             for layer in x.layers:
                 for axis in range(rank - 3):
@@ -783,11 +848,16 @@ def cat(t: Tracer, c: Call) -> Axes:
     if not any(x.has(d) for x in xs):
         flat = [Axes(without, x.layers, x.params) for x in xs]
         return Axes(shape, elementwise(t, flat, without).layers, origin)
-    parts, rest = [], []
+    parts: list[np.ndarray] = []
+    rest = []
+    cut_axes = {k for x in xs for layer in x.layers if layer.shape[d] > 1 for k in axes_of(layer)}
     for x in xs:
         layers = [canon(t, layer) for layer in x.layers]
         mine = [layer for layer in layers if layer.shape[d] > 1]
-        rest.append(Axes(without, [layer for layer in layers if layer.shape[d] == 1], x.params))
+        if not mine:  # entries that belong to the units of another axis, as whole heads do
+            mine = [layer for layer in layers if set(axes_of(layer)) <= cut_axes][:1]
+        others = [v for v in layers if v.shape[d] == 1 and not any(v is m for m in mine)]
+        rest.append(Axes(without, others, x.params))
         for layer in mine[1:]:
             t.labels.tie(mine[0], layer)
         if not mine:
@@ -799,9 +869,8 @@ def cat(t: Tracer, c: Call) -> Axes:
         np.broadcast_to(p, [x.shape[k] if k in labelled else 1 for k in range(len(shape))])
         for p, x in zip(parts, xs, strict=True)
     ]
-    others = [x for x in rest if x.layers]
     layers = [np.concatenate(full, d)]
-    if others:
+    if any(x.layers for x in rest):
         layers += elementwise(t, rest, without).layers
     return Axes(shape, layers, origin)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from secateur.graph.labels import Axes
 
@@ -36,10 +36,13 @@ class Size(int):
 
     expr: Any
 
-    def __new__(cls, value: int, expr: Any) -> Size:
+    def __new__(cls, value: int, expr: Any) -> Self:
         self = int.__new__(cls, value)
         self.expr = expr
         return self
+
+    def __neg__(self) -> Size:
+        return Size(-int(self), (operator.sub, 0, self.expr))
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int(self),)
@@ -74,7 +77,6 @@ for _name, _op in {
 }.items():
     _method(f"__{_name}__", _op, False)
     _method(f"__r{_name}__", _op, True)
-Size.__neg__ = lambda self: Size(-int(self), (operator.sub, 0, self.expr))  # type: ignore[method-assign,assignment]
 
 
 def expression(value: Any) -> Any:

@@ -122,7 +122,7 @@ class Tracer:
 
     def _label_parameters(self) -> None:
         by_storage: dict[tuple, str] = {}
-        named = list(self.model.named_parameters(remove_duplicate=False))
+        named: list[Any] = list(self.model.named_parameters(remove_duplicate=False))
         named += list(self.model.named_buffers(remove_duplicate=False))
         self.by_storage: dict[tuple, Axes] = {}
         for name, tensor in named:
@@ -238,8 +238,11 @@ class Tracer:
         for value in flat_tensors((args, kwargs)):
             self.env[value] = Axes(tuple(value.shape), [], None)
         with ExitStack() as stack:
-            stack.callback(lambda: [setattr(m, "training", True) for m in training])
+            for m in training:
+                stack.callback(setattr, m, "training", True)
             self.model.eval()
+            forget_caches(self.model)
+            stack.callback(forget_caches, self.model)
             stack.enter_context(torch.no_grad())
             stack.enter_context(watched_sizes(self.model))
             stack.enter_context(without_cache(self.model))
@@ -625,6 +628,18 @@ def watched_sizes(model: nn.Module) -> Iterator[None]:
     finally:
         for owner, key, value in reversed(undo):
             owner[key] = value
+
+
+def forget_caches(model: nn.Module) -> None:
+    """Empty dictionaries of tensors that modules fill while running (such as position biases by device)."""
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            if (
+                type(value) is dict
+                and "cache" in name
+                and all(isinstance(v, torch.Tensor) for v in value.values())
+            ):
+                value.clear()
 
 
 @contextmanager
