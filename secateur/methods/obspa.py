@@ -1,0 +1,189 @@
+"""OBSPA: SPA with Optimal Brain Surgeon's score, and the layers that read a removed channel set anew in closed form.
+
+Wang, Rachwan, Günnemann, Charpentier 2024, "Structurally Prune Anything", https://arxiv.org/abs/2403.18955; no training,
+and with noise in the place of pictures no data. Spec: spa, algorithm C.
+
+Reconstruction: damping (1 % of the Hessian's mean diagonal), 128 noise inputs and U(0, 1) as their distribution are
+choices, the paper's weren't available. Hessians are those of the dense model, for all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.context import Context
+from secateur.criteria import CRITERIA
+from secateur.errors import SecateurError
+from secateur.inputs import Inputs
+from secateur.method import register
+from secateur.methods.spa import Spa
+from secateur.recover import least_squares
+from secateur.stats.hessians import every_matrix, hessians
+from secateur.stats.record import as_batches
+from secateur.taxonomy import MethodInfo
+
+CALIBRATIONS = ("data", "noise")
+
+
+@register
+@dataclass
+class Obspa(Spa):
+    """w²/[H⁻¹]_ii over coupled channels; what reads them is solved for again by least squares; BatchNorm re-estimated.
+
+    >>> secateur.prune(net, image, method="obspa", target="macs<=70%", data=pictures)  # doctest: +SKIP
+    >>> secateur.prune(net, image, method="obspa", target="macs<=70%", calibration="noise")  # doctest: +SKIP
+
+    `data` are pictures the network was trained on, or of another set; labels aren't needed. With `calibration="noise"`
+    there are none: uniform noise (random tokens for a language model), and BatchNorm statistics stay.
+    """
+
+    criterion: str = field(default="obs", metadata={"help": f"of single weights: {', '.join(CRITERIA)}"})
+    batchnorm: bool = field(
+        default=True, metadata={"help": "re-estimate BatchNorm statistics on the data after the cut"}
+    )
+    calibration: str = field(default="data", metadata={"help": "data, or noise: no data at all"})
+    noise_samples: int = field(default=128, metadata={"help": "inputs of noise"})
+    noise_mean: float = field(default=0.45, metadata={"help": "noise is (U(0, 1) - this) / noise-std"})
+    noise_std: float = field(default=0.225, metadata={"help": "as pictures are normalised"})
+
+    kinds: ClassVar[tuple[str, ...] | None] = Spa.kinds
+    info = MethodInfo(
+        title="OBSPA",
+        spec="spa",
+        objects="C",
+        granularity="struct",
+        speedup="univ",
+        when="PAT-PT",
+        criteria="LOSS",
+        order="shot",
+        data="free/calib",
+        start="pre",
+        recovery="none",
+        scope="glob",
+        models="mlp cnn vit bert llm",
+        budget_unit="units",
+        year=2024,
+        arxiv="2403.18955",
+        description="Optimal Brain Surgeon over coupled channels, with the layers that read them solved for again.",
+    )
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+
+    def __post_init__(self) -> None:
+        if self.calibration not in CALIBRATIONS:
+            raise SecateurError(
+                f"there is no calibration {self.calibration!r}",
+                where=self.name,
+                fix=f"one of {', '.join(CALIBRATIONS)}",
+            )
+        if self.noise_samples < 1 or self.noise_std <= 0:
+            raise SecateurError(
+                f"{self.noise_samples} inputs of noise, noise_std {self.noise_std}",
+                where=self.name,
+                fix="both above 0",
+            )
+        super().__post_init__()
+
+    def _needs(self) -> set[str]:
+        return (
+            super()._needs() - {"hessian"} if self.calibration == "noise" else super()._needs() | {"hessian"}
+        )
+
+    def batches(self, context: Context) -> list[Any]:
+        if self.calibration == "data":
+            return super().batches(context)
+        noise = noise_like(
+            context.inputs,
+            self.noise_samples,
+            context.generator("noise"),
+            self.noise_mean,
+            self.noise_std,
+            getattr(getattr(context.model, "config", None), "vocab_size", None),
+        )
+        return as_batches(noise)
+
+    def changes(
+        self, context: Context, keep: Mapping[str, Tensor], notes: dict[str, str]
+    ) -> dict[str, Tensor]:
+        left = [name for name in readers(context, keep) if name not in every_matrix(context.model)]
+        if left:
+            notes["repair"] = f"not repaired, because they are no plain layers: {', '.join(left)}"
+        if self.calibration == "noise" and self.batchnorm:
+            return dict(self.repair(context, keep))
+        return super().changes(context, keep, notes)
+
+    def repair(self, context: Context, keep: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        known = every_matrix(context.model)
+        gone = {name: mask for name, mask in readers(context, keep).items() if name in known}
+        values: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for matrix, stats in hessians(
+                context.model,
+                self.batches(context),
+                {name: known[name] for name in gone},
+                progress=context.progress,
+            ):
+                stay = (~matrix.fold(gone[matrix.name])[0]).nonzero().squeeze(1)
+                parts = [
+                    least_squares(rows, own.hessian, stay, self.damping)
+                    for rows, own in stats.split(matrix.weight())
+                ]
+                values[matrix.name] = matrix.unfold(torch.cat(parts)).contiguous()
+        return values
+
+
+def readers(context: Context, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters that read units which leave -> bool of their shape, True on what those units fed."""
+    gone: dict[str, Tensor] = {}
+    for name, units in keep.items():
+        group = context.graph[name]
+        leaving = torch.ones(group.size, dtype=torch.bool)
+        leaving[units.cpu()] = False
+        if not leaving.any():
+            continue
+        for s in group.slices:
+            if s.role == "in":
+                mask = gone.setdefault(s.name, torch.zeros(context.graph.shapes[s.name], dtype=torch.bool))
+                mask.index_fill_(s.dim, s.index[leaving].reshape(-1), True)
+    return gone
+
+
+def noise_like(
+    inputs: Inputs,
+    samples: int,
+    generator: torch.Generator,
+    mean: float = 0.45,
+    std: float = 0.225,
+    vocabulary: int | None = None,
+) -> list[Inputs]:
+    """Batches of 16 inputs shaped like `inputs`: (U(0, 1) - mean) / std for floats, random ids for `input_ids`.
+
+    >>> [x.shape for x in noise_like(torch.zeros(1, 3, 8, 8), 20, torch.Generator())]
+    [torch.Size([16, 3, 8, 8]), torch.Size([4, 3, 8, 8])]
+
+    Other integers are repeated as they are.
+    """
+
+    def one(tensor: Tensor, count: int, ids: bool) -> Tensor:
+        shape = (count, *tensor.shape[1:])
+        if tensor.is_floating_point():
+            noise = (torch.rand(shape, generator=generator) - mean) / std
+            return noise.to(tensor.device, tensor.dtype)
+        if ids and vocabulary:
+            return torch.randint(0, vocabulary, shape, generator=generator).to(tensor)
+        return tensor[:1].expand(shape)
+
+    batches: list[Inputs] = []
+    for start in range(0, samples, 16):
+        count = min(16, samples - start)
+        if isinstance(inputs, Tensor):
+            batches.append(one(inputs, count, True))
+        elif isinstance(inputs, tuple | list):
+            batches.append(tuple(one(t, count, True) for t in inputs))
+        else:
+            batches.append({key: one(t, count, key == "input_ids") for key, t in dict(inputs).items()})
+    return batches
