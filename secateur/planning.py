@@ -35,12 +35,12 @@ class Undo:
 
     def remember(self, name: str) -> None:
         if self.active and name not in self.originals:
-            self.originals[name] = self.model.get_parameter(name).detach().clone()
+            self.originals[name] = _tensor(self.model, name).detach().clone()
 
     def restore(self) -> None:
         with torch.no_grad():
             for name, original in self.originals.items():
-                self.model.get_parameter(name).copy_(original)
+                _tensor(self.model, name).copy_(original)
 
     def release(self) -> None:
         self.originals.clear()
@@ -133,9 +133,9 @@ class Run:
                 for name in {name for key in plan.keep for name in (s.name for s in graph[key].slices)} | set(
                     plan.values
                 ):
-                    if _has_parameter(self.model, name):
+                    if _has_tensor(self.model, name):
                         scratch.remember(name)
-                grown = any(not _has_parameter(self.model, name) for name in plan.values)
+                grown = any(not _has_tensor(self.model, name) for name in plan.values)
                 set_values(self.model, plan.values)
                 mask_units(self.model, graph, plan.keep)
                 graph = None if grown else graph  # a repair added a bias: the groups are traced with it
@@ -335,12 +335,17 @@ def set_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             present.copy_(value)
 
 
-def _has_parameter(model: nn.Module, name: str) -> bool:
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer."""
+    path, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(path), attribute)
+
+
+def _has_tensor(model: nn.Module, name: str) -> bool:
     try:
-        model.get_parameter(name)
+        return isinstance(_tensor(model, name), Tensor)
     except AttributeError:
         return False
-    return True
 
 
 def _complement(units: Tensor, size: int) -> Tensor:

@@ -77,6 +77,10 @@ def test_the_budget_is_met_exactly_and_never_exceeded(model, method, share):
             method_class(method).kinds[0], 4 * 3 * 32
         )  # a neuron in each of four blocks
         assert share * dense - one < kept <= share * dense
+    elif method_class(method).allocation == "global":
+        whole = "kept whole by the budget"
+        groups = [g for g in pruned.report["groups"] if g["reason"] in (None, whole)]
+        assert sum(g["kept"] for g in groups) == int(share * sum(g["size"] for g in groups))
     else:
         for group in pruned.report["groups"]:
             if group["reason"] is None:

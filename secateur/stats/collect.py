@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
@@ -20,10 +21,12 @@ from secateur.stats.record import (
     as_batches,
     device_of,
     evaluating,
+    labels_in,
     run,
     sequences_in,
     token_mask,
 )
+from secateur.stats.windows import logits_of
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -175,10 +178,13 @@ def _singles(batch: Inputs, size: int) -> Iterator[Inputs]:
 
 
 def default_loss(model: nn.Module, batch: Inputs) -> Loss:
-    """The mean next-token loss of the ids for causal language models; the model's own loss where a batch has labels.
+    """The mean next-token loss of the ids for causal language models; the model's own loss where a batch has labels;
+    `labelled_loss` where it is a pair (inputs, labels).
 
     Raises `SecateurError` for other models.
     """
+    if labels_in(model, batch) is not None:
+        return labelled_loss
     parameters = inspect.signature(type(model).forward).parameters
     if "labels" in parameters and hasattr(batch, "keys") and "labels" in batch:
         return lambda model, batch: model(**batch).loss
@@ -190,9 +196,22 @@ def default_loss(model: nn.Module, batch: Inputs) -> Loss:
         raise SecateurError(
             f"{type(model).__name__} has no loss of its own that could be taken",
             where="loss",
-            fix="pass loss=, a function of (model, batch) that gives a scalar",
+            fix="give pairs (inputs, labels), or pass loss=, a function of (model, batch) that gives a scalar",
         )
     return causal_lm_loss
+
+
+def labelled_loss(model: nn.Module, batch: Inputs, temperature: float = 1.0) -> Tensor:
+    """Of a pair (inputs, labels): cross-entropy of the logits over `temperature`, mean squared error for float labels.
+
+    >>> labelled_loss(nn.Identity(), (torch.zeros(1, 2), torch.tensor([1])))
+    tensor(0.6931)
+    """
+    logits = logits_of(run(model, batch)).float()
+    labels = batch[1].to(logits.device)
+    if labels.is_floating_point():
+        return F.mse_loss(logits, labels.float())
+    return F.cross_entropy(logits / temperature, labels.long())
 
 
 def causal_lm_loss(model: nn.Module, batch: Inputs) -> Tensor:

@@ -65,6 +65,20 @@ class InputStats:
                 self.mean[part] += shift * (count / (before + count))
             self.tokens[part] += len(x)
 
+    def add_parts(self, rows: Tensor) -> None:
+        """Adds rows [parts, tokens, in], as many for every part; many small parts at once."""
+        if self.parts == 1 or self.mean is not None or not rows.shape[1]:
+            for part, own in enumerate(rows):
+                self.add(own, part)
+            return
+        self._factors.clear()
+        x = rows.float()
+        if self.outer is not None:
+            self.outer.baddbmm_(x.transpose(1, 2), x)
+        if self.square is not None:
+            self.square += torch.linalg.vector_norm(x, dim=1).square_()
+        self.tokens = [count + x.shape[1] for count in self.tokens]
+
     def finite(self) -> bool:
         sums = (self.outer, self.square, self.deviation)
         return all(bool(torch.isfinite(s).all()) for s in sums if s is not None)
