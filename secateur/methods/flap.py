@@ -108,8 +108,13 @@ class Flap(UnitMethod):
 
     def plan(self, context: Context) -> Plan:
         scores = context.remember(
-            "scores", lambda: {group.name: self.score(group, context) for group in context.groups}
+            "scores",
+            lambda: {g.name: self.score(g, context) for g in context.groups if readers(g, context)},
         )
+        if not scores:
+            raise SecateurError(
+                "no linear layer reads their units", where=f"flap, {context.groups[0].name}, ..."
+            )
         keep = self.divide(context, scores)
         return context.make_plan(keep=keep, values=self.repair(context, keep))
 
@@ -141,7 +146,7 @@ class Flap(UnitMethod):
         cut = [
             group
             for group in context.groups
-            if self.compensate and len(keep.get(group.name, ())) < group.size
+            if self.compensate and len(keep.get(group.name, range(group.size))) < group.size
         ]
         return sum(
             w.shape[0] for g in cut for s, w in readers(g, context) if _bias(context, s.name)[1] is None
@@ -164,18 +169,11 @@ class Flap(UnitMethod):
 
 
 def readers(group: Group, context: Context) -> list[tuple[Slice, Tensor]]:
-    """(slice, weight [out, in]) of the matrices that read the group's units.
-
-    Raises `SecateurError` when there are none.
-    """
+    """(slice, weight [out, in]) of the linear layers that read the group's units."""
     matrices = [
         (s, context.matrices[s.name]) for s in group.slices if s.role == "in" and s.name in context.matrices
     ]
-    if not matrices or any(matrix.kind not in ("linear", "conv1d") for _, matrix in matrices):
-        raise SecateurError(
-            "no linear layer reads its units", where=f"flap, {group.name}", fix="leave the kind out"
-        )
-    return [(s, matrix.weight()) for s, matrix in matrices]
+    return [(s, matrix.weight()) for s, matrix in matrices if matrix.kind in ("linear", "conv1d")]
 
 
 def unit_weights(group: Group, shapes: Mapping[str, Sequence[int]]) -> int:

@@ -27,7 +27,7 @@ from secateur.errors import SecateurError
 from secateur.graph import Group
 from secateur.method import UnitMethod, register
 from secateur.methods.flap import unit_weights
-from secateur.methods.taylor import matrices_of
+from secateur.methods.taylor import matrices_of_groups
 from secateur.plan import Plan
 from secateur.select import top_k
 from secateur.stats.collect import collect
@@ -164,12 +164,12 @@ class Nirvana(UnitMethod):
             context.model, data, {"gradient"}, context.matrices, loss=peak_logits, progress=context.progress
         )
         scores = {}
-        for group in context.groups:
-            values = {}
-            for s in matrices_of(group, context):
-                matrix = context.matrices[s.name]
-                values[s.name] = (matrix.parameter.detach() * matrix.unfold(stats[s.name].gradient)).abs()
-            scores[group.name] = group.reduce(values, roles=("out", "in"))
+        for name, slices in matrices_of_groups(context).items():
+            matrices = [context.matrices[s.name] for s in slices]
+            values = {
+                m.name: (m.parameter.detach() * m.unfold(stats[m.name].gradient)).abs() for m in matrices
+            }
+            scores[name] = context.graph[name].reduce(values, roles=("out", "in"))
         return scores
 
     def divide(self, context: Context, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -153,21 +153,20 @@ class Taylor(UnitMethod):
             return unit_scores(scores, s.dim, s.index)
 
         return {
-            group.name: aggregate(
-                torch.stack([member(s) for s in matrices_of(group, context)]), self.aggregation
-            )
-            for group in context.groups
+            name: aggregate(torch.stack([member(s) for s in slices]), self.aggregation)
+            for name, slices in matrices_of_groups(context).items()
         }
 
 
-def matrices_of(group: Group, context: Context) -> list[Slice]:
-    """The slices of weight matrices; biases and norms have no say.
+def matrices_of_groups(context: Context) -> dict[str, list[Slice]]:
+    """The slices of weight matrices by group; biases and norms have no say, groups without matrices are left out.
 
-    Raises `SecateurError` when the group has none.
+    Raises `SecateurError` when no group has any.
     """
-    found = [s for s in group.slices if s.role in ("out", "in") and s.name in context.matrices]
-    if not found:
-        raise SecateurError(
-            "no weight matrix leaves with its units", where=group.name, fix="leave the kind out"
-        )
-    return found
+    found = {
+        group.name: [s for s in group.slices if s.role in ("out", "in") and s.name in context.matrices]
+        for group in context.groups
+    }
+    if not any(found.values()):
+        raise SecateurError("no weight matrix leaves with its units", where=context.groups[0].name)
+    return {name: slices for name, slices in found.items() if slices}
