@@ -135,15 +135,18 @@ def evolve(
     generations: int = 50,
     offspring: int = 128,
     flips: int = 4,
+    fixed: bool = False,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Found:
     """The state of lowest fitness found from `parent` (all zero by default).
 
     fitness(state, batch): lower is better; the same arguments always give the same number. lengths: tokens of each
     sample. The last stage's first is the next parent; ties go to the parent, then to the earlier offspring.
+    fixed: the last stage's samples are drawn once, so that its best never gets worse, and the parent costs nothing.
     """
     found = Found(parent or (0,) * len(space.names))
     known: dict[tuple[State, Batch], float] = {}
+    always = draw_tokens(lengths, stages[-1].tokens, generator) if fixed else None
 
     def judge(state: State, batch: Batch) -> float:
         if (state, batch) not in known:
@@ -155,8 +158,8 @@ def evolve(
         if not candidates:
             break
         for index, stage in enumerate(stages):
-            batch = draw_tokens(lengths, stage.tokens, generator)
             last = index + 1 == len(stages)
+            batch = always if always and last else draw_tokens(lengths, stage.tokens, generator)
             if last:
                 candidates = [found.state, *candidates]
             scores = [judge(state, batch) for state in candidates]

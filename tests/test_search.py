@@ -105,3 +105,21 @@ def test_drawn_tokens() -> None:
         assert sum(take < lengths[sample] for sample, take in batch) <= 1
     assert draw_tokens(lengths, 1000, generator()) == ((0, 10), (1, 20), (2, 30), (3, 40))
     assert {draw_tokens(lengths, 10, generator(s)) for s in range(20)} >= {((0, 10),), ((1, 10),)}
+
+
+def test_fixed_samples_make_the_winner_monotone_and_the_parent_free() -> None:
+    calls: list[tuple[State, Batch]] = []
+
+    def fitness(state: State, batch: Batch) -> float:
+        calls.append((state, batch))
+        return distance(state, batch) + 0.1 * (hash(batch) % 97)  # another batch, another level
+
+    stages = [Stage(3, 4), Stage(10, 1)]
+    kwargs = {"generations": 12, "offspring": 6}
+    found = evolve(space(), fitness, [8] * 6, stages, generator(), fixed=True, **kwargs)
+    assert all(b <= a for a, b in zip(found.history, found.history[1:]))
+    last = [(s, b) for s, b in calls if sum(take for _, take in b) == 10]
+    assert len({b for _, b in last}) == 1 and len(last) == len(set(last)) <= 12 * 4 + 1
+    calls.clear()
+    evolve(space(), fitness, [8] * 6, stages, generator(), **kwargs)
+    assert len({b for _, b in calls if sum(take for _, take in b) == 10}) > 6

@@ -3,19 +3,18 @@
 Li et al. 2025, "Tyr-the-Pruner: Structural Pruning LLMs via Global Sparsity Distribution Optimization",
 https://arxiv.org/abs/2503.09657. Spec: tyr.
 
-Reconstruction: the algorithm is read from the released code; the rounds, their halving and the expected weights from
-the authors' description, because `LocalPruner.step` of that code sets its argument `expected_sparsity` to 0 and so puts
-the dense weights back: its error accumulation is off. Here the intended form runs.
+Reconstruction: the algorithm is read from the released code; rounds, halving and expected weights are from the authors'
+description: `LocalPruner.step` of that code sets its argument `expected_sparsity` to 0 and so puts dense weights back,
+which switches error accumulation off. Here the intended form runs (`expected="off"`: the released one).
 
-Departures: under grouped queries a unit is a KV group with its queries, not a query head; every sublayer keeps at least
-one unit; units with zero weights leave by the ordinary update. Sizes are scaled from 4.2M tokens of calibration on a 7B
-model to what two cores search in minutes; `Tyr(**PAPER)` has the published ones. Between two rounds the levels are
-pruned on `supernet` of the data, and the distribution found is pruned once more on all of it.
+Departures: under grouped queries a unit is a KV group with its queries; every sublayer keeps a unit; sizes are scaled
+from 4.2M tokens and 7B weights to what two cores search in minutes (`PAPER` holds the published ones): versions are
+pruned on part of the data, what was found once more on all, and the last stage keeps its tokens for a round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -32,8 +31,14 @@ from secateur.stats.obs import Removal, select
 from secateur.stats.supernet import Candidates, Sublayer, Supernet, even_base, find_sublayers, ranges
 from secateur.taxonomy import record
 
-PAPER: dict[str, Any] = {"generations": 50, "offspring": 128, "topk": 8192, "supernet": 1.0, "final": False}
-PAPER |= {"tokens": (2048, 16384, 131072), "survivors": (16, 4, 2), "nested": False}
+PAPER: dict[str, Any] = {
+    "rounds": 4,
+    "generations": 50,
+    "offspring": 128,
+    "survivors": (16, 4, 2),
+    "topk": 8192,
+}
+PAPER |= {"tokens": (2048, 16384, 131072), "supernet": 1.0, "nested": False, "fixed": False, "final": False}
 """Hyperparameters as published, for calibration data of millions of tokens."""
 
 
@@ -42,23 +47,21 @@ PAPER |= {"tokens": (2048, 16384, 131072), "survivors": (16, 4, 2), "nested": Fa
 class Tyr(UnitMethod):
     """Evolutionary search over locally pruned and repaired versions of every sublayer, by KL to the dense model.
 
-    >>> secateur.prune(model, method="tyr", target="80%", data=ids)  # doctest: +SKIP
     >>> secateur.prune(model, method="tyr", target="50%", data=ids, **PAPER)  # doctest: +SKIP
 
     With prune's `uniform` nothing is searched: every layer loses the same and what is left is refitted.
     """
 
-    rounds: int = field(default=4, metadata={"help": "searches, each with half the step of the one before"})
+    rounds: int = field(default=3, metadata={"help": "searches, the step halved after each (paper: 4)"})
     step: float = field(default=0.125, metadata={"help": "first step between levels, share of a sublayer"})
     finest: int = field(default=32, metadata={"help": "smallest step in neurons, but at most 1/64 of them"})
     reach: int = field(default=4, metadata={"help": "levels to each side"})
-    generations: int = field(default=8, metadata={"help": "of a search (paper: 50)"})
+    generations: int = field(default=10, metadata={"help": "of a search (paper: 50)"})
     offspring: int = field(default=16, metadata={"help": "of a generation (paper: 128)"})
     flips: int = field(default=4, metadata={"help": "a child is at most so many moves away"})
-    tokens: tuple[float, ...] = field(
-        default=(1 / 32, 1 / 8), metadata={"help": "of a stage; up to 1: share of data"}
-    )
-    survivors: tuple[int, ...] = field(default=(4, 1), metadata={"help": "of each stage (paper: 16, 4, 2)"})
+    tokens: tuple[float, ...] = field(default=(1 / 32, 1 / 4), metadata={"help": "a stage's; <= 1: share"})
+    survivors: tuple[int, ...] = field(default=(3, 1), metadata={"help": "of each stage (paper: 16, 4, 2)"})
+    fixed: bool = field(default=True, metadata={"help": "last stage's tokens drawn once a round (paper: no)"})
     topk: int = field(default=1024, metadata={"help": "logits compared per token (paper: 8192)"})
     obs_rounds: int = field(default=16, metadata={"help": "rounds in which neurons leave; heads take one"})
     damping: float = field(default=0.01, metadata={"help": "of the Hessian, times the mean of its diagonal"})
@@ -114,8 +117,7 @@ class Tyr(UnitMethod):
         data, layers, path = context.require_data(), net.layers, []
         part = data[: max(1, round(self.supernet * len(data)))]
         fitness = Candidates(net, data, self.topk, self.dtype)
-        tokens = sum(fitness.lengths)
-        check = draw_tokens(fitness.lengths, max(2, tokens // 4), context.generator("check"))
+        check = draw_tokens(fitness.lengths, max(2, sum(fitness.lengths) // 4), context.generator("check"))
         for index in range(self.rounds):
             share = self.step / 2**index
             steps = [n.step(share, self.finest, context.round_to, n.group.kind in COARSE) for n in layers]
@@ -123,19 +125,16 @@ class Tyr(UnitMethod):
             counts = [[r + i * s for i in range(a, b + 1)] for r, s, (a, b) in zip(removed, steps, limits)]
             net.build(f"search-{index}", part, counts, removed)
             fitness.center(removed, steps)
-            low, high = zip(*limits)
-            space = Space(tuple(n.name for n in layers), tuple(n.pool for n in layers), low, high)
-            run = partial(self.evolve, context, space, fitness, tokens, index)
-            state = context.remember(f"tyr-{index}", run)["state"].tolist()
+            space = Space(*map(tuple, zip(*((n.name, n.pool, *limit) for n, limit in zip(layers, limits)))))
+            run = partial(self.evolve, context, space, fitness, index)
+            state = context.remember(f"tyr-{index}-{len(layers)}", run)["state"].tolist()
             path.append(" -> ".join(f"{fitness(s, check):.4g}" for s in ((0,) * len(state), tuple(state))))
             removed = [r + level * s for r, level, s in zip(removed, state, steps)]
         return removed, f"KL to the dense model before and after each search: {', '.join(path)}"
 
-    def evolve(
-        self, context: Context, space: Space, fitness: Candidates, tokens: int, index: int
-    ) -> dict[str, Tensor]:
+    def evolve(self, context: Context, space: Space, fitness: Candidates, index: int) -> dict[str, Tensor]:
+        tokens, track = sum(fitness.lengths), context.progress
         sizes = [max(2, round(t * tokens) if t <= 1 else int(t)) for t in self.tokens]
-        bar: Callable = partial(context.progress, description="search") if context.progress else iter
         found = evolve(
             space,
             fitness,
@@ -145,6 +144,7 @@ class Tyr(UnitMethod):
             generations=self.generations,
             offspring=self.offspring,
             flips=self.flips,
-            progress=bar,
+            fixed=self.fixed,
+            progress=partial(track, description="search") if track else iter,
         )
         return {"state": torch.tensor(found.state)}

@@ -159,7 +159,7 @@ class Supernet:
         self.center = dict(zip([layer.name for layer in self.layers], center))
         blocks = sorted({layer.matrix.block for layer in self.layers})
         skip = 0
-        checkpoint, tag = self.context.checkpoint, f"round-{self.context.round}-{tag}"
+        checkpoint, tag = self.context.checkpoint, f"round-{self.context.round}-{tag}-{len(self.layers)}"
         for index in blocks:
             found = {n.name: checkpoint.load(f"{tag}-{n.name}") for n in self._in(index)}
             if any(versions is None for versions in found.values()):
