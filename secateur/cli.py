@@ -85,6 +85,11 @@ SHAPE = flag(
     None,
     "shape of the example input of a model that reads pictures, such as 1,3,224,224",
 )
+DEVICE = flag("device", str | None, None, "cpu, cuda, cuda:1, mps, ...; default: cpu")
+DTYPE = flag(
+    "dtype", str | None, None, "float32, bfloat16 or float16; default: float32 where it fits on a cpu"
+)
+WHERE = [SHAPE, DEVICE, DTYPE]
 OUT_HELP = "a new folder for the result"
 
 
@@ -106,7 +111,7 @@ def prune_parameters(method: str | None) -> list[inspect.Parameter]:
     ]
     made += options
     made += fields_as_flags(Recovery, Group("Recovery", sort_key=3))
-    made += [in_group(TASKS, quality), in_group(LIMIT, quality), in_group(LATENCY, quality), SHAPE]
+    made += [in_group(TASKS, quality), in_group(LIMIT, quality), in_group(LATENCY, quality), *WHERE]
     made += [
         flag("out", str | None, None, OUT_HELP, output),
         flag("report", str | None, None, "a self-contained HTML file with the report", output),
@@ -194,7 +199,7 @@ def check_measurement(given: Mapping[str, Any]) -> None:
     """Refuse unknown tasks and impossible sizes before any work is done."""
     from secateur.data import choices, text
 
-    known = [*text.SETS, *choices.SETS]
+    known = [*text.NAMES, *choices.SETS]
     for task in listed(given.get("tasks")):
         if task in known or Path(task).expanduser().is_file():
             continue
@@ -205,6 +210,23 @@ def check_measurement(given: Mapping[str, Any]) -> None:
         value = given.get(name)
         if value is not None and value < least:
             raise SecateurError(f"{value} is too few", where=f"--{name}", fix=f"give {least} or more")
+
+
+def open_model(name: str, given: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(model, tokenizer) on the device and in the dtype that the flags name."""
+    import torch
+
+    from secateur.tasks import load_model
+
+    device = given["device"]
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise SecateurError(
+            f"{device!r} can't be used ({reason})", where="--device", fix="cpu works"
+        ) from error
+    return load_model(name, dtype=given["dtype"], device=device)
 
 
 def example(model: Any, shape: str | None) -> Any:
@@ -248,7 +270,6 @@ def prune(model: str, **given: Any) -> None:
     from secateur.prune import prune as run
     from secateur.report.html import library_versions, write_report
     from secateur.report.terminal import print_report
-    from secateur.tasks import load_model
 
     out, page = given["out"], given["report"]
     check_new_folder(out)
@@ -267,7 +288,7 @@ def prune(model: str, **given: Any) -> None:
     check_measurement(given)
     tasks = {"tasks": listed(given["tasks"]), "limit": given["limit"]}
     with quiet_stdout():
-        network, tokenizer = load_model(model)
+        network, tokenizer = open_model(model, given)
         inputs = example(network, given["input_shape"])
         times = {"before": _times(network, inputs, settings["seqlen"])} if given["latency"] else {}
         inplace = given["inplace"] and not (recovery.recover and recovery.distill)
@@ -354,11 +375,10 @@ def _times(model: Any, inputs: Any, seqlen: int) -> dict[str, float]:
 def measure(model: str, **given: Any) -> None:
     from secateur.measure import measure as run
     from secateur.report.terminal import print_measurement
-    from secateur.tasks import load_model
 
     check_measurement(given)
     with quiet_stdout():
-        network, tokenizer = load_model(model)
+        network, tokenizer = open_model(model, given)
         asked = {name: given[name] for name in ("limit", "seqlen", "latency")}
         inputs = example(network, given["input_shape"])
         figures = run(network, tokenizer, tasks=listed(given["tasks"]), inputs=inputs, **asked)
@@ -371,11 +391,10 @@ def inspect_model(model: str, **given: Any) -> None:
     from secateur.inputs import default_inputs
     from secateur.report.graph import describe_groups, write_graph
     from secateur.report.terminal import print_graph
-    from secateur.tasks import load_model
 
     check_new_file(given["html"], "--html")
     with quiet_stdout():
-        network, _ = load_model(model)
+        network, _ = open_model(model, given)
         inputs = example(network, given["input_shape"])
         graph = trace(network, default_inputs(network) if inputs is None else inputs)
         found = {"model": model, **describe_groups(graph)}
@@ -469,13 +488,12 @@ def plan_apply(plan: str, model: str, **given: Any) -> None:
     from secateur.plan import Plan
     from secateur.prune import apply_plan
     from secateur.report.terminal import print_report
-    from secateur.tasks import load_model
 
     check_new_folder(given["out"])
     check_measurement(given)
     decided = Plan.load(Path(plan).expanduser())
     with quiet_stdout():
-        network, tokenizer = load_model(model)
+        network, tokenizer = open_model(model, given)
         asked: dict[str, Any] = {"tasks": listed(given["tasks"]), "limit": given["limit"]}
         inputs = example(network, given["input_shape"])
         before = run(network, tokenizer, inputs=inputs, **asked)
@@ -528,12 +546,12 @@ def build(argv: Sequence[str]) -> tuple[App, list[str]]:
         word("model", help=MODEL),
         flag("html", str | None, None, "a self-contained HTML file with the groups as a picture"),
         flag("full", bool, False, "every group in a row of its own"),
-        SHAPE,
+        *WHERE,
         JSON,
     ]
     text = "Show what can be cut: groups, kinds, sizes, shares of the cost; and what cannot, and why."
     app.command(command(inspected, inspect_model, text), name="inspect")
-    measured = [word("model", help=MODEL), TASKS, LIMIT, SEQLEN, LATENCY, SHAPE, JSON]
+    measured = [word("model", help=MODEL), TASKS, LIMIT, SEQLEN, LATENCY, *WHERE, JSON]
     app.command(command(measured, measure, "Measure size, cost, speed and quality."), name="measure")
     app.command(
         command([*_filters(), JSON], methods, "List the methods, search them, or show one."), name="methods"
@@ -549,7 +567,7 @@ def build(argv: Sequence[str]) -> tuple[App, list[str]]:
     both = [word("first", help=where), word("second", help="the other"), JSON]
     plans.command(command(both, plan_diff, "Show where two plans differ."), name="diff")
     applied = [word("plan", help=where), word("model", help="the dense model"), flag("out", help=OUT_HELP)]
-    applied += [TASKS, LIMIT, SHAPE, JSON]
+    applied += [TASKS, LIMIT, *WHERE, JSON]
     plans.command(command(applied, plan_apply, "Do what a plan says to a fresh model."), name="apply")
     app.command(plans)
     every = [*parameters, *inspected, *measured, *_filters(), *_advice(), full]

@@ -161,6 +161,8 @@ def test_measure(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     assert found["latency"]["forward_seconds"] > 0
     said = run("measure", tiny_folder)
     assert "31.97 k" in said
+    half = run("measure", tiny_folder, "--dtype", "bfloat16", "--device", "cpu", "--json")
+    assert (half["dtype"], half["size_bytes"]) == ("bfloat16", 2 * PARAMS)
 
 
 @pytest.mark.needs_data
@@ -261,6 +263,7 @@ MISTAKES: list[tuple[list[str], tuple[str, ...]]] = [
     ([*BASE, "--report", "FULL"], ("is a folder", ".html")),
     ([*BASE, "--report", "FULL/x/report.html"], ("is a file",)),
     ([*BASE, "surplus"], ("surplus",)),
+    (["measure", "MODEL", "--device", "toaster"], ("toaster", "cpu")),
     (["prun", "MODEL"], ("prun", "prune")),
     (["--frob"], ("--frob",)),
     (["measure", "MODEL", "--tasks", "zzz"], ("zzz", "piqa")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 
 from secateur.files import atomic_write_text
 from secateur.graph import Graph, Group
-from secateur.report.html import HERE, _fill, _json, _kind
+from secateur.report.html import HERE, _fill, _json, _kind, reason_html
 from secateur.report.summary import number
 from secateur.report.terminal import merge_alike
 
 Tensors = dict[str, tuple[int, ...]]
+CROWD = 9
+"""More modules than this are drawn in several rows where their path has another number."""
 
 
 def describe_groups(graph: Graph) -> dict[str, Any]:
@@ -132,7 +135,7 @@ def _legend(rows: Sequence[dict[str, Any]], colors: Sequence[str]) -> str:
         shares = [
             f"{merged[key] * 100:.1f} %" if merged[key] is not None else "–" for key in ("params", "macs")
         ]
-        why = html.escape(merged["reason"] or "")
+        why = reason_html(merged["reason"] or "")
         lines.append(
             f'<tr><td class="swatches{" many" * (len(marks) > 6)}">{"".join(marks)}</td><td class="name">{html.escape(merged["name"])}</td>'
             f'<td>{_kind(merged["kind"])}</td><td class="n">{count}</td><td class="n">{shares[0]}</td>'
@@ -161,11 +164,12 @@ def _colors(groups: Sequence[Group]) -> list[str]:
 
 
 def _sides(graph: Graph) -> dict[str, list[tuple[int, str]]]:
-    """Tensor name -> [(index of a group, role of its slice)]."""
+    """Tensor name -> [(index of a group, role of its slice)], rows and columns only."""
     found: dict[str, list[tuple[int, str]]] = {}
     for i, group in enumerate(graph.groups):
         for s in group.slices:
-            found.setdefault(s.name, []).append((i, s.role))
+            if s.dim < 2:
+                found.setdefault(s.name, []).append((i, s.role))
     for alias, name in graph.aliases.items():  # a tied tensor is read by its other user the other way round
         turned = [(i, {"in": "out", "out": "in"}.get(role, role)) for i, role in found.get(name, [])]
         found.setdefault(alias, turned)
@@ -185,11 +189,18 @@ def _modules(shapes: Tensors) -> dict[str, Tensors]:
 def _rows(graph: Graph) -> list[tuple[str, int | None, list[tuple[str, str]]]]:
     """(label, index of the group of layers it is a unit of, [(module path, short name)]), blocks apart from the rest."""
     wholes = {path: i for i, group in enumerate(graph.groups) for path in group.modules}
-    rows: list[tuple[str, int | None, list[tuple[str, str]]]] = []
-    for path in _modules(graph.shapes):
+    paths = list(_modules(graph.shapes))
+    labels: dict[str, str] = {}
+    for path in paths:
         whole = next((block for block in wholes if path == block or path.startswith(block + ".")), None)
-        match = re.match(r"(.*?\.)?\d+(?=\.)", path)
-        label = whole or (match[0] if match else path.rpartition(".")[0])
+        numbered = re.match(r"(.*?\.)?\d+(?=\.)", path)
+        labels[path] = whole or (numbered[0] if numbered else path.rpartition(".")[0])
+    crowded = {label for label, count in Counter(labels.values()).items() if count > CROWD} - wholes.keys()
+    rows: list[tuple[str, int | None, list[tuple[str, str]]]] = []
+    for path, label in labels.items():
+        deeper = re.match(re.escape(label) + r"\..*?\d+(?=\.)", path)
+        if label in crowded and deeper:
+            label = deeper[0]
         short = path[len(label) + 1 :] if label and path != label else path
         if not rows or rows[-1][0] != (label or "model"):
             rows.append((label or "model", wholes.get(label), []))

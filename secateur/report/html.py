@@ -137,17 +137,32 @@ def _header(report: Mapping[str, Any]) -> str:
     return f'<header><h1>{name}, pruned</h1><div class="facts">{"".join(cells)}</div>{listed}</header>'
 
 
+class Markup(str):
+    """Text that is HTML already."""
+
+
+def reason_html(reason: str) -> Markup:
+    """A reason, and where it was found in small letters."""
+    what, _, where = reason.partition(" (")
+    found = f'<br><small class="soft">{html.escape(where.removesuffix(")"))}</small>' if where else ""
+    return Markup(html.escape(what) + found)
+
+
 def _table(headings: Sequence[str], lines: Sequence[Sequence[str]], numbers: int = 0) -> str:
     """`numbers`: from which column on cells are numbers."""
 
     def cells(tag: str, values: Sequence[str]) -> str:
         return "".join(
-            f"<{tag}{' class=n' if numbers and i >= numbers else ''}>{html.escape(str(value))}</{tag}>"
+            f"<{tag}{' class=n' if numbers and i >= numbers else ''}>"
+            f"{value if isinstance(value, Markup) else html.escape(str(value))}</{tag}>"
             for i, value in enumerate(values)
         )
 
     body = "".join(f"<tr>{cells('td', line)}</tr>" for line in lines)
-    return f'<div class="wide"><table><thead><tr>{cells("th", headings)}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="wide"><table><thead><tr>{cells("th", headings)}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 def _figures_table(report: Mapping[str, Any]) -> str:
@@ -183,7 +198,8 @@ def _frozen_table(report: Mapping[str, Any]) -> str:
     lines = []
     for row in merge_alike(stuck):
         units = f"{row['count']} × {row['size']:,}" if row["count"] > 1 else f"{row['size']:,}"
-        lines.append((row["name"], _kind(row["kind"]), units, row["reason"]))
+        units = Markup(units.replace(" ", "&nbsp;"))
+        lines.append((row["name"], _kind(row["kind"]), units, reason_html(row["reason"])))
     table = _table(("group", "kind", "units", "why"), [*lines, *skipped])
     return f"<section><h2>What was not cut, and why</h2>{table}</section>"
 

@@ -53,6 +53,7 @@ def report_tables(report: Mapping[str, Any]) -> list[Any]:
         parts.append(
             Text(f"not cut: {len(lines)} " + ("group" if len(lines) == 1 else "groups"), style="bold")
         )
+        lines = [(name, reason.partition(" (")[0]) for name, reason in lines]
         shown = list(dict.fromkeys(reason for _, reason in lines))
         for reason in shown[:6]:
             names = [name for name, why in lines if why == reason]
