@@ -43,8 +43,9 @@ class Obspa(Spa):
     """
 
     criterion: str = field(default="obs", metadata={"help": f"of single weights: {', '.join(CRITERIA)}"})
-    batchnorm: bool = field(
-        default=True, metadata={"help": "re-estimate BatchNorm statistics on the data after the cut"}
+    batchnorm: str = field(
+        default="shift",
+        metadata={"help": "BatchNorm statistics after the cut: keep, new (of the data), shift (by the change on the data)"},
     )
     calibration: str = field(default="data", metadata={"help": "data, or noise: no data at all"})
     noise_samples: int = field(default=128, metadata={"help": "inputs of noise"})
@@ -112,8 +113,6 @@ class Obspa(Spa):
         left = [name for name in readers(context, keep) if name not in every_matrix(context.model)]
         if left:
             notes["repair"] = f"not repaired, because they are no plain layers: {', '.join(left)}"
-        if self.calibration == "noise" and self.batchnorm:
-            return dict(self.repair(context, keep))
         return super().changes(context, keep, notes)
 
     def repair(self, context: Context, keep: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

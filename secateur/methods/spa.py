@@ -32,6 +32,7 @@ from secateur.stats.record import as_batches, inputs_of
 from secateur.surgery import mask_units
 from secateur.taxonomy import record
 
+BATCHNORM = ("keep", "new", "shift")
 NORMALISE = ("none", "sum", "mean", "max", "gaussian")
 
 
@@ -69,8 +70,9 @@ class Spa(UnitMethod):
     damping: float = field(
         default=0.01, metadata={"help": "for obd and obs: share of the Hessian's mean diagonal added to it"}
     )
-    batchnorm: bool = field(
-        default=False, metadata={"help": "re-estimate BatchNorm statistics on the data after the cut"}
+    batchnorm: str = field(
+        default="keep",
+        metadata={"help": "BatchNorm statistics after the cut: keep, new (of the data), shift (by the change on the data)"},
     )
 
     kinds: ClassVar[tuple[str, ...] | None] = tuple(kind for kind in KINDS if kind != "layers")
@@ -83,6 +85,7 @@ class Spa(UnitMethod):
             (self.criterion, CRITERIA),
             (self.aggregate, HOW),
             (self.normalise, NORMALISE),
+            (self.batchnorm, BATCHNORM),
         ):
             if value not in known:
                 raise SecateurError(
@@ -94,7 +97,7 @@ class Spa(UnitMethod):
 
     def _needs(self) -> set[str]:
         needs = {"gradient"} if self.criterion in OF_LOSS else set()
-        return needs | ({"hessian"} if self.criterion in OF_INPUTS or self.batchnorm else set())
+        return needs | ({"hessian"} if self.criterion in OF_INPUTS or self.batchnorm != "keep" else set())
 
     def batches(self, context: Context) -> list[Any]:
         """What is calibrated on; labels, where there are, beside the inputs."""
@@ -161,7 +164,7 @@ class Spa(UnitMethod):
             self.criterion,
             context.model,
             names,
-            self.batches(context) if self.criterion in OF_LOSS else None,
+            as_batches(context.require_data()) if self.criterion in OF_LOSS else None,
             context.loss,
             inputs=context.inputs,
             generator=context.generator("probes"),
@@ -208,33 +211,47 @@ class Spa(UnitMethod):
     ) -> dict[str, Tensor]:
         """Tensors that replace the model's; adds to the plan's notes."""
         values = dict(self.repair(context, keep))
-        if self.batchnorm:
-            values |= statistics(context, keep, values, self.batches(context))
+        if self.batchnorm != "keep":
+            values |= statistics(context, keep, values, self.batches(context), self.batchnorm)
         return values
 
 
 def statistics(
-    context: Context, keep: Mapping[str, Tensor], values: Mapping[str, Tensor], batches: list[Any]
+    context: Context, keep: Mapping[str, Tensor], values: Mapping[str, Tensor], batches: list[Any], how: str
 ) -> dict[str, Tensor]:
-    """Means and variances of every BatchNorm as they are on `batches` after the cut, at their dense shape.
+    """Means and variances of every BatchNorm after the cut, at their dense shape; zeros for channels that leave.
 
-    Those of channels that leave are zero.
+    how: "new", as they are on `batches`; "shift", what the model has, moved by the difference (means) and the ratio
+    (variances) between the pruned and the dense model on `batches`: few batches then add little noise.
     """
-    norms = [
-        path
-        for path, module in context.model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-    ]
-    if not norms:
+    dense, model = (copy.deepcopy(context.model) for _ in range(2))
+    own = batchnorm_statistics(dense)
+    if not own:
         return {}
-    model = copy.deepcopy(context.model)
     set_values(model, values)
     mask_units(model, context.graph, keep)
-    reestimate_batchnorm(model, [inputs_of(model, batch) for batch in batches])
-    found = dict(model.named_buffers())
+    inputs = [inputs_of(model, batch) for batch in batches]
+    reestimate_batchnorm(model, inputs)
+    after = batchnorm_statistics(model)
+    if how == "new":
+        return after
+    reestimate_batchnorm(dense, inputs)
+    before = batchnorm_statistics(dense)
     return {
-        name: found[name]
-        for path in norms
+        name: own[name] * after[name] / before[name].clamp_min(1e-12)
+        if name.endswith("var")
+        else own[name] + after[name] - before[name]
+        for name in own
+    }
+
+
+def batchnorm_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of `running_mean` and `running_var` by buffer name."""
+    buffers = dict(model.named_buffers())
+    return {
+        name: buffers[name].detach().float().clone()
+        for path, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
         for name in (f"{path}.running_mean".lstrip("."), f"{path}.running_var".lstrip("."))
     }
 
