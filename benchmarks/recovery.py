@@ -1,6 +1,6 @@
 """What training brings back after magnitude pruning: smollm2, perplexity on the second half of WikiText-2's valid split.
 
-    OMP_NUM_THREADS=1 python benchmarks/recovery.py --steps 40 --how lora full
+    python benchmarks/recovery.py --steps 40 --batch 2 --how lora full
 
 It trains on windows of the first half. Needs SECATEUR_DATA for the text. One row per way, as JSON lines.
 """
@@ -13,9 +13,9 @@ import time
 import torch
 
 import secateur
+from secateur.data.text import calibration, encode, load_text
 from secateur.measure import perplexity
 from secateur.tasks import load_model
-from secateur.data.text import calibration, encode, load_text
 
 
 def main() -> None:
