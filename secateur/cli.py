@@ -322,7 +322,8 @@ def prune(model: str, **given: Any) -> None:
             pruned.save(Path(out).expanduser())
             print(f"model: {out}", file=sys.stderr)
         if page:
-            write_report(Path(page).expanduser(), report, pruned.plan)
+            scores = {name: values.tolist() for name, values in pruned.scores.items()}
+            write_report(Path(page).expanduser(), {**report, "scores": scores}, pruned.plan)
             print(f"report: {page}", file=sys.stderr)
     show(report, given["json"], lambda console: print_report(report, console))
 

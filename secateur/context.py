@@ -51,6 +51,8 @@ class Context:
     round: int = 0
     gone: dict[str, Tensor] = field(default_factory=dict)
     """Units that an earlier round of an iterative schedule removed (bool per unit); they leave first."""
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    """The scores that the budget was divided by, for the report."""
 
     @cached_property
     def graph(self) -> Graph:
@@ -232,6 +234,7 @@ class Context:
     def allocate(self, scores: Mapping[str, Tensor], allocation: str | None = None) -> dict[str, Tensor]:
         """Kept units per group: the scores' order, divided so that the target is met exactly and never exceeded."""
         groups = self.competitors(scores)
+        self.scores.update({group.name: scores[group.name].detach().float().cpu() for group in groups})
         method = self.method
         if self.target.kind == "share" and isinstance(method, UnitMethod) and method.share_of == "units":
             return self._share_of_units(groups, allocation)

@@ -64,6 +64,7 @@ class Run:
     lean: bool = False
     """The plan shares the model's tensors instead of holding copies."""
     refused: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def context(self, target: Target, round_: int = 0) -> Context:
@@ -121,6 +122,7 @@ class Run:
                         name: _complement(units, graph[name].size) for name, units in merged.keep.items()
                     }
                 plan = self.method.plan(context)
+                self.scores = context.scores
                 failures = self._prove(graph, plan) if self.options.prove else {}
                 if not failures:
                     break

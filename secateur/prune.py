@@ -36,7 +36,8 @@ TRACED = 128
 class Pruned:
     """What `prune` gives: the model, the plan that made it, the graph it was cut along, and a JSON-able report.
 
-    `changes` holds the module attributes that the cut set, by module path: what a loader must set again.
+    `changes` holds the module attributes that the cut set, by module path: what a loader must set again. `scores` are
+    those that a structured method's budget was divided by, [units] per group.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Pruned:
     tokenizer: Any = None
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
     dense_config: Any = None
+    scores: dict[str, Tensor] = field(default_factory=dict)
     _graph: Graph | Callable[[], Graph] | None = None
 
     @property
@@ -174,6 +176,7 @@ def prune(
         tokenizer=tokenizer,
         changes=changes,
         dense_config=dense_config,
+        scores=run.scores,
         _graph=graph or (lambda: trace(model, inputs)) if inputs is not None else graph,
     )
 
