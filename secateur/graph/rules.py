@@ -167,6 +167,14 @@ def dims_of(value: Any, rank: int) -> list[int]:
 # --- elementwise
 
 PASS = [
+    "hardswish",
+    "hardsigmoid",
+    "hardtanh",
+    "relu6",
+    "mish",
+    "celu",
+    "selu",
+    "log_sigmoid_forward",
     "clone",
     "detach",
     "alias",
@@ -219,10 +227,26 @@ PASS = [
 ]
 
 
+PASS += [f"upsample_{mode}" for mode in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d",
+         "trilinear3d")]  # fmt: skip
+PASS += [
+    "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d",
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+]
+
+
 @rule(*PASS)
 def same(t: Tracer, c: Call) -> Axes:
     x = next(iter(c.axes.values()))
-    return Axes(c.out, x.layers, x.params if isinstance(x, Axes) else None)
+    if any(word in c.name for word in ("pool", "_pad", "upsample", "grid")):
+        spatial = int(c.name.rpartition("d")[0][-1:]) if c.name.rpartition("d")[0][-1:].isdigit() else 2
+        for k in range(len(x.shape) - spatial, len(x.shape)):
+            x = fix(t, x, k, t.reason("a spatial axis"))
+    if any(x.has(k) and x.shape[k] != c.out[k] for k in range(len(c.out))):
+        raise NotImplementedError
+    return Axes(c.out, x.layers, x.params)
 
 
 @rule("as_strided")
@@ -244,7 +268,7 @@ def pointwise(t: Tracer, c: Call) -> Axes:
     return out
 
 
-for _name in ("where", "masked_fill", "lerp", "addcmul", "addcdiv", "_prelu_kernel"):
+for _name in ("where", "masked_fill", "lerp", "addcmul", "addcdiv", "_prelu_kernel", "bitwise"):
     RULES[_name] = pointwise
 
 
@@ -914,8 +938,11 @@ def pad(t: Tracer, c: Call) -> Axes:
             k, before, after = rank - 1 - i, sizes[2 * i], sizes[2 * i + 1]
             if layer.shape[k] == 1 or not (before or after):
                 continue
-            if min(before, after) < 0 or c.args.get("value", 0) not in (0, None):
+            if min(before, after) < 0:
                 raise NotImplementedError
+            if len(axes_of(layer)) > 1:
+                layer = collapse(t, layer, k)
+                continue
             why = t.reason("padded with channels that cannot be cut")
             blocks = []
             for n in (before, after):

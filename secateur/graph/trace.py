@@ -225,8 +225,8 @@ class Tracer:
             if layer.shape[d] == 1:
                 continue
             if even and size % length == 0 and step == 1:
-                shape = layer.shape
-                self.splits.append(layer.reshape(*shape[:d], size // length, length, *shape[d + 1 :]))
+                blocks = layer.reshape(*layer.shape[:d], size // length, length, *layer.shape[d + 1 :])
+                self.rigid(blocks, d, self.reason("this axis is cut at constant places"))
             else:
                 self.rigid(layer, d, self.reason("this axis is cut at constant places"))
 
@@ -404,6 +404,8 @@ class Tracer:
                     if layer.shape[expr.axis] > 1 and sum(n > 1 for n in layer.shape) == 1:
                         layers.append(along(layer.reshape(-1), rank, k))
                         break
+            elif isinstance(expr, Attribute) and int(value) > 1:
+                layers.append(along(self.labels.new(int(value)), rank, k))
             if isinstance(value, Size):
                 part = Part(Axes(tuple(result.shape), layers), k, 0, int(value))
                 self.events.append(Event(value.expr, part, source_line(), self.stack[-1]))
