@@ -1,0 +1,103 @@
+"""ONNX and torch.export, in and out: `load_file` reads a model, `export` writes one and checks what it wrote.
+
+>>> model = secateur.exchange.load_file("model.onnx")  # doctest: +SKIP
+>>> pruned = secateur.prune(model, method="group-magnitude", target="macs<=50%")  # doctest: +SKIP
+>>> secateur.export(pruned.model, model.example_inputs(), "small.onnx")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from secateur.errors import SecateurError
+from secateur.exchange.program import Program, largest_difference
+from secateur.files import atomic_write_bytes
+from secateur.inputs import Inputs, call
+
+__all__ = ["SUFFIXES", "Program", "export", "is_exchange", "load_file"]
+
+SUFFIXES = (".onnx", ".pt2")
+
+
+def is_exchange(path: str | Path | None) -> bool:
+    """Whether a name is that of an ONNX file or a torch.export program."""
+    return path is not None and str(path).lower().endswith(SUFFIXES)
+
+
+def load_file(path: str | Path) -> Program:
+    """The model of an `.onnx` or `.pt2` file, in eval mode. Its `example_inputs()` fit it.
+
+    Raises `SecateurError` for a file that is missing, damaged or truncated, and for operations that are not read.
+    """
+    if str(path).lower().endswith(".onnx"):
+        from secateur.exchange.onnx_in import load_onnx
+
+        return load_onnx(path)
+    from secateur.exchange.pt2 import load_pt2
+
+    return load_pt2(path)
+
+
+def export(
+    model: nn.Module, inputs: Inputs, path: str | Path, *, tolerance: float | None = None
+) -> dict[str, Any]:
+    """Write a model as `.onnx` or `.pt2`, after checking that what is written gives what the model gives.
+
+    >>> secateur.export(model, torch.randn(1, 3, 64, 64), "small.onnx")  # doctest: +SKIP
+    {'path': 'small.onnx', 'bytes': 1034211, 'difference': 2.4e-07}
+
+    inputs: example inputs of `model.forward`: a tensor, a tuple or a dict. A model that was read from a file keeps the
+    names and the open sizes of its inputs; any other gets an open batch size where its code allows one.
+    tolerance: of the outputs, relative to the largest (at least 1); default 1e-4, 1e-2 for half precision. ONNX is run
+    in onnxruntime, `.pt2` is read again and run.
+
+    Nothing is written unless the check passes. Raises `SecateurError` where the model can't be expressed or differs.
+    """
+    path = Path(path).expanduser()
+    if not is_exchange(path):
+        raise SecateurError("neither .onnx nor .pt2", where=str(path), fix="end the name in .onnx or .pt2")
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            expected = _tensors(_call(model, inputs))
+        if path.suffix.lower() == ".onnx":
+            from secateur.exchange.onnx_out import onnx_bytes, run_onnx
+
+            data = onnx_bytes(model, inputs)
+            got = run_onnx(data, inputs)
+        else:
+            from secateur.exchange.pt2 import export_program, program_bytes, run_program
+
+            program, _ = export_program(model, inputs)
+            data = program_bytes(program)
+            got = run_program(data, inputs)
+    finally:
+        for module in training:
+            module.training = True
+    if tolerance is None:
+        full = all(
+            p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point()
+        )
+        tolerance = 1e-4 if full else 1e-2
+    worst = largest_difference(got, expected, str(path), tolerance)
+    atomic_write_bytes(path, data)
+    return {"path": str(path), "bytes": len(data), "difference": worst}
+
+
+def _call(model: nn.Module, inputs: Inputs) -> Any:
+    from secateur.exchange.pt2 import _without_cache
+
+    with _without_cache(model):
+        return call(model, inputs)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if hasattr(value, "to_tuple"):
+        value = value.to_tuple()
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
