@@ -27,6 +27,7 @@ from secateur.methods.spa import Spa
 from secateur.tasks import vision
 
 DATA = {"resnet56": "cifar10", "efficientnet-lite0": "imagenet-sample"}
+BATCH = 20
 CURVES = {
     "L1": "#b0b7bf",
     "L1 + BN": "#7d8791",
@@ -63,14 +64,14 @@ def curves(
     pictures, _ = vision.load_pictures(DATA[network], calibration, split="train")
     x, y = vision.load_pictures(DATA[network], test, split="test")
     batches = list(pictures.split(64))
-    start = vision.accuracy(dense, x, y)
+    start = vision.accuracy(dense, x, y, BATCH)
     print(f"\n{network}, {len(x)} test pictures, {len(pictures)} to calibrate on: dense {start:.2%}")
     print(f"{'MACs removed':>14s} " + " ".join(f"{name:>18s}" for name in CURVES), flush=True)
     of_data, of_noise = shared(Obspa), shared(Obspa)
     methods = {
         "L1": Spa(),
         "L1 + BN": Spa(batchnorm="shift"),
-        "OBSPA, data-free": of_noise(calibration="noise"),
+        "OBSPA, data-free": of_noise(calibration="noise", noise_samples=calibration),
         "OBSPA without BN": of_data(batchnorm="keep"),
         "OBSPA": of_data(),
     }
@@ -79,7 +80,7 @@ def curves(
         for name, method in methods.items():
             goal = f"macs<={100 - target}%"
             pruned = secateur.prune(dense, x[:1], method=method, target=goal, data=batches)
-            found[name][target] = vision.accuracy(pruned.model, x, y)
+            found[name][target] = vision.accuracy(pruned.model, x, y, BATCH)
         print(f"{target:13d}% " + " ".join(f"{found[name][target]:18.2%}" for name in CURVES), flush=True)
     return found
 
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument(
         "--removed", nargs="*", type=int, default=[10, 20, 30], help="percent of multiply-adds"
     )
-    parser.add_argument("--calibration", type=int, default=250, help="calibration pictures")
+    parser.add_argument("--calibration", type=int, default=128, help="calibration pictures")
     parser.add_argument("--test", type=int, default=2000, help="test pictures, at most")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(

@@ -197,9 +197,9 @@ def _check_writable(path: Path, where: str) -> None:
 
 def check_measurement(given: Mapping[str, Any]) -> None:
     """Refuse unknown tasks and impossible sizes before any work is done."""
-    from secateur.data import choices, text
+    from secateur.data import choices, pictures, text
 
-    known = [*text.NAMES, *choices.SETS]
+    known = [*text.NAMES, *choices.SETS, *pictures.SETS]
     for task in listed(given.get("tasks")):
         if task in known or Path(task).expanduser().is_file():
             continue
@@ -233,10 +233,14 @@ def example(model: Any, shape: str | None) -> Any:
     """Example inputs: noise of `shape`, or of the size of pictures a config states; None for a language model."""
     import torch
 
+    from secateur.inputs import default_inputs, picture_size
+
     if shape is None:
         config = getattr(model, "config", None)
         if getattr(config, "vocab_size", None) is not None:
             return None
+        if picture_size(model) is not None:
+            return default_inputs(model)
         size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
         if size is None:
             raise SecateurError(

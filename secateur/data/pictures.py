@@ -1,0 +1,95 @@
+"""Pictures with labels: CIFAR-10 and a sample of ImageNet."""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.errors import SecateurError
+from secateur.files import require_data
+
+SETS = ("cifar10", "imagenet-sample")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def load_pictures(name: str, limit: int | None = None, split: str = "test") -> tuple[Tensor, Tensor]:
+    """(pictures, labels): float32 [N, 3, height, width], normalised as the networks want them, and int64 [N].
+
+    >>> x, y = load_pictures("cifar10", 1000, split="train")  # doctest: +SKIP
+
+    `cifar10`: [N, 3, 32, 32]; split test (10,000) or train (the first 10,000). `imagenet-sample`: [N, 3, 224, 224], the
+    centre of 500 pictures, one for each even class; split test or train are its halves (every other picture), all both.
+    limit: at most so many, from the start; the pictures of CIFAR-10 are shuffled.
+
+    Raises `SecateurError` for another name or split, and missing data.
+    """
+    if name not in SETS:
+        raise SecateurError("no pictures have this name", where=name, fix=f"one of {', '.join(SETS)}")
+    if split not in ("test", "train", "all") or (name == "cifar10" and split == "all"):
+        raise SecateurError(f"there is no split {split!r}", where=name, fix="test or train")
+    if name == "cifar10":
+        pixels, labels = _cifar(
+            require_data(f"cifar10/{'test' if split == 'test' else 'train_0'}.npz"), limit
+        )
+        return normalise(pixels, IMAGENET_MEAN, IMAGENET_STD), labels
+    pixels, labels = _imagenet(require_data("imagenet_sample/part_a.tar"), split, limit)
+    return normalise(pixels, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), labels
+
+
+def normalise(pixels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 [N, height, width, 3] -> float32 [N, 3, height, width], (x / 255 - mean) / std.
+
+    >>> normalise(np.full((1, 1, 1, 3), 255, np.uint8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).flatten()
+    tensor([1., 1., 1.])
+    """
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float().div_(255)
+    return x.sub_(torch.tensor(mean)[:, None, None]).div_(torch.tensor(std)[:, None, None])
+
+
+def as_pairs(data: tuple[Tensor, Tensor], batch: int = 16) -> list[tuple[Tensor, Tensor]]:
+    """(pictures, labels) in batches, as `prune` takes them.
+
+    >>> [len(x) for x, y in as_pairs((torch.zeros(5, 3), torch.zeros(5)), 2)]
+    [2, 2, 1]
+    """
+    return list(zip(*(part.split(batch) for part in data)))
+
+
+@functools.cache
+def _decoded(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    from PIL import Image
+
+    with np.load(file) as archive:
+        offsets, strips = archive["offsets"], archive["strips"].tobytes()
+        pictures = [
+            np.asarray(Image.open(io.BytesIO(strips[a:b])).convert("RGB")).reshape(-1, 32, 32, 3)
+            for a, b in itertools.pairwise(offsets)
+        ]
+        return np.concatenate(pictures), archive["labels"]
+
+
+def _cifar(file: Path, limit: int | None) -> tuple[np.ndarray, Tensor]:
+    pictures, labels = _decoded(file)
+    return pictures[:limit], torch.from_numpy(labels[:limit].astype(np.int64))
+
+
+def _imagenet(file: Path, split: str, limit: int | None) -> tuple[np.ndarray, Tensor]:
+    from PIL import Image
+
+    first, step = {"train": (0, 2), "test": (1, 2), "all": (0, 1)}[split]
+    pictures, labels = [], []
+    with tarfile.open(file) as archive:
+        for member in archive.getmembers()[first::step][:limit]:
+            data = archive.extractfile(member)
+            assert data is not None
+            image = Image.open(io.BytesIO(data.read())).convert("RGB")
+            pictures.append(np.asarray(image.crop((16, 16, 240, 240))))
+            labels.append(int(member.name[:3]))
+    return np.stack(pictures), torch.tensor(labels)
