@@ -145,7 +145,7 @@ def find_matrices(model: nn.Module) -> dict[str, Matrix]:
     language model, is left out.
     """
     blocks = find_blocks(model)
-    index = {}
+    index: dict[int, int] = {}
     for position, block in enumerate(blocks.modules):
         index |= {id(module): position for module in block.modules()}
     kept_out = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -157,7 +157,7 @@ def find_matrices(model: nn.Module) -> dict[str, Matrix]:
         if id(module) not in index:
             continue
         if isinstance(module, CONVS) and not blocks.repeated:
-            found: list[tuple[str, nn.Parameter, str]] = [("weight", module.weight, "conv")]
+            found: list[tuple[str, Tensor, str]] = [("weight", module.weight, "conv")]
         else:
             found = _matrices_of(module)
         for attribute, parameter, kind in found:
@@ -208,7 +208,9 @@ def plain_experts(module: nn.Module) -> Iterator[None]:
     configs: dict[int, tuple[Any, Any]] = {}
     for part in module.modules():
         config = getattr(part, "config", None)
-        if _is_experts(part) and getattr(config, "_experts_implementation", "eager") not in (None, "eager"):
+        if config is None or not _is_experts(part):
+            continue
+        if getattr(config, "_experts_implementation", "eager") not in (None, "eager"):
             configs.setdefault(id(config), (config, config._experts_implementation))
     try:
         for config, _ in configs.values():
@@ -219,7 +221,7 @@ def plain_experts(module: nn.Module) -> Iterator[None]:
             config._experts_implementation = implementation
 
 
-def _decoder(model: nn.Module) -> nn.Module:
+def _decoder(model: Any) -> nn.Module:
     generates = getattr(model, "can_generate", lambda: False)
     if not hasattr(model, "get_decoder") or not generates():
         return model
@@ -229,7 +231,7 @@ def _decoder(model: nn.Module) -> nn.Module:
     return decoder if isinstance(decoder, nn.Module) else model
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def _output_head(model: Any) -> nn.Module | None:
     if not hasattr(model, "get_output_embeddings"):
         return None
     try:
@@ -255,7 +257,7 @@ def _is_experts(module: nn.Module) -> bool:
     return any(p.dim() == 3 for p in module.parameters(recurse=False))
 
 
-def _matrices_of(module: nn.Module) -> list[tuple[str, nn.Parameter, str]]:
+def _matrices_of(module: Any) -> list[tuple[str, Tensor, str]]:
     """(attribute, parameter, kind) of the matrices the module itself owns, convolutions apart."""
     if isinstance(module, nn.Linear):
         return [("weight", module.weight, "linear")]

@@ -120,8 +120,8 @@ def _gradients(
     try:
         for parameter, _ in flags.values():
             parameter.requires_grad_(False)
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
+        for wanted in parameters.values():
+            wanted.requires_grad_(True)
         with torch.enable_grad(), evaluating(model):
             for batch in progress(batches, "gradients", len(batches)) if progress else batches:
                 size = sequences_in(batch)

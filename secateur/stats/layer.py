@@ -31,14 +31,14 @@ class InputStats:
         self.size, self.needs, self.parts = size, frozenset(needs), parts
         self.sequences = 0
         self.tokens = [0] * parts
-        zeros = {"dtype": torch.float32, "device": device}
-        self.outer = torch.zeros(parts, size, size, **zeros) if "hessian" in needs else None
-        self.square = (
-            torch.zeros(parts, size, **zeros) if "input_norm" in needs and "hessian" not in needs else None
-        )
+
+        def zeros(wanted: bool, *shape: int) -> Tensor | None:
+            return torch.zeros(parts, *shape, dtype=torch.float32, device=device) if wanted else None
+
         moments = bool({"input_mean", "input_var"} & self.needs)
-        self.mean = torch.zeros(parts, size, **zeros) if moments else None
-        self.deviation = torch.zeros(parts, size, **zeros) if moments else None
+        self.outer = zeros("hessian" in needs, size, size)
+        self.square = zeros("input_norm" in needs and "hessian" not in needs, size)
+        self.mean, self.deviation = zeros(moments, size), zeros(moments, size)
         self._factors: dict[tuple[float, int], Tensor] = {}
 
     def add(self, rows: Tensor, part: int = 0) -> None:

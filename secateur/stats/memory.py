@@ -59,29 +59,26 @@ def estimate(
 
 
 def _choosing(matrices: Mapping[str, Matrix], stats: Mapping[str, LayerStats]) -> int:
-    """Bytes while a block's masks are chosen: results, kept until the block is done, and the largest working set."""
-    results = sum(m.numel * (m.parameter.element_size() + 1) for m in matrices.values())
+    """Bytes at most while a block's masks are chosen: the results so far, and the working set of the next matrices."""
     together: dict[int, list[Matrix]] = {}
     for name, matrix in matrices.items():
-        with_hessian = (
-            name in stats and stats[name].inputs is not None and stats[name].inputs.outer is not None
-        )
-        together.setdefault(id(stats[name].inputs) if with_hessian else id(matrix), []).append(matrix)
-    working = []
-    for group in together.values():
-        numel = sum(m.numel // m.parts for m in group)
-        size = group[0].shape[1]
-        if (
-            group[0].name in stats
-            and (inputs := stats[group[0].name].inputs) is not None
-            and inputs.outer is not None
-        ):
-            # the factor, and either its making or two copies of the weights, their mask and a few blocks of columns
-            swept = numel * 9 + 4 * SWEPT * (numel // size) * 5
-            working.append(4 * size * size + max(4 * size * size, swept))
+        inputs = stats[name].inputs if name in stats else None
+        swept = inputs is not None and inputs.outer is not None
+        together.setdefault(id(inputs) if swept else id(matrix), []).append(matrix)
+    results, peak = 0, 0
+    for key, group in together.items():
+        size, numel = group[0].shape[1], sum(m.numel for m in group)
+        own = numel * (group[0].parameter.element_size() + 1)
+        if key == id(group[0]):
+            # scores, their partition and a masked copy
+            peak = max(peak, results + 12 * numel)
         else:
-            working.append(numel * 12)
-    return results + max(working, default=0)
+            # the factor, and: its making, or two copies of the weights and their mask with a few columns, or the result
+            numel //= group[0].parts
+            columns = 4 * min(SWEPT, size) * (numel // size) * 5
+            peak = max(peak, results + 4 * size**2 + max(4 * size**2, 9 * numel + max(columns, own)))
+        results += own
+    return max(peak, results)
 
 
 def _bytes(stats: LayerStats) -> int:

@@ -248,7 +248,7 @@ def batch_numel(batch: Inputs) -> int:
 
 def token_mask(batch: Inputs) -> Tensor | None:
     """[sequences, length] bool of the tokens that aren't padding; None when none is."""
-    mask = batch.get("attention_mask") if hasattr(batch, "get") else None  # type: ignore[union-attr]
+    mask = batch.get("attention_mask") if hasattr(batch, "get") else None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
     mask = mask.bool()

@@ -249,7 +249,7 @@ def _map(value: Any, fn: Callable[[Tensor], Any], states: list[Tensor] | None = 
 @contextlib.contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     own = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:

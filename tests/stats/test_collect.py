@@ -1,0 +1,90 @@
+"""Gradients and Fisher values against autograd, and what `collect` leaves behind."""
+
+import pytest
+import torch
+from torch import nn
+
+from secateur import SecateurError
+from secateur.families.blocks import find_matrices
+from secateur.stats.collect import collect
+
+
+def squared(model, batch):
+    return model(batch).square().mean()
+
+
+def test_gradient_is_the_mean_over_batches_and_fisher_over_samples():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    batches = [torch.randn(2, 3), torch.randn(3, 3)]
+    stats = collect(model, batches, {"gradient", "fisher"}, find_matrices(model), loss=squared)
+    gradient = sum(torch.autograd.grad(squared(model, b), model[0].weight)[0] for b in batches) / 2
+    samples = torch.cat(batches).split(1)
+    fisher = sum(torch.autograd.grad(squared(model, s), model[0].weight)[0].square() for s in samples) / 5
+    assert torch.allclose(stats["0.weight"].gradient, gradient, atol=1e-7)
+    assert torch.allclose(stats["0.weight"].fisher, fisher, atol=1e-7)
+
+
+def test_taylor_numbers_of_the_sheet():
+    """weight-baselines: f = w2 (w1 x), loss 21.125; rows of w1, (sum gw)² and sum (gw)²."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, -2], [0.5, 1]]))
+        model[1].weight.copy_(torch.tensor([[1.0, -1]]))
+    data = [torch.tensor([[1.0, 2]])]
+    stats = collect(
+        model, data, {"gradient"}, find_matrices(model), loss=lambda m, x: 0.5 * (m(x) - 1).square().sum()
+    )
+    product = stats["0.weight"].gradient * model[0].weight.detach()
+    assert product.sum(1).square().tolist() == [380.25, 264.0625]
+    assert product.square().sum(1).tolist() == [718.25, 179.5625]
+
+
+def test_language_models_have_a_loss_and_padding_does_not_count(tiny_llama):
+    model = tiny_llama()
+    ids = torch.randint(0, 64, (2, 10))
+    matrices = find_matrices(model)
+    stats = collect(model, ids, {"gradient"}, matrices, batch_size=2)
+    name = "model.layers.0.mlp.up_proj.weight"
+    logits = model(ids).logits[:, :-1].reshape(-1, 64)
+    loss = nn.functional.cross_entropy(logits, ids[:, 1:].reshape(-1))
+    expected = torch.autograd.grad(loss, model.get_parameter(name))[0]
+    assert torch.allclose(stats[name].gradient, expected, atol=1e-6)
+    padded = {
+        "input_ids": torch.cat([ids, torch.zeros_like(ids[:, :3])], 1),
+        "attention_mask": torch.cat([torch.ones_like(ids), torch.zeros_like(ids[:, :3])], 1),
+    }
+    again = collect(model, [padded], {"gradient"}, matrices)
+    assert torch.allclose(again[name].gradient, expected, atol=1e-6)
+
+
+def test_the_model_is_left_as_it_was(tiny_llama):
+    model = tiny_llama().train()
+    model.model.layers[0].eval()
+    for parameter in model.model.layers[1].parameters():
+        parameter.requires_grad_(False)
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    modes = {n: m.training for n, m in model.named_modules()}
+    model.model.norm.weight.grad = torch.ones(32)
+    collect(model, torch.randint(0, 64, (2, 8)), {"gradient", "fisher", "input_norm"}, find_matrices(model))
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert {n: m.training for n, m in model.named_modules()} == modes
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == ["model.norm.weight"]
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_without_a_loss_the_user_is_asked_for_one():
+    model = nn.Linear(3, 2)
+    with pytest.raises(SecateurError, match="loss="):
+        collect(model, torch.randn(4, 3), {"gradient"}, find_matrices(model))
+    with pytest.raises(SecateurError, match="scalar"):
+        collect(model, torch.randn(4, 3), {"gradient"}, find_matrices(model), loss=lambda m, x: m(x))
+    with pytest.raises(SecateurError, match="the loss is nan"):
+        collect(
+            model,
+            torch.randn(4, 3),
+            {"gradient"},
+            find_matrices(model),
+            loss=lambda m, x: m(x).sum() * torch.nan,
+        )
+    assert all(p.requires_grad for p in model.parameters())

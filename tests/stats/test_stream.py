@@ -1,0 +1,296 @@
+"""Streaming agrees with whole-model hooks, on models whose forwards differ, and leaves the model alone."""
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from secateur import SecateurError
+from secateur.families.blocks import find_blocks, find_matrices
+from secateur.stats.collect import collect
+from secateur.stats.stream import stream
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+MODELS = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED)),
+    "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**GROUPED, head_dim=8, sliding_window=4)),
+    "gemma3": lambda: hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(
+            **GROUPED,
+            head_dim=8,
+            sliding_window=4,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        )
+    ),
+    "gpt2": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=64, bos_token_id=0, eos_token_id=0)
+    ),
+    "opt": lambda: hf.OPTForCausalLM(
+        hf.OPTConfig(
+            hidden_size=32,
+            num_hidden_layers=3,
+            ffn_dim=48,
+            num_attention_heads=4,
+            vocab_size=64,
+            word_embed_proj_dim=32,
+        )
+    ),
+}
+IDS = torch.randint(0, 64, (6, 12), generator=torch.Generator().manual_seed(1))
+
+
+def make(name):
+    torch.manual_seed(0)
+    return MODELS[name]().eval()
+
+
+def plain(model, batches, matrices):
+    """Hessians by forward hooks on the whole model, in float64."""
+    sums, hooks, count = {}, [], 0
+
+    def hook(name):
+        def add(module, args):
+            rows = args[0].reshape(-1, args[0].shape[-1]).double()
+            sums[name] = sums.get(name, 0) + rows.T @ rows
+
+        return add
+
+    for name, matrix in matrices.items():
+        hooks.append(matrix.module.register_forward_pre_hook(hook(name)))
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+            count += len(batch)
+    for handle in hooks:
+        handle.remove()
+    return {name: 2 / count * total for name, total in sums.items()}
+
+
+def close(found, expected):
+    return (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def halve(matrices):
+    for matrix in matrices.values():
+        weight = matrix.weight().clone()
+        weight[:, ::2] = 0
+        matrix.set(weight)
+
+
+def untouched(model):
+    return not any("forward" in m.__dict__ or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dense_statistics_are_those_of_the_whole_model(name):
+    model = make(name)
+    matrices = find_matrices(model)
+    expected = plain(model, IDS.split(2), matrices)
+    seen = set()
+    for block in stream(model, IDS, {"hessian", "input_norm"}, matrices, propagate=False, batch_size=2):
+        for key, stats in block.stats.items():
+            assert close(stats.hessian, expected[key])
+            assert torch.allclose(stats.input_norm, (expected[key].diagonal() / 2).sqrt().float(), rtol=1e-4)
+            seen.add(key)
+        halve(block.matrices)
+    assert seen == set(matrices) and untouched(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_with_propagation_a_block_sees_what_was_done_before_it(name):
+    model = make(name)
+    for block in stream(model, IDS, {"hessian"}, find_matrices(model), batch_size=2):
+        assert untouched(model)
+        expected = plain(model, IDS.split(2), block.matrices)
+        for key, stats in block.stats.items():
+            assert close(stats.hessian, expected[key])
+        halve(block.matrices)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_a_resumed_run_gives_the_same_bits(name):
+    whole, resumed = make(name), make(name)
+    first = {}
+    for block in stream(whole, IDS, {"hessian"}, find_matrices(whole), batch_size=2):
+        if block.index == 2:
+            first = {key: stats.hessian for key, stats in block.stats.items()}
+            break
+        halve(block.matrices)
+    halve({key: matrix for key, matrix in find_matrices(resumed).items() if matrix.block < 2})
+    [block] = list_blocks(resumed, skip=2)
+    assert block[0] == 2 and first
+    assert all(torch.equal(block[1][key], first[key]) for key in first)
+
+
+def list_blocks(model, **options):
+    return [
+        (block.index, {key: stats.hessian for key, stats in block.stats.items()})
+        for block in stream(model, IDS, {"hessian"}, find_matrices(model), batch_size=2, **options)
+    ]
+
+
+def test_layers_that_read_one_tensor_share_statistics_and_factor():
+    model = make("llama")
+    block = next(stream(model, IDS, {"hessian"}, find_matrices(model)))
+    inputs = {key.split(".")[-2]: stats.inputs for key, stats in block.stats.items()}
+    assert inputs["q_proj"] is inputs["k_proj"] is inputs["v_proj"]
+    assert inputs["gate_proj"] is inputs["up_proj"]
+    assert len({id(shared) for shared in inputs.values()}) == 4
+    assert inputs["q_proj"].tokens == [IDS.numel()]
+
+
+class Twice(nn.Module):
+    """Two layers that read one tensor in some batches and different ones in others."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.a(x) + self.b(x if x[0, 0] > 0 else x * 2)
+
+
+def test_sharing_is_given_up_where_it_does_not_hold():
+    model = Twice()
+    batches = [torch.ones(2, 4), -torch.ones(2, 4)]
+    [block] = [dict(b.stats) for b in stream(model, batches, {"input_norm"}, find_matrices(model))]
+    assert torch.allclose(block["a.weight"].input_norm, torch.ones(4))
+    assert torch.allclose(block["b.weight"].input_norm, torch.full((4,), (10 / 4) ** 0.5))
+
+
+def test_padding_is_left_out():
+    model = make("llama")
+    matrices = find_matrices(model)
+    padded = torch.cat([IDS, torch.zeros_like(IDS[:, :4])], 1)
+    mask = torch.cat([torch.ones_like(IDS), torch.zeros_like(IDS[:, :4])], 1)
+    expected = plain(model, [IDS], matrices)
+    batch = {"input_ids": padded, "attention_mask": mask}
+    for block in stream(model, [batch], {"hessian"}, matrices):
+        for key, stats in block.stats.items():
+            assert close(stats.hessian, expected[key]) and stats.tokens == IDS.numel()
+
+
+def test_experts_see_only_the_tokens_routed_to_them():
+    torch.manual_seed(0)
+    config = hf.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2)
+    model = hf.MixtralForCausalLM(config).eval()
+    experts = model.model.layers[0].mlp.experts
+    calls = []
+    hook = experts.register_forward_pre_hook(lambda module, args: calls.append(args[:2]))
+    with torch.no_grad():
+        dense = model(IDS).logits
+    hook.remove()
+    block = next(stream(model, IDS, {"input_norm", "hessian"}, find_matrices(model), batch_size=6))
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    hidden, chosen = calls[0]
+    parts = list(block.stats[name].split(block.matrices[name].weight()))
+    assert len(parts) == 4 and parts[0][0].shape == (96, 32)
+    for expert, (rows, stats) in enumerate(parts):
+        own = hidden[(chosen == expert).any(-1)]
+        assert stats.tokens == len(own) and torch.equal(rows, experts.gate_up_proj[expert])
+        assert close(stats.hessian, 2 / 6 * own.T.double() @ own.double())
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, dense)
+
+
+def test_convolutions_see_the_patches_they_multiply():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, (3, 1), padding="same", dilation=(2, 1), groups=2, padding_mode="reflect"),
+        nn.Flatten(),
+        nn.Linear(6 * 16, 5),
+    )
+    images, matrices = torch.randn(3, 3, 8, 8), find_matrices(model)
+    assert set(matrices) == {"0.weight", "2.weight", "4.weight"}
+    [block] = [dict(b.stats) for b in stream(model, images, {"hessian"}, matrices)]
+    rows = nn.functional.unfold(images, 3, padding=1, stride=2).transpose(1, 2).reshape(-1, 27).double()
+    assert close(block["0.weight"].hessian, 2 / 3 * rows.T @ rows)
+    # a product of rows and weight is the convolution itself, group by group
+    hidden = model[1](model[0](images))
+    padded = nn.functional.pad(hidden, model[2]._reversed_padding_repeated_twice, mode="reflect")
+    for group, (weight, stats) in enumerate(block["2.weight"].split(matrices["2.weight"].weight())):
+        own = padded[:, 2 * group : 2 * group + 2]
+        patches = torch.stack([own[:, :, i : i + 4] for i in (0, 2, 4)], -1)
+        rows = patches.permute(0, 2, 3, 1, 4).reshape(-1, 6).double()
+        assert close(stats.hessian, 2 / 3 * rows.T @ rows)
+        expected = model[2](hidden)[:, 3 * group : 3 * group + 3]
+        product = (rows @ weight.T.double()).reshape(3, 4, 4, 3).permute(0, 3, 1, 2).float()
+        assert torch.allclose(
+            product + model[2].bias[3 * group : 3 * group + 3, None, None], expected, atol=1e-5
+        )
+
+
+def test_closing_early_and_failing_leave_the_model_intact():
+    model = make("llama").train()
+    model.model.layers[1].eval()
+    state = copy.deepcopy(model.state_dict())
+    blocks = stream(model, IDS, {"input_norm"}, find_matrices(model))
+    next(blocks)
+    blocks.close()
+    model.model.layers[1].mlp.down_proj.forward = None
+    with pytest.raises(TypeError):
+        list(stream(model, IDS, {"input_norm"}, find_matrices(model)))
+    del model.model.layers[1].mlp.down_proj.forward
+    assert untouched(model) and model.training and not model.model.layers[1].training
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+
+
+def test_nan_weights_and_activations_name_the_layer():
+    model = make("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight[0, 0] = float("nan")
+    with pytest.raises(SecateurError, match=r"layers\.1\.self_attn\.k_proj"):
+        list(stream(model, IDS, {"input_norm"}, find_matrices(model)))
+    model = make("llama")
+    with torch.no_grad():
+        model.model.layers[0].post_attention_layernorm.weight[3] = float("inf")
+    with pytest.raises(SecateurError, match=r"layers\.0\.mlp\.gate_proj.*NaN or infinite"):
+        list(stream(model, IDS, {"hessian"}, find_matrices(model)))
+
+
+def test_nothing_to_go_by_is_refused():
+    model = make("llama")
+    matrices = find_matrices(model)
+    with pytest.raises(SecateurError, match="no calibration data"):
+        list(stream(model, IDS[:0], {"hessian"}, matrices))
+    with pytest.raises(SecateurError, match="collect"):
+        list(stream(model, IDS, {"gradient"}, matrices))
+    with pytest.raises(SecateurError, match="inputnorm"):
+        list(stream(model, IDS, {"inputnorm"}, matrices))
+
+
+def test_without_needs_the_model_is_not_run():
+    model = make("llama")
+    model.forward = None
+    blocks = list(stream(model, None, set(), find_matrices(model)))
+    assert [block.index for block in blocks] == [0, 1, 2]
+
+
+def test_batch_size_changes_only_the_rounding():
+    model = make("llama")
+    one = collect(model, IDS, {"hessian"}, find_matrices(model), batch_size=1)
+    all_ = collect(model, IDS, {"hessian"}, find_matrices(model), batch_size=6)
+    assert all(close(one[key].hessian, all_[key].hessian) for key in one)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_hold_all_matrices_but_embedding_and_head(name):
+    model = make(name)
+    blocks, matrices = find_blocks(model), find_matrices(model)
+    assert len(blocks) == 3
+    inside = {n for n, p in model.named_parameters() if n.startswith(blocks.path + ".") and p.dim() == 2}
+    assert set(matrices) == inside
+    for key, matrix in matrices.items():
+        assert matrix.weight().shape == matrix.shape and key.startswith(blocks.path_of(matrix.block) + ".")
+        assert torch.equal(matrix.unfold(matrix.weight()), model.get_parameter(key))
