@@ -136,10 +136,9 @@ def smallest(kind: str, model: torch.nn.Module) -> tuple[torch.nn.Module, int]:
 
 def fill(model: torch.nn.Module) -> torch.nn.Module:
     """Random values everywhere, so that zeros (layer scales, position biases) do not hide a wrong cut."""
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if p.dim() < 2 or float(p.detach().abs().max()) < 1e-4:
             p.data.add_(torch.randn_like(p) * 0.1)
-        _ = name
     for name, b in model.named_buffers():
         if "running_var" in name:
             b.data.uniform_(0.5, 1.5)
@@ -179,10 +178,26 @@ def one(inputs: Any) -> Any:
     return {k: v[:1] for k, v in inputs.items()} if isinstance(inputs, dict) else tuple(v[:1] for v in inputs)
 
 
+def outputs(model: torch.nn.Module, inputs: Any, grad: bool = False) -> list[torch.Tensor]:
+    """All tensors the model returns, caches aside."""
+
+    def flat(value: Any) -> list[torch.Tensor]:
+        if isinstance(value, torch.Tensor):
+            return [value]
+        if isinstance(value, dict):
+            value = list(value.values())
+        return [t for v in value for t in flat(v)] if isinstance(value, (list, tuple)) else []
+
+    if getattr(getattr(model, "config", None), "use_cache", False):
+        model.config.use_cache = False  # type: ignore[union-attr]
+    with torch.set_grad_enabled(grad):
+        return flat(model(**inputs) if isinstance(inputs, dict) else model(inputs))
+
+
 def measure(name: str) -> dict[str, Any]:
     """Trace, cut half, check: one row of the table."""
     from secateur.graph import trace
-    from secateur.surgery import _forward, cut_units, prove
+    from secateur.surgery import cut_units, prove
 
     model, inputs = build(name)
     row: dict[str, Any] = {"model": name, "params": sum(p.numel() for p in model.parameters())}
@@ -192,14 +207,14 @@ def measure(name: str) -> dict[str, Any]:
     keep = halved(graph)
     bad = prove(model, graph, keep, inputs)
     keep = {k: v for k, v in keep.items() if k not in bad}
-    alone = [tuple(o.shape) for o in _forward(model, one(inputs))]
+    alone = [tuple(o.shape) for o in outputs(model, one(inputs))]
     start = time.time()
     cut_units(model, graph, keep)
     row["cut_s"] = round(time.time() - start, 2)
     row["cut"] = sum(p.numel() for p in model.parameters())
     row["share"] = round(row["cut"] / row["params"], 3)
     row["units"] = len(keep)
-    again = [tuple(o.shape) for o in _forward(model, one(inputs))]
+    again = [tuple(o.shape) for o in outputs(model, one(inputs))]
     row["sound"] = again == alone and row["cut"] == graph.params(keep) and heads_are_whole(graph, keep)
     row["refused"] = len(bad)
     row["reason"] = "; ".join(f"{k}: {v}" for k, v in list(bad.items())[:3]) or "; ".join(
@@ -210,12 +225,10 @@ def measure(name: str) -> dict[str, Any]:
 
 def limited(name: str, seconds: int, gigabytes: float) -> dict[str, Any]:
     """`measure` in a process of its own."""
-    limit = int(gigabytes * 2**30)
     child = subprocess.Popen(
-        [sys.executable, __file__, "--child", name],
+        [sys.executable, __file__, "--child", name, "--memory", str(gigabytes)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
     )  # fmt: skip
     try:
         out, err = child.communicate(timeout=seconds)
@@ -244,6 +257,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         torch.set_num_threads(1)
+        limit = int(args.memory * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         print(json.dumps(measure(args.child)))
         return
     rows = []

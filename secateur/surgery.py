@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -372,12 +373,34 @@ def _get_config(config: Any, name: str) -> Any:
     return config
 
 
+def _alike(graph: Graph, pairs: Sequence[tuple[Group, Tensor]]) -> bool:
+    """Whether twins (the same group of another block) keep equally many units, as one config would have it."""
+    kept = {group.name: len(units) for group, units in pairs}
+    gone = tuple(
+        f"{path}." for group, units in pairs if group.modules for path in _removed_blocks(group, units)
+    )
+    counts: dict[Any, set[int]] = {}
+    for group in graph.groups:
+        if gone and any(s.name.startswith(gone) for s in group.slices):
+            continue
+        twin = (
+            group.kind,
+            group.size,
+            tuple((re.sub(r"\.\d+\.", ".*.", s.name), s.dim) for s in group.slices),
+        )
+        counts.setdefault(twin, set()).add(kept.get(group.name, group.size))
+    return all(len(found) == 1 for found in counts.values())
+
+
 def _fit_config(
     model: nn.Module, graph: Graph, pairs: Sequence[tuple[Group, Tensor]], changes: Changes
 ) -> None:
     """Find the config that builds the cut model: fields with an old size get the new one, and building proves it."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict") or not pairs:
+        return
+    alike = _alike(graph, pairs)
+    if not alike and not changes.layers:
         return
     target = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
     modules = dict(model.named_modules())
@@ -388,7 +411,7 @@ def _fit_config(
         try:
             with torch.device("meta"):
                 built = type(model)(copy.deepcopy(candidate))
-        except Exception:
+        except Exception:  # noqa: BLE001  any way a config can be wrong
             return 10**9
         shapes = {n: tuple(p.shape) for n, p in built.named_parameters(remove_duplicate=False)}
         if names_only:
@@ -458,7 +481,7 @@ def _fit_config(
                         break
         return best, score
 
-    best, score = search(False)
+    best, score = search(False) if alike else (trial, 1)
     changes.uniform = score == 0
     if score and changes.layers:
         best, score = search(True)
@@ -561,10 +584,11 @@ def _check(
             if isinstance(loss, Tensor):
                 loss.backward()
         exact = {name: kept for name, kept in keep.items() if graph[name].exact}
-        return _differs(model, graph, exact, inputs) if exact else None
+        why = _differs(model, graph, exact, inputs) if exact else None
+        return why or _order_matters(model, graph, [n for n in keep if n not in exact], inputs)
     except SecateurError:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  any way a model can fail
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -611,14 +635,53 @@ def _differs(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> str | N
         except RuntimeError:
             if n == len(ways) - 1:
                 raise
-    for x, y in zip(a, b, strict=True):
+    gap = _gap(a, b)
+    return None if gap is None else f"slicing and masking differ by {gap:.2g}"
+
+
+def _order_matters(model: nn.Module, graph: Graph, names: Sequence[str], inputs: Any) -> str | None:
+    """Do norms and all see the units of a group in any order? If a slice were missing, permuting would show it."""
+    if not names:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    out = []
+    for permuted in (False, True):
+        try:
+            clone, fed = _double(model, inputs)
+            out.append(_forward(_shuffled(clone, graph, names, generator) if permuted else clone, fed))
+        except RuntimeError:  # an operation without double precision
+            out = [_forward(model, inputs)] if permuted else out
+            clone = copy.deepcopy(model)
+            out.append(_forward(_shuffled(clone, graph, names, generator) if permuted else clone, inputs))
+    gap = _gap(out[1], out[0])
+    return None if gap is None else f"the order of its units matters: outputs differ by {gap:.2g}"
+
+
+def _shuffled(model: nn.Module, graph: Graph, names: Sequence[str], generator: torch.Generator) -> nn.Module:
+    """The model with the units of these groups permuted, in place."""
+    for name in names:
+        group = graph[name]
+        order = torch.randperm(group.size, generator=generator)
+        with torch.no_grad():
+            for s in group.slices:
+                tensor = _tensor(model, s.name)
+                to, source = (i.reshape(-1).to(tensor.device) for i in (s.index, s.index[order]))
+                tensor.index_copy_(s.dim, to, tensor.index_select(s.dim, source))
+    return model
+
+
+def _gap(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
+    """The largest difference, if it is more than rounding."""
+    for x, y in zip(got, expected, strict=True):
         if not x.is_floating_point():
             continue
-        limit = 1e-5 if x.dtype == torch.float64 else {torch.float32: 1e-4}.get(x.dtype, 5e-2)
+        limit = {torch.float64: 1e-5, torch.float32: 1e-4}.get(x.dtype, 5e-2)
         ok = torch.isfinite(y)
-        gap = float((x - y)[ok].abs().max()) if ok.any() else 0.0
-        if gap > limit * max(1e-3, float(y[ok].abs().max()) if ok.any() else 0.0):
-            return f"slicing and masking differ by {gap:.2g}"
+        if not ok.any():
+            continue
+        gap = float((x - y)[ok].abs().max())
+        if not gap <= limit * max(1e-3, float(y[ok].abs().max())):
+            return gap
     return None
 
 
@@ -633,14 +696,16 @@ def _suspects(
             return local
         if names:
             return [n for n in names if n in keep]
-    names = list(keep)
-    while len(names) > 1:
-        half = names[: len(names) // 2]
-        rest = names[len(names) // 2 :]
-        if _check(model, graph, {n: keep[n] for n in half}, inputs, expected, backward) is not None:
-            names = half
-        elif _check(model, graph, {n: keep[n] for n in rest}, inputs, expected, backward) is not None:
-            names = rest
-        else:
-            return rest
-    return names
+
+    def search(names: list[str]) -> list[str]:
+        part = {n: keep[n] for n in names}
+        if len(names) == 1 or _check(model, graph, part, inputs, expected, backward) is None:
+            return []
+        half = len(names) // 2
+        found = []
+        for side in (names[:half], names[half:]):
+            if _check(model, graph, {n: keep[n] for n in side}, inputs, expected, backward) is not None:
+                found += side if len(side) == 1 else search(side)
+        return found or names[half:]
+
+    return list(keep) if len(keep) == 1 else search(list(keep))

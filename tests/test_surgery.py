@@ -1,6 +1,7 @@
 """Cutting decoder language models: equal to masking, rebuilt by the fixed config, generating with a cache."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -11,7 +12,13 @@ from secateur.graph import trace
 from secateur.surgery import apply_changes, cut_units, mask_units, prove
 
 IDS = torch.arange(16).reshape(2, 8)
-SMALL = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4)
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
 MODELS = {
     "llama": lambda **k: transformers.LlamaConfig(**SMALL, **{"num_key_value_heads": 2, **k}),
     "llama_mha": lambda **k: transformers.LlamaConfig(**SMALL, num_key_value_heads=4, **k),
@@ -202,3 +209,27 @@ def test_smollm2_shape():
     changes = cut_units(model, graph, keep)
     assert changes.uniform and changes.config == {"num_attention_heads": 3, "num_key_value_heads": 1}
     assert model.model.layers[0].self_attn.q_proj.weight.shape == (192, 576)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp:neurons", "model.layers.0.self_attn:kv_groups", "stem:hidden"]
+)
+def test_a_wrong_graph_is_found_out(name):
+    model = build("llama")
+    graph = trace(model, {"input_ids": IDS})
+    group = graph[name]
+    last = group.slices[-1]
+    moved = dataclasses.replace(last, index=last.index.roll(1, 0))
+    group.slices = (*group.slices[:-1], moved)
+    keep = {g.name: torch.arange(g.size // 2) for g in graph.prunable(["kv_groups", "neurons", "hidden"])}
+    bad = prove(model, graph, keep, {"input_ids": IDS})
+    assert list(bad) == [name] and ("differ" in bad[name])
+
+
+def test_proving_leaves_the_model_as_it_was():
+    model = build("llama").train()
+    graph = trace(model, {"input_ids": IDS})
+    before = copy.deepcopy(model.state_dict())
+    prove(model, graph, half(graph), {"input_ids": IDS})
+    assert model.training and model.config.use_cache is True
+    assert all(torch.equal(a, before[n]) for n, a in model.state_dict().items())

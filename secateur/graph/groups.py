@@ -381,6 +381,8 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
             at += count
         units = np.array([c for c, _, _ in found])
         reason = labels.reasons[why] if why else None
+        if reason is not None and reason.startswith("a spatial axis of a convolution"):
+            continue
         if reason is None and not made[units].any():
             reason = "no layer produces it"
         if reason is None and all(s.name not in used for s in slices):

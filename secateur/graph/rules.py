@@ -506,9 +506,18 @@ def convolution(t: Tracer, c: Call) -> Axes:
         join(t, inp, w0, fixed_in)
         out = None if w0 is None else np.repeat(w0, n_out // groups)
         join(t, w1, None, fixed_out)
+    elif not transposed and t.stack[-1] in t.whole_groups:
+        out = w0
+        join(t, w1, None, fixed_out)
+        if inp is None or w0 is None:
+            join(t, inp, w0, fixed_in)
+        else:
+            t.labels.tie(inp.reshape(groups, -1), inp[:: n_in // groups][:, None])
+            t.labels.tie(w0.reshape(groups, -1), inp[:: n_in // groups][:, None])
     elif not transposed:
         out = w0
         if w0 is not None:
+            t.grouped[t.stack[-1]] = w0
             t.labels.tie(w0.reshape(groups, -1), w0[: n_out // groups][None])
         if inp is None or w1 is None:
             join(t, inp, w1, fixed_in)
@@ -529,6 +538,13 @@ def convolution(t: Tracer, c: Call) -> Axes:
     return result
 
 
+def mixed(t: Tracer, x: Axes, dims: Sequence[int]) -> None:
+    """Statistics are taken over these axes: their units are not independent."""
+    for layer in x.layers:
+        if any(layer.shape[k] > 1 for k in dims):
+            t.labels.flag(layer, MIXED)
+
+
 def channel_params(t: Tracer, c: Call, names: Sequence[str], rank: int, channels: int) -> list[Axes]:
     """Per-channel vectors seen as [1, C, 1, ...]: they belong to axis 1, not to the last."""
     shape = tuple(channels if k == 1 else 1 for k in range(rank))
@@ -545,6 +561,8 @@ def batch_norm(t: Tracer, c: Call) -> Axes:
     params = channel_params(t, c, names, len(x.shape), x.shape[1])
     if any(len(axes_of(layer)) > 1 for layer in x.layers) and any(p.layers for p in params):
         x = rect(t, x)
+    if c.args.get("training") or c.args.get("use_input_stats"):
+        mixed(t, x, [k for k in range(len(x.shape)) if k != 1])
     out = elementwise(t, [x, *params], x.shape)
     return Axes(c.out, out.layers, t.origin([x, *params]))
 
@@ -552,9 +570,7 @@ def batch_norm(t: Tracer, c: Call) -> Axes:
 @rule("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
 def layer_norm(t: Tracer, c: Call) -> Axes:
     x = rect(t, c.axes["input"])
-    for layer in x.layers:
-        if any(n > 1 for n in layer.shape[len(x.shape) - len(c.args["normalized_shape"]) :]):
-            t.labels.flag(layer, MIXED)
+    mixed(t, x, range(len(x.shape) - len(c.args["normalized_shape"]), len(x.shape)))
     params = [p for name, p in c.axes.items() if name in ("weight", "bias") and p is not None]
     return elementwise(t, [x, *params], c.out)
 
@@ -563,6 +579,7 @@ def layer_norm(t: Tracer, c: Call) -> Axes:
 def group_norm(t: Tracer, c: Call) -> Axes:
     x = rect(t, c.axes["input"])
     groups, channels = int(c.args.get("group", c.args.get("num_groups", 1))), x.shape[1]
+    mixed(t, x, range(2, len(x.shape)))
     ids = vector(t, x, 1)
     if ids is not None and groups < channels:
         t.labels.flag(ids, MIXED)

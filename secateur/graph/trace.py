@@ -71,7 +71,22 @@ def trace(model: nn.Module, inputs: Any) -> Graph:
     """
     tracer = Tracer(model)
     outputs = tracer.run(inputs)
-    return build_graph(tracer, outputs)
+    graph = build_graph(tracer, outputs)
+    stuck = collapsed(tracer, graph)
+    if stuck:  # grouped convolutions that cannot lose the same channel of every group: let whole groups leave
+        tracer = Tracer(model, stuck)
+        outputs = tracer.run(inputs)
+        graph = build_graph(tracer, outputs)
+    return graph
+
+
+def collapsed(tracer: Tracer, graph: Graph) -> frozenset[str]:
+    """Grouped convolutions whose channels have all become one unit."""
+    single = np.zeros(len(graph._open), bool)
+    for group in graph.groups:
+        if group.reason == "a single unit":
+            single[group._classes] = True
+    return frozenset(path for path, ids in tracer.grouped.items() if single[graph._class[ids]].all())
 
 
 class Part:
@@ -97,8 +112,10 @@ class Event:
 class Tracer:
     """Labels, and what was learnt on the way: splits, rigid axes, sizes, costs, uses of weights, calls of modules."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, whole_groups: frozenset[str] = frozenset()):
         self.model = model
+        self.whole_groups = whole_groups
+        self.grouped: dict[str, np.ndarray] = {}
         self.labels = Labels()
         self.env = WeakTensorKeyDictionary()
         self.splits: list[np.ndarray] = []
@@ -519,6 +536,17 @@ def grouped(t: Tracer, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
     if isinstance(groups, Size) and int(groups) > 1:
         if int(groups) == x.shape[channel]:
             t.events.append(Event(groups.expr, Part(x, channel, 0, x.shape[channel]), where, module))
+        elif module in t.whole_groups and x.has(channel):
+            heads = [
+                v.take(range(0, x.shape[channel], x.shape[channel] // int(groups)), channel) for v in x.layers
+            ]
+            part = Part(
+                Axes((*x.shape[:channel], int(groups), *x.shape[channel + 1 :]), heads),
+                channel,
+                0,
+                int(groups),
+            )
+            t.events.append(Event(groups.expr, part, where, module))
         else:
             fixed = Axes((int(groups),))
             t.events.append(Event(groups.expr, Part(fixed, 0, 0, int(groups)), where, module))

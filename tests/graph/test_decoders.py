@@ -10,14 +10,14 @@ from secateur.graph import trace
 from secateur.graph.labels import Labels
 
 IDS = {"input_ids": torch.arange(16).reshape(2, 8)}
-SMALL = dict(
-    vocab_size=64,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    head_dim=4,
-)
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 4,
+}
 
 
 def decoder(config):
