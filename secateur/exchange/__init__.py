@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from secateur.exchange.program import Program, largest_difference
 from secateur.files import atomic_write_bytes
 from secateur.inputs import Inputs, call
 
-__all__ = ["SUFFIXES", "Program", "export", "is_exchange", "load_file"]
+__all__ = ["SUFFIXES", "Program", "check_packages", "export", "is_exchange", "load_file"]
 
 SUFFIXES = (".onnx", ".pt2")
 
@@ -27,6 +28,16 @@ SUFFIXES = (".onnx", ".pt2")
 def is_exchange(path: str | Path | None) -> bool:
     """Whether a name is that of an ONNX file or a torch.export program."""
     return path is not None and str(path).lower().endswith(SUFFIXES)
+
+
+def check_packages(path: str | Path) -> None:
+    """Refuse to start work for an `.onnx` file without the packages that write and check it."""
+    if str(path).lower().endswith(".onnx"):
+        for name in ("onnx", "onnxruntime", "onnxscript"):
+            if importlib.util.find_spec(name) is None:
+                raise SecateurError(
+                    f"the {name} package is missing", where="ONNX", fix="pip install secateur[onnx]"
+                )
 
 
 def load_file(path: str | Path) -> Program:

@@ -200,11 +200,12 @@ def _scope(node: Any) -> str:
     return ".".join(done)
 
 
-def _path(name: str, node: Any, place: int, taken: set[str]) -> str:
+def _path(name: str, node: Any, place: int, rank: int, taken: set[str]) -> str:
     """Where a tensor goes: its own name if it is a torch name, else the node's module and the tensor's role."""
     if "::" not in name and "/" not in name and not re.fullmatch(r"\w*\d+|\d.*", name):
         return name
     role = ROLES.get(node.op_type, {1: "weight", 2: "bias"}).get(place, "value")
+    role = "value" if role == "bias" and rank != 1 else role
     path = f"{_scope(node)}.{role}" if _scope(node) else re.sub(r"\W+", "_", name).strip("_")
     base, number = path, 2
     while path in taken:
@@ -241,9 +242,10 @@ class OnnxModule(Program):
                     constants[k] = tuple(flat) if isinstance(flat, list) else flat
                     continue
                 statistics = node.op_type == "BatchNormalization" and k in (3, 4)
-                path = _path(name, node, k, taken)
+                path = _path(name, node, k, value.dim(), taken)
                 taken.add(path)
-                parameter = value.is_floating_point() and not statistics
+                finite = value.is_floating_point() and bool(torch.isfinite(value).all())  # a mask is not
+                parameter = finite and not statistics
                 self.tensors[name] = register(self, path, value, parameter)
             attributes = {a.name: _attribute(a) for a in node.attribute}
             step = Step(node.op_type, label, opset, node.input, node.output, attributes, constants)

@@ -578,7 +578,9 @@ def unsqueeze(s: Step, c: Context, v: list[Any]) -> Any:
 
 @ops("Transpose")
 def transpose(s: Step, c: Context, v: list[Any]) -> Any:
-    x = tensor(v[0], c)
+    if is_host(v[0]):
+        return np.transpose(v[0], s.attr.get("perm"))
+    x = v[0]
     return x.permute(s.attr.get("perm", list(reversed(range(x.dim())))))
 
 
@@ -618,7 +620,7 @@ def slice_(s: Step, c: Context, v: list[Any]) -> Any:
     x = v[0]
     starts, ends = listed(argument(s, v, 1, "starts")), listed(argument(s, v, 2, "ends"))
     axes, steps = argument(s, v, 3, "axes"), argument(s, v, 4, "steps")
-    rank = 1 if is_host(x) else x.dim()
+    rank = max(1, np.ndim(x)) if is_host(x) else x.dim()
     dims = ints(axes) if axes is not None else list(range(len(starts)))
     pace = ints(steps) if steps is not None else [1] * len(starts)
     index = [slice(None)] * rank

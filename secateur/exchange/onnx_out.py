@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -78,11 +73,11 @@ def _by_torch(model: nn.Module, inputs: Inputs) -> Any:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise SecateurError("the onnxscript package is missing", where="ONNX", fix=INSTALL) from error
-    from secateur.exchange.pt2 import export_program
+    from secateur.exchange.pt2 import export_program, quiet
 
     program, _ = export_program(model, inputs)
     try:
-        with _quiet():
+        with quiet():
             return torch.onnx.export(program, dynamo=True, verbose=False).model_proto  # type: ignore[union-attr]
     except Exception as error:
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
@@ -91,18 +86,6 @@ def _by_torch(model: nn.Module, inputs: Inputs) -> Any:
             where="export",
             fix="write .pt2 instead",
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def run_onnx(data: bytes, inputs: Inputs) -> list[Tensor]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
+import logging
 import operator
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -438,7 +441,7 @@ def _refused(error: Exception) -> SecateurError:
 
 
 def _export(model: nn.Module, args: Any, kwargs: Any, shapes: Any) -> ExportedProgram:
-    with torch.no_grad():
+    with torch.no_grad(), quiet():
         return torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False)
 
 
@@ -476,16 +479,42 @@ def _export_again(model: ExportedModule, inputs: Inputs) -> ExportedProgram:
 
 
 @contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what torch prints while it exports: a failure is told by the exception."""
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch", "torch.export", "torch.onnx", "torch.fx", "torch.__trace")
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
 def _plain_signature(model: nn.Module) -> Iterator[None]:
     """A module read from a file gets a forward that names its inputs, as torch.export wants it."""
     if not isinstance(model, Program):
         yield
         return
     names = [s.name if s.name.isidentifier() else f"input_{k}" for k, s in enumerate(model.specs)]
-    forward = model.forward
-    scope: dict[str, Any] = {"run": lambda *values: forward(*values)}
-    exec(f"def forward({', '.join(names)}):\n    return run({', '.join(names)})", scope)
-    object.__setattr__(model, "forward", scope["forward"])
+    run = model.forward
+
+    def forward(*values: Any) -> Any:
+        return run(*values)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+    object.__setattr__(model, "forward", forward)
     try:
         yield
     finally:
