@@ -47,7 +47,9 @@ from secateur.taxonomy import AXES, FLAGS, MEANING, RECORDS, MethodInfo
 from secateur.taxonomy import recommend as advise
 
 MISTAKE = 2
-MODEL = "smollm2, aidreams, a folder that transformers or secateur wrote, or a hub name"
+MODEL = (
+    "smollm2, aidreams, a folder that transformers or secateur wrote, an .onnx or .pt2 file, or a hub name"
+)
 TARGET = "what holds at the end: 50% (share kept), 'params<=100e6', 'macs<=50%', 'size<=200MB', 'latency<=8ms', 2:4"
 
 
@@ -83,23 +85,30 @@ SHAPE = flag(
     "input_shape",
     str | None,
     None,
-    "shape of the example input of a model that reads pictures, such as 1,3,224,224",
+    "shape of the example input of a model that reads pictures or of a file, such as 1,3,224,224; for several inputs"
+    " name:1,16;other:1,16",
 )
 DEVICE = flag("device", str | None, None, "cpu, cuda, cuda:1, mps, ...; default: cpu")
 DTYPE = flag(
     "dtype", str | None, None, "float32, bfloat16 or float16; default: float32 where it fits on a cpu"
 )
 WHERE = [SHAPE, DEVICE, DTYPE]
-OUT_HELP = "a new folder for the result"
+OUT_HELP = "a new folder for the result, or a new .onnx or .pt2 file"
+FILE_METHOD = "group-magnitude"
 
 
-def prune_parameters(method: str | None) -> list[inspect.Parameter]:
-    """Flags of `prune`; with a method's name, its hyperparameters too."""
+def prune_parameters(method: str | None, default: str | None = None) -> list[inspect.Parameter]:
+    """Flags of `prune`; with a method's name, its hyperparameters too. `default`: the method where none is named."""
     options = fields_as_flags(Options, Group("Options", sort_key=2))
     output, quality = Group("Output", sort_key=4), Group("Measurement", sort_key=3)
     made = [
         word("model", help=MODEL),
-        flag("method", help="the method: `secateur methods` lists them"),
+        flag(
+            "method",
+            str,
+            default or inspect.Parameter.empty,
+            f"the method: `secateur methods` lists them; default for .onnx and .pt2: {FILE_METHOD}",
+        ),
         flag("target", help=TARGET),
         flag(
             "data",
@@ -156,11 +165,17 @@ def plain(value: Any) -> Any:
 
 
 def check_new_folder(path: str | None, name: str = "--out") -> None:
-    """Refuse a folder that is in use before any work is done."""
+    """Refuse a folder that is in use, or an .onnx or .pt2 file that exists, before any work is done."""
     if path is None:
         return
+    from secateur.exchange import check_packages, is_exchange
+
     folder = Path(path).expanduser()
-    if folder.exists() and not folder.is_dir():
+    if is_exchange(path):
+        check_packages(folder)
+        if folder.exists():
+            raise SecateurError("exists already", where=f"{name} {path}", fix="give a new name, or remove it")
+    elif folder.exists() and not folder.is_dir():
         raise SecateurError("is a file", where=f"{name} {path}", fix="give a new folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise SecateurError(
@@ -235,6 +250,8 @@ def example(model: Any, shape: str | None) -> Any:
 
     from secateur.inputs import default_inputs, picture_size
 
+    if hasattr(model, "example_inputs"):
+        return model.example_inputs(shape)
     if shape is None:
         config = getattr(model, "config", None)
         if getattr(config, "vocab_size", None) is not None:
@@ -277,6 +294,7 @@ def prune(model: str, **given: Any) -> None:
 
     out, page = given["out"], given["report"]
     check_new_folder(out)
+    check_file_model(model, out)
     check_new_file(page)
     cls = method_class(given["method"])
     taken = {parameter.name for parameter in prune_parameters(None)}
@@ -308,6 +326,7 @@ def prune(model: str, **given: Any) -> None:
             rollback=False,
             resume=given["resume"],
             progress=track,
+            announce=lambda line: print(line, file=sys.stderr),
             **tasks,
             **settings,
         )
@@ -323,7 +342,7 @@ def prune(model: str, **given: Any) -> None:
         report |= {"model": model, "out": out, "command": shlex.join(["secateur", *_argv])}
         report["versions"] = library_versions()
         if out:
-            pruned.save(Path(out).expanduser())
+            report["export"] = write_model(pruned, inputs, out)
             print(f"model: {out}", file=sys.stderr)
         if page:
             scores = {name: values.tolist() for name, values in pruned.scores.items()}
@@ -333,6 +352,29 @@ def prune(model: str, **given: Any) -> None:
 
 
 _argv: list[str] = []
+
+
+def write_model(pruned: Any, inputs: Any, out: str) -> dict[str, Any] | None:
+    """Save a pruned model as a folder, or as a checked .onnx or .pt2 file; says what was checked."""
+    from secateur.exchange import export, is_exchange
+    from secateur.inputs import default_inputs
+
+    if not is_exchange(out):
+        pruned.save(Path(out).expanduser())
+        return None
+    return export(pruned.model, default_inputs(pruned.model) if inputs is None else inputs, out)
+
+
+def check_file_model(model: str, out: str | None) -> None:
+    """A model that was read from a file is written to a file."""
+    from secateur.exchange import is_exchange
+
+    if out and is_exchange(model) and not is_exchange(out):
+        raise SecateurError(
+            "a model read from an .onnx or .pt2 file is written to one",
+            where=f"--out {out}",
+            fix=f"end the name in {Path(model).suffix}",
+        )
 
 
 def _recover(pruned: Any, recovery: Recovery, dense: Any, data: Any, seed: int) -> None:
@@ -544,7 +586,12 @@ def build(argv: Sequence[str]) -> tuple[App, list[str]]:
     verb = next((token for token in argv if not token.startswith("-")), "")
     parameters: list[inspect.Parameter] = [JSON]
     if verb == "prune":
-        parameters = prune_parameters(named_method(argv))
+        default = None
+        if named_method(argv) is None and any(
+            token.lower().endswith((".onnx", ".pt2")) for token in argv[1:2]
+        ):
+            default = FILE_METHOD
+        parameters = prune_parameters(named_method(argv) or default, default)
     text = "Make a model smaller.\n\nWith --method NAME, --help shows the method's hyperparameters too."
     app.command(command(parameters, prune, text), name="prune")
     inspected = [

@@ -21,6 +21,7 @@ from secateur.options import Options
 from secateur.plan import Plan
 from secateur.select import Pattern, top_k
 from secateur.stats.layer import LayerStats
+from secateur.stats.memory import estimate
 from secateur.surgery import mask_units, prove
 
 DENSE_NOTE = "same size and speed without sparse kernels: the zeros are stored in dense tensors"
@@ -63,6 +64,7 @@ class Run:
     undo: Undo
     lean: bool = False
     """The plan shares the model's tensors instead of holding copies."""
+    announce: Callable[[str], None] | None = None
     refused: dict[str, str] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -161,6 +163,9 @@ def plan_weights(method: WeightMethod, context: Context, run: Run) -> Plan:
     matrices = context.matrices
     patterns = _patterns(method, context, run)
     masks: dict[str, Tensor] = {}
+    if run.announce and method.needs:
+        needed = estimate(context.model, context.require_data(), method.needs, matrices)
+        run.announce(f"calibration needs about {needed / 1e6:,.0f} MB above the model, one block at a time")
     plan = context.make_plan(notes={"weights": DENSE_NOTE})
     order = sorted({matrix.block for matrix in matrices.values()})
     done = 0

@@ -92,6 +92,7 @@ def prune(
     tasks: Iterable[str] = (),
     limit: int | None = None,
     progress: Callable[..., Iterable] | None = None,
+    announce: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Pruned:
     """Cut `model` down to `target` with `method`.
@@ -110,6 +111,8 @@ def prune(
         False, which saves a copy of every changed tensor (for a model that is thrown away on failure).
     resume: keep finished steps on disk, so that a killed run goes on where it was: True for the cache, or a directory.
     tasks, limit: what to measure before and after (`wikitext2`, `piqa`, ...), with at most `limit` items each.
+    progress, announce: `secateur.progress.track` for bars; what is called with a line to tell, such as the memory that
+        calibration will need.
     settings: fields of `Options` (samples, seqlen, schedule, allocation, floor, round_to, kinds, uniform, prove) and
         hyperparameters of the method.
 
@@ -153,6 +156,7 @@ def prune(
         checkpoint = _checkpoint(resume, model, *key, batches)
         run = Run(working, chosen, goal, options, inputs, batches, seed, loss, progress, checkpoint, undo)
         run.lean = inplace and not rollback
+        run.announce = announce
         plan, graph = run.plan()
         changes: dict[str, dict[str, Any]] = {}
         if plan.structured:
