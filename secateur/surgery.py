@@ -469,7 +469,7 @@ def _fit_config(
             improved = True
             while improved and score:
                 improved = False
-                for combo in itertools.combinations(options, width):
+                for combo in itertools.islice(itertools.combinations(options, width), 100):
                     if len({name for name, _ in combo}) < width:
                         continue
                     candidate = copy.deepcopy(best)
