@@ -2,6 +2,7 @@
 
 from secateur.artefact import load
 from secateur.errors import SecateurError
+from secateur.exchange import export
 from secateur.graph import Graph, Group, trace
 from secateur.measure import measure
 from secateur.method import Method, UnitMethod, WeightMethod, list_methods, recommend, register
@@ -24,6 +25,7 @@ __all__ = [
     "UnitMethod",
     "WeightMethod",
     "apply_plan",
+    "export",
     "list_methods",
     "load",
     "measure",

@@ -229,7 +229,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> tuple[nn.Module, Any]:
-    """(model, tokenizer) of a directory that `save_model` or `Pruned.save` wrote; the tokenizer may be None.
+    """(model, tokenizer) of a directory that `Pruned.save` wrote, or of an `.onnx` or `.pt2` file (no tokenizer).
 
     >>> model, tokenizer = secateur.load("out")  # doctest: +SKIP
     >>> model, _ = secateur.load("out", model=build_the_dense_model())  # doctest: +SKIP
@@ -240,6 +240,10 @@ def load(
     Raises `SecateurError` where there is no model, or it is damaged.
     """
     path = Path(path).expanduser()
+    if path.suffix.lower() in (".onnx", ".pt2") and not path.is_dir():
+        from secateur.exchange import load_file
+
+        return load_file(path).to(device or "cpu", dtype), None
     if (path / "config.json").is_file():
         loaded = _load_transformers(path, dtype)
     elif (path / "model.json").is_file():

