@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import secateur
-from secateur.tasks import load_model
 from secateur.data.text import encode, load_calibration, load_text
+from secateur.tasks import load_model
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ which switches error accumulation off. Here the intended form runs (`expected="o
 
 Departures: under grouped queries a unit is a KV group with its queries; every sublayer keeps a unit; sizes are scaled
 from 4.2M tokens and 7B weights to what two cores search in minutes (`PAPER` holds the published ones): versions are
-pruned on part of the data, what was found once more on all, and the last stage keeps its tokens for a round.
+pruned on part of the data, what was found once more on all.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PAPER: dict[str, Any] = {
     "survivors": (16, 4, 2),
     "topk": 8192,
 }
-PAPER |= {"tokens": (2048, 16384, 131072), "supernet": 1.0, "nested": False, "fixed": False, "final": False}
+PAPER |= {"tokens": (2048, 16384, 131072), "supernet": 1.0, "nested": False, "final": False}
 """Hyperparameters as published, for calibration data of millions of tokens."""
 
 
@@ -60,8 +60,8 @@ class Tyr(UnitMethod):
     offspring: int = field(default=16, metadata={"help": "of a generation (paper: 128)"})
     flips: int = field(default=4, metadata={"help": "a child is at most so many moves away"})
     tokens: tuple[float, ...] = field(default=(1 / 32, 1 / 4), metadata={"help": "a stage's; <= 1: share"})
-    survivors: tuple[int, ...] = field(default=(3, 1), metadata={"help": "of each stage (paper: 16, 4, 2)"})
-    fixed: bool = field(default=True, metadata={"help": "last stage's tokens drawn once a round (paper: no)"})
+    survivors: tuple[int, ...] = field(default=(2, 1), metadata={"help": "of each stage (paper: 16, 4, 2)"})
+    fixed: bool = field(default=False, metadata={"help": "draw the last stage's tokens once a round"})
     topk: int = field(default=1024, metadata={"help": "logits compared per token (paper: 8192)"})
     obs_rounds: int = field(default=16, metadata={"help": "rounds in which neurons leave; heads take one"})
     damping: float = field(default=0.01, metadata={"help": "of the Hessian, times the mean of its diagonal"})
