@@ -9,7 +9,7 @@ from torch import nn
 from secateur.budget import owl_shares
 from secateur.families.blocks import find_matrices
 from secateur.method import make_method
-from secateur.methods.sparsegpt import sweep
+from secateur.stats.sweep import sweep
 from secateur.select import Pattern
 from secateur.stats.layer import InputStats, LayerStats
 from secateur.stats.stream import stream
