@@ -63,7 +63,7 @@ def curves(
     dense = vision.load_network(network)
     pictures, _ = vision.load_pictures(DATA[network], calibration, split="train")
     x, y = vision.load_pictures(DATA[network], test, split="test")
-    batches = list(pictures.split(64))
+    batches = list(pictures.split(32))
     start = vision.accuracy(dense, x, y, BATCH)
     print(f"\n{network}, {len(x)} test pictures, {len(pictures)} to calibrate on: dense {start:.2%}")
     print(f"{'MACs removed':>14s} " + " ".join(f"{name:>18s}" for name in CURVES), flush=True)
@@ -143,7 +143,7 @@ def main() -> None:
     )
     parser.add_argument("--calibration", type=int, default=128, help="calibration pictures")
     parser.add_argument("--test", type=int, default=2000, help="test pictures, at most")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--plot", type=Path, default=Path(__file__).resolve().parents[1] / "docs" / "obspa.svg"
     )

@@ -4,7 +4,9 @@ Wang, Rachwan, Günnemann, Charpentier 2024, "Structurally Prune Anything", http
 and with noise in the place of pictures no data. Spec: spa, algorithm C.
 
 Reconstruction: damping (1 % of the Hessian's mean diagonal), 128 noise inputs and U(0, 1) as their distribution are
-choices, the paper's weren't available. Hessians are those of the dense model, for all layers.
+choices, the paper's weren't available. Hessians are those of the dense model, for all layers. BatchNorm statistics are
+moved by what the cut changes on the calibration inputs; `batchnorm="new"` replaces them, as the paper does, which takes
+many more pictures (on 250 of CIFAR-10 it costs a dense ResNet-20 2.5 points).
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class Obspa(Spa):
     criterion: str = field(default="obs", metadata={"help": f"of single weights: {', '.join(CRITERIA)}"})
     batchnorm: str = field(
         default="shift",
-        metadata={"help": "BatchNorm statistics after the cut: keep, new (of the data), shift (by the change on the data)"},
+        metadata={
+            "help": "BatchNorm statistics after the cut: keep, new (of the data), shift (by the change on the data)"
+        },
     )
     calibration: str = field(default="data", metadata={"help": "data, or noise: no data at all"})
     noise_samples: int = field(default=128, metadata={"help": "inputs of noise"})

@@ -303,6 +303,18 @@ def test_every_criterion_before_training(method, criterion):
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+@pytest.mark.parametrize("criterion", [c for c in criteria.CRITERIA if c != "bn-scale"])
+def test_every_criterion_on_a_language_model(tiny_llama, criterion):
+    model = tiny_llama()
+    ids = torch.randint(0, 64, (6, 12))
+    pruned = secateur.prune(
+        model, method="obspa", criterion=criterion, target="75%", data=ids, kinds=("neurons", "kv_groups")
+    )
+    open_ = [g for g in pruned.report["groups"] if g["reason"] in (None, "kept whole by the budget")]
+    assert sum(g["size"] for g in open_) == 100 and sum(g["kept"] for g in open_) == 75
+    assert torch.isfinite(pruned.model(ids).logits).all()
+
+
 def test_pruned_at_the_start_it_still_trains():
     pruned = secateur.prune(convolutions(), IMAGE, method="spa", criterion="snip", target="50%", data=pairs())
     secateur.recover(pruned.model, pairs(), how="full", steps=3)
