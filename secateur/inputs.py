@@ -79,7 +79,7 @@ def default_inputs(model: nn.Module, length: int = 16) -> Inputs:
     """Token ids for a language model, noise for a model that says its pictures' size, what
     a file describes for a model that was read from one; others need the caller's `inputs`."""
     if hasattr(model, "example_inputs"):
-        return model.example_inputs()
+        return model.example_inputs()  # type: ignore[operator]
     config = getattr(model, "config", None)
     if (size := picture_size(model)) is not None:
         noise = torch.randn((1, *size), generator=torch.Generator().manual_seed(0))

@@ -276,13 +276,14 @@ class OnnxModule(Program):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = self.bind(args, kwargs)
         values: dict[str, Any] = {spec.name: v for spec, v in zip(self.specs, given, strict=True)}
-        like = next((p for p in self.parameters()), next(iter(given)))
-        context = Context(like.device, like.dtype, self.stored.value)
+        like = next((p for p in self.parameters() if p.is_floating_point()), None)
+        device = next((t.device for t in (like, *given) if t is not None), torch.device("cpu"))
+        context = Context(device, self.stored.value if like is None else like.dtype, self.stored.value)
         tensors = {name: tensor_at(self, path) for name, path in self.tensors.items()}
         for n, path in enumerate(self.steps):
             step = self.get_submodule(path)
             assert isinstance(step, Step)
-            inputs = []
+            inputs: list[Any] = []
             for k, name in enumerate(step.inputs):
                 if not name:
                     inputs.append(None)

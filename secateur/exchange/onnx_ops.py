@@ -105,7 +105,7 @@ def is_host(value: Any) -> bool:
 def listed(value: Any) -> list[Any]:
     """Sizes as a list; they may be traced."""
     if isinstance(value, Tensor):
-        return [int(v) for v in value.reshape(-1).tolist()]
+        return value.reshape(-1).tolist()
     return list(value.reshape(-1)) if isinstance(value, np.ndarray) else [value]
 
 
@@ -145,7 +145,7 @@ def argument(s: Step, v: list[Any], place: int, name: str) -> Any:
 # --- element by element
 
 
-def unary(name: str, on_tensor: Callable[[Tensor], Tensor], on_number: Callable | None = None) -> None:
+def unary(name: str, on_tensor: Callable[..., Any], on_number: Callable[..., Any] | None = None) -> None:
     def run(s: Step, c: Context, v: list[Any]) -> Any:
         if is_host(v[0]) and on_number is not None:
             return np.frompyfunc(on_number, 1, 1)(v[0])
@@ -154,7 +154,7 @@ def unary(name: str, on_tensor: Callable[[Tensor], Tensor], on_number: Callable 
     OPS[name] = run
 
 
-for _name, _tensor, _number in [
+UNARY: list[tuple[str, Any, Any]] = [
     ("Abs", torch.abs, abs), ("Neg", torch.neg, operator.neg), ("Ceil", torch.ceil, lambda x: float(math.ceil(x))),
     ("Floor", torch.floor, lambda x: float(math.floor(x))), ("Sqrt", torch.sqrt, lambda x: float(x) ** 0.5),
     ("Reciprocal", torch.reciprocal, lambda x: 1.0 / x), ("Not", torch.logical_not, lambda x: not x),
@@ -163,7 +163,8 @@ for _name, _tensor, _number in [
     ("Atan", torch.atan, None), ("Sign", torch.sign, None), ("Sigmoid", torch.sigmoid, None), ("Relu", F.relu, None),
     ("HardSwish", F.hardswish, None), ("Softplus", F.softplus, None), ("Softsign", F.softsign, None),
     ("Mish", F.mish, None), ("IsNaN", torch.isnan, None), ("IsInf", torch.isinf, None), ("Swish", F.silu, None),
-]:  # fmt: skip
+]  # fmt: skip
+for _name, _tensor, _number in UNARY:
     unary(_name, _tensor, _number)
 
 
@@ -365,7 +366,7 @@ def conv(s: Step, c: Context, v: list[Any]) -> Any:
     if s.op == "Conv":
         stride, dilation, pads = _window(s, x, rank, kernel)
         x, padding = _apart(x, pads)
-        run = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
+        run: Callable[..., Any] = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
         return run(x, w, b, stride=stride, padding=padding, dilation=dilation, groups=s.groups)
     stride, dilation = s.attr.get("strides", [1] * rank), s.attr.get("dilations", [1] * rank)
     pads, extra = s.attr.get("pads", [0] * 2 * rank), s.attr.get("output_padding", [0] * rank)
@@ -400,8 +401,8 @@ def pool(s: Step, c: Context, v: list[Any]) -> Any:
         if not even:
             flat = [n for k in reversed(range(rank)) for n in (pads[k], pads[rank + k])]
             x, padding = F.pad(x, flat, value=-math.inf), [0] * rank
-        run = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[rank - 1]
-        return run(x, kernel, stride, padding, dilation, ceil)
+        biggest = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[rank - 1]
+        return biggest(x, kernel, stride, padding, dilation, ceil)
     counted = bool(s.attr.get("count_include_pad", 0))
     if any(d != 1 for d in dilation) or (not even and not counted):
         raise SecateurError(
@@ -410,7 +411,7 @@ def pool(s: Step, c: Context, v: list[Any]) -> Any:
     x, padding = _apart(x, pads) if counted and not even else (x, pads[:rank])
     if rank == 1:
         return F.avg_pool1d(x, kernel, stride, padding, ceil, counted)
-    run = F.avg_pool2d if rank == 2 else F.avg_pool3d
+    run: Callable[..., Any] = F.avg_pool2d if rank == 2 else F.avg_pool3d
     return run(x, kernel, stride, padding, ceil, counted)
 
 
@@ -449,11 +450,7 @@ def layer_norm(s: Step, c: Context, v: list[Any]) -> Any:
 
 @ops("GroupNormalization")
 def group_norm(s: Step, c: Context, v: list[Any]) -> Any:
-    x, weight, bias, eps = v[0], v[1], v[2], s.attr.get("epsilon", 1e-5)
-    if s.attr["opset"] < 21 and weight.shape[0] != x.shape[1]:
-        each = x.shape[1] // s.num_groups
-        weight, bias = weight.repeat_interleave(each), bias.repeat_interleave(each)
-    return F.group_norm(x, s.num_groups, weight, bias, eps)
+    return F.group_norm(v[0], s.num_groups, v[1], v[2], s.attr.get("epsilon", 1e-5))
 
 
 @ops("LpNormalization")
@@ -466,10 +463,10 @@ def lp_norm(s: Step, c: Context, v: list[Any]) -> Any:
 def reduce(s: Step, c: Context, v: list[Any]) -> Any:
     axes = argument(s, v, 1, "axes")
     if is_host(v[0]) and s.op == "ReduceProd":
-        out = 1
+        product: Any = 1
         for size in listed(v[0]):
-            out = out * size
-        return array([out]) if s.attr.get("keepdims", 1) else out
+            product = product * size
+        return array([product]) if s.attr.get("keepdims", 1) else product
     x, keep = tensor(v[0], c), bool(s.attr.get("keepdims", 1))
     dims = [] if axes is None else ints(axes)
     if not dims and s.attr.get("noop_with_empty_axes"):
@@ -527,7 +524,7 @@ def shape(s: Step, c: Context, v: list[Any]) -> Any:
 
 @ops("Size")
 def size(s: Step, c: Context, v: list[Any]) -> Any:
-    out = 1
+    out: Any = 1
     for n in v[0].shape:
         out = out * n
     return out
@@ -744,7 +741,7 @@ def resize(s: Step, c: Context, v: list[Any]) -> Any:
     how = s.attr.get("coordinate_transformation_mode", "half_pixel" if modern else "asymmetric")
     flat = listed(scales) if scales is not None and np.size(_plain(scales)) else None
     given = {"size": ints(sizes)[2:]} if sizes is not None and flat is None else {"scale_factor": [float(n) for n in (flat or [])][2:]}  # fmt: skip
-    names = {"linear": {1: "linear", 2: "bilinear", 3: "trilinear"}.get(x.dim() - 2), "cubic": "bicubic"}
+    names: Any = {"linear": {1: "linear", 2: "bilinear", 3: "trilinear"}.get(x.dim() - 2), "cubic": "bicubic"}
     if "axes" in s.attr or s.attr.get("antialias"):
         raise SecateurError("Resize with axes or antialias is not read", where=s.label, fix=WRITE)
     if mode == "nearest":

@@ -105,7 +105,7 @@ class Program(nn.Module):
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """Positional and keyword arguments in the order of the file's inputs."""
         if len(args) == 1 and not kwargs and isinstance(args[0], Mapping):
-            args, kwargs = (), args[0]
+            kwargs, args = args[0], ()
         named = dict(zip((spec.name for spec in self.specs), args, strict=False)) | dict(kwargs)
         unknown = [name for name in kwargs if name not in {spec.name for spec in self.specs}]
         missing = [spec.name for spec in self.specs if spec.name not in named]

@@ -204,6 +204,12 @@ def _map(value: Any, fn: Callable[[Node], Any]) -> Any:
     return torch.fx.node.map_aggregate(value, lambda v: fn(v) if isinstance(v, Node) else v)
 
 
+def _references(value: Any) -> list[str]:
+    found: list[str] = []
+    _walk(value, lambda v: found.append(v.name) if isinstance(v, Ref) else None)
+    return found
+
+
 def _walk(value: Any, fn: Callable[[Any], Any]) -> Any:
     if isinstance(value, (list, tuple)):
         return [_walk(v, fn) for v in value]
@@ -252,12 +258,9 @@ class ExportedModule(Program):
         for n, path in enumerate(self.steps):
             step = self.get_submodule(path)
             assert isinstance(step, AtenStep)
-            _walk(
-                list(step.arguments.value),
-                lambda v, n=n: uses.__setitem__(v.name, n) if isinstance(v, Ref) else None,
-            )
+            uses |= dict.fromkeys(_references(step.arguments.value), n)
         kept: set[str] = set(self.targets)
-        _walk(self.result.value, lambda v: kept.add(v.name) if isinstance(v, Ref) else None)
+        kept |= set(_references(self.result.value))
         self.gone = [
             [name for name, at in uses.items() if at == n and name not in kept]
             for n in range(len(self.steps))
@@ -365,7 +368,7 @@ class ExportedModule(Program):
             step = self.get_submodule(path)
             if not isinstance(step, AtenStep) or not step.sizes:
                 continue
-            node = next(n for n in owner.graph.nodes if n.name == name)  # type: ignore[union-attr]
+            node = next(n for n in owner.graph.nodes if n.name == name)
             args, kwargs = list(node.args), dict(node.kwargs)
             for key, attribute in step.sizes.items():
                 own = getattr(step, attribute)
@@ -424,7 +427,7 @@ def export_program(model: nn.Module, inputs: Inputs, dynamic: bool = True) -> tu
             shapes = pytree.tree_map(lambda t: _batch_dim(t, batch), (args, kwargs))
             shapes = shapes[1] if kwargs and not args else (*shapes[0], *shapes[1].values())
             with contextlib.suppress(Exception):
-                return _export(model, *wide, shapes), True
+                return _export(model, wide[0], wide[1], shapes), True
         try:
             return _export(model, args, kwargs, None), False
         except Exception as error:
