@@ -517,7 +517,7 @@ def convolution(t: Tracer, c: Call) -> Axes:
     elif not transposed:
         out = w0
         if w0 is not None:
-            t.grouped[t.stack[-1]] = w0
+            t.grouped[t.stack[-1]] = w0 if inp is None else np.concatenate([w0, inp])
             t.labels.tie(w0.reshape(groups, -1), w0[: n_out // groups][None])
         if inp is None or w1 is None:
             join(t, inp, w1, fixed_in)

@@ -86,7 +86,7 @@ def collapsed(tracer: Tracer, graph: Graph) -> frozenset[str]:
     for group in graph.groups:
         if group.reason == "a single unit":
             single[group._classes] = True
-    return frozenset(path for path, ids in tracer.grouped.items() if single[graph._class[ids]].all())
+    return frozenset(path for path, ids in tracer.grouped.items() if single[graph._class[ids]].any())
 
 
 class Part:
