@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from secateur.errors import SecateurError
 from secateur.exchange.program import Program, largest_difference
 from secateur.files import atomic_write_bytes
-from secateur.inputs import Inputs, call
+from secateur.inputs import Inputs, as_call, call
 
 __all__ = ["SUFFIXES", "Program", "check_packages", "export", "is_exchange", "load_file"]
 
@@ -60,10 +60,11 @@ def export(
     """Write a model as `.onnx` or `.pt2`, after checking that what is written gives what the model gives.
 
     >>> secateur.export(model, torch.randn(1, 3, 64, 64), "small.onnx")  # doctest: +SKIP
-    {'path': 'small.onnx', 'bytes': 1034211, 'difference': 2.4e-07}
+    {'path': 'small.onnx', 'bytes': 1034211, 'difference': 2.4e-07, 'open': {'x': [0]}}
 
     inputs: example inputs of `model.forward`: a tensor, a tuple or a dict. A model that was read from a file keeps the
-    names and the open sizes of its inputs; any other gets an open batch size where its code allows one.
+    names and the open sizes of its inputs; any other gets an open batch size, and an open number of tokens, where its
+    code allows it (`open` in the result says for which dims of which input).
     tolerance: of the outputs, relative to the largest (at least 1); default 1e-4, 1e-2 for half precision. ONNX is run
     in onnxruntime, `.pt2` is read again and run.
 
@@ -78,16 +79,19 @@ def export(
         with torch.no_grad():
             expected = _tensors(_call(model, inputs))
         if path.suffix.lower() == ".onnx":
-            from secateur.exchange.onnx_out import onnx_bytes, run_onnx
+            from secateur.exchange.onnx_out import onnx_bytes, open_sizes, run_onnx
 
             data = onnx_bytes(model, inputs)
-            got = run_onnx(data, inputs)
+            got, free = run_onnx(data, inputs), open_sizes(data)
         else:
-            from secateur.exchange.pt2 import export_program, program_bytes, run_program
+            from secateur.exchange import pt2
 
-            program, _ = export_program(model, inputs)
-            data = program_bytes(program)
-            got = run_program(data, inputs)
+            program = pt2.export_program(model, inputs)
+            data, free = pt2.program_bytes(program), pt2.open_sizes(program)
+            args, kwargs = (
+                model.own_call(inputs) if isinstance(model, pt2.ExportedModule) else as_call(inputs)
+            )
+            got = pt2.run_program(data, args, kwargs)
     finally:
         for module in training:
             module.training = True
@@ -98,7 +102,7 @@ def export(
         tolerance = 1e-4 if full else 1e-2
     worst = largest_difference(got, expected, str(path), tolerance)
     atomic_write_bytes(path, data)
-    return {"path": str(path), "bytes": len(data), "difference": worst}
+    return {"path": str(path), "bytes": len(data), "difference": worst, "open": free}
 
 
 def _call(model: nn.Module, inputs: Inputs) -> Any:

@@ -21,6 +21,7 @@ from secateur.errors import SecateurError
 
 Op = Callable[["Step", "Context", list[Any]], Any]
 OPS: dict[str, Op] = {}
+WHOLE = (int, torch.SymInt)
 FEW = 64
 """Integer lists up to this length are sizes, held as Python numbers; longer ones are tables, held as tensors."""
 
@@ -124,8 +125,12 @@ def tensor(value: Any, c: Context) -> Tensor:
     if any(isinstance(v, bool) for v in flat):
         dtype = torch.bool
     else:
-        dtype = torch.int64 if all(isinstance(v, int) for v in flat) else c.dtype
+        dtype = torch.int64 if all(isinstance(v, WHOLE) for v in flat) else c.dtype
     plain = [float(v) if isinstance(v, float) else v for v in flat]
+    if any(isinstance(v, torch.SymInt) for v in plain):
+        return torch.stack([torch.full((), v, dtype=torch.int64, device=c.device) for v in plain]).reshape(
+            np.shape(value)
+        )
     out = torch.tensor(plain, dtype=dtype, device=c.device)
     return out.reshape(value.shape) if isinstance(value, np.ndarray) else out.reshape(())
 
@@ -169,7 +174,7 @@ for _name, _tensor, _number in UNARY:
 
 
 def _divide(a: Any, b: Any) -> Any:
-    return a // b if isinstance(a, int) and isinstance(b, int) else a / b
+    return a // b if isinstance(a, WHOLE) and isinstance(b, WHOLE) else a / b
 
 
 def _divide_tensors(a: Any, b: Any) -> Tensor:
@@ -252,7 +257,7 @@ def cast(s: Step, c: Context, v: list[Any]) -> Any:
 
 def whole(value: Any) -> int:
     """An int as it is (a traced size stays one), a float cut towards zero."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else int(value)
+    return value if isinstance(value, WHOLE) and not isinstance(value, bool) else int(value)
 
 
 @ops("Identity", "Dropout")
@@ -702,7 +707,7 @@ def constant_of_shape(s: Step, c: Context, v: list[Any]) -> Any:
 @ops("Range")
 def range_(s: Step, c: Context, v: list[Any]) -> Any:
     start, stop, step = (number(x) for x in v)
-    kinds = all(isinstance(n, int) for n in (start, stop, step))
+    kinds = all(isinstance(n, WHOLE) for n in (start, stop, step))
     return torch.arange(start, stop, step, dtype=torch.int64 if kinds else c.dtype, device=c.device)
 
 

@@ -75,7 +75,7 @@ def _by_torch(model: nn.Module, inputs: Inputs) -> Any:
         raise SecateurError("the onnxscript package is missing", where="ONNX", fix=INSTALL) from error
     from secateur.exchange.pt2 import export_program, quiet
 
-    program, _ = export_program(model, inputs)
+    program = export_program(model, inputs)
     try:
         with quiet():
             return torch.onnx.export(program, dynamo=True, verbose=False).model_proto  # type: ignore[union-attr]
@@ -86,6 +86,13 @@ def _by_torch(model: nn.Module, inputs: Inputs) -> Any:
             where="export",
             fix="write .pt2 instead",
         ) from error
+
+
+def open_sizes(data: bytes) -> dict[str, list[int]]:
+    """Input -> the dims whose size is open."""
+    graph = require_onnx().load_model_from_string(data).graph
+    shapes = {i.name: i.type.tensor_type.shape.dim for i in graph.input}
+    return {name: [k for k, dim in enumerate(dims) if not dim.dim_value] for name, dims in shapes.items()}
 
 
 def run_onnx(data: bytes, inputs: Inputs) -> list[Tensor]:

@@ -347,6 +347,14 @@ class ExportedModule(Program):
         spec = self.template.value._out_spec
         return pytree.tree_unflatten(flat_out, spec)
 
+    def own_call(self, inputs: Inputs) -> tuple[Sequence[Any], dict[str, Any]]:
+        """The inputs as the arguments and keywords that the program itself was exported with."""
+        args, kwargs = as_call(inputs)
+        flat = [v for v in pytree.tree_leaves(args) if isinstance(v, Tensor)]
+        given = dict(zip((s.name for s in self.specs), self.bind(flat, kwargs), strict=True))
+        order = [given.get(name, self.fixed.get(name)) for name in self.order]
+        return pytree.tree_unflatten(order, self.template.value._in_spec)
+
     def to_graph(self) -> GraphModule:
         """The program's own graph with this module's tensors and sizes."""
         graph = copy.deepcopy(self.template.value)
@@ -411,27 +419,59 @@ def _get(root: Any, path: str) -> Any:
 # --- out
 
 
-def export_program(model: nn.Module, inputs: Inputs, dynamic: bool = True) -> tuple[ExportedProgram, bool]:
-    """`torch.export.export` of a module, with an open batch size where the module allows it; and whether it does.
+def export_program(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """`torch.export.export` of a module, with as many open sizes as the module allows.
 
-    A program keeps the open sizes of its file. Raises `SecateurError` where torch.export cannot follow the model.
+    A model that was read from a file keeps the open sizes of its file. Any other is tried with open batch and, where
+    integers go in, token sizes, then with an open batch size, then with the sizes of `inputs`.
+    Raises `SecateurError` where torch.export cannot follow the model.
     """
     if isinstance(model, ExportedModule):
-        return _export_again(model, inputs), True
+        return _export_again(model, inputs)
     args, kwargs = as_call(inputs)
-    leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    batch = leaves[0].shape[0] if leaves and leaves[0].dim() else None
+    if isinstance(model, Program):
+        args, kwargs = tuple(model.bind(args, kwargs)), {}
+        wanted = [{k for k, n in enumerate(spec.shape) if not isinstance(n, int)} for spec in model.specs]
+        tries = [wanted, [{0} & dims for dims in wanted]]
+    else:
+        leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
+        batch = leaves[0].shape[0] if leaves else 0
+        first = [{0} if t.shape[0] == batch else set() for t in leaves]
+        tokens = [
+            {*dims, 1} if t.dim() == 2 and not t.is_floating_point() else dims
+            for t, dims in zip(leaves, first, strict=True)
+        ]
+        tries = [tokens, first]
     with _plain_signature(model), _without_cache(model):
-        if dynamic and batch is not None:
-            wide = pytree.tree_map(lambda t: _widen(t, batch), (args, kwargs))
-            shapes = pytree.tree_map(lambda t: _batch_dim(t, batch), (args, kwargs))
-            shapes = shapes[1] if kwargs and not args else (*shapes[0], *shapes[1].values())
-            with contextlib.suppress(Exception):
-                return _export(model, wide[0], wide[1], shapes), True
+        for dims in (tries[0], *[t for t in tries[1:] if t != tries[0]]):
+            if any(dims):
+                with contextlib.suppress(Exception):
+                    return _export_open(model, args, kwargs, dims)
         try:
-            return _export(model, args, kwargs, None), False
+            return _export(model, args, kwargs, None)
         except Exception as error:
             raise _refused(error) from error
+
+
+def _export_open(model: nn.Module, args: Any, kwargs: Any, dims: Sequence[set[int]]) -> ExportedProgram:
+    """Export with these dims of the tensors open. A size of one would count as fixed: it is doubled."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    wide: list[Any] = []
+    shapes: list[Any] = []
+    left = list(dims)
+    for value in leaves:
+        own = left.pop(0) if isinstance(value, Tensor) and value.dim() else set()
+        for k in own:
+            value = torch.cat([value, value], k) if value.shape[k] == 1 else value
+        wide.append(value)
+        shapes.append({k: Dim.DYNAMIC for k in own} or None)
+    (args, kwargs), (in_args, in_kwargs) = (
+        pytree.tree_unflatten(wide, spec),
+        pytree.tree_unflatten(shapes, spec),
+    )
+    return _export(
+        model, args, kwargs, in_kwargs if in_kwargs and not in_args else (*in_args, *in_kwargs.values())
+    )
 
 
 def _refused(error: Exception) -> SecateurError:
@@ -448,35 +488,13 @@ def _export(model: nn.Module, args: Any, kwargs: Any, shapes: Any) -> ExportedPr
         return torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False)
 
 
-def _widen(value: Any, batch: int) -> Any:
-    """At least two samples: a size of one counts as fixed."""
-    if isinstance(value, Tensor) and value.dim() and value.shape[0] == batch == 1:
-        return torch.cat([value, value])
-    return value
-
-
-def _batch_dim(value: Any, batch: int) -> Any:
-    return {0: Dim.DYNAMIC} if isinstance(value, Tensor) and value.dim() and value.shape[0] == batch else None
-
-
 def _export_again(model: ExportedModule, inputs: Inputs) -> ExportedProgram:
-    graph = model.to_graph()
-    args, kwargs = as_call(inputs)
-    flat = [v for v in pytree.tree_leaves(args) if isinstance(v, Tensor)]
-    given = dict(zip((s.name for s in model.specs), model.bind(flat, kwargs), strict=True))
-    shapes: dict[str, Any] = {}
-    for spec in model.specs:
-        open_ = [k for k, n in enumerate(spec.shape) if not isinstance(n, int)]
-        shapes[spec.name] = {k: Dim.DYNAMIC for k in open_} or None
-        for k in open_:
-            if given[spec.name].shape[k] == 1:
-                given[spec.name] = torch.cat([given[spec.name]] * 2, k)
-    order = [given.get(name, model.fixed.get(name)) for name in model.order]
-    wanted = [shapes.get(name) for name in model.order]
-    inner_args, inner_kwargs = pytree.tree_unflatten(order, graph._in_spec)
-    shape_args, shape_kwargs = pytree.tree_unflatten(wanted, graph._in_spec)
+    args, kwargs = model.own_call(inputs)
+    dims = [
+        {k for k, n in enumerate(spec.shape) if not isinstance(n, int)} for spec in model.specs if spec.shape
+    ]
     try:
-        return _export(graph, inner_args, inner_kwargs, (*shape_args, *shape_kwargs.values()))
+        return _export_open(model.to_graph(), args, kwargs, dims)
     except Exception as error:
         raise _refused(error) from error
 
@@ -543,10 +561,22 @@ def program_bytes(program: ExportedProgram) -> bytes:
     return buffer.getvalue()
 
 
-def run_program(data: bytes, inputs: Inputs) -> list[Tensor]:
+def run_program(data: bytes, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     """The outputs of a written program, read again."""
-    with _weights_only():
+    with _weights_only(), quiet():
         module = torch.export.load(io.BytesIO(data)).module()
-    args, kwargs = as_call(inputs)
     with torch.no_grad():
         return [t for t in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(t, Tensor)]
+
+
+def open_sizes(program: ExportedProgram) -> dict[str, list[int]]:
+    """Input -> the dims whose size is open."""
+    named = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
+    shapes = {
+        n: v.shape
+        for n, v in named.items()
+        if n in program.graph_signature.user_inputs and isinstance(v, Tensor)
+    }
+    return {
+        n: [k for k, size in enumerate(shape) if not isinstance(size, int)] for n, shape in shapes.items()
+    }

@@ -189,6 +189,41 @@ def test_a_pruned_module_goes_to_both_formats(name, tmp_path):
     assert_close(ort(tmp_path / "small.onnx", [x[:1] for x in inputs])[0], expected[:1])
 
 
+def test_a_language_model_keeps_its_keyword_and_open_tokens(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    file = tmp_path / "llama.pt2"
+    done = export(model, {"input_ids": torch.arange(12)[None]}, file)
+    assert done["open"] == {"input_ids": [0, 1]} and model.config.use_cache
+    read = load_file(file)
+    example = read.example_inputs("1,9")
+    pruned = secateur.prune(read, example, **SETTINGS)
+    assert pruned.report["after"]["params"] < pruned.report["before"]["params"]
+    export(pruned.model, example, tmp_path / "small.pt2")
+    longer = torch.randint(0, 40, (3, 17))
+    small = torch.export.load(tmp_path / "small.pt2").module()
+    with torch.no_grad():
+        assert_close(small(input_ids=longer)["logits"], pruned.model(longer)["logits"])
+
+
+def test_an_onnx_file_becomes_a_program_with_its_open_batch(files, tmp_path):
+    file, model, inputs = files("vit", ".onnx")
+    done = export(load_file(file), tuple(x[:1] for x in inputs), tmp_path / "vit.pt2")
+    assert done["open"] == {"x": [0]}
+    with torch.no_grad():
+        assert_close(torch.export.load(tmp_path / "vit.pt2").module()(*inputs), model(*inputs))
+
+
 def test_a_dynamo_file_is_cut_along_the_groups_of_its_module(tmp_path):
     """The exporter stores all sizes and zero biases once; layers must be cut apart all the same."""
     model, inputs, _ = built("vit")
