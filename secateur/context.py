@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.budget import Competitor, Target, build_path, follow
+from secateur.budget import Competitor, Step, Target, build_path, follow
 from secateur.checkpoint import Checkpoint
 from secateur.errors import SecateurError
 from secateur.families.blocks import Matrix, find_matrices
-from secateur.graph import Graph, Group, trace
+from secateur.graph import Graph, Group, Slice, trace
 from secateur.inputs import Inputs, call, describe
 from secateur.method import Method, Objective, UnitMethod, seeded
 from secateur.plan import Plan
 from secateur.stats.collect import collect
 from secateur.stats.layer import LayerStats
 from secateur.stats.stream import Block, stream
+from secateur.stats.windows import draw_windows
 
 COARSE = ("heads", "kv_groups", "experts", "layers")
 """Kinds whose units are few and large: `round_to` leaves them alone."""
@@ -34,7 +36,7 @@ class Context:
     model: nn.Module
     method: Method
     target: Target
-    inputs: Inputs
+    inputs: Inputs | None
     data: Any = None
     seed: int = 0
     allocation: str | None = None
@@ -56,7 +58,14 @@ class Context:
 
     @cached_property
     def graph(self) -> Graph:
-        return trace(self.model, self.inputs)
+        return trace(self.model, self.example)
+
+    @property
+    def example(self) -> Inputs:
+        """The example inputs; raises `SecateurError` when there are none."""
+        if self.inputs is None:
+            raise SecateurError("it needs example inputs", where=self.method.name, fix="pass inputs=")
+        return self.inputs
 
     @cached_property
     def matrices(self) -> dict[str, Matrix]:
@@ -111,19 +120,25 @@ class Context:
     def _collected(self) -> dict[frozenset[str], dict[str, LayerStats]]:
         return {}
 
-    def stats(self, needs: Iterable[str] | None = None) -> dict[str, LayerStats]:
-        """Statistics of every matrix of the dense model, gathered once: parameter name -> LayerStats."""
+    def stats(
+        self, needs: Iterable[str] | None = None, *, data: Any = None, loss: Objective | None = None
+    ) -> dict[str, LayerStats]:
+        """Statistics of every matrix of the dense model, gathered once: parameter name -> LayerStats.
+
+        With `data` they are those of these inputs, gathered anew; `loss` is then differentiated instead of the run's.
+        """
         wanted = frozenset(needs if needs is not None else self.method.needs)
-        if wanted not in self._collected:
-            self._collected[wanted] = collect(
-                self.model,
-                self.require_data(),
-                wanted,
-                self.matrices,
-                loss=self.loss,
-                progress=self.progress,
+        if data is not None:
+            return collect(
+                self.model, data, wanted, self.matrices, loss=loss or self.loss, progress=self.progress
             )
+        if wanted not in self._collected:
+            self._collected[wanted] = self.stats(wanted, data=self.require_data())
         return self._collected[wanted]
+
+    def draw(self, count: int, length: int, *parts: object) -> Any:
+        """`count` windows of `length` tokens of the calibration data (`draw_windows`); `parts` name the draw."""
+        return draw_windows(self.require_data(), count, length, self.generator(*parts))
 
     def stream(
         self, needs: Iterable[str] | None = None, *, propagate: bool = True, skip: int = 0
@@ -143,6 +158,33 @@ class Context:
     def remember(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of a finished step, from disk where an earlier, killed run got that far."""
         return self.checkpoint.remember(f"round-{self.round}-{key}", compute)
+
+    # What units are made of
+
+    def coupled(
+        self, group: Group, roles: tuple[str, ...] = ("out", "in"), kinds: tuple[str, ...] | None = None
+    ) -> list[tuple[Slice, Matrix]]:
+        """The group's slices of weight matrices, each with its matrix (of these kinds); biases and norms are none."""
+        found = [
+            (s, self.matrices[s.name]) for s in group.slices if s.role in roles and s.name in self.matrices
+        ]
+        return [(s, matrix) for s, matrix in found if kinds is None or matrix.kind in kinds]
+
+    def all_coupled(self) -> dict[str, list[tuple[Slice, Matrix]]]:
+        """`coupled` by group name; groups without matrices are left out.
+
+        Raises `SecateurError` when no group has any.
+        """
+        found = {group.name: pairs for group in self.groups if (pairs := self.coupled(group))}
+        if not found:
+            raise SecateurError("no weight matrix leaves with its units", where=self.groups[0].name)
+        return found
+
+    def unit_weights(self, group: Group) -> int:
+        """How many weights leave with one unit (biases and norms not counted)."""
+        shapes = self.graph.shapes
+        counted = [s for s in group.slices if s.role in ("out", "in")]
+        return sum(s.index.shape[1] * prod(shapes[s.name]) // shapes[s.name][s.dim] for s in counted)
 
     # Dividing a budget over units
 
@@ -223,13 +265,13 @@ class Context:
         """Median seconds of one forward of the really cut model on the example inputs."""
         from copy import deepcopy
 
-        from secateur.measure import forward_seconds
+        from secateur.measure import latency
         from secateur.surgery import cut_units
 
         model = deepcopy(self.model)
         if keep:
             cut_units(model, self.graph, keep)
-        return forward_seconds(model, self.inputs)
+        return latency(model, self.example)
 
     def allocate(self, scores: Mapping[str, Tensor], allocation: str | None = None) -> dict[str, Tensor]:
         """Kept units per group: the scores' order, divided so that the target is met exactly and never exceeded."""
@@ -239,9 +281,27 @@ class Context:
         if self.target.kind == "share" and isinstance(method, UnitMethod) and method.share_of == "units":
             return self._share_of_units(groups, allocation)
         path = build_path(groups, allocation or self.allocation or method.allocation)
+        return self.follow(groups, path)
+
+    def follow(
+        self,
+        groups: Sequence[Competitor],
+        path: Sequence[Step],
+        new: Callable[[Mapping[str, Tensor]], int] | None = None,
+    ) -> dict[str, Tensor]:
+        """Kept units where a path of the method's own first meets the target (`budget.follow`).
+
+        new: how many parameters the method adds, given the kept units; they count where the target bounds parameters
+        or bytes.
+        """
         cost, limit = self.cost()
+        each = {"params": 1, "size": next(self.model.parameters()).element_size()}.get(self.target.kind, 0)
+
+        def with_new(keep: Mapping[str, Tensor]) -> float:
+            return cost(keep) + each * new(keep) if new and each else cost(keep)
+
         return follow(
-            groups, path, cost, limit, refill=self.target.kind != "latency", describe=self._describe
+            groups, path, with_new, limit, refill=self.target.kind != "latency", describe=self._describe
         )
 
     def _share_of_units(self, groups: list[Competitor], allocation: str | None) -> dict[str, Tensor]:
@@ -281,7 +341,7 @@ class Context:
 
     def forward(self, inputs: Inputs | None = None) -> Any:
         with torch.no_grad():
-            return call(self.model, self.inputs if inputs is None else inputs)
+            return call(self.model, self.example if inputs is None else inputs)
 
     def make_plan(
         self,

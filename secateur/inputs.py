@@ -48,7 +48,7 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Any]) -> Any:
     return value
 
 
-def describe(inputs: Inputs) -> Any:
+def describe(inputs: Inputs | None) -> Any:
     """A JSON-able description from which like inputs can be made: shapes, dtypes, no values."""
     return map_tensors(
         inputs, lambda t: {"tensor": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}

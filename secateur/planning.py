@@ -169,8 +169,8 @@ def plan_weights(method: WeightMethod, context: Context, run: Run) -> Plan:
     plan = context.make_plan(notes={"weights": DENSE_NOTE})
     order = sorted({matrix.block for matrix in matrices.values()})
     done = 0
-    for block in order:
-        found = run.checkpoint.load(f"round-{context.round}-block-{block}")
+    for index in order:
+        found = run.checkpoint.load(f"round-{context.round}-block-{index}")
         if found is None:
             break
         _install(run, matrices, found, masks, plan)

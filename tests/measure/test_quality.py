@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from secateur.data.choices import Item
+from secateur.data.text import sample_from
 from secateur.errors import SecateurError
 from secateur.measure import accuracy, measure, perplexity
 from secateur.measure.quality import encode_pairs, loglikelihood
-from secateur.data.choices import Item
-from secateur.data.text import sample_from
 
 
 class Letters:

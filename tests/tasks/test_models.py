@@ -10,11 +10,11 @@ import torch
 from test_gguf import TOKENS, write_gguf
 from torch import nn
 
+from secateur.data.text import encode, load_text
 from secateur.errors import SecateurError
 from secateur.files import require_data
 from secateur.measure import perplexity
 from secateur.tasks import load_model, models
-from secateur.data.text import encode, load_text
 
 
 @pytest.mark.slow
