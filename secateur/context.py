@@ -55,6 +55,8 @@ class Context:
     """Units that an earlier round of an iterative schedule removed (bool per unit); they leave first."""
     scores: dict[str, Tensor] = field(default_factory=dict)
     """The scores that the budget was divided by, for the report."""
+    limit: float | None = None
+    """Seconds that a latency target came to."""
 
     @cached_property
     def graph(self) -> Graph:
@@ -254,7 +256,8 @@ class Context:
                 dense_bytes
             )
         if kind == "latency":
-            return self._latency, self.target.limit(self._latency({}))
+            self.limit = self.target.limit(self._latency({}))
+            return self._latency, self.limit
         raise SecateurError(
             f"{self.method.name} removes whole units",
             where=f"target {self.target}",

@@ -67,6 +67,7 @@ class Run:
     announce: Callable[[str], None] | None = None
     refused: dict[str, str] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
+    limit: float | None = None
     skipped: dict[str, str] = field(default_factory=dict)
 
     def context(self, target: Target, round_: int = 0) -> Context:
@@ -124,7 +125,7 @@ class Run:
                         name: _complement(units, graph[name].size) for name, units in merged.keep.items()
                     }
                 plan = self.method.plan(context)
-                self.scores = context.scores
+                self.scores, self.limit = context.scores, context.limit
                 failures = self._prove(graph, plan) if self.options.prove else {}
                 if not failures:
                     break

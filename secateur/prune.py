@@ -21,7 +21,7 @@ from secateur.errors import SecateurError
 from secateur.files import cache_dir
 from secateur.graph import Graph, trace
 from secateur.inputs import Inputs, default_inputs, from_description
-from secateur.measure import measure
+from secateur.measure import latency, measure
 from secateur.method import Method, Objective, UnitMethod, WeightMethod, make_method
 from secateur.options import Options
 from secateur.plan import Plan
@@ -172,6 +172,10 @@ def prune(
     working.train(training)
     checkpoint.remove()
     report = _report(chosen, goal, options, seed, before, after, plan, graph, run)
+    if run.limit is not None and inputs is not None:
+        seconds = latency(working, inputs)
+        report["latency"] = {"limit_seconds": run.limit, "after_seconds": seconds}
+        report["met"] = seconds <= run.limit
     report["seconds"] = time.perf_counter() - started
     return Pruned(
         model=working,
