@@ -342,7 +342,7 @@ def prune(model: str, **given: Any) -> None:
         report |= {"model": model, "out": out, "command": shlex.join(["secateur", *_argv])}
         report["versions"] = library_versions()
         if out:
-            report["export"] = write_model(pruned, inputs, out)
+            write_model(pruned, inputs, out)
             print(f"model: {out}", file=sys.stderr)
         if page:
             scores = {name: values.tolist() for name, values in pruned.scores.items()}
@@ -354,15 +354,16 @@ def prune(model: str, **given: Any) -> None:
 _argv: list[str] = []
 
 
-def write_model(pruned: Any, inputs: Any, out: str) -> dict[str, Any] | None:
-    """Save a pruned model as a folder, or as a checked .onnx or .pt2 file; says what was checked."""
+def write_model(pruned: Any, inputs: Any, out: str) -> None:
+    """Save a pruned model as a folder, or as an .onnx or .pt2 file; the report says how that was checked."""
     from secateur.exchange import export, is_exchange
     from secateur.inputs import default_inputs
 
-    if not is_exchange(out):
+    if is_exchange(out):
+        inputs = default_inputs(pruned.model) if inputs is None else inputs
+        pruned.report["export"] = export(pruned.model, inputs, out)
+    else:
         pruned.save(Path(out).expanduser())
-        return None
-    return export(pruned.model, default_inputs(pruned.model) if inputs is None else inputs, out)
 
 
 def check_file_model(model: str, out: str | None) -> None:
@@ -531,12 +532,15 @@ def plan_apply(plan: str, model: str, **given: Any) -> None:
     import copy
 
     from secateur.artefact import save_model
+    from secateur.exchange import export, is_exchange
+    from secateur.inputs import default_inputs
     from secateur.measure import measure as run
     from secateur.plan import Plan
     from secateur.prune import apply_plan
     from secateur.report.terminal import print_report
 
     check_new_folder(given["out"])
+    check_file_model(model, given["out"])
     check_measurement(given)
     decided = Plan.load(Path(plan).expanduser())
     with quiet_stdout():
@@ -557,7 +561,11 @@ def plan_apply(plan: str, model: str, **given: Any) -> None:
         rows = decided.summary()
         report["groups"] = [{**row, "reason": None} for row in rows if row["kind"] != "weights"]
         report["weights"] = [row for row in rows if row["kind"] == "weights"]
-        if given["out"]:
+        if is_exchange(given["out"]):
+            report["export"] = export(
+                network, default_inputs(network) if inputs is None else inputs, given["out"]
+            )
+        elif given["out"]:
             save_model(
                 network,
                 Path(given["out"]).expanduser(),

@@ -351,6 +351,17 @@ def test_an_open_size_has_to_be_given(tmp_path):
         assert_close(ort(tmp_path / "small.onnx", inputs)[0], first(pruned.model(*inputs)))
 
 
+def test_a_plan_is_applied_to_a_file(files, tmp_path, capsys):
+    file, _, inputs = files("resnet", ".onnx")
+    pruned = secateur.prune(load_file(file), **SETTINGS)
+    pruned.plan.save(tmp_path)
+    small = tmp_path / "small.onnx"
+    assert main(["plan", "apply", str(tmp_path), str(file), "--out", str(small), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["after"]["params"] == pruned.report["after"]["params"]
+    with torch.no_grad():
+        assert_close(ort(small, inputs)[0], pruned.model(*inputs))
+
+
 def test_a_file_that_would_differ_is_not_written(tmp_path, monkeypatch):
     model = load_file(two_layers(tmp_path / "two.onnx"))
     from secateur.exchange import onnx_out
