@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.select import top_k
 
 ALLOCATIONS = ("uniform", "global", "per-kind", "owl")
 FORMS = "50%, params<=100e6, macs<=50%, size<=200MB, latency<=8ms, 2:4 or tokens=64"
@@ -216,6 +217,25 @@ def build_path(groups: Sequence[Competitor], allocation: str = "uniform") -> lis
     return [step for *_, step in keyed]
 
 
+def paced_path(pools: Iterable[tuple[float, Sequence[Competitor]]], allocation: str = "global") -> list[Step]:
+    """One path out of several pools of groups, each (pace, groups): by the share that left, times the pace.
+
+    Half of the units of a pool with pace 2 are gone when all of a pool with pace 1 are. Within a pool the order is
+    that of `build_path`.
+
+    >>> a, b = (Competitor(name, "neurons", torch.arange(4.0)) for name in "ab")
+    >>> [step[0] for step in paced_path([(2.0, [a]), (1.0, [b])])]
+    [('b', 0), ('a', 0), ('b', 1), ('b', 2), ('a', 1), ('a', 2)]
+    """
+    keyed: list[tuple[float, Step]] = []
+    for pace, groups in pools:
+        gone, total = 0, sum(group.size for group in groups)
+        for step in build_path(groups, allocation):
+            keyed.append((pace * (gone + len(step) / 2) / total, step))
+            gone += len(step)
+    return [step for _, step in sorted(keyed, key=lambda item: item[0])]
+
+
 def kept_after(groups: Sequence[Competitor], steps: Iterable[Step]) -> dict[str, Tensor]:
     """Sorted kept units per group once `steps` have left."""
     gone: dict[str, set[int]] = {group.name: set() for group in groups}
@@ -279,3 +299,69 @@ def follow(
             else:
                 closed.add(owners)
     return kept_after(groups, left)
+
+
+# Published cuts: thresholds and roundings as papers have them, near the budget instead of at it
+
+
+def cut_at(scores: Sequence[Tensor], costs: Sequence[float], share: float) -> list[Tensor]:
+    """Bool masks of what stays above one threshold for all, units weighed by what they cost.
+
+    >>> cut_at([torch.tensor([2.0, -1.0]), torch.tensor([1.5, 0.3, 0.1])], [4, 1], 0.6)
+    [tensor([ True, False]), tensor([ True,  True, False])]
+
+    Units in falling order; the cut lies where their cumulative cost is nearest to `share` of the whole, the first of
+    equals; the unit at the cut leaves too, and whatever ties with it. FLAP, arXiv 2312.11983. Spec: weight-baselines, 12.
+    """
+    values = torch.cat([s.double() for s in scores])
+    cost = torch.cat([torch.full((len(s),), float(c), dtype=torch.float64) for s, c in zip(scores, costs)])
+    ordered, order = values.sort(descending=True, stable=True)
+    distance = (cost[order].cumsum(0) - share * cost.sum()).abs()
+    return [s.double() > ordered[distance.argmin()] for s in scores]
+
+
+def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Bool masks of what leaves: scores at most the `count`-th smallest of all, ties included; none for a count of 0.
+
+    >>> lowest([torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.0])], 2)
+    [tensor([False,  True]), tensor([False,  True])]
+    """
+    if count == 0:
+        return [torch.zeros_like(s, dtype=torch.bool) for s in scores]
+    threshold = torch.cat([*scores]).kthvalue(count).values
+    return [s <= threshold for s in scores]
+
+
+def at_least(kept: Tensor, scores: Tensor, floor: int) -> Tensor:
+    """The mask of what stays, or the `floor` best where it keeps fewer (1 at least).
+
+    >>> at_least(torch.tensor([False, False]), torch.tensor([1.0, 2.0]), 1)
+    tensor([False,  True])
+    """
+    floor = max(1, floor)
+    return kept if int(kept.sum()) >= floor else top_k(scores, floor)
+
+
+def spare_last(gone: Tensor) -> Tensor:
+    """The mask of what leaves without the last unit, should all leave. NIRVANA, arXiv 2509.14230.
+
+    >>> spare_last(torch.tensor([True, True]))
+    tensor([ True, False])
+    """
+    return gone & (torch.arange(len(gone)) < len(gone) - 1) if gone.all() else gone
+
+
+def spare_to_multiple(scores: Tensor, gone: Tensor, multiple: int = 8) -> Tensor:
+    """The mask of what leaves without its best, so that a multiple of units stays; nothing leaves if that takes all.
+
+    >>> spare_to_multiple(torch.tensor([4.0, 1.0, 2.0, 3.0]), torch.tensor([False, True, True, True]), 2)
+    tensor([False,  True,  True, False])
+
+    NIRVANA, arXiv 2509.14230. Spec: nirvana, step 9.
+    """
+    candidates = int(gone.sum())
+    kept = len(gone) - candidates
+    need = max(multiple, -(-kept // multiple) * multiple) - kept
+    if need >= candidates:
+        return torch.zeros_like(gone)
+    return gone & ~top_k(scores.masked_fill(~gone, -torch.inf), need)

@@ -40,6 +40,18 @@ class Method:
     allocation: ClassVar[str] = "uniform"
     """How a share is divided over layers when the caller doesn't say: uniform, global, owl, per-kind."""
 
+    def __post_init__(self) -> None:
+        """Refuses a value that isn't among its field's `metadata["choices"]`."""
+        for item in dataclasses.fields(self):
+            known, value = item.metadata.get("choices"), getattr(self, item.name)
+            if known and value not in known:
+                listed = list(map(str, known))
+                raise SecateurError(
+                    f"there is no {item.name} {value!r}",
+                    where=self.name,
+                    fix=" or ".join(listed) if len(listed) == 2 else f"one of {', '.join(listed)}",
+                )
+
     @property
     def hyperparameters(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -82,8 +94,8 @@ class WeightMethod(Method):
 class UnitMethod(Method):
     """Removes whole units (heads, neurons, channels, layers): smaller dense tensors.
 
-    Write `score`, and `repair` when what is left is corrected in closed form; override `plan` when the method
-    divides the budget itself.
+    Write `score` (or `scores`, when one pass gives those of all groups), and `repair` when what is left is corrected in
+    closed form; override `plan` when the method divides the budget itself.
     """
 
     kinds: ClassVar[tuple[str, ...] | None] = None
@@ -95,14 +107,17 @@ class UnitMethod(Method):
         """[units], higher = keep."""
         raise TypeError(f"{type(self).__name__} must define score")
 
+    def scores(self, context: Context) -> dict[str, Tensor]:
+        """`score` by group name."""
+        return {group.name: self.score(group, context) for group in context.groups}
+
     def repair(self, context: Context, keep: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Tensors (at their dense shape, by name) that replace the model's before the cut."""
         return {}
 
     def plan(self, context: Context) -> Plan:
         """Scores -> budget -> kept units -> repaired tensors."""
-        scores = {group.name: self.score(group, context) for group in context.groups}
-        keep = context.allocate(scores)
+        keep = context.allocate(self.scores(context))
         return context.make_plan(keep=keep, values=self.repair(context, keep))
 
 

@@ -60,6 +60,13 @@ class Matrix:
     def parameter(self) -> Tensor:
         return getattr(self.module, self.attribute)
 
+    @property
+    def bias(self) -> tuple[str, Tensor | None]:
+        """The name of the bias that belongs to it, and the bias where there is one: `weight` has `bias`."""
+        own = self.attribute
+        attribute = own.replace("weight", "bias") if "weight" in own else f"{own}_bias"
+        return f"{self.path}.{attribute}".lstrip("."), getattr(self.module, attribute, None)
+
     def weight(self) -> Tensor:
         """[out, in], detached; a view of the parameter where the layout allows."""
         return self.fold(self.parameter.detach())

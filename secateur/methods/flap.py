@@ -11,21 +11,20 @@ loses its last unit. Tokens count alike, whatever the length of their sequence.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from secateur.budget import Competitor, build_path, follow
-from secateur.context import Context
+from secateur.budget import at_least, build_path, cut_at
+from secateur.context import Context, Matrix
 from secateur.errors import SecateurError
 from secateur.graph import Group, Slice
 from secateur.method import UnitMethod, register
 from secateur.plan import Plan
-from secateur.select import top_k
 from secateur.taxonomy import MethodInfo
 
 
@@ -49,19 +48,6 @@ def compensation(weight: Tensor, mean: Tensor, gone: Tensor) -> Tensor:
     return weight.float() @ (mean.float() * gone)
 
 
-def cut_at(scores: Sequence[Tensor], costs: Sequence[float], share: float) -> list[Tensor]:
-    """The published threshold: bool masks of what stays.
-
-    Units in falling order; the cut lies where their cumulative cost is nearest to `share` of the whole, the first of
-    equals; the unit at the cut leaves too, and whatever ties with it.
-    """
-    values = torch.cat([s.double() for s in scores])
-    cost = torch.cat([torch.full((len(s),), float(c), dtype=torch.float64) for s, c in zip(scores, costs)])
-    ordered, order = values.sort(descending=True, stable=True)
-    distance = (cost[order].cumsum(0) - share * cost.sum()).abs()
-    return [s.double() > ordered[distance.argmin()] for s in scores]
-
-
 @register
 @dataclass
 class Flap(UnitMethod):
@@ -74,7 +60,11 @@ class Flap(UnitMethod):
 
     compensate: bool = field(default=True, metadata={"help": "add the removed units' mean output as a bias"})
     rounding: str = field(
-        default="exact", metadata={"help": "exact: meets the budget; paper: the published threshold"}
+        default="exact",
+        metadata={
+            "help": "exact: meets the budget; paper: the published threshold",
+            "choices": ("exact", "paper"),
+        },
     )
 
     kinds: ClassVar[tuple[str, ...] | None] = ("heads", "kv_groups", "neurons")
@@ -89,10 +79,7 @@ class Flap(UnitMethod):
         speedup="univ",
         when="PAT-PT",
         criteria="ACT",
-        order="shot",
         data="calib",
-        start="pre",
-        recovery="none",
         scope="glob",
         models="llm",
         budget_unit="params",
@@ -102,15 +89,8 @@ class Flap(UnitMethod):
         description="Fluctuation of the inputs, ranked globally, with a bias for what left.",
     )
 
-    def __post_init__(self) -> None:
-        if self.rounding not in ("exact", "paper"):
-            raise SecateurError(f"there is no rounding {self.rounding!r}", where="flap", fix="exact or paper")
-
     def plan(self, context: Context) -> Plan:
-        scores = context.remember(
-            "scores",
-            lambda: {g.name: self.score(g, context) for g in context.groups if readers(g, context)},
-        )
+        scores = context.remember("scores", partial(self.scores, context))
         if not scores:
             raise SecateurError(
                 "no linear layer reads their units", where=f"flap, {context.groups[0].name}, ..."
@@ -118,76 +98,52 @@ class Flap(UnitMethod):
         keep = self.divide(context, scores)
         return context.make_plan(keep=keep, values=self.repair(context, keep))
 
+    def scores(self, context: Context) -> dict[str, Tensor]:
+        return {g.name: self.score(g, context) for g in context.groups if readers(g, context)}
+
     def score(self, group: Group, context: Context) -> Tensor:
-        found = [
-            unit_metric(wifv(weight, context.stats()[s.name].input_var), s.index, group.kind != "neurons")
-            for s, weight in readers(group, context)
-        ]
+        found = []
+        for s, matrix in readers(group, context):
+            metric = wifv(matrix.weight(), context.stats()[s.name].input_var)
+            found.append(unit_metric(metric, s.index, attention=group.kind != "neurons"))
         return torch.stack(found).mean(0)
 
     def divide(self, context: Context, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Kept units of every group."""
         groups = context.competitors(scores)
-        if self.rounding == "paper":
-            of = {group.name: unit_weights(group, context.graph.shapes) for group in context.groups}
-            masks = cut_at([g.scores for g in groups], [of[g.name] for g in groups], context.share)
-            return {g.name: _at_least(mask, g) for g, mask in zip(groups, masks)}
-        path = build_path(groups, context.allocation or self.allocation)
-        cost, limit = context.cost()
-        each = {"params": 1, "size": next(context.model.parameters()).element_size()}.get(
-            context.target.kind, 0
-        )
+        if self.rounding == "exact":
+            path = build_path(groups, context.allocation or self.allocation)
+            return context.follow(groups, path, new=partial(self.new_biases, context))
+        costs = {group.name: context.unit_weights(group) for group in context.groups}
+        masks = cut_at([g.scores for g in groups], [costs[g.name] for g in groups], context.share)
+        return {
+            g.name: at_least(mask, g.scores, g.floor).nonzero().squeeze(1) for g, mask in zip(groups, masks)
+        }
 
-        def with_biases(keep: Mapping[str, Tensor]) -> float:
-            return cost(keep) + (each * self._new_parameters(context, keep) if each else 0)
+    def cut_readers(
+        self, context: Context, keep: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Group, Slice, Matrix]]:
+        """The layers whose bias makes up for what left."""
+        for group in context.groups if self.compensate else []:
+            if len(keep.get(group.name, range(group.size))) < group.size:
+                yield from ((group, s, matrix) for s, matrix in readers(group, context))
 
-        return follow(groups, path, with_biases, limit, refill=context.target.kind != "latency")
-
-    def _new_parameters(self, context: Context, keep: Mapping[str, Tensor]) -> int:
-        cut = [
-            group
-            for group in context.groups
-            if self.compensate and len(keep.get(group.name, range(group.size))) < group.size
-        ]
-        return sum(
-            w.shape[0] for g in cut for s, w in readers(g, context) if _bias(context, s.name)[1] is None
-        )
+    def new_biases(self, context: Context, keep: Mapping[str, Tensor]) -> int:
+        return sum(m.shape[0] for _, _, m in self.cut_readers(context, keep) if m.bias[1] is None)
 
     def repair(self, context: Context, keep: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         biases: dict[str, Tensor] = {}
-        for group in context.groups if self.compensate else []:
-            if len(keep.get(group.name, range(group.size))) == group.size:
-                continue
+        for group, s, matrix in self.cut_readers(context, keep):
             left = torch.ones(group.size, dtype=torch.bool)
             left[keep[group.name]] = False
-            for s, weight in readers(group, context):
-                gone = torch.zeros(weight.shape[1], dtype=torch.bool)
-                gone[s.index[left].flatten()] = True
-                name, bias = _bias(context, s.name)
-                added = compensation(weight, context.stats()[s.name].input_mean, gone.to(weight.device))
-                biases[name] = (added if bias is None else added + bias.detach().float()).to(weight.dtype)
+            gone = torch.zeros(matrix.shape[1], dtype=torch.bool)
+            gone[s.index[left].flatten()] = True
+            weight, (name, bias) = matrix.weight(), matrix.bias
+            added = compensation(weight, context.stats()[s.name].input_mean, gone.to(weight.device))
+            biases[name] = (added if bias is None else added + bias.detach().float()).to(weight.dtype)
         return biases
 
 
-def readers(group: Group, context: Context) -> list[tuple[Slice, Tensor]]:
-    """(slice, weight [out, in]) of the linear layers that read the group's units."""
-    matrices = [
-        (s, context.matrices[s.name]) for s in group.slices if s.role == "in" and s.name in context.matrices
-    ]
-    return [(s, matrix.weight()) for s, matrix in matrices if matrix.kind in ("linear", "conv1d")]
-
-
-def unit_weights(group: Group, shapes: Mapping[str, Sequence[int]]) -> int:
-    """How many weights leave with one unit (biases and norms not counted)."""
-    counted = [s for s in group.slices if s.role in ("out", "in")]
-    return sum(s.index.shape[1] * math.prod(shapes[s.name]) // shapes[s.name][s.dim] for s in counted)
-
-
-def _bias(context: Context, weight: str) -> tuple[str, Tensor | None]:
-    path, _, attribute = weight.rpartition(".")
-    name = f"{path}.{attribute.replace('weight', 'bias')}".lstrip(".")
-    return name, getattr(context.model.get_submodule(path), name.rpartition(".")[2], None)
-
-
-def _at_least(mask: Tensor, group: Competitor) -> Tensor:
-    floor = max(1, group.floor)
-    return (mask if int(mask.sum()) >= floor else top_k(group.scores, floor)).nonzero().squeeze(1)
+def readers(group: Group, context: Context) -> list[tuple[Slice, Matrix]]:
+    """The linear layers that read the group's units."""
+    return context.coupled(group, roles=("in",), kinds=("linear", "conv1d"))

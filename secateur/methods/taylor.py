@@ -16,17 +16,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from secateur.context import Context
-from secateur.errors import SecateurError
-from secateur.graph import Group, Slice
+from secateur.context import Context, Matrix
+from secateur.graph import Slice
 from secateur.method import UnitMethod, register
 from secateur.plan import Plan
-from secateur.stats.collect import collect
-from secateur.stats.windows import draw_windows
+from secateur.stats.units import AGGREGATIONS, aggregate, slice_scores
 from secateur.taxonomy import MethodInfo
 
 ELEMENTS = ("param_first", "param_second", "param_mix", "vectorize", "square", "gate")
-AGGREGATIONS = ("sum", "mean", "max", "prod", "first")
 
 
 def element_scores(element: str, weight: Tensor, gradient: Tensor, fisher: Tensor | None, dim: int) -> Tensor:
@@ -51,27 +48,6 @@ def element_scores(element: str, weight: Tensor, gradient: Tensor, fisher: Tenso
     return second.abs() if element == "param_second" else (first - second / 2).abs()
 
 
-def unit_scores(scores: Tensor, dim: int, index: Tensor) -> Tensor:
-    """[units]: the scores of what one slice gives each unit, summed. index [units, k] along `dim`.
-
-    >>> unit_scores(torch.ones(4, 3), 0, torch.tensor([[0, 1], [2, 3]]))
-    tensor([6., 6.])
-    """
-    lines = scores if scores.dim() == 1 else scores.sum([d for d in range(scores.dim()) if d != dim])
-    return lines[index.to(lines.device)].sum(1)
-
-
-def aggregate(members: Tensor, how: str) -> Tensor:
-    """[members, units] -> [units]: importance of a group from that of the tensors in it.
-
-    >>> aggregate(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), "prod")
-    tensor([ 3., 10.])
-    """
-    if how == "max":
-        return members.amax(0)
-    return members[0] if how == "first" else getattr(members, how)(0)
-
-
 @register
 @dataclass
 class Taylor(UnitMethod):
@@ -83,10 +59,12 @@ class Taylor(UnitMethod):
     """
 
     element: str = field(
-        default="param_first", metadata={"help": f"importance of a weight: {', '.join(ELEMENTS)}"}
+        default="param_first",
+        metadata={"help": f"importance of a weight: {', '.join(ELEMENTS)}", "choices": ELEMENTS},
     )
     aggregation: str = field(
-        default="sum", metadata={"help": f"over coupled tensors: {', '.join(AGGREGATIONS)}"}
+        default="sum",
+        metadata={"help": f"over coupled tensors: {', '.join(AGGREGATIONS)}", "choices": AGGREGATIONS},
     )
     windows: int = field(default=10, metadata={"help": "calibration windows"})
     length: int = field(default=64, metadata={"help": "tokens of a window"})
@@ -104,11 +82,8 @@ class Taylor(UnitMethod):
         speedup="univ",
         when="PAT-PT",
         criteria="LOSS",
-        order="shot",
         data="calib",
-        start="pre",
         recovery="none/LoRA",
-        scope="loc",
         models="llm",
         budget_unit="params",
         year=2023,
@@ -117,56 +92,24 @@ class Taylor(UnitMethod):
         description="Taylor importance of coupled heads and neurons, ranked within each layer.",
     )
 
-    def __post_init__(self) -> None:
-        for value, known in ((self.element, ELEMENTS), (self.aggregation, AGGREGATIONS)):
-            if value not in known:
-                raise SecateurError(
-                    f"there is no {value!r}", where="taylor", fix=f"one of {', '.join(known)}"
-                )
-
     def plan(self, context: Context) -> Plan:
+        context.skip_blocks = (self.spare_first, self.spare_last)
         scores = context.remember("scores", lambda: self.scores(context))
-        blocks = sorted({b for name in scores if (b := context.block_of(name)) is not None})
-        spared = {*blocks[: self.spare_first], *blocks[len(blocks) - self.spare_last :]}
-        keep = context.allocate(
-            {name: s for name, s in scores.items() if context.block_of(name) not in spared}
-        )
-        return context.make_plan(keep=keep)
-
-    def score(self, group: Group, context: Context) -> Tensor:
-        return self.scores(context)[group.name]
+        return context.make_plan(keep=context.allocate(scores))
 
     def scores(self, context: Context) -> dict[str, Tensor]:
         """[units] of every group, from one pass over the windows."""
         needs = {"gradient", "fisher"} if self.element in ("param_second", "param_mix") else {"gradient"}
-        data = draw_windows(context.require_data(), self.windows, self.length, context.generator("windows"))
-        stats = collect(
-            context.model, data, needs, context.matrices, loss=context.loss, progress=context.progress
-        )
+        stats = context.stats(needs, data=context.draw(self.windows, self.length, "windows"))
 
-        def member(s: Slice) -> Tensor:
-            matrix, found = context.matrices[s.name], stats[s.name]
+        def member(s: Slice, matrix: Matrix) -> Tensor:
+            found = stats[s.name]
+            gradient = matrix.unfold(found.gradient)
             fisher = matrix.unfold(found.fisher) if "fisher" in needs else None
-            scores = element_scores(
-                self.element, matrix.parameter.detach(), matrix.unfold(found.gradient), fisher, s.dim
-            )
-            return unit_scores(scores, s.dim, s.index)
+            scores = element_scores(self.element, matrix.parameter.detach(), gradient, fisher, s.dim)
+            return slice_scores(scores, s.dim, s.index)
 
         return {
-            name: aggregate(torch.stack([member(s) for s in slices]), self.aggregation)
-            for name, slices in matrices_of_groups(context).items()
+            name: aggregate(torch.stack([member(*pair) for pair in pairs]), self.aggregation)
+            for name, pairs in context.all_coupled().items()
         }
-
-
-def matrices_of_groups(context: Context) -> dict[str, list[Slice]]:
-    """The slices of weight matrices by group; biases and norms have no say, groups without matrices are left out.
-
-    Raises `SecateurError` when no group has any.
-    """
-    found = {
-        group.name: [s for s in group.slices if s.role in ("out", "in") and s.name in context.matrices]
-        for group in context.groups
-    }
-    if not any(found.values()):
-        raise SecateurError("no weight matrix leaves with its units", where=context.groups[0].name)
-    return {name: slices for name, slices in found.items() if slices}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.graph import Graph
 from secateur.stats.record import as_batches, evaluating, run
+from secateur.surgery import mask_units
 
 TEXTS = ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids")
 
@@ -82,3 +86,13 @@ def kl_divergence(dense: nn.Module, pruned: nn.Module, data: Any, floor: float =
             total += float((p * (p.log() - q.log())).sum())
             count += p[..., 0].numel()
     return total / count
+
+
+def masked_divergence(model: nn.Module, graph: Graph, keep: Mapping[str, Tensor], data: Any) -> float:
+    """`kl_divergence` between a model and itself with only the kept units of every group.
+
+    >>> masked_divergence(model, graph, {"model.layers.0.mlp:neurons": kept}, ids)  # doctest: +SKIP
+    """
+    pruned = copy.deepcopy(model)
+    mask_units(pruned, graph, keep)
+    return kl_divergence(model, pruned, data)

@@ -7,15 +7,12 @@ import torch
 
 import secateur
 from secateur import SecateurError
-from secateur.budget import Competitor
+from secateur.budget import Competitor, lowest, spare_last, spare_to_multiple
 from secateur.graph import Group, Slice
 from secateur.methods.nirvana import (
     Nirvana,
-    below,
-    guard_group,
     peak_logits,
     ratio_path,
-    spare_neurons,
     unit_budget,
 )
 from secateur.stats.windows import draw_windows, kl_divergence
@@ -66,7 +63,7 @@ def test_c_rounding_of_the_sheet(width, candidates, kept):
     scores = torch.randn(width).abs()
     gone = torch.zeros(width, dtype=torch.bool)
     gone[scores.topk(candidates, largest=False).indices] = True
-    left = spare_neurons(scores, gone)
+    left = spare_to_multiple(scores, gone)
     assert int((~left).sum()) == kept
     assert torch.equal(left, left & gone)
     if left.any():  # the best candidates are spared
@@ -75,10 +72,10 @@ def test_c_rounding_of_the_sheet(width, candidates, kept):
 
 def test_d_thresholds_and_guard():
     scores = [torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.0])]
-    assert [mask.tolist() for mask in below(scores, 0)] == [[False, False], [False, False]]
-    assert [mask.tolist() for mask in below(scores, 2)] == [[False, True], [False, True]]
-    assert guard_group(torch.tensor([True, True])).tolist() == [True, False]
-    assert guard_group(torch.tensor([False, True])).tolist() == [False, True]
+    assert [mask.tolist() for mask in lowest(scores, 0)] == [[False, False], [False, False]]
+    assert [mask.tolist() for mask in lowest(scores, 2)] == [[False, True], [False, True]]
+    assert spare_last(torch.tensor([True, True])).tolist() == [True, False]
+    assert spare_last(torch.tensor([False, True])).tolist() == [False, True]
 
 
 @pytest.fixture

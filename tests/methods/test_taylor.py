@@ -6,7 +6,8 @@ from torch import nn
 
 import secateur
 from secateur import SecateurError
-from secateur.methods.taylor import AGGREGATIONS, ELEMENTS, Taylor, aggregate, element_scores, unit_scores
+from secateur.methods.taylor import ELEMENTS, Taylor, element_scores
+from secateur.stats.units import AGGREGATIONS, aggregate, slice_scores
 
 
 def two_layers():
@@ -22,7 +23,7 @@ def test_the_rows_of_the_sheet():
     w1, g = two_layers()
     gate = element_scores("gate", w1, g, None, dim=0)
     assert gate.tolist() == [380.25, 264.0625]
-    square = unit_scores(element_scores("square", w1, g, None, dim=0), 0, torch.tensor([[0], [1]]))
+    square = slice_scores(element_scores("square", w1, g, None, dim=0), 0, torch.tensor([[0], [1]]))
     assert square.tolist() == [718.25, 179.5625]
 
 
@@ -38,14 +39,14 @@ def test_the_rows_of_the_sheet():
 def test_elements_by_hand(element, rows):
     w1, g = two_layers()
     fisher = torch.tensor([[0.5, 1.0], [2.0, 4.0]])
-    found = unit_scores(element_scores(element, w1, g, fisher, 0), 0, torch.tensor([[0], [1]]))
+    found = slice_scores(element_scores(element, w1, g, fisher, 0), 0, torch.tensor([[0], [1]]))
     assert found.tolist() == pytest.approx(rows)
 
 
 def test_consecutive_rows_and_columns_belong_to_one_head():
     scores = torch.arange(12.0).reshape(4, 3)
-    assert unit_scores(scores, 0, torch.tensor([[0, 1], [2, 3]])).tolist() == [15.0, 51.0]
-    assert unit_scores(scores, 1, torch.tensor([[0], [1], [2]])).tolist() == [18.0, 22.0, 26.0]
+    assert slice_scores(scores, 0, torch.tensor([[0, 1], [2, 3]])).tolist() == [15.0, 51.0]
+    assert slice_scores(scores, 1, torch.tensor([[0], [1], [2]])).tolist() == [18.0, 22.0, 26.0]
 
 
 @pytest.mark.parametrize(
