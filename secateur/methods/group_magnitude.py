@@ -12,7 +12,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from secateur.context import Context
-from secateur.errors import SecateurError
 from secateur.graph import Group
 from secateur.method import UnitMethod, register
 from secateur.taxonomy import MethodInfo
@@ -26,7 +25,9 @@ class GroupMagnitude(UnitMethod):
     >>> secateur.prune(resnet, images, method="group-magnitude", target="50%")  # doctest: +SKIP
     """
 
-    norm: int = field(default=2, metadata={"help": "1: sum of |w|, 2: root of the sum of w²"})
+    norm: int = field(
+        default=2, metadata={"help": "1: sum of |w|, 2: root of the sum of w²", "choices": (1, 2)}
+    )
 
     kinds: ClassVar[tuple[str, ...] | None] = (
         "channels",
@@ -44,12 +45,9 @@ class GroupMagnitude(UnitMethod):
         objects="F C N H",
         granularity="struct",
         speedup="univ",
-        when="PAT",
+        when="PAT/PAT-PT",
         criteria="NORM",
         order="either",
-        data="free",
-        start="pre",
-        recovery="none/tune",
         scope="loc/glob",
         models="mlp cnn vit ssm bert llm",
         budget_unit="units",
@@ -58,10 +56,6 @@ class GroupMagnitude(UnitMethod):
         refs=("VainF/Torch-Pruning",),
         description="L2 norm of the coupled slices that leave together.",
     )
-
-    def __post_init__(self) -> None:
-        if self.norm not in (1, 2):
-            raise SecateurError(f"there is no norm {self.norm}", where="group-magnitude", fix="1 or 2")
 
     def score(self, group: Group, context: Context) -> Tensor:
         parameters = dict(context.model.named_parameters(remove_duplicate=False))

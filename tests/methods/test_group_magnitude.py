@@ -82,3 +82,7 @@ def test_random_units_depend_on_the_seed_and_are_spread_evenly(tiny_llama):
 def test_a_net_without_heads_or_neurons_says_what_it_has():
     with pytest.raises(SecateurError, match="its channels can be"):
         secateur.prune(convolutions()[:4], torch.randn(2, 3, 8, 8), method="random-structured", target="50%")
+
+
+def test_grouped_magnitude_is_advised_for_convolutional_nets_without_training():
+    assert "group-magnitude" in [info.name for info, _ in secateur.recommend(model="cnn")]
