@@ -255,7 +255,7 @@ def cast(s: Step, c: Context, v: list[Any]) -> Any:
     return x.to(c.dtype if dtype == c.stored else dtype)
 
 
-def whole(value: Any) -> int:
+def whole(value: Any) -> Any:
     """An int as it is (a traced size stays one), a float cut towards zero."""
     return value if isinstance(value, WHOLE) and not isinstance(value, bool) else int(value)
 
