@@ -5,7 +5,7 @@
 
 ResNet-56 on CIFAR-10 test pictures, EfficientNet-Lite0 on 250 pictures of the ImageNet sample (which it may have been
 trained on: read it as agreement with the dense network). All methods cut the same groups to the same budget with the
-same allocation; calibration pictures come from the training set, or the other half of the sample. "+ BN" re-estimates
+same allocation (global: the lowest scores of all groups leave, as in the paper; uniform: the same share of each group); calibration pictures come from the training set, or the other half of the sample. "+ BN" re-estimates
 BatchNorm statistics on the calibration pictures, in both methods alike; OBSPA does unless it says "without". "data-free" OBSPA sees uniform noise.
 """
 
@@ -58,14 +58,16 @@ def shared(cls: type[Spa]) -> type[Spa]:
 
 
 def curves(
-    network: str, targets: list[int], calibration: int, test: int | None
+    network: str, targets: list[int], calibration: int, test: int | None, allocation: str
 ) -> dict[str, dict[int, float]]:
     dense = vision.load_network(network)
     pictures, _ = vision.load_pictures(DATA[network], calibration, split="train")
     x, y = vision.load_pictures(DATA[network], test, split="test")
     batches = list(pictures.split(32))
     start = vision.accuracy(dense, x, y, BATCH)
-    print(f"\n{network}, {len(x)} test pictures, {len(pictures)} to calibrate on: dense {start:.2%}")
+    print(
+        f"\n{network}, {len(x)} test pictures, {len(pictures)} to calibrate on, {allocation} allocation: dense {start:.2%}"
+    )
     print(f"{'MACs removed':>14s} " + " ".join(f"{name:>18s}" for name in CURVES), flush=True)
     of_data, of_noise = shared(Obspa), shared(Obspa)
     methods = {
@@ -79,17 +81,19 @@ def curves(
     for target in targets:
         for name, method in methods.items():
             goal = f"macs<={100 - target}%"
-            pruned = secateur.prune(dense, x[:1], method=method, target=goal, data=batches)
+            pruned = secateur.prune(
+                dense, x[:1], method=method, target=goal, data=batches, allocation=allocation
+            )
             found[name][target] = vision.accuracy(pruned.model, x, y, BATCH)
         print(f"{target:13d}% " + " ".join(f"{found[name][target]:18.2%}" for name in CURVES), flush=True)
     return found
 
 
 def draw(all_found: dict[str, dict[str, dict[int, float]]]) -> str:
-    """Two panels, accuracy over the share of multiply-adds removed, as SVG."""
+    """A panel for each network and allocation, accuracy over the share of multiply-adds removed, as SVG."""
     width, height, left, top = 360, 250, 48, 34
     panels = []
-    for index, (network, found) in enumerate(all_found.items()):
+    for index, (name, found) in enumerate(all_found.items()):
         targets = sorted(next(iter(found.values())))
         low = min(min(curve.values()) for curve in found.values())
         high = max(max(curve.values()) for curve in found.values())
@@ -101,7 +105,7 @@ def draw(all_found: dict[str, dict[str, dict[int, float]]]) -> str:
             across = left + (width - left - 16) * target / most
             return across, top + (height - top - 36) * (high - value) / (high - low)
 
-        parts = [f'<text x="{left}" y="18" class="t">{network} on {DATA[network]}</text>']
+        parts = [f'<text x="{left}" y="18" class="t">{name}</text>']
         for tick in range(round(low * 10), round(high * 10) + 1, 1 if high - low <= 0.5 else 2):
             _, down = at(0, tick / 10)
             parts.append(f'<path d="M{left} {down:.1f}H{width - 16}" class="g"/>')
@@ -111,14 +115,17 @@ def draw(all_found: dict[str, dict[str, dict[int, float]]]) -> str:
             parts.append(f'<text x="{across:.1f}" y="{height - 18}" class="x">{target}%</text>')
         middle = (left + width) / 2
         parts.append(f'<text x="{middle}" y="{height - 2}" class="x">multiply-adds removed</text>')
-        for name, color in CURVES.items():
-            points = [at(target, value) for target, value in sorted(found[name].items())]
+        for curve, color in CURVES.items():
+            points = [at(target, value) for target, value in sorted(found[curve].items())]
             line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
             parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
             parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{color}"/>' for a, b in points]
-        panels.append(f'<g transform="translate({index * width},0)">{"".join(parts)}</g>')
+        panels.append(
+            f'<g transform="translate({index % 2 * width},{index // 2 * height})">{"".join(parts)}</g>'
+        )
+    down_to = height * -(-len(all_found) // 2)
     keys = "".join(
-        f'<g transform="translate({48 + 138 * index},{height + 16})"><rect width="12" height="4" y="-6" fill="{color}"/>'
+        f'<g transform="translate({48 + 138 * index},{down_to + 16})"><rect width="12" height="4" y="-6" fill="{color}"/>'
         f'<text x="17" class="k">{name}</text></g>'
         for index, (name, color) in enumerate(CURVES.items())
     )
@@ -126,7 +133,7 @@ def draw(all_found: dict[str, dict[str, dict[int, float]]]) -> str:
         "text{font:12px system-ui,sans-serif;fill:#5b6670}.t{font-weight:600}.y{text-anchor:end}.x{text-anchor:middle}"
         ".g{stroke:#8884;stroke-width:1}"
     )
-    size = f"{width * len(all_found)} {height + 28}"
+    size = f"{width * min(2, len(all_found))} {down_to + 28}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" role="img" '
         f'aria-label="Accuracy over multiply-adds removed"><style>{style}</style>{"".join(panels)}{keys}</svg>\n'
@@ -143,6 +150,7 @@ def main() -> None:
     )
     parser.add_argument("--calibration", type=int, default=128, help="calibration pictures")
     parser.add_argument("--test", type=int, default=2000, help="test pictures, at most")
+    parser.add_argument("--allocation", nargs="*", default=["global", "uniform"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--plot", type=Path, default=Path(__file__).resolve().parents[1] / "docs" / "obspa.svg"
@@ -155,7 +163,9 @@ def main() -> None:
         kept = json.loads(args.json.read_text())
         found = {n: {c: {int(t): v for t, v in d.items()} for c, d in f.items()} for n, f in kept.items()}
     for network in args.networks:
-        found[network] = curves(network, args.removed, args.calibration, args.test)
+        for allocation in args.allocation:
+            name = f"{network} on {DATA[network]}, {allocation}"
+            found[name] = curves(network, args.removed, args.calibration, args.test, allocation)
     if args.json:
         args.json.write_text(json.dumps(found))
     args.plot.write_text(draw(found))
