@@ -130,7 +130,7 @@ def draw(all_found: dict[str, dict[str, dict[int, float]]]) -> str:
         for index, (name, color) in enumerate(CURVES.items())
     )
     style = (
-        "text{font:12px system-ui,sans-serif;fill:#5b6670}.t{font-weight:600}.y{text-anchor:end}.x{text-anchor:middle}"
+        "text{font:12px system-ui,sans-serif;fill:#5b6670}.t{font-weight:600;font-size:11px}.y{text-anchor:end}.x{text-anchor:middle}"
         ".g{stroke:#8884;stroke-width:1}"
     )
     size = f"{width * min(2, len(all_found))} {down_to + 28}"
