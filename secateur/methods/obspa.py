@@ -106,7 +106,7 @@ class Obspa(Spa):
         if self.calibration == "data":
             return super().batches(context)
         noise = noise_like(
-            context.inputs,
+            context.example,
             self.noise_samples,
             context.generator("noise"),
             self.noise_mean,

@@ -72,7 +72,9 @@ class Spa(UnitMethod):
     )
     batchnorm: str = field(
         default="keep",
-        metadata={"help": "BatchNorm statistics after the cut: keep, new (of the data), shift (by the change on the data)"},
+        metadata={
+            "help": "BatchNorm statistics after the cut: keep, new (of the data), shift (by the change on the data)"
+        },
     )
 
     kinds: ClassVar[tuple[str, ...] | None] = tuple(kind for kind in KINDS if kind != "layers")
