@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml
 
 demo: $(VENV)/.installed
 	@rm -rf demo
-	$(BIN)/secateur prune smollm2 --method taylor --target 80% --round-to 8 --seqlen 128 --recover lora --steps 24 \
+	$(BIN)/secateur prune smollm2 --method taylor --target 80% --round-to 8 --seqlen 128 --recover lora --steps 12 \
 	    --tasks english --limit 64 --latency --out demo/smollm2-80 --report demo/report.html
 	@echo; echo "The smaller model, loaded by plain transformers:"
 	@$(BIN)/python benchmarks/generate.py demo/smollm2-80 "The capital of France is"
