@@ -13,10 +13,10 @@ $(VENV)/.installed: pyproject.toml
 
 demo: $(VENV)/.installed
 	@rm -rf demo
-	$(BIN)/secateur prune smollm2 --method taylor --target 80% --round-to 8 --seqlen 128 --recover lora --steps 12 \
-	    --tasks english --limit 64 --latency --out demo/smollm2-80 --report demo/report.html
+	$(BIN)/secateur prune smollm2 --method taylor --target 90% --round-to 8 --seqlen 128 --recover lora --steps 8 \
+	    --tasks english --limit 64 --latency --out demo/smollm2-90 --report demo/report.html
 	@echo; echo "The smaller model, loaded by plain transformers:"
-	@$(BIN)/python benchmarks/generate.py demo/smollm2-80 "The capital of France is"
+	@$(BIN)/python benchmarks/generate.py demo/smollm2-90 "The capital of France is"
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests
