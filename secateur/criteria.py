@@ -410,3 +410,21 @@ def _ones(model: nn.Module, inputs: Inputs) -> Inputs:
         return torch.ones_like(tensor[:1], dtype=dtype, device=device)
 
     return map_tensors(inputs, ones)
+
+
+NORMALISE = ("none", "sum", "mean", "max", "gaussian")
+
+
+def normalise(scores: Tensor, how: str) -> Tensor:
+    """[units] of one group, made comparable with other groups.
+
+    >>> normalise(torch.tensor([5.0, 2.0, 6.0]), "mean")
+    tensor([1.1538, 0.4615, 1.3846])
+    """
+    if how == "none":
+        return scores
+    if how == "gaussian":
+        return (scores - scores.mean()) / scores.std().clamp_min(torch.finfo(scores.dtype).tiny)
+    size = scores.abs()
+    total = {"sum": size.sum(), "mean": size.mean(), "max": size.max()}[how]
+    return scores / total.clamp_min(torch.finfo(scores.dtype).tiny)

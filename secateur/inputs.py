@@ -95,3 +95,40 @@ def default_inputs(model: nn.Module, length: int = 16) -> Inputs:
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
     ids = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids.to(device)}
+
+
+def noise_like(
+    inputs: Inputs,
+    samples: int,
+    generator: torch.Generator,
+    mean: float = 0.45,
+    std: float = 0.225,
+    vocabulary: int | None = None,
+) -> list[Inputs]:
+    """Batches of 16 inputs shaped like `inputs`: (U(0, 1) - mean) / std for floats, random ids for `input_ids`.
+
+    >>> [x.shape for x in noise_like(torch.zeros(1, 3, 8, 8), 20, torch.Generator())]
+    [torch.Size([16, 3, 8, 8]), torch.Size([4, 3, 8, 8])]
+
+    Other integers are repeated as they are.
+    """
+
+    def one(tensor: Tensor, count: int, ids: bool) -> Tensor:
+        shape = (count, *tensor.shape[1:])
+        if tensor.is_floating_point():
+            noise = (torch.rand(shape, generator=generator) - mean) / std
+            return noise.to(tensor.device, tensor.dtype)
+        if ids and vocabulary:
+            return torch.randint(0, vocabulary, shape, generator=generator).to(tensor)
+        return tensor[:1].expand(shape)
+
+    batches: list[Inputs] = []
+    for start in range(0, samples, 16):
+        count = min(16, samples - start)
+        if isinstance(inputs, Tensor):
+            batches.append(one(inputs, count, True))
+        elif isinstance(inputs, tuple | list):
+            batches.append(tuple(one(t, count, True) for t in inputs))
+        else:
+            batches.append({key: one(t, count, key == "input_ids") for key, t in dict(inputs).items()})
+    return batches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,8 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.graph import Graph
 from secateur.inputs import call, map_tensors
 from secateur.method import Objective
+from secateur.planning import set_values
+from secateur.stats.record import inputs_of
+from secateur.surgery import mask_units
 from secateur.training.distill import distillation
 from secateur.training.fit import State, fit
 
@@ -307,3 +312,48 @@ def _mask_update(layer: Any, mask: Tensor) -> None:
         return F.linear(x, weight.T if turned else weight, base.bias)
 
     layer.forward = types.MethodType(forward, layer)
+
+
+def batchnorm_after(
+    model: nn.Module,
+    graph: Graph,
+    keep: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+    batches: list[Any],
+    how: str,
+) -> dict[str, Tensor]:
+    """Means and variances of every BatchNorm after the cut, at their dense shape; zeros for channels that leave.
+
+    how: "new", as they are on `batches`; "shift", what the model has, moved by the difference (means) and the ratio
+    (variances) between the pruned and the dense model on `batches`: few batches then add little noise.
+    """
+    dense, model = (copy.deepcopy(model) for _ in range(2))
+    own = batchnorm_statistics(dense)
+    if not own:
+        return {}
+    set_values(model, values)
+    mask_units(model, graph, keep)
+    inputs = [inputs_of(model, batch) for batch in batches]
+    reestimate_batchnorm(model, inputs)
+    after = batchnorm_statistics(model)
+    if how == "new":
+        return after
+    reestimate_batchnorm(dense, inputs)
+    before = batchnorm_statistics(dense)
+    return {
+        name: own[name] * after[name] / before[name].clamp_min(1e-12)
+        if name.endswith("var")
+        else own[name] + after[name] - before[name]
+        for name in own
+    }
+
+
+def batchnorm_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of `running_mean` and `running_var` by buffer name."""
+    buffers = dict(model.named_buffers())
+    return {
+        name: buffers[name].detach().float().clone()
+        for path, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        for name in (f"{path}.running_mean".lstrip("."), f"{path}.running_var".lstrip("."))
+    }

@@ -21,11 +21,11 @@ from torch import Tensor
 from secateur.context import Context
 from secateur.criteria import CRITERIA
 from secateur.errors import SecateurError
-from secateur.inputs import Inputs
+from secateur.inputs import noise_like
 from secateur.method import register
 from secateur.methods.spa import Spa
 from secateur.recover import least_squares
-from secateur.stats.hessians import every_matrix, hessians
+from secateur.stats.hessians import every_matrix, hessians, readers
 from secateur.stats.record import as_batches
 from secateur.taxonomy import MethodInfo
 
@@ -118,14 +118,14 @@ class Obspa(Spa):
     def changes(
         self, context: Context, keep: Mapping[str, Tensor], notes: dict[str, str]
     ) -> dict[str, Tensor]:
-        left = [name for name in readers(context, keep) if name not in every_matrix(context.model)]
+        left = [name for name in readers(context.graph, keep) if name not in every_matrix(context.model)]
         if left:
             notes["repair"] = f"not repaired, because they are no plain layers: {', '.join(left)}"
         return super().changes(context, keep, notes)
 
     def repair(self, context: Context, keep: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         known = every_matrix(context.model)
-        gone = {name: mask for name, mask in readers(context, keep).items() if name in known}
+        gone = {name: mask for name, mask in readers(context.graph, keep).items() if name in known}
         values: dict[str, Tensor] = {}
         with torch.no_grad():
             for matrix, stats in hessians(
@@ -141,56 +141,3 @@ class Obspa(Spa):
                 ]
                 values[matrix.name] = matrix.unfold(torch.cat(parts)).contiguous()
         return values
-
-
-def readers(context: Context, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters that read units which leave -> bool of their shape, True on what those units fed."""
-    gone: dict[str, Tensor] = {}
-    for name, units in keep.items():
-        group = context.graph[name]
-        leaving = torch.ones(group.size, dtype=torch.bool)
-        leaving[units.cpu()] = False
-        if not leaving.any():
-            continue
-        for s in group.slices:
-            if s.role == "in":
-                mask = gone.setdefault(s.name, torch.zeros(context.graph.shapes[s.name], dtype=torch.bool))
-                mask.index_fill_(s.dim, s.index[leaving].reshape(-1), True)
-    return gone
-
-
-def noise_like(
-    inputs: Inputs,
-    samples: int,
-    generator: torch.Generator,
-    mean: float = 0.45,
-    std: float = 0.225,
-    vocabulary: int | None = None,
-) -> list[Inputs]:
-    """Batches of 16 inputs shaped like `inputs`: (U(0, 1) - mean) / std for floats, random ids for `input_ids`.
-
-    >>> [x.shape for x in noise_like(torch.zeros(1, 3, 8, 8), 20, torch.Generator())]
-    [torch.Size([16, 3, 8, 8]), torch.Size([4, 3, 8, 8])]
-
-    Other integers are repeated as they are.
-    """
-
-    def one(tensor: Tensor, count: int, ids: bool) -> Tensor:
-        shape = (count, *tensor.shape[1:])
-        if tensor.is_floating_point():
-            noise = (torch.rand(shape, generator=generator) - mean) / std
-            return noise.to(tensor.device, tensor.dtype)
-        if ids and vocabulary:
-            return torch.randint(0, vocabulary, shape, generator=generator).to(tensor)
-        return tensor[:1].expand(shape)
-
-    batches: list[Inputs] = []
-    for start in range(0, samples, 16):
-        count = min(16, samples - start)
-        if isinstance(inputs, Tensor):
-            batches.append(one(inputs, count, True))
-        elif isinstance(inputs, tuple | list):
-            batches.append(tuple(one(t, count, True) for t in inputs))
-        else:
-            batches.append({key: one(t, count, key == "input_ids") for key, t in dict(inputs).items()})
-    return batches

@@ -10,45 +10,38 @@ Signed scores (GraSP) are normalised by their mean size.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.context import Context
-from secateur.criteria import CRITERIA, OF_INPUTS, OF_LOSS, fpgm, inverse_diagonal, l2, obd, obs, score
+from secateur.criteria import (
+    CRITERIA,
+    NORMALISE,
+    OF_INPUTS,
+    OF_LOSS,
+    fpgm,
+    inverse_diagonal,
+    l2,
+    normalise,
+    obd,
+    obs,
+    score,
+)
 from secateur.errors import SecateurError
 from secateur.graph import Group
 from secateur.graph.groups import HOW, KINDS
 from secateur.method import UnitMethod, register
 from secateur.plan import Plan
-from secateur.planning import set_values
-from secateur.recover import reestimate_batchnorm
+from secateur.recover import batchnorm_after
 from secateur.stats.hessians import every_matrix, hessians
-from secateur.stats.record import as_batches, inputs_of
-from secateur.surgery import mask_units
+from secateur.stats.record import as_batches
 from secateur.taxonomy import record
 
 BATCHNORM = ("keep", "new", "shift")
-NORMALISE = ("none", "sum", "mean", "max", "gaussian")
-
-
-def normalise(scores: Tensor, how: str) -> Tensor:
-    """[units] of one group, made comparable with other groups.
-
-    >>> normalise(torch.tensor([5.0, 2.0, 6.0]), "mean")
-    tensor([1.1538, 0.4615, 1.3846])
-    """
-    if how == "none":
-        return scores
-    if how == "gaussian":
-        return (scores - scores.mean()) / scores.std().clamp_min(torch.finfo(scores.dtype).tiny)
-    size = scores.abs()
-    total = {"sum": size.sum(), "mean": size.mean(), "max": size.max()}[how]
-    return scores / total.clamp_min(torch.finfo(scores.dtype).tiny)
 
 
 @register
@@ -214,48 +207,9 @@ class Spa(UnitMethod):
         """Tensors that replace the model's; adds to the plan's notes."""
         values = dict(self.repair(context, keep))
         if self.batchnorm != "keep":
-            values |= statistics(context, keep, values, self.batches(context), self.batchnorm)
+            batches = self.batches(context)
+            values |= batchnorm_after(context.model, context.graph, keep, values, batches, self.batchnorm)
         return values
-
-
-def statistics(
-    context: Context, keep: Mapping[str, Tensor], values: Mapping[str, Tensor], batches: list[Any], how: str
-) -> dict[str, Tensor]:
-    """Means and variances of every BatchNorm after the cut, at their dense shape; zeros for channels that leave.
-
-    how: "new", as they are on `batches`; "shift", what the model has, moved by the difference (means) and the ratio
-    (variances) between the pruned and the dense model on `batches`: few batches then add little noise.
-    """
-    dense, model = (copy.deepcopy(context.model) for _ in range(2))
-    own = batchnorm_statistics(dense)
-    if not own:
-        return {}
-    set_values(model, values)
-    mask_units(model, context.graph, keep)
-    inputs = [inputs_of(model, batch) for batch in batches]
-    reestimate_batchnorm(model, inputs)
-    after = batchnorm_statistics(model)
-    if how == "new":
-        return after
-    reestimate_batchnorm(dense, inputs)
-    before = batchnorm_statistics(dense)
-    return {
-        name: own[name] * after[name] / before[name].clamp_min(1e-12)
-        if name.endswith("var")
-        else own[name] + after[name] - before[name]
-        for name in own
-    }
-
-
-def batchnorm_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of `running_mean` and `running_var` by buffer name."""
-    buffers = dict(model.named_buffers())
-    return {
-        name: buffers[name].detach().float().clone()
-        for path, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-        for name in (f"{path}.running_mean".lstrip("."), f"{path}.running_var".lstrip("."))
-    }
 
 
 def _cuts(context: Context, keep: Mapping[str, Tensor]) -> bool:

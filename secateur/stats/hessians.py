@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.families.blocks import Matrix, every_matrix
+from secateur.graph import Graph
 from secateur.inputs import map_tensors
 from secateur.stats.layer import LayerStats
 from secateur.stats.record import (
@@ -22,7 +23,7 @@ from secateur.stats.record import (
     token_mask,
 )
 
-__all__ = ["every_matrix", "hessians"]
+__all__ = ["every_matrix", "hessians", "readers"]
 
 
 def hessians(
@@ -74,3 +75,19 @@ def _record(
         break
     recorder.check()
     return recorder
+
+
+def readers(graph: Graph, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters that read units which leave -> bool of their shape, True on what those units fed."""
+    gone: dict[str, Tensor] = {}
+    for name, units in keep.items():
+        group = graph[name]
+        leaving = torch.ones(group.size, dtype=torch.bool)
+        leaving[units.cpu()] = False
+        if not leaving.any():
+            continue
+        for s in group.slices:
+            if s.role == "in":
+                mask = gone.setdefault(s.name, torch.zeros(graph.shapes[s.name], dtype=torch.bool))
+                mask.index_fill_(s.dim, s.index[leaving].reshape(-1), True)
+    return gone

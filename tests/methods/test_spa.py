@@ -9,8 +9,8 @@ from torch import nn
 
 import secateur
 from secateur import SecateurError, criteria
-from secateur.methods.obspa import noise_like
-from secateur.methods.spa import normalise
+from secateur.criteria import normalise
+from secateur.inputs import noise_like
 
 
 def two_layers(first, second):
