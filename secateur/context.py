@@ -326,6 +326,15 @@ class Context:
         )
         return follow(groups, path, lambda keep: sum(map(len, keep.values())), limit, describe=self._describe)
 
+    def keeps_share(self, keep: Mapping[str, Tensor]) -> bool:
+        """Whether no more is kept than the share asked for (a group can't go below its floor)."""
+        method = self.method
+        if isinstance(method, UnitMethod) and method.share_of == "weights":
+            cost, limit = self.cost()
+            return cost(keep) <= limit
+        kept = sum(len(keep[group.name]) if group.name in keep else group.size for group in self.groups)
+        return kept <= sum(max(self.share * group.size, self.floor_of(group)) for group in self.groups) + 1e-6
+
     @staticmethod
     def _smallest(group: Competitor) -> int:
         return group.size - sum(len(grain) for grain in group.grains())

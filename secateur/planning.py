@@ -68,6 +68,8 @@ class Run:
     refused: dict[str, str] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
     limit: float | None = None
+    met: bool = True
+    """Whether the plan keeps the share that was asked for."""
     skipped: dict[str, str] = field(default_factory=dict)
 
     def context(self, target: Target, round_: int = 0) -> Context:
@@ -149,6 +151,8 @@ class Run:
         merged.target = str(self.target)
         if not merged.keep:
             merged.values = {}
+        if self.target.kind == "share":
+            self.met = context.keeps_share(merged.keep)
         return merged, graph
 
     def _prove(self, graph: Graph, plan: Plan) -> dict[str, str]:
@@ -163,7 +167,6 @@ def plan_weights(method: WeightMethod, context: Context, run: Run) -> Plan:
     """
     matrices = context.matrices
     patterns = _patterns(method, context, run)
-    masks: dict[str, Tensor] = {}
     if run.announce and method.needs:
         needed = estimate(context.model, context.require_data(), method.needs, matrices)
         run.announce(f"calibration needs about {needed / 1e6:,.0f} MB above the model, one block at a time")
@@ -174,7 +177,7 @@ def plan_weights(method: WeightMethod, context: Context, run: Run) -> Plan:
         found = run.checkpoint.load(f"round-{context.round}-block-{index}")
         if found is None:
             break
-        _install(run, matrices, found, masks, plan)
+        _install(run, found, plan)
         done += 1
     with torch.no_grad():
         for block in context.stream(method.needs, propagate=method.propagate, skip=done):
@@ -198,13 +201,11 @@ def plan_weights(method: WeightMethod, context: Context, run: Run) -> Plan:
                 if changed:
                     result[f"value/{name}"] = matrix.unfold(weight)
             run.checkpoint.save(f"round-{context.round}-block-{block.index}", result)
-            _install(run, matrices, result, masks, plan)
+            _install(run, result, plan)
     return plan
 
 
-def _install(
-    run: Run, matrices: Mapping[str, Any], result: Mapping[str, Tensor], masks: dict, plan: Plan
-) -> None:
+def _install(run: Run, result: Mapping[str, Tensor], plan: Plan) -> None:
     """One block's masks and weights, into the model and the plan."""
     with torch.no_grad():
         for key, tensor in result.items():

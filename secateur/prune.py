@@ -339,7 +339,7 @@ def _report(
         "method": method.name,
         "hyperparameters": method.hyperparameters,
         "target": str(target),
-        "met": _met(target, before, after, plan, graph),
+        "met": _met(target, before, after, plan, run),
         "seed": seed,
         "out": None,
         "options": dataclasses.asdict(options),
@@ -351,18 +351,16 @@ def _report(
     }
 
 
-def _met(target: Target, before: dict, after: dict, plan: Plan, graph: Graph | None) -> bool:
-    if target.kind == "share":
-        if plan.masks:
-            kept = sum(int(mask.sum()) for mask in plan.masks.values())
-            return kept <= target.value * sum(mask.numel() for mask in plan.masks.values()) + 1e-6
-        return True
-    if target.kind == "n_m":
-        return True
+def _met(target: Target, before: dict, after: dict, plan: Plan, run: Run) -> bool:
+    if target.kind in ("share", "n_m"):
+        if run.skipped or not plan.masks:
+            return run.met and not run.skipped
+        kept = sum(int(mask.sum()) for mask in plan.masks.values())
+        return kept <= target.value * sum(mask.numel() for mask in plan.masks.values()) + 1e-6
     if target.kind == "params":
         key = "params_nonzero" if plan.masks else "params"
         return after[key] <= target.limit(before["params"]) + 1e-6
     if target.kind == "latency":
-        return True
+        return run.limit is None  # measured again by the caller
     key = {"macs": "macs", "size": "size_bytes"}[target.kind]
     return after[key] <= target.limit(before[key]) + 1e-6

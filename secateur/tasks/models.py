@@ -1,9 +1,7 @@
 """Models by name: `smollm2` and `aidreams` need no hub; any transformers folder or hub name works the same way."""
 
-import contextlib
 import difflib
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from torch import nn
 
 from secateur import artefact
+from secateur.artefact import quiet
 from secateur.errors import SecateurError
 from secateur.exchange import is_exchange, load_file
 from secateur.files import atomic_directory, cache_dir
@@ -100,20 +99,6 @@ def _from_hub(name: str) -> Path:
             where=name,
             fix=f"give {', '.join(NAMES)}, a model folder, or the name of a model on a hub you can reach",
         ) from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silences transformers' own bars for a while."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def smollm2_folder() -> Path:
