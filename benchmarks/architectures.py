@@ -1,29 +1,36 @@
-"""Cut half of every prunable group in current architectures and check each result; one process per model.
+"""Cut half of every prunable group of 100 current architectures in one call; Torch-Pruning beside it.
 
-    python benchmarks/architectures.py --out architectures.csv            # all of the list
-    python benchmarks/architectures.py timm:resnet18 hf:llama             # some
+    python benchmarks/architectures.py --out architectures.csv            # the whole list, both tools
+    python benchmarks/architectures.py timm:resnet18 hf:llama --tools secateur
+    python benchmarks/architectures.py --out architectures.csv --summary  # counts and times of a table
 
-Each row: parameters before and after, seconds to trace and to cut, whether the result is sound (forward, same
-output shape, slice == mask where exact, whole heads, gradients, a batch of two and of one), groups refused and why.
-Models are random: timm:NAME at the smallest legal size, hf:TYPE from a tiny config.
+A process for each model and tool, one thread, the same limits of processor time and memory. A killed run goes on
+where it was: rows that the table has are not measured again (--again does). Both results are judged by the same
+function (`judge`). Times are processor seconds: trace_s and tp_graph_s build the graph, tp_groups_s builds it and
+lists its groups, which is what a trace gives; total_s is the whole call with its proof, tp_total_s graph and cut.
+Models are random: timm:NAME at the smallest legal image, hf:TYPE from a tiny config.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
-import os
+import multiprocessing
 import resource
-import subprocess
-import sys
+import signal
+import statistics
 import time
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-FIELDS = ["model", "params", "cut", "share", "sound", "trace_s", "cut_s", "units", "refused", "reason"]
+from secateur.files import atomic_write_text
+
+FIELDS = ["model", "status", "share", "trace_s", "total_s", "reason"]
+FIELDS += ["tp_status", "tp_share", "tp_graph_s", "tp_groups_s", "tp_total_s", "tp_reason"]
 SHARDS = Path(__file__).parent / "architectures.txt"
 
 
@@ -178,67 +185,202 @@ def one(inputs: Any) -> Any:
     return {k: v[:1] for k, v in inputs.items()} if isinstance(inputs, dict) else tuple(v[:1] for v in inputs)
 
 
+def flat(value: Any) -> list[torch.Tensor]:
+    """All tensors in nested lists, tuples and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in flat(v)] if isinstance(value, (list, tuple)) else []
+
+
 def outputs(model: torch.nn.Module, inputs: Any, grad: bool = False) -> list[torch.Tensor]:
     """All tensors the model returns, caches aside."""
-
-    def flat(value: Any) -> list[torch.Tensor]:
-        if isinstance(value, torch.Tensor):
-            return [value]
-        if isinstance(value, dict):
-            value = list(value.values())
-        return [t for v in value for t in flat(v)] if isinstance(value, (list, tuple)) else []
-
     if getattr(getattr(model, "config", None), "use_cache", False):
         model.config.use_cache = False  # type: ignore[union-attr]
     with torch.set_grad_enabled(grad):
-        return flat(model(**inputs) if isinstance(inputs, dict) else model(inputs))
+        if isinstance(inputs, dict):
+            return flat(model(**inputs))
+        return flat(model(*inputs) if isinstance(inputs, tuple) else model(inputs))
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Trace, cut half, check: one row of the table."""
+def rows_kept(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor | None:
+    """Which rows of `old` are those of `new`, found by their values; None where the values aren't those of `old`."""
+    values, order = old.detach().flatten().sort()
+    place = torch.searchsorted(values, new.detach().flatten().contiguous()).clamp(max=len(values) - 1)
+    if float((values[place] == new.flatten()).float().mean()) < 0.9:
+        return None
+    rows = torch.div(order[place], old[0].numel(), rounding_mode="floor").reshape(len(new), -1)
+    return rows.mode(1).values
+
+
+def mixed_heads(model: torch.nn.Module, dense: Mapping[str, torch.Tensor], graph: Any) -> str | None:
+    """A projection whose heads keep different numbers of rows: they are then reshaped into heads of mixed rows."""
+    now = dict(model.named_parameters(remove_duplicate=False))
+    for g in graph.groups:
+        if g.kind not in ("heads", "kv_groups"):
+            continue
+        for s in g.slices:
+            if s.role != "out" or s.dim or dense[s.name].dim() < 2 or s.name not in now:
+                continue
+            kept = rows_kept(now[s.name], dense[s.name])
+            if kept is None:
+                continue
+            left = torch.isin(s.index, kept).sum(1).tolist()
+            if len({n for n in left if n}) > 1:
+                return f"{s.name} keeps {left} rows of its heads"
+    return None
+
+
+def judge(
+    model: torch.nn.Module, inputs: Any, shapes: list, dense: Mapping[str, torch.Tensor], graph: Any
+) -> tuple[str, str]:
+    """(sound or wrong, why): runs at batch 2 and 1, same output shapes, gradients, smaller, every head whole."""
+    before, after = sum(t.numel() for t in dense.values()), sum(p.numel() for p in model.parameters())
+    if after >= before:
+        return "wrong", "nothing was cut, and nothing was said"
+    try:
+        found = outputs(model, inputs, grad=True), outputs(model, one(inputs))
+        if [[tuple(o.shape) for o in outs] for outs in found] != shapes:
+            return "wrong", "the outputs have other shapes"
+        if not all(bool(torch.isfinite(o).all()) for outs in found for o in outs if o.is_floating_point()):
+            return "wrong", "the output is not finite"
+        sum(o.float().sum() for o in found[0] if o.requires_grad).backward()
+    except Exception as error:  # noqa: BLE001
+        return "wrong", f"the cut model fails: {told(error)}"
+    mixed = mixed_heads(model, dense, graph)
+    return ("wrong", mixed) if mixed else ("sound", "")
+
+
+def told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def started(name: str) -> tuple[torch.nn.Module, Any, list, dict[str, torch.Tensor], Any]:
+    """A model, its inputs, output shapes at both batch sizes, its weights, and its groups for the judge."""
     from secateur.graph import trace
-    from secateur.surgery import cut_units, prove
 
     model, inputs = build(name)
-    row: dict[str, Any] = {"model": name, "params": sum(p.numel() for p in model.parameters())}
-    start = time.time()
-    graph = trace(model, inputs)
-    row["trace_s"] = round(time.time() - start, 2)
-    keep = halved(graph)
-    bad = prove(model, graph, keep, inputs)
-    keep = {k: v for k, v in keep.items() if k not in bad}
-    alone = [tuple(o.shape) for o in outputs(model, one(inputs))]
-    start = time.time()
-    cut_units(model, graph, keep)
-    row["cut_s"] = round(time.time() - start, 2)
-    row["cut"] = sum(p.numel() for p in model.parameters())
-    row["share"] = round(row["cut"] / row["params"], 3)
-    row["units"] = len(keep)
-    again = [tuple(o.shape) for o in outputs(model, one(inputs))]
-    row["sound"] = again == alone and row["cut"] == graph.params(keep) and heads_are_whole(graph, keep)
-    row["refused"] = len(bad)
-    row["reason"] = "; ".join(f"{k}: {v}" for k, v in list(bad.items())[:3]) or "; ".join(
-        graph.unknown.values()
-    )
-    return row
+    shapes = [[tuple(o.shape) for o in outputs(model, i)] for i in (inputs, one(inputs))]
+    dense = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return model, inputs, shapes, dense, trace
 
 
-def limited(name: str, seconds: int, gigabytes: float) -> dict[str, Any]:
-    """`measure` in a process of its own."""
-    child = subprocess.Popen(
-        [sys.executable, __file__, "--child", name, "--memory", str(gigabytes)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def with_secateur(name: str, say: Callable[[dict[str, Any]], None]) -> None:
+    """One row's left half, told field by field so that what was measured before a limit is kept."""
+    from secateur import SecateurError, prune
+
+    model, inputs, shapes, dense, trace = started(name)
+    before = sum(p.numel() for p in model.parameters())
     try:
-        out, err = child.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.communicate()
-        return {"model": name, "sound": False, "reason": f"more than {seconds} s"}
-    if child.returncode:
-        return {"model": name, "sound": False, "reason": err.strip()[-400:].replace("\n", " | ")}
-    return json.loads(out.strip().splitlines()[-1])
+        start = time.process_time()
+        graph = trace(model, inputs)
+        say({"trace_s": round(time.process_time() - start, 3)})
+        start = time.process_time()
+        pruned = prune(model, inputs, method="group-magnitude", target="50%", inplace=True)
+        say({"total_s": round(time.process_time() - start, 2)})
+    except SecateurError as error:
+        say({"status": "refused", "reason": str(error)[:300]})
+        return
+    share = sum(p.numel() for p in pruned.model.parameters()) / before
+    status, why = judge(pruned.model, inputs, shapes, dense, graph)
+    if not why and (frozen := [g for g in pruned.report["groups"] if g["kept"] == g["size"] > 1]):
+        why = "; ".join(dict.fromkeys(f"{g['name']}: {g['reason']}" for g in frozen[:3] if share > 0.45))
+    say({"status": status, "share": round(share, 3), "reason": why})
+
+
+def heads_of(model: torch.nn.Module, inputs: Any) -> list[torch.nn.Module]:
+    """The layers whose outputs are the model's: those that Torch-Pruning's users name as `ignored_layers`."""
+    made: list[tuple[torch.nn.Module, torch.Tensor]] = []
+    kinds = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
+    hooks = [
+        m.register_forward_hook(lambda m, _, out: made.append((m, out)))
+        for m in model.modules()
+        if isinstance(m, kinds)
+    ]
+    outs = outputs(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    storages = {o.untyped_storage().data_ptr() for o in outs}
+    found = [m for m, out in made if out.untyped_storage().data_ptr() in storages]
+    sizes = {o.shape[-1] for o in outs if o.dim()}
+    return found or [m for m, out in made if out.shape[-1] in sizes][-2:]
+
+
+def with_torch_pruning(name: str, say: Callable[[dict[str, Any]], None]) -> None:
+    """The right half: its magnitude pruner at half of the channels, the output layers named for it."""
+    import torch_pruning as tp
+
+    model, inputs, shapes, dense, trace = started(name)
+    ignored = heads_of(model, inputs)
+    before = sum(p.numel() for p in model.parameters())
+    if not isinstance(inputs, dict):
+        inputs = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
+
+    def tensors(out: Any) -> list[torch.Tensor]:
+        return [t for t in flat(out) if t.requires_grad]
+
+    start = time.process_time()
+    tp.DependencyGraph().build_dependency(model, inputs, output_transform=tensors, verbose=False)
+    say({"tp_graph_s": round(time.process_time() - start, 3)})
+    start = time.process_time()
+    pruner = tp.pruner.MagnitudePruner(
+        model,
+        inputs,
+        importance=tp.importance.MagnitudeImportance(p=2),
+        pruning_ratio=0.5,
+        ignored_layers=ignored,
+        output_transform=tensors,
+    )
+    groups = time.process_time()
+    say({"tp_groups_s": round(groups - start, 3)})
+    pruner.step()
+    say({"tp_total_s": round(time.process_time() - start, 2)})
+    model.zero_grad()
+    fresh, _ = build(name)
+    graph = trace(fresh, inputs)
+    status, why = judge(model, inputs, shapes, dense, graph)
+    share = sum(p.numel() for p in model.parameters()) / before
+    say({"tp_status": status, "tp_share": round(share, 3), "tp_reason": why})
+
+
+TOOLS = {"secateur": with_secateur, "torch-pruning": with_torch_pruning}
+
+
+def child(tool: str, name: str, pipe: Any, seconds: int, gigabytes: float) -> None:
+    """One tool on one model under limits; it sends what it finds."""
+    resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+    prefix = "" if tool == "secateur" else "tp_"
+    warnings.simplefilter("ignore")
+    try:
+        TOOLS[tool](name, pipe.send)
+    except Exception as error:  # noqa: BLE001  whatever a tool raises is its result
+        pipe.send({f"{prefix}status": "crashed", f"{prefix}reason": told(error)})
+
+
+def limited(tool: str, name: str, seconds: int, gigabytes: float) -> dict[str, Any]:
+    """What `tool` finds in a process of its own, with `seconds` of processor time (five times that by the clock)."""
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(tool, name, send, seconds, gigabytes))
+    process.start()
+    send.close()
+    row: dict[str, Any] = {}
+    end = time.monotonic() + 5 * seconds
+    try:
+        while receive.poll(max(0, end - time.monotonic())):
+            row |= receive.recv()
+        process.kill()
+    except EOFError:
+        pass
+    process.join()
+    prefix = "" if tool == "secateur" else "tp_"
+    if f"{prefix}status" not in row:
+        late = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+        row[f"{prefix}status"] = "timed out" if late else "crashed"
+        row[f"{prefix}reason"] = f"more than {seconds} s" if late else f"exit status {process.exitcode}"
+    return row
 
 
 def names() -> list[str]:
@@ -247,32 +389,96 @@ def names() -> list[str]:
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
+def read(path: Path) -> dict[str, dict[str, str]]:
+    """A table written before, by model."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="") as file:
+        return {row["model"]: {key: row.get(key, "") for key in FIELDS} for row in csv.DictReader(file)}
+
+
+def write(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    import io
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows.values())
+    atomic_write_text(path, text.getvalue())
+
+
+def summary(rows: list[Mapping[str, Any]]) -> str:
+    """Counts for both tools, and the times of their graphs on the models that both finish."""
+
+    def numbers(key: str, among: list[Mapping[str, Any]]) -> list[float]:
+        return [float(r[key]) for r in among if r.get(key)]
+
+    lines = []
+    for prefix, tool in (("", "secateur"), ("tp_", "torch-pruning")):
+        done = [r for r in rows if r.get(f"{prefix}status")]
+        counts = {
+            status: sum(r[f"{prefix}status"] == status for r in done)
+            for status in ("sound", "refused", "wrong", "crashed", "timed out")
+        }
+        small = sum(r[f"{prefix}status"] == "sound" and float(r[f"{prefix}share"]) <= 0.45 for r in done)
+        told = ", ".join(f"{n} {status}" for status, n in counts.items())
+        lines.append(f"{tool}: of {len(done)}: {told}; {small} sound at 45 % of the parameters or less")
+    traces = numbers("trace_s", list(rows))
+    if traces:
+        lines.append(f"trace: median {statistics.median(traces):.2f} s, most {max(traces):.2f} s")
+    totals = numbers("total_s", list(rows))
+    if totals:
+        lines.append(f"whole call: median {statistics.median(totals):.2f} s, most {max(totals):.2f} s")
+    both = [r for r in rows if r.get("trace_s") and r.get("tp_groups_s")]
+    if both:
+        ours, graph, groups = (
+            statistics.median(numbers(key, both)) for key in ("trace_s", "tp_graph_s", "tp_groups_s")
+        )
+        lines.append(
+            f"on the {len(both)} models that both finish, medians: trace {ours:.3f} s, "
+            f"torch-pruning's graph {graph:.3f} s, graph and groups {groups:.3f} s"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("models", nargs="*")
-    parser.add_argument("--out", default="architectures.csv")
-    parser.add_argument("--timeout", type=int, default=180)
-    parser.add_argument("--memory", type=float, default=16)
-    parser.add_argument("--child")
+    parser.add_argument("--out", type=Path, default=Path("architectures.csv"))
+    parser.add_argument("--tools", nargs="+", choices=list(TOOLS), default=list(TOOLS))
+    parser.add_argument("--timeout", type=int, default=60, help="processor seconds for a model and a tool")
+    parser.add_argument("--memory", type=float, default=16, help="GB of address space")
+    parser.add_argument("--again", action="store_true", help="measure rows again that the table has")
+    parser.add_argument("--summary", action="store_true", help="only sum up the table")
     args = parser.parse_args()
-    if args.child:
+    rows: dict[str, dict[str, Any]] = dict(read(args.out))
+    if not args.summary:
+        import timm  # noqa: F401  every child has them by being forked
+        import transformers  # noqa: F401
+
+        import secateur  # noqa: F401
+
+        if "torch-pruning" in args.tools:
+            import torch_pruning  # noqa: F401
         torch.set_num_threads(1)
-        limit = int(args.memory * 2**30)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        print(json.dumps(measure(args.child)))
-        return
-    rows = []
-    for name in args.models or names():
-        row = limited(name, args.timeout, args.memory)
-        rows.append(row)
-        print({k: row.get(k) for k in FIELDS}, flush=True)
-        with open(args.out, "w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
-    sound = sum(bool(r.get("sound")) for r in rows)
-    small = sum(bool(r.get("sound")) and r.get("share", 1) <= 0.45 for r in rows)
-    print(f"{sound} of {len(rows)} sound, {small} of them at 45 % of the parameters or less")
+        for name in args.models or names():
+            row = rows.setdefault(name, {"model": name})
+            for tool in args.tools:
+                prefix = "" if tool == "secateur" else "tp_"
+                if row.get(f"{prefix}status") and not args.again:
+                    continue
+                row.update(dict.fromkeys((f for f in FIELDS[1:] if f.startswith("tp_") == bool(prefix)), ""))
+                row.update(limited(tool, name, args.timeout, args.memory))
+                write(args.out, rows)
+                print(
+                    {
+                        k: v
+                        for k, v in row.items()
+                        if v != "" and k.startswith("tp_") == bool(prefix) or k == "model"
+                    },
+                    flush=True,
+                )
+    print(summary([rows[name] for name in args.models or names() if name in rows]))
 
 
 if __name__ == "__main__":
