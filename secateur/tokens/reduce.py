@@ -1,0 +1,107 @@
+"""Reduction: what becomes of the tokens that leave. Everything is batched over sets, [S, n], with masks for padding.
+
+A token that stands for others keeps its place in the sequence; only its features change.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def merge_nearest(
+    features: Tensor, metric: Tensor, pool: Tensor, count: Tensor | int
+) -> tuple[Tensor, Tensor]:
+    """Merges the tokens of `pool` into `count` evenly strided ones of them, each into the nearest by cosine.
+
+    >>> targets, merged = merge_nearest(features, keys, ~dominant & valid, count=4)  # doctest: +SKIP
+
+    features [S, n, D], metric [S, n, d], pool [S, n] bool, count: how many targets, one number or [S].
+    Gives the targets, [S, n] bool, and features [S, n, D] in which a target is itself plus the mean of what came to it
+    (the sum isn't divided again: arXiv 2506.22283 and VisionZip). Where count is 0 nothing is merged.
+    """
+    count = torch.as_tensor(count, device=pool.device).expand(len(pool))[:, None]
+    rank = pool.cumsum(1) - 1
+    step = (pool.sum(1, keepdim=True) // count.clamp(min=1)).clamp(min=1)
+    targets = pool & (rank % step == 0) & (rank // step < count)
+    sources = pool & ~targets & (count > 0)
+    directions = F.normalize(metric.float(), dim=-1)
+    likeness = directions @ directions.mT
+    nearest = likeness.masked_fill(~targets[:, None, :], -torch.inf).argmax(2)
+    sums, counts = pour(features, nearest, sources)
+    merged = features.float() + sums / counts.clamp(min=1)[..., None]
+    return targets, torch.where(targets[..., None], merged, features.float()).to(features.dtype)
+
+
+def pour(features: Tensor, into: Tensor, who: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sums of the features of `who` at the places they go to, and the sums of their weights (1 each when None).
+
+    features [S, n, D], into [S, n] positions 0..n-1, who [S, n] bool -> [S, n, D] and [S, n], both float32.
+    """
+    share = who.float() if weights is None else weights.float().masked_fill(~who, 0)
+    into = into.masked_fill(~who, 0)
+    sums = torch.zeros(features.shape, dtype=torch.float32, device=features.device)
+    sums.scatter_add_(1, into[..., None].expand_as(sums), features.float() * share[..., None])
+    return sums, torch.zeros_like(share).scatter_add_(1, into, share)
+
+
+def best_of_cell(scores: Tensor, cells: Tensor, who: Tensor) -> tuple[Tensor, Tensor]:
+    """The best of every cell among `who` (ties: the first), and for each token the position of its cell's best.
+
+    scores [S, n], cells [S, n] integers >= 0, who [S, n] bool -> [S, n] bool, [S, n] int64 (meaningful for `who`).
+    """
+    slots = int(cells.max()) + 1 if cells.numel() else 1
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(cells)
+    home = cells.masked_fill(~who, 0)
+    top = torch.full((len(scores), slots), -torch.inf, device=scores.device)
+    top.scatter_reduce_(1, home, scores.float().masked_fill(~who, -torch.inf), "amax")
+    leads = who & (scores.float() == top.gather(1, home))
+    first = torch.full((len(scores), slots), scores.shape[1], device=scores.device)
+    first.scatter_reduce_(1, home, places.masked_fill(~leads, scores.shape[1]), "amin")
+    best = first.gather(1, home).clamp(max=scores.shape[1] - 1)
+    return who & (best == places), best
+
+
+def recycle_cells(features: Tensor, weights: Tensor, cells: Tensor, who: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a cell stands for all of `who` in it: their weighted mean, at the place of the heaviest.
+
+    >>> kept, merged = recycle_cells(features, importance, row // 2 * width + column // 2, low)  # doctest: +SKIP
+
+    features [S, n, D], weights [S, n], cells [S, n] integers >= 0, who [S, n] bool -> [S, n] bool, [S, n, D].
+    A cell whose weights sum to 0 gives the plain mean (arXiv 2508.05211; the last rule is the sheet's).
+    """
+    kept, home = best_of_cell(weights, cells, who)
+    sums, mass = pour(features, home, who, weights)
+    plain, counts = pour(features, home, who)
+    flat = mass == 0
+    mean = (
+        torch.where(flat[..., None], plain, sums)
+        / torch.where(flat, counts, mass).clamp(min=1e-30)[..., None]
+    )
+    return kept, torch.where(kept[..., None], mean, features.float()).to(features.dtype)
+
+
+def weighted_sum(features: Tensor, weights: Tensor, who: Tensor) -> Tensor:
+    """One token for all of `who`: the sum of weight x feature. [S, n, D], [S, n], [S, n] -> [S, D]."""
+    return torch.einsum("snd,sn->sd", features.float(), weights.float().masked_fill(~who, 0)).to(
+        features.dtype
+    )
+
+
+def match_pairs(metric: Tensor, valid: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Bipartite soft matching: tokens at even places each find the nearest at odd places; the `count` closest pairs merge.
+
+    metric [S, n, d], valid [S, n], count: pairs a set, at most half of its tokens -> sources [S, n] bool and the
+    position each goes to, [S, n] int64. Tokens count from 0 within a set, padding not counted (arXiv 2210.09461).
+    """
+    directions = F.normalize(metric.float(), dim=-1)
+    rank = valid.cumsum(1) - 1
+    even, odd = valid & (rank % 2 == 0), valid & (rank % 2 == 1)
+    likeness = (directions @ directions.mT).masked_fill(~odd[:, None, :], -torch.inf)
+    best, into = likeness.max(2)
+    best = best.masked_fill(~even, -torch.inf)
+    place = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    count = torch.as_tensor(count, device=metric.device).expand(len(metric))
+    allowed = torch.minimum(count, odd.sum(1))[:, None]
+    return even & (place < allowed) & best.isfinite(), into
