@@ -12,7 +12,7 @@ from secateur import SecateurError
 from secateur.budget import parse_target
 from secateur.method import UnitMethod, WeightMethod, method_class
 
-METHODS = secateur.list_methods()
+METHODS = [m for m in secateur.list_methods() if issubclass(method_class(m), WeightMethod | UnitMethod)]
 WEIGHTS = [m for m in METHODS if issubclass(method_class(m), WeightMethod)]
 UNITS = [m for m in METHODS if issubclass(method_class(m), UnitMethod)]
 DEPTH = [m for m in UNITS if method_class(m).kinds == ("layers",)]

@@ -1,0 +1,79 @@
+"""What a token method is: a list of stages, each a place in the model and a function that chooses there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from secateur.families.vlm import Facts
+from secateur.method import Method
+from secateur.tokens.state import Reduction, TokenSets
+
+Select = Callable[[TokenSets], "Tensor | Reduction"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One place where tokens leave.
+
+    >>> Stage(at="layer:2", select=self.select, records=("layer:1",), keep=0.5)  # doctest: +SKIP
+
+    `at`: "input" (projected features, before the language model), "layer:K" (before decoder layer K runs) or
+    "encoder:K" (before block K of the vision tower runs). `select`: `TokenSets` -> bool [S, n] of what stays, or a
+    `Reduction`. `records`: what the engine must note down for it. `scope`: who competes, None: the method's.
+    `keep`: float, the share of the original count of each set; int, the count; None, what the target says.
+    """
+
+    at: str
+    select: Select
+    records: tuple[str, ...] = ()
+    scope: str | None = None
+    keep: float | int | None = None
+
+
+@dataclass
+class TokenMethod(Method):
+    """Removes or merges visual tokens while the model runs; no weight changes.
+
+    Write `select`, and override `stages` where tokens leave in more than one place. The engine sets `share` (of the
+    visual tokens, 0..1) or `tokens` (per image) from the target before it calls `stages`.
+    """
+
+    scope: ClassVar[str] = "image"
+    """Who competes: the tokens of one "crop", one "image", or one batch "row"."""
+    positions: ClassVar[str] = "original"
+    """Position ids of what stays: "original", or "compact" (counted anew)."""
+    records: ClassVar[tuple[str, ...]] = ()
+    """What the default stage reads: "encoder:-2", "layer:7", "layer:7:raw", "layer:7:modules", "layer:7:peek"."""
+    share: ClassVar[float | None] = None
+    tokens: ClassVar[int | None] = None
+
+    def select(self, sets: TokenSets) -> Tensor | Reduction:
+        """[S, n] bool, True = stays; or a `Reduction`."""
+        raise TypeError(f"{type(self).__name__} must define select")
+
+    def stages(self, facts: Facts) -> list[Stage]:
+        return [Stage(at="input", select=self.select, records=self.records)]
+
+
+@dataclass
+class Chosen(TokenMethod):
+    """Any function of the sets in place of a method's name."""
+
+    name: ClassVar[str] = "select"
+    function: Select | None = None
+    at: str = "input"
+    needs_records: tuple[str, ...] = ()
+    competes: str = "image"
+
+    def stages(self, facts: Facts) -> list[Stage]:
+        assert self.function is not None
+        return [Stage(self.at, self.function, self.needs_records, scope=self.competes)]
+
+    @property
+    def hyperparameters(self) -> dict[str, object]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -1,0 +1,335 @@
+"""What a token method sees and what it gives back.
+
+Visual tokens compete in *sets*: those of a crop, of an image or of a batch row, at one stage. Everything is batched over
+the sets and padded at the end of the set axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from secateur.errors import SecateurError
+from secateur.families.vlm import Facts, Layout
+
+__all__ = ["Facts", "Layout", "Missing", "Reduction", "Source", "TokenSets"]
+
+
+class Missing(SecateurError):
+    """A model or a run doesn't have what the method asked for, such as a CLS token. Methods catch it to fall back."""
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
+        super().__init__(f"there is no {what}", where=where, fix=fix)
+
+
+@dataclass
+class Reduction:
+    """What stays of each set, when that is more than a mask.
+
+    `index` [S, k] int64: positions within the set, in the order they are emitted; -1 is padding, at the end.
+    `features` [S, k, D]: replaces the gathered features (merges, remainders); None: the gathered ones.
+    """
+
+    index: Tensor
+    features: Tensor | None = None
+
+    @classmethod
+    def from_mask(cls, keep: Tensor) -> Reduction:
+        """bool [S, n] -> the kept positions, ascending.
+
+        >>> Reduction.from_mask(torch.tensor([[True, False, True], [False, False, True]])).index.tolist()
+        [[0, 2], [2, -1]]
+        """
+        count = keep.sum(1)
+        order = torch.argsort((~keep).to(torch.uint8), dim=1, stable=True)[
+            :, : int(count.max()) if len(count) else 0
+        ]
+        slot = torch.arange(order.shape[1], device=keep.device)
+        return cls(torch.where(slot < count[:, None], order, -1))
+
+
+class Source(Protocol):
+    """Where a set's statistics come from: a running model, or tensors given by hand."""
+
+    def attention(self, sets: TokenSets, site: str, rows: str | Tensor, over: str, heads: bool) -> Tensor: ...
+    def vectors(self, sets: TokenSets, which: str, site: str, rope: bool, cls: bool) -> Tensor: ...
+    def hidden(self, sets: TokenSets, site: str, cls: bool) -> Tensor: ...
+    def transition(self, sets: TokenSets, site: str, module: str, whole: bool) -> tuple[Tensor, Tensor]: ...
+    def text(self, sets: TokenSets, kind: str) -> tuple[Tensor, Tensor]: ...
+    def pixels(self, sets: TokenSets) -> Tensor: ...
+    def project(self, hidden: Tensor) -> Tensor: ...
+
+
+@dataclass(eq=False)
+class TokenSets:
+    """S sets of up to n tokens.
+
+    >>> sets = TokenSets.from_tensors(torch.randn(1, 4, 8), keep=2, attention={("encoder:-2", "cls"): torch.rand(1, 4)})
+    >>> sets.attention("encoder:-2", rows="cls").shape
+    torch.Size([1, 4])
+    """
+
+    features: Tensor
+    """[S, n, D] the tokens here: projected features at "input", hidden states at "layer:K" and "encoder:K"."""
+    valid: Tensor
+    """[S, n] bool; False is padding."""
+    keep: Tensor
+    """[S] int64: how many may stay; never above the count."""
+    total: Tensor
+    """[S] int64: how many the set had before any stage."""
+    index: Tensor
+    """[S, n] int64: number among the row's visual tokens, as `attached.kept` reports it; -1 padding, and tower patches
+    that no visual token stands for (cut away by unpadding)."""
+    row: Tensor
+    image: Tensor
+    crop: Tensor
+    frame: Tensor
+    """[S] int64 batch row; image of the row, crop of the image, video frame (-1 where a set spans several)."""
+    grid_row: Tensor
+    grid_col: Tensor
+    """[S, n] int64 place on the grid of its crop."""
+    image_of: Tensor
+    crop_of: Tensor
+    """[S, n] int64 image of the row, crop of the image; -1 padding."""
+    newline: Tensor
+    """[S, n] bool: separators. Among the candidates: a method that wants them kept says so, and counts them."""
+    grid: Tensor
+    """[S, 2] int64 height and width of the set's grid, (0, 0) where it spans several."""
+    generator: torch.Generator
+    """Seeded, on the CPU."""
+    facts: Facts = field(default_factory=Facts)
+    carried: dict[str, Tensor] = field(default_factory=dict)
+    """[S, n] numbers a method writes at one stage and reads at the next; the engine re-indexes them. NaN where new."""
+    given: dict[str, Any] = field(default_factory=dict)
+    """What the caller passed to `attach` beside the hyperparameters: question, text_encoder, tokenizer, ..."""
+    source: Source | None = None
+    place: Any = None
+    """The engine's own note of where the sets lie in the model."""
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+    def __post_init__(self) -> None:
+        self._memo: dict[Any, Any] = {}
+
+    @property
+    def count(self) -> Tensor:
+        """[S] how many tokens each set has here."""
+        return self.valid.sum(1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.features.device
+
+    @property
+    def _source(self) -> Source:
+        if self.source is None:
+            raise Missing("recorded statistic", where="tokens", fix="give it to TokenSets.from_tensors")
+        return self.source
+
+    def attention(
+        self, site: str, rows: str | Tensor = "cls", over: str = "all", heads: bool = False
+    ) -> Tensor:
+        """float32 [S, n] (`heads`: [S, H, n]): softmax(q k^T) averaged over the query rows and the heads.
+
+        `rows`: "cls", "last" (last prompt token), "text" (prompt tokens after the set's last one), "visual" (the set's own
+        tokens), "all" (every valid token of the sequence), or weights [S, n] over the set's own tokens as queries (a
+        weighted sum). `over`: softmax over "all" keys of the sequence, or over the set's own ("visual").
+        Where patches are merged to tokens, a token's value is the mean over its patches.
+        Raises `Missing` when the model has no such row or the site isn't recorded.
+        """
+        key = ("attention", site, rows, over, heads) if isinstance(rows, str) else None
+        if key is None or key not in self._memo:
+            found = self._source.attention(self, site, rows, over, heads)
+            if key is None:
+                return found
+            self._memo[key] = found
+        return self._memo[key]
+
+    def queries(self, site: str, rope: bool = True, cls: bool = False) -> Tensor:
+        """float32 [S, H, n, d]; cls=True: [S, H, d] of the CLS token."""
+        return self._source.vectors(self, "q", site, rope, cls)
+
+    def keys(self, site: str, rope: bool = True, cls: bool = False) -> Tensor:
+        """float32 [S, H_kv, n, d]; cls=True: [S, H_kv, d]."""
+        return self._source.vectors(self, "k", site, rope, cls)
+
+    def values(self, site: str, cls: bool = False) -> Tensor:
+        """float32 [S, H_kv, n, d]; cls=True: [S, H_kv, d]."""
+        return self._source.vectors(self, "v", site, True, cls)
+
+    def hidden(self, site: str, cls: bool = False) -> Tensor:
+        """[S, n, C] output of that block, before the projector; cls=True: [S, C]."""
+        return self._source.hidden(self, site, cls)
+
+    def transition(self, site: str, module: str = "attention", whole: bool = False) -> tuple[Tensor, Tensor]:
+        """(input after its norm, output before the residual) of "attention" or "mlp": each [S, n, D].
+
+        whole=True: the sequences instead: ([B, L, D], [B, L, D]); `sequence(site)` says which of it is padding.
+        """
+        return self._source.transition(self, site, module, whole)
+
+    def text(self, kind: str = "embeddings") -> tuple[Tensor, Tensor]:
+        """The prompt's text tokens, per set's row: ([S, m, D] "embeddings" | [S, m] "ids" | [S, m, D] "hidden", bool [S, m])."""
+        return self._source.text(self, kind)
+
+    def pixels(self) -> Tensor:
+        """[S, n, p] grey values 0..255 of each token's patches, p pixels."""
+        return self._source.pixels(self)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """[..., C] -> [..., D] through the projector, where it works token by token; else `Missing`."""
+        return self._source.project(hidden)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        features: Tensor,
+        keep: int | Tensor,
+        *,
+        valid: Tensor | None = None,
+        total: Tensor | None = None,
+        index: Tensor | None = None,
+        row: Tensor | None = None,
+        image: Tensor | None = None,
+        crop: Tensor | None = None,
+        frame: Tensor | None = None,
+        grid: tuple[int, int] | Tensor | None = None,
+        grid_row: Tensor | None = None,
+        grid_col: Tensor | None = None,
+        image_of: Tensor | None = None,
+        crop_of: Tensor | None = None,
+        newline: Tensor | None = None,
+        attention: Mapping[Any, Tensor] | None = None,
+        queries: Mapping[Any, Tensor] | None = None,
+        keys: Mapping[Any, Tensor] | None = None,
+        values: Mapping[Any, Tensor] | None = None,
+        hidden: Mapping[Any, Tensor] | None = None,
+        transition: Mapping[Any, Any] | None = None,
+        text: Mapping[str, Any] | None = None,
+        pixels: Tensor | None = None,
+        project: Any = None,
+        carried: dict[str, Tensor] | None = None,
+        given: dict[str, Any] | None = None,
+        facts: Facts | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """Sets made by hand, for worked examples: features [S, n, D] and whatever the method reads.
+
+        Keys: `attention` (site, rows), or (site, rows, over), (site, rows, over, "heads"); `queries`, `keys`, `values`,
+        `hidden` site, (site, "cls"), (site, "raw"); `transition` (site, module) or (site, module, "whole"); `text` kind.
+        """
+        sets, n = features.shape[:2]
+        device = features.device
+        place = torch.arange(n, device=device).expand(sets, n)
+        if valid is None:
+            valid = torch.ones(sets, n, dtype=torch.bool, device=device)
+        zero = torch.zeros(sets, dtype=torch.int64, device=device)
+        if grid is None:
+            side = int(n**0.5)
+            grid = (side, side) if side * side == n else (1, n)
+        size = torch.as_tensor(grid, device=device).expand(sets, 2)
+        width = size[:, 1:].clamp(min=1)
+        count = valid.sum(1)
+        wanted = torch.as_tensor(keep, device=device).expand(sets)
+
+        def per_token(tensor: Tensor | None, default: Tensor) -> Tensor:
+            return default if tensor is None else tensor.expand(sets, n)
+
+        return cls(
+            features=features,
+            valid=valid,
+            keep=torch.minimum(wanted, count),
+            total=count if total is None else total,
+            index=per_token(index, place.masked_fill(~valid, -1)),
+            row=torch.arange(sets, device=device) if row is None else row,
+            image=zero if image is None else image,
+            crop=zero if crop is None else crop,
+            frame=zero if frame is None else frame,
+            grid_row=per_token(grid_row, place // width),
+            grid_col=per_token(grid_col, place % width),
+            image_of=per_token(image_of, torch.zeros_like(place)),
+            crop_of=per_token(crop_of, torch.zeros_like(place)),
+            newline=per_token(newline, torch.zeros_like(valid)),
+            grid=size,
+            generator=torch.Generator().manual_seed(seed),
+            facts=facts or Facts(),
+            carried={} if carried is None else carried,
+            given={} if given is None else given,
+            source=Given(
+                attention or {},
+                {"q": queries or {}, "k": keys or {}, "v": values or {}},
+                hidden or {},
+                transition or {},
+                text or {},
+                pixels,
+                project,
+            ),
+        )
+
+
+@dataclass
+class Given:
+    """Statistics that were given as tensors."""
+
+    maps: Mapping[Any, Tensor]
+    qkv: Mapping[str, Mapping[Any, Tensor]]
+    states: Mapping[Any, Tensor]
+    changes: Mapping[Any, Any]
+    texts: Mapping[str, Any]
+    image: Tensor | None
+    projector: Any
+
+    def _take(self, table: Mapping[Any, Any], what: str, *keys: Any) -> Any:
+        for key in keys:
+            if key in table:
+                return table[key]
+        raise Missing(f"{what} {keys[0]!r}", where="tokens", fix=f"given were {list(table)}")
+
+    def attention(self, sets: TokenSets, site: str, rows: str | Tensor, over: str, heads: bool) -> Tensor:
+        name = rows if isinstance(rows, str) else "weights"
+        full = (site, name, over, "heads")
+        if heads:
+            return self._take(self.maps, "attention", full)
+        keys: list[Any] = [(site, name, over)] + ([(site, name)] if over == "all" else [])
+        if full in self.maps and not any(key in self.maps for key in keys):
+            return self.maps[full].mean(1)
+        if name == "cls" and not any(key in self.maps for key in keys):
+            raise Missing("CLS token", where="tokens")
+        return self._take(self.maps, "attention", *keys)
+
+    def vectors(self, sets: TokenSets, which: str, site: str, rope: bool, cls: bool) -> Tensor:
+        name = {"q": "queries", "k": "keys", "v": "values"}[which]
+        if cls:
+            if (site, "cls") not in self.qkv[which]:
+                raise Missing("CLS token", where="tokens")
+            return self.qkv[which][site, "cls"]
+        return self._take(self.qkv[which], name, *([site] if rope else [(site, "raw"), site]))
+
+    def hidden(self, sets: TokenSets, site: str, cls: bool) -> Tensor:
+        if cls and (site, "cls") not in self.states:
+            raise Missing("CLS token", where="tokens")
+        return self._take(self.states, "hidden", (site, "cls") if cls else site)
+
+    def transition(self, sets: TokenSets, site: str, module: str, whole: bool) -> tuple[Tensor, Tensor]:
+        return self._take(self.changes, "transition", (site, module, "whole") if whole else (site, module))
+
+    def text(self, sets: TokenSets, kind: str) -> tuple[Tensor, Tensor]:
+        found = self._take(self.texts, "text", kind)
+        if isinstance(found, Tensor):
+            found = (found, torch.ones(found.shape[:2], dtype=torch.bool, device=found.device))
+        return found
+
+    def pixels(self, sets: TokenSets) -> Tensor:
+        if self.image is None:
+            raise Missing("pixels", where="tokens")
+        return self.image
+
+    def project(self, hidden: Tensor) -> Tensor:
+        if self.projector is None:
+            raise Missing("projector that works token by token", where="tokens")
+        return self.projector(hidden)
