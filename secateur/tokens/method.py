@@ -46,7 +46,9 @@ class TokenMethod(Method):
     scope: ClassVar[str] = "image"
     """Who competes: the tokens of one "crop", one "image", or one batch "row"."""
     positions: ClassVar[str] = "original"
-    """Position ids of what stays: "original", or "compact" (counted anew)."""
+    """Position ids of what stays: "original", or "compact" (counted anew; on models with 2-D positions as "original")."""
+    newlines: ClassVar[str] = "keep"
+    """Separators between grid rows: "keep" (not in the sets, always stay), "drop", or "compete" with the others."""
     records: ClassVar[tuple[str, ...]] = ()
     """What the default stage reads: "encoder:-2", "layer:7", "layer:7:raw", "layer:7:modules", "layer:7:peek"."""
     share: ClassVar[float | None] = None
