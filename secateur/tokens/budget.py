@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.tokens.scores import entropy
 
 Count = Tensor | int
 
@@ -174,10 +175,9 @@ def entropy_ratio(weights: Tensor, valid: Tensor | None = None) -> Tensor:
     >>> entropy_ratio(torch.ones(1, 8))
     tensor([1.], dtype=torch.float64)
     """
-    weights = weights.double() if valid is None else weights.double().masked_fill(~valid, 0)
     sizes = torch.full((len(weights),), weights.shape[1]) if valid is None else valid.sum(1)
-    shares = weights / weights.sum(1, keepdim=True).clamp(min=1e-300)
-    return torch.special.entr(shares).sum(1) / sizes.to(weights).clamp(min=2).log()
+    found = entropy(weights, valid)
+    return found / sizes.to(found).clamp(min=2).log()
 
 
 def entropy_share(weights: Tensor, valid: Tensor | None = None) -> Tensor:
