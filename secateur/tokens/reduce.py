@@ -5,9 +5,13 @@ A token that stands for others keeps its place in the sequence; only its feature
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from secateur.tokens.state import Reduction
 
 
 def merge_nearest(
@@ -105,3 +109,36 @@ def match_pairs(metric: Tensor, valid: Tensor, count: Tensor | int) -> tuple[Ten
     count = torch.as_tensor(count, device=metric.device).expand(len(metric))
     allowed = torch.minimum(count, odd.sum(1))[:, None]
     return even & (place < allowed) & best.isfinite(), into
+
+
+def in_order(groups: Sequence[Tensor], features: Tensor) -> Reduction:
+    """What stays, group after group, ascending within each: groups of disjoint masks [S, n], features [S, n, D] by place."""
+    n = features.shape[1]
+    places = torch.arange(n, device=features.device).expand(features.shape[:2])
+    order = torch.full_like(places, len(groups) * n)
+    for number, mask in enumerate(groups):
+        order = torch.where(mask, number * n + places, order)
+    count = sum(mask.sum(1) for mask in groups)
+    index = order.argsort(dim=1)[:, : int(count.max())]
+    real = places[:, : index.shape[1]] < count[:, None]
+    return _reduction(index, real, features.gather(1, index[..., None].expand(-1, -1, features.shape[2])))
+
+
+def with_token(reduction: Reduction, token: Tensor, free: Tensor, first: bool = False) -> Reduction:
+    """A reduction and one more token a set, in the place of a token that leaves: after all others, or before them.
+
+    token [S, D], free [S, n] bool: what leaves; a set in which nothing does gets no token.
+    """
+    assert reduction.features is not None
+    index, features = reduction.index, reduction.features
+    slot = torch.where(free.any(1), free.int().argmax(1), -1)[:, None]
+    pair = ([slot, index], [token[:, None].to(features.dtype), features])
+    index, features = (torch.cat(part if first else part[::-1], 1) for part in pair)
+    real = index >= 0
+    order = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]
+    features = features.gather(1, order[..., None].expand(-1, -1, features.shape[2]))
+    return _reduction(index.gather(1, order), real.gather(1, order), features)
+
+
+def _reduction(index: Tensor, real: Tensor, features: Tensor) -> Reduction:
+    return Reduction(index.masked_fill(~real, -1), features.masked_fill(~real[..., None], 0))

@@ -1,0 +1,164 @@
+"""Recoverable Compression: visual outliers stay, the question brings tokens back, clusters and a remainder hold the rest.
+
+Chen et al. 2024, "Recoverable Compression: A Multimodal Vision Token Recovery Mechanism Guided by Text Information",
+https://arxiv.org/abs/2409.01179. Spec: recoverable-compression.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from secateur.method import register
+from secateur.taxonomy import MethodInfo
+from secateur.tokens.budget import outliers
+from secateur.tokens.method import TokenMethod
+from secateur.tokens.state import Missing, Reduction, TokenSets
+
+
+def first(scores: Tensor, count: int) -> Tensor:
+    """Positions of the `count` highest of [n] scores, best first, ties by position."""
+    return scores.argsort(descending=True, stable=True)[:count]
+
+
+def merge(x: Tensor, weights: Tensor, centre: int, members: Tensor) -> Tensor:
+    """A centre and the weighted sum of its members: x [n, D], weights [n] -> [D]."""
+    return x[centre] + weights[members] @ x[members]
+
+
+@register
+@dataclass
+class RecoverableCompression(TokenMethod):
+    """CLS-attention outliers, outliers in likeness to the question, a few cluster centres and one remainder token.
+
+    >>> with secateur.attach(vlm, "recoverable-compression", text_encoder=encode) as attached:  # doctest: +SKIP
+    ...     vlm.generate(**inputs)
+
+    How many tokens stay is decided per image by a local outlier factor. With a target the groups keep their proportions
+    and fill it exactly (a reconstruction). text: what the question is compared in: "encoder", the contrastive text tower
+    of the same vision tower, `text_encoder(hidden [S, n, C], sets) -> [S, n]`; or "embeddings", the language model's own
+    (no text tower needed; not the paper's). neighbours: of the outlier factor for attention and likeness, and for the
+    remainder. compat: "code" reads the keys of the clusters from the wrong rows, as released.
+    """
+
+    neighbours: tuple[int, ...] = (20, 10)
+    cluster: int = 32
+    text_weight: float = 50.0
+    text: str = field(default="encoder", metadata={"choices": ("encoder", "embeddings")})
+    compat: str = field(default="paper", metadata={"choices": ("paper", "code")})
+    scope: ClassVar[str] = "crop"
+    positions: ClassVar[str] = "compact"
+    records: ClassVar[tuple[str, ...]] = ("encoder:-2", "encoder:-1")
+    adaptive: ClassVar[bool] = True
+
+    info = MethodInfo(
+        title="Recoverable Compression",
+        spec="recoverable-compression",
+        objects="T",
+        granularity="token",
+        speedup="univ",
+        when="RT",
+        criteria="ATT+TXT",
+        order="shot",
+        data="input",
+        start="pre",
+        recovery="none",
+        decision="dyn",
+        scope="loc",
+        fusion="merge",
+        models="vlm",
+        budget_unit="token",
+        year=2024,
+        arxiv="2409.01179",
+        refs="banjiuyufen/Recoverable-Compression",
+        description="Visual outliers, tokens the question brings back, cluster centres and a remainder.",
+    )
+
+    def select(self, sets: TokenSets) -> Reduction:
+        query, keys = sets.queries("encoder:-1", cls=True), sets.keys("encoder:-1")
+        own = (query * sets.keys("encoder:-1", cls=True)).sum((1, 2))
+        dots = torch.einsum("shd,shnd->sn", query, keys).masked_fill(~sets.valid, -torch.inf)
+        dots = torch.cat([own[:, None], dots], 1) / query[0].numel() ** 0.5
+        attention, likeness = dots.softmax(1)[:, 1:], self.likeness(sets)
+        hidden, flat = sets.hidden("encoder:-2").float(), keys.transpose(1, 2).flatten(2)
+        found = []
+        for i, count in enumerate(sets.count.tolist()):
+            keep = None if self.share is self.tokens is None else int(sets.keep[i])
+            parts = (part[i, :count] for part in (hidden, flat, attention, likeness))
+            main, index, merged = self.compress(*parts, keep)
+            made = sets.project(merged.to(sets.hidden("encoder:-2").dtype)) if len(merged) else merged
+            kept = sets.features[i, main]
+            found.append((torch.cat([main, index]), torch.cat([kept, made.to(kept.dtype)])))
+        pad = torch.nn.utils.rnn.pad_sequence
+        index = pad([index for index, _ in found], batch_first=True, padding_value=-1)
+        return Reduction(index, pad([features for _, features in found], batch_first=True))
+
+    def likeness(self, sets: TokenSets) -> Tensor:
+        """[S, n]: of each token to the question."""
+        if self.text == "embeddings":
+            words, real = sets.text("embeddings")
+            words, tokens = (F.normalize(part.float(), dim=-1) for part in (words, sets.features))
+            return (tokens @ words.mT).masked_fill(~real[:, None], -torch.inf).amax(2)
+        if (encode := sets.given.get("text_encoder")) is None:
+            raise Missing(
+                "text encoder of the vision tower",
+                where="recoverable-compression",
+                fix="pass attach(..., text_encoder=f), or text='embeddings' to use the language model's",
+            )
+        return encode(sets.hidden("encoder:-1"), sets)
+
+    def compress(
+        self, x: Tensor, keys: Tensor, attention: Tensor, likeness: Tensor, keep: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One set: x [n, C], keys [n, d], attention and likeness [n] -> main tokens, places of the merged ones, their [k, C]."""
+        n, near = len(x), self.neighbours[0]
+        visual = int(outliers(attention[None], near).sum())
+        asked = likeness.index_fill(0, first(attention, visual), float(likeness.min()))
+        recovered = (n - visual) * int(outliers(asked[None], near).sum()) // n
+        if keep is None:
+            main = self.main(attention, asked, visual, recovered)
+            rest = others(n, main)
+            count = self.clusters(attention, rest, len(main))
+        else:
+            ratio = visual / (visual + recovered) if visual + recovered else 1.0
+            for size in (keep, *range(keep - 2, 0, -1), keep):
+                main = self.main(attention, asked, round(size * ratio), size - round(size * ratio))
+                rest = others(n, main)
+                count = keep - size - 1
+                if self.clusters(attention, rest, size) <= max(count, 0):
+                    break
+        if count <= 0:
+            return main, main[:0], x[:0]
+        leading = first(attention[rest], min(count, len(rest) - 1))
+        members = others(len(rest), leading)
+        keys = F.normalize((keys if self.compat == "code" else keys[rest]).float(), dim=-1)
+        merged = []
+        for centre in leading:
+            near_by = torch.cat([leading[leading != centre], members])
+            affinity = keys[near_by] @ keys[centre] + self.text_weight * asked[rest[near_by]]
+            merged.append(
+                merge(x, attention, int(rest[centre]), rest[near_by[first(affinity, self.cluster)]])
+            )
+        places = torch.cat([rest[leading], rest[members[:1]]])
+        return main, places, torch.stack([*merged, attention[rest[members]] @ x[rest[members]]])
+
+    def main(self, attention: Tensor, asked: Tensor, visual: int, recovered: int) -> Tensor:
+        """The tokens that stay as they are, ascending; at least the one that CLS attends to most."""
+        seen = first(attention, max(visual, int(visual + recovered == 0)))
+        back = first(asked.index_fill(0, seen, -torch.inf), recovered)
+        return torch.cat([seen, back]).sort().values
+
+    def clusters(self, attention: Tensor, rest: Tensor, main: int) -> int:
+        """How many cluster tokens the remainder gets: the number of main tokens x the remainder's share of outliers."""
+        return main * int(outliers(attention[rest][None], self.neighbours[1]).sum()) // max(len(rest), 1)
+
+
+def others(n: int, taken: Tensor) -> Tensor:
+    """Positions 0..n-1 that aren't in `taken`, ascending."""
+    return (
+        torch.ones(n, dtype=torch.bool, device=taken.device).index_fill(0, taken, False).nonzero().squeeze(1)
+    )

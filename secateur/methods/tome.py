@@ -1,0 +1,79 @@
+"""ToMe: merge the most alike tokens, a few in every block.
+
+Bolya et al. 2023, "Token Merging: Your ViT But Faster", https://arxiv.org/abs/2210.09461. There is no sheet: a baseline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+
+from secateur.method import register
+from secateur.taxonomy import MethodInfo
+from secateur.tokens.method import Facts, Stage, TokenMethod
+from secateur.tokens.reduce import in_order, match_pairs, pour
+from secateur.tokens.state import Reduction, TokenSets
+
+
+@register
+@dataclass
+class ToMe(TokenMethod):
+    """Bipartite soft matching by keys between the tower's blocks; a token weighs as much as the patches in it.
+
+    >>> with secateur.attach(vit, "tome", target="50%") as attached:  # doctest: +SKIP
+    ...     vit(images)
+
+    The target is the share of the tokens left at the end; every block merges equally many, at most half of what it has.
+    Merged tokens are means over their patches, and count as many in the attention that follows (`proportional`).
+    The paper merges between a block's attention and its MLP; this merges between blocks, so in the block that made the
+    keys the MLP still sees every token.
+    """
+
+    proportional: bool = True
+    scope: ClassVar[str] = "crop"
+    positions: ClassVar[str] = "original"
+
+    info = MethodInfo(
+        title="ToMe",
+        spec="-",
+        objects="T",
+        granularity="token",
+        speedup="univ",
+        when="RT",
+        criteria="DIV",
+        order="iter",
+        data="input",
+        start="pre",
+        recovery="none",
+        decision="dyn",
+        scope="loc",
+        fusion="merge",
+        models="vit vlm",
+        budget_unit="token",
+        year=2023,
+        arxiv="2210.09461",
+        refs="facebookresearch/ToMe",
+        description="Merges the most alike tokens in every block of the vision tower.",
+    )
+
+    def stages(self, facts: Facts) -> list[Stage]:
+        last = facts.block(facts.feature_block) if facts.layers else facts.blocks - 1
+        bias = "size" if self.proportional else None
+        return [
+            Stage(f"encoder:{block}", partial(self.merge, block, last), (f"encoder:{block - 1}",), bias=bias)
+            for block in range(1, last + 1)
+        ]
+
+    def merge(self, block: int, last: int, sets: TokenSets) -> Reduction:
+        left = sets.total - ((sets.total - sets.keep) * block / last).round().long()
+        leave = (sets.count - left).clamp(min=0)
+        sources, into = match_pairs(sets.keys(f"encoder:{block - 1}").mean(1), sets.valid, leave)
+        size = sets.carried.get("size", torch.ones_like(sets.valid, dtype=torch.float32)).nan_to_num(1.0)
+        sums, mass = pour(sets.features, into, sources, size)
+        whole = size + mass
+        sets.carried["size"] = whole
+        merged = (sets.features.float() * size[..., None] + sums) / whole[..., None]
+        return in_order([sets.valid & ~sources], merged.to(sets.features.dtype))

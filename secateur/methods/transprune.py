@@ -1,0 +1,108 @@
+"""TransPrune: tokens that the modules change matter; attention from the instruction helps.
+
+Li et al. 2025, "TransPrune: Token Transition Pruning for Efficient Large Vision-Language Model",
+https://arxiv.org/abs/2507.20630. Spec: transprune.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from secateur.method import register
+from secateur.taxonomy import MethodInfo
+from secateur.tokens.budget import top_per_row
+from secateur.tokens.method import Facts, Stage, TokenMethod
+from secateur.tokens.state import TokenSets
+
+
+def variation(given: Tensor, made: Tensor, turn: str = "code") -> tuple[Tensor, Tensor]:
+    """(ratio of norms, exp of the change of direction) of a module's input and output, both [..., D] -> [...].
+
+    The token transition variation is the first times the softmax of the second. turn: "code" 1 - cos, "paper" 1 - |cos|.
+    """
+    given, made = given.float(), made.float()
+    ratio = made.norm(dim=-1) / given.norm(dim=-1).clamp(min=1e-8)
+    cosine = F.cosine_similarity(given, made, dim=-1)
+    return ratio, (1 - (cosine.abs() if turn == "paper" else cosine)).exp()
+
+
+@register
+@dataclass
+class TransPrune(TokenMethod):
+    """Transition variation summed over the middle layers plus attention from the instruction; three cuts.
+
+    >>> with secateur.attach(vlm, "transprune", target="12.5%") as attached:  # doctest: +SKIP
+    ...     vlm.generate(**inputs)
+
+    The target is the share of the tokens after the last cut (the paper: 12.5%); the cuts before it keep `shares`, or the
+    target where that is more. Layers count from 1 and are the paper's for 32, scaled to the model's depth. The text
+    that counts as instruction stands behind the image. compat: the change of direction is 1 - cos in the code, 1 - |cos|
+    in the paper. The softmax runs over one row of the batch (the code's couples rows).
+    """
+
+    layers: tuple[int, ...] = (7, 9, 12)
+    shares: tuple[float, ...] = (0.875, 0.625)
+    compat: str = field(default="code", metadata={"choices": ("paper", "code")})
+    scope: ClassVar[str] = "image"
+    positions: ClassVar[str] = "compact"
+
+    info = MethodInfo(
+        title="TransPrune",
+        spec="transprune",
+        objects="T",
+        granularity="token",
+        speedup="univ",
+        when="RT",
+        criteria="ACT+ATT",
+        order="iter",
+        data="input",
+        start="pre",
+        recovery="none",
+        decision="dyn",
+        scope="loc",
+        models="vlm",
+        budget_unit="token",
+        year=2025,
+        arxiv="2507.20630",
+        refs="liaolea/TransPrune",
+        description="How much the modules change a token, and attention from the instruction, in three cuts.",
+    )
+
+    def stages(self, facts: Facts) -> list[Stage]:
+        cuts = facts.spread(self.layers, of=32)
+        shares = [*self.shares, 0.0]
+        starts = [cuts[0] - 1, *cuts[:-1]]
+        return [
+            Stage(
+                f"layer:{cut}",
+                partial(self.select, list(range(start, cut)), f"layer:{cut}:peek", share),
+                (*(f"layer:{layer}:modules" for layer in range(start, cut)), f"layer:{cut}:peek"),
+            )
+            for start, cut, share in zip(starts, cuts, shares)
+        ]
+
+    def select(self, layers: Sequence[int], peek: str, share: float, sets: TokenSets) -> Tensor:
+        change = sets.carried.get("variation", torch.zeros_like(sets.valid, dtype=torch.float32))
+        for layer in layers:
+            for module in ("attention", "mlp"):
+                site = f"layer:{layer}"
+                ratio, turn = variation(*sets.transition(site, module), self.compat)
+                around = variation(*sets.transition(site, module, whole=True), self.compat)[1]
+                change = change + ratio * turn / (around * sets.sequence(site)).sum(1)[sets.row, None]
+        sets.carried["variation"] = change
+        score = normalised(change, sets.valid) + normalised(sets.attention(peek, rows="text"), sets.valid)
+        last = sets.keep if self.share is None else (sets.total * self.share).long().clamp(min=1)
+        return top_per_row(score, torch.maximum((sets.total * share).long(), last), sets.valid)
+
+
+def normalised(scores: Tensor, valid: Tensor) -> Tensor:
+    """Scores [S, n] over their sum within the set."""
+    scores = scores.masked_fill(~valid, 0)
+    return scores / (scores.sum(1, keepdim=True) + 1e-8)

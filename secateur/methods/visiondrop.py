@@ -1,0 +1,104 @@
+"""VisionDrop: importance is attention between image tokens alone; the rest merges into a few contextual tokens.
+
+Xu et al. 2025, "Rethinking Visual Token Reduction in LVLMs under Cross-modal Misalignment",
+https://arxiv.org/abs/2506.22283. Spec: visiondrop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.method import register
+from secateur.taxonomy import MethodInfo
+from secateur.tokens.budget import geometric, top_per_row
+from secateur.tokens.method import Facts, Stage, TokenMethod
+from secateur.tokens.reduce import in_order, merge_nearest, with_token
+from secateur.tokens.state import Missing, Reduction, TokenSets
+
+
+@register
+@dataclass
+class VisionDrop(TokenMethod):
+    """Keeps the tokens that other image tokens attend to and merges the rest by their keys: once before, three times in the LLM.
+
+    >>> with secateur.attach(vlm, "visiondrop", target="25%") as attached:  # doctest: +SKIP
+    ...     vlm.generate(**inputs)
+
+    The target is the mean over the LLM's layers: the stages keep 1.5, 1.10, 0.81 and 0.59 of it (the paper's schedule for
+    32 tokens; the geometric rule for others is a reconstruction), one in eight of them merged. Before the LLM the CLS
+    token ranks the patches and is itself passed on; a tower without one is ranked by attention received.
+    first: the first stage's share of the target; the paper has 1.5 for images, 3 for video.
+    """
+
+    layers: tuple[int, ...] = (8, 16, 24)
+    first: float = 1.5
+    scope: ClassVar[str] = "image"
+    positions: ClassVar[str] = "compact"
+
+    info = MethodInfo(
+        title="VisionDrop",
+        spec="visiondrop",
+        objects="T",
+        granularity="token",
+        speedup="univ",
+        when="RT",
+        criteria="ATT",
+        order="iter",
+        data="input",
+        start="pre",
+        recovery="none",
+        decision="dyn",
+        scope="loc",
+        fusion="merge",
+        models="vlm",
+        budget_unit="token",
+        year=2025,
+        arxiv="2506.22283",
+        refs="Ruixxxx/VisionDrop",
+        description="Attention between image tokens, merging what leaves, at four depths.",
+    )
+
+    def stages(self, facts: Facts) -> list[Stage]:
+        inside = [
+            Stage(
+                f"layer:{layer}", partial(self.within, f"layer:{layer}:peek", stage), (f"layer:{layer}:peek",)
+            )
+            for stage, layer in enumerate(facts.spread(self.layers, of=32), 1)
+        ]
+        return [Stage("input", self.before, ("encoder:-2",)), *inside]
+
+    def counts(self, sets: TokenSets, stage: int) -> tuple[Tensor, Tensor]:
+        """Dominant and contextual tokens of a stage, [S] each."""
+        size = (sets.keep.double() * geometric(len(self.layers) + 1, self.first)[stage]).round().long()
+        size = torch.where(size < sets.valid.sum(1), size, sets.valid.sum(1))
+        contextual = (size + 7) // 8
+        return size - contextual, torch.where(size < sets.valid.sum(1), contextual, 0)
+
+    def before(self, sets: TokenSets) -> Reduction | Tensor:
+        dominant, contextual = self.counts(sets, 0)
+        keys = sets.keys("encoder:-2").mean(1)
+        try:
+            scores, token = sets.attention("encoder:-2"), sets.project(sets.hidden("encoder:-2", cls=True))
+        except Missing:
+            return reduce(sets, sets.attention("encoder:-2", rows="all"), keys, dominant, contextual)
+        cut = contextual > 0
+        reduction = reduce(sets, scores, keys, dominant - cut.long(), contextual)
+        left = sets.valid & cut[:, None]
+        left = left & ~torch.zeros_like(left).scatter(1, reduction.index.clamp(min=0), True)
+        return with_token(reduction, token, left, first=True)
+
+    def within(self, peek: str, stage: int, sets: TokenSets) -> Reduction | Tensor:
+        scores = sets.attention(peek, rows="visual")
+        return reduce(sets, scores, sets.keys(peek).mean(1), *self.counts(sets, stage))
+
+
+def reduce(sets: TokenSets, scores: Tensor, keys: Tensor, dominant: Tensor, contextual: Tensor) -> Reduction:
+    """The `dominant` [S] best stay as they are, the others merge into `contextual` [S] of them, which come after."""
+    best = top_per_row(scores, dominant, sets.valid)
+    targets, merged = merge_nearest(sets.features, keys, ~best & sets.valid, contextual)
+    return in_order([best, targets], merged)
