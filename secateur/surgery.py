@@ -17,13 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from secateur.errors import SecateurError
 from secateur.graph.groups import Graph, Group
-from secateur.graph.trace import call_arguments, flat_tensors, forget_caches
+from secateur.graph.trace import Functions, call_arguments, flat_tensors, forget_caches
 
 __all__ = ["Changes", "apply_changes", "cut_units", "mask_units", "prove"]
 
@@ -49,6 +50,9 @@ class Changes:
 def mask_units(model: nn.Module, graph: Graph, keep: Keep) -> None:
     """Zero everything the removed units own, in place; removed blocks pass their input through.
 
+    Units that compete for being picked (experts, by a router's softmax and top-k) take no part any more: their
+    logits are minus infinity.
+
     >>> mask_units(model, graph, {"fc1:neurons": torch.tensor([0, 2])})
 
     Raises SecateurError for unknown or frozen groups and for unit numbers out of range.
@@ -65,6 +69,7 @@ def mask_units(model: nn.Module, graph: Graph, keep: Keep) -> None:
                     continue
                 tensor = _tensor(model, s.name)
                 tensor.index_fill_(s.dim, s.index[gone].reshape(-1).to(tensor.device), 0)
+    _exclude(model, graph, keep)
 
 
 def cut_units(model: nn.Module, graph: Graph, keep: Keep) -> Changes:
@@ -88,6 +93,7 @@ def _cut(model: nn.Module, graph: Graph, keep: Keep) -> Changes:
     attributes, _ = graph.assign(keep)
     changes = Changes()
     forget_caches(model)
+    _include(model)
     before = {path: _own_sizes(m) for path, m in model.named_modules()}
     touched = _cut_tensors(model, graph, pairs, changes)
     modules = dict(model.named_modules())
@@ -109,6 +115,7 @@ def _cut(model: nn.Module, graph: Graph, keep: Keep) -> Changes:
         for name, value in _standard_sizes(modules[path], before[path]).items():
             _set(changes, path, modules[path], name, value)
     _set_head_counts(graph, pairs, modules, changes)
+    _set_expert_counts(graph, pairs, modules, changes)
     for group, kept in pairs:
         if group.kind == "layers":
             _drop_blocks(model, group, kept, changes)
@@ -286,6 +293,105 @@ def _set_head_counts(
                 _set(changes, path, module, name, value // group.size * len(kept))
 
 
+def _set_expert_counts(
+    graph: Graph, pairs: Sequence[tuple[Group, Tensor]], modules: Mapping[str, nn.Module], changes: Changes
+) -> None:
+    """Counts of experts that no operation reads, in the modules between the group's path and its tensors."""
+    fixed = {(a.module, a.name) for a in graph._attributes}
+    for group, kept in pairs:
+        if group.kind != "experts":
+            continue
+        sizes = {graph.shapes[s.name][s.dim] for s in group.slices}
+        path = group.name.partition(":")[0]
+        owners = {s.name.rpartition(".")[0] for s in group.slices}
+        for name, module in modules.items():
+            inside = not path or name == path or name.startswith(path + ".")
+            if not inside or not any(o == name or o.startswith(name + ".") or not name for o in owners):
+                continue
+            for key, value in _own_sizes(module).items():
+                if (
+                    "expert" in key
+                    and "per_" not in key
+                    and "shared" not in key
+                    and value in sizes
+                    and (name, key) not in fixed
+                ):
+                    _set(changes, name, module, key, value // group.size * len(kept))
+
+
+# --- units that are picked
+
+
+class _Without(TorchFunctionMode):
+    """While a module runs, removed units get minus infinity where its units compete."""
+
+    def __init__(self, masks: Sequence[tuple[str, Tensor]]):
+        super().__init__()
+        self.masks = masks
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        for known, gone in self.masks:
+            if name != known or not args or not _fits(gone, args[0]):
+                continue
+            args = (args[0].masked_fill(gone.to(args[0].device), -torch.inf), *args[1:])
+            break
+        return func(*args, **(kwargs or {}))
+
+
+def _fits(gone: Tensor, value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.dim() == gone.dim()
+        and all(n in (1, m) for n, m in zip(gone.shape, value.shape, strict=True))
+    )
+
+
+class _Enter:
+    def __init__(self, masks: Sequence[tuple[str, Tensor]]):
+        self.masks = masks
+        self.modes: list[_Without | None] = []
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        tracing = any(isinstance(mode, Functions) for mode in _get_current_function_mode_stack())
+        self.modes.append(None if tracing else _Without(self.masks))
+        if self.modes[-1] is not None:
+            self.modes[-1].__enter__()
+
+
+class _Leave:
+    def __init__(self, enter: _Enter):
+        self.enter = enter
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        mode = self.enter.modes.pop() if self.enter.modes else None
+        if mode is not None:
+            mode.__exit__(None, None, None)
+
+
+def _exclude(model: nn.Module, graph: Graph, keep: Keep) -> None:
+    gone = ~graph._alive(keep)
+    masks: dict[str, list[tuple[str, Tensor]]] = {}
+    for path, name, classes in graph._choices:
+        if gone[classes].any():
+            masks.setdefault(path, []).append((name, torch.from_numpy(np.ascontiguousarray(gone[classes]))))
+    for path, found in masks.items():
+        module = model.get_submodule(path)
+        enter = _Enter(found)
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(_Leave(enter), always_call=True)
+
+
+def _include(model: nn.Module) -> None:
+    """Take the hooks of `_exclude` away: the units themselves are about to leave."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, _Enter | _Leave):
+                    del hooks[key]
+
+
 # --- blocks
 
 
@@ -416,7 +522,8 @@ def _fit_config(
         shapes = {n: tuple(p.shape) for n, p in built.named_parameters(remove_duplicate=False)}
         if names_only:
             return len(shapes.keys() ^ target.keys())
-        wrong = sum(shapes.get(n) != target.get(n) for n in shapes.keys() | target.keys())
+        wrong = sum(shapes[n] != target[n] for n in shapes.keys() & target.keys())
+        wrong += 4 * len(shapes.keys() ^ target.keys())
         others = dict(built.named_modules())
         for path, name in watched:
             if path in modules and path in others and name in vars(modules[path]):
@@ -454,14 +561,19 @@ def _fit_config(
         for name, value in vars(part).items():
             if type(value) is int:
                 options += [(prefix + name, b) for a, b in sorted(sizes) if a == value]
-    fields = {name for name, _ in options}
+    found_as: dict[str, set[bool]] = {}
+    for a, old_value in graph._attributes.items():
+        if "." not in a.name and a.place is None and a.module in modules:
+            same = getattr(modules[a.module], a.name, None) == old_value
+            found_as.setdefault(a.name, set()).add(same)
+    settled = {name for name, same in found_as.items() if same == {True}}
+    options = [(name, b) for name, b in options if name.rpartition(".")[2] not in settled]
     own = {a.name for a in graph._attributes if "." not in a.name}
     for module_path, name in sorted(set(watched)):
         if name in own and getattr(trial, name, None) is None and module_path in modules:
             value = getattr(modules[module_path], name, None)
             if type(value) is int and (name, value) not in options:
                 options.append((name, value))
-    del fields
 
     def search(names_only: bool) -> tuple[Any, int]:
         best, score = trial, distance(trial, names_only)

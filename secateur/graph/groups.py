@@ -14,7 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.graph.labels import ALONE, EXPERT, HEAD, INNER, MIXED, RESIDUAL, STEM, Axes
+from secateur.graph.labels import (
+    ALONE,
+    EXPERT,
+    HEAD,
+    INNER,
+    MIXED,
+    PICKED,
+    RESIDUAL,
+    SOFT,
+    STEM,
+    Axes,
+)
 from secateur.graph.sizes import Attribute, Extent, evaluate, leaves
 
 if TYPE_CHECKING:
@@ -36,7 +47,7 @@ class Slice:
 
 @dataclass(eq=False)
 class Group:
-    """Coupled slices that vanish together; every unit has the same footprint.
+    """Coupled slices that vanish together; every unit has the same footprint. At least `least` of them must stay.
 
     >>> group = graph["model.layers.0.self_attn:kv_groups"]
     >>> group.size, group.kind, [(s.name, s.dim, tuple(s.index.shape)) for s in group.slices]
@@ -49,6 +60,7 @@ class Group:
     reason: str | None = None
     exact: bool = True
     modules: tuple[str, ...] = ()
+    least: int = 1
     _classes: np.ndarray = field(default_factory=lambda: np.zeros(0, int), repr=False)
     _alone: bool = False  # query heads over one shared key-value head
 
@@ -118,6 +130,7 @@ class Graph:
     _events: list[Any] = field(default_factory=list, repr=False)
     _costs: list[Any] = field(default_factory=list, repr=False)
     _found: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)
+    _choices: list[tuple[str, str, np.ndarray]] = field(default_factory=list, repr=False)
 
     def __getitem__(self, name: str) -> Group:
         for group in self.groups:
@@ -196,6 +209,12 @@ class Graph:
             if kept.ndim != 1 or not len(kept) or len(kept.unique()) != len(kept):
                 raise SecateurError(
                     "kept units must be distinct, one at least", where=name, fix="keep some unit"
+                )
+            if len(kept) < group.least:
+                raise SecateurError(
+                    f"{len(kept)} kept units where the model picks among {group.least} or more",
+                    where=name,
+                    fix=f"keep {group.least}",
                 )
             if int(kept.min()) < 0 or int(kept.max()) >= group.size:
                 raise SecateurError(
@@ -338,7 +357,7 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
     roots, classes = np.unique(labels.find(ids), return_inverse=True)
     n = len(roots)
     code = np.zeros(n, np.int32)
-    flags = np.zeros(n, np.uint8)
+    flags = np.zeros(n, np.uint16)
     shared = np.ones(n, np.int32)
     frozen = labels.frozen[: labels.count]
     known = frozen > 0
@@ -366,6 +385,11 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
         c = int(cls[a])
         buckets[int(code[c]), own[a:b].tobytes()].append((c, a, b))
 
+    floors = []
+    for ids, k in t.floors:
+        met = np.zeros(n, bool)
+        met[classes[ids]] = True
+        floors.append((met, int(met.sum()), len(ids), k))
     used = t.uses
     groups = []
     for (why, _), found in buckets.items():
@@ -391,8 +415,12 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
             reason = "a single unit"
         bits = int(np.bitwise_or.reduce(flags[units]))
         kind = _kind(slices, bits, int(shared[units].max()), t)
+        least = max((-(-k * heads // size) for met, heads, size, k in floors if met[units].any()), default=1)
+        if reason is None and least >= len(units):
+            reason = f"the model picks {least} of {len(units)} units, which is all"
+        exact = not bits & MIXED and (not bits & SOFT or bool(bits & PICKED))
         group = Group(
-            "", kind, len(units), tuple(slices), reason, not bits & MIXED, (), units, bool(bits & ALONE)
+            "", kind, len(units), tuple(slices), reason, exact, (), least, units, bool(bits & ALONE)
         )
         groups.append((first_place, group))
     _name([g for _, g in groups])
@@ -423,6 +451,11 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
     for g in ordered:
         if g.reason is None:
             graph._open[g._classes] = True
+    graph._choices = [
+        (module, name, classes[layer])
+        for module, name, layer in t.choices
+        if flags[classes[layer]].max() & PICKED
+    ]
     _compile(t, graph)
     last = [g for g in ordered if g.reason is None]
     graph.groups = last + _layers(t, graph) + [g for g in ordered if g.reason is not None]
@@ -457,7 +490,7 @@ def _link(t: Tracer) -> None:
     an attribute that is also needed at its old value cannot change.
     """
     labels = t.labels
-    flags = np.zeros(labels.count, np.uint8)
+    flags = np.zeros(labels.count, np.uint16)
     np.bitwise_or.at(flags, labels.find(np.arange(labels.count)), labels.flags[: labels.count])
     shared: dict[Attribute, list[tuple[np.ndarray | None, Any]]] = defaultdict(list)
     for event in t.events:

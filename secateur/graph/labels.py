@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-HEAD, EXPERT, RESIDUAL, MIXED, INNER, ALONE, STEM = 1, 2, 4, 8, 16, 32, 64
+HEAD, EXPERT, RESIDUAL, MIXED, INNER, ALONE, STEM, SOFT, PICKED = (1 << n for n in range(9))
 
 
 class NoRule(Exception):
@@ -30,7 +30,7 @@ class Labels:
         self.count = 0
         self.parent = np.arange(1024)
         self.frozen = np.zeros(1024, np.int32)
-        self.flags = np.zeros(1024, np.uint8)
+        self.flags = np.zeros(1024, np.uint16)
         self.shared = np.ones(1024, np.int32)
         self.reasons = [""]
 
@@ -40,7 +40,7 @@ class Labels:
             size = len(self.parent)
             self.parent = np.concatenate([self.parent, np.arange(size, 2 * size)])
             self.frozen = np.concatenate([self.frozen, np.zeros(size, np.int32)])
-            self.flags = np.concatenate([self.flags, np.zeros(size, np.uint8)])
+            self.flags = np.concatenate([self.flags, np.zeros(size, np.uint16)])
             self.shared = np.concatenate([self.shared, np.ones(size, np.int32)])
         ids = np.arange(self.count, self.count + n)
         self.count += n
@@ -92,12 +92,13 @@ class Axes:
     """What is known of one tensor: its shape and label arrays of the same rank, of size 1 on free axes.
 
     `params` names the parameters a value was computed from when it depends on nothing else (an empty set: a
-    constant); None for activations.
+    constant); None for activations. `picks`: the values are positions among these labels, as those of a `topk` are.
     """
 
     shape: tuple[int, ...]
     layers: list[np.ndarray] = field(default_factory=list)
     params: frozenset[str] | None = None
+    picks: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.layers = [layer for layer in self.layers if layer.size > 1]

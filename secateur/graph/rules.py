@@ -13,7 +13,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from secateur.graph.labels import ALONE, EXPERT, HEAD, INNER, MIXED, RESIDUAL, Axes, NoRule, along, axes_of
+from secateur.graph.labels import (
+    ALONE,
+    EXPERT,
+    HEAD,
+    INNER,
+    MIXED,
+    PICKED,
+    RESIDUAL,
+    SOFT,
+    Axes,
+    NoRule,
+    along,
+    axes_of,
+)
 
 if TYPE_CHECKING:
     from secateur.graph.trace import Tracer
@@ -286,7 +299,8 @@ def softmax(t: Tracer, c: Call) -> Axes:
     x = c.axes["self"]
     for layer in x.layers:
         if layer.shape[c.args["dim"]] > 1:
-            t.labels.flag(layer, MIXED)
+            t.labels.flag(layer, SOFT)
+            t.choice(c.name, layer)
     return Axes(c.out, x.layers, x.params)
 
 
@@ -299,13 +313,112 @@ def scan(t: Tracer, c: Call) -> Axes:
     return x
 
 
-@rule("cumprod", "sort", "topk", "argsort", "kthvalue", "median", "cummax", "cummin", "argmax", "argmin")
+def chosen(t: Tracer, x: Axes, d: int, count: int, name: str) -> tuple[Axes, np.ndarray | None]:
+    """The best of an axis are taken: what is left of the labels, and those that the winners are numbered among."""
+    layers, picks = [], None
+    for layer in x.layers:
+        layer = canon(t, layer)
+        if layer.shape[d] == 1:
+            layers.append(layer)
+            continue
+        if axes_of(layer)[0] != d:  # blocks leave whole
+            layer = collapse(t, layer, d)
+            layers.append(layer)
+        else:
+            for k in axes_of(layer)[1:]:
+                layer = collapse(t, layer, k)
+            picks = layer.reshape(-1)
+            t.floors.append((picks, count))
+        t.labels.flag(layer, PICKED)
+        t.choice(name, layer)
+    return Axes(x.shape, layers, x.params), picks
+
+
+def pick(t: Tracer, x: Axes, d: int, picks: np.ndarray) -> Axes:
+    """Entries of an axis are taken by numbers that a router gave: they are units of the same kind."""
+    layers, met = [], False
+    for layer in x.layers:
+        layer = canon(t, layer)
+        if layer.shape[d] == 1:
+            layers.append(layer)
+            continue
+        for k in axes_of(layer):
+            layer = collapse(t, layer, k) if k != d else layer
+        ids = layer.reshape(-1)
+        if len(ids) <= len(picks) and len(ids) + len(t.beyond(picks)) >= len(picks):
+            t.labels.tie(ids, picks[: len(ids)])
+            met = True
+        else:
+            t.freeze(ids, t.reason("entries of this axis are picked by index"))
+    if x.params:
+        t.labels.flag(picks, EXPERT)
+        if len(x.shape) > 2:
+            t.weight(x, [d], [])
+    if not met:
+        t.freeze(picks, t.reason("its numbers pick entries of a fixed axis"))
+    return Axes(x.shape, layers, x.params)
+
+
+@rule("topk")
+def topk(t: Tracer, c: Call) -> list[Axes]:
+    x, d = c.axes["self"], int(c.args["dim"]) % max(1, len(c.out))
+    if not c.args.get("largest", True):
+        x = fix(t, x, d, t.reason("topk takes the smallest along this axis"))
+    free, picks = chosen(t, x, d, int(c.args["k"]), "topk")
+    return [Axes(c.outs[0], free.layers), Axes(c.outs[1], free.layers, picks=picks)]
+
+
+@rule("one_hot")
+def one_hot(t: Tracer, c: Call) -> Axes:
+    x, n, picks = c.axes["self"], c.args["num_classes"], c.axes["self"].picks
+    layers = [layer[..., None] for layer in x.layers]
+    if picks is None:
+        return Axes(c.out, layers)
+    if n < len(picks):
+        t.freeze(picks, t.reason("its units are counted by number"))
+        return Axes(c.out, layers)
+    more = t.labels.new(n - len(picks), t.reason("a place that belongs to no unit"))
+    t.extras |= set(more.tolist())
+    layers.append(along(np.concatenate([picks, more]), len(c.out), -1))
+    out = Axes(c.out, layers)
+    t.sized(n, out, len(c.out) - 1)
+    return out
+
+
+@rule("histc", "bincount")
+def count(t: Tracer, c: Call) -> Axes:
+    picks = c.axes["self"].picks
+    if picks is None:
+        return Axes(c.out, [], frozenset())
+    if c.out != (len(picks),):
+        t.freeze(picks, t.reason("its units are counted by number"))
+        return Axes(c.out)
+    out = Axes(c.out, [picks])
+    t.sized(c.args.get("bins", c.args.get("minlength")), out, 0)
+    return out
+
+
+@rule("nonzero")
+def nonzero(t: Tracer, c: Call) -> Axes:
+    x = c.axes["self"]
+    if len(x.shape) == 1:
+        return Axes(c.out, [], None, vector(t, x, 0))
+    for layer in x.layers:
+        t.freeze(layer, t.reason("entries of this axis are found by index"))
+    return Axes(c.out, [], frozenset())
+
+
+@rule("cumprod", "sort", "argsort", "kthvalue", "median", "cummax", "cummin", "argmax", "argmin")
 def ordering(t: Tracer, c: Call) -> list[Axes]:
     x = c.axes["self"]
     rank = len(x.shape)
+    if c.name == "argmax" and c.args.get("dim") is not None:
+        d = int(c.args["dim"]) % rank
+        x, picks = chosen(t, x, d, 1, "argmax")
+        return [Axes(c.out, drop_axes(x, [d], c.out), picks=picks)]
     for d in dims_of(c.args.get("dim"), rank):
         x = fix(t, x, d, t.reason(f"{c.name} runs over this axis"))
-    if c.name in ("sort", "topk", "argsort", "cumprod", "cummax", "cummin") or len(c.out) == rank:
+    if c.name in ("sort", "argsort", "cumprod", "cummax", "cummin") or len(c.out) == rank:
         return [Axes(o, x.layers) for o in c.outs]
     return [Axes(o, drop_axes(x, dims_of(c.args.get("dim"), rank), o)) for o in c.outs]
 
@@ -317,6 +430,12 @@ def reduce(t: Tracer, c: Call) -> Axes | list[Axes]:
     if "other" in c.axes:
         return pointwise(t, c)
     rank = len(x.shape)
+    if c.name == "max" and len(c.outs) == 2:
+        d = int(c.args["dim"]) % rank
+        free, picks = chosen(t, x, d, 1, "max")
+        best, places = (Axes(o, drop_axes(free, [d], o)) for o in c.outs)
+        places.picks = picks
+        return [best, places]
     dims = dims_of(c.args.get("dim"), rank)
     layers = []
     for layer in x.layers:
@@ -409,13 +528,22 @@ def matmul(t: Tracer, c: Call) -> Axes:
     return matmul_axes(t, x, y, c.out)
 
 
-@rule("_grouped_mm", "grouped_mm")
+@rule("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
 def grouped_mm(t: Tracer, c: Call) -> Axes:
     x, w = list(c.axes.values())[:2]
     if len(x.shape) != 2 or len(w.shape) != 3:
         raise NoRule
-    t.weight(w, [2], [1])
-    w = fix(t, w, 0, t.reason("experts are picked by number"))
+    t.weight(w, [0, 2], [1])
+    offs = c.axes.get("offs")
+    ids = join(
+        t,
+        vector(t, w, 0),
+        None if offs is None else vector(t, offs, 0),
+        t.reason("experts are picked by number"),
+    )
+    if ids is not None:
+        t.labels.flag(ids, EXPERT)
+        w = Axes(w.shape, [layer for layer in w.layers if layer.shape[0] == 1], w.params)
     flat = Axes(w.shape[1:], [layer[0] for layer in w.layers], w.params)
     return matmul_axes(t, x, flat, c.out)
 
@@ -814,6 +942,9 @@ def repeat_interleave(t: Tracer, c: Call) -> Axes:
 def select(t: Tracer, c: Call) -> Axes:
     x, d, i = c.axes["self"], int(c.args["dim"]), int(c.args["index"])
     d %= len(x.shape)
+    picks = t.picked_by(i)
+    if picks is not None:
+        x = pick(t, x, d, picks)
     for layer in x.layers:
         if layer.shape[d] > 1:
             t.rigid(layer, d, t.reason("one entry of this axis is selected by number"))
@@ -1018,15 +1149,17 @@ def index(t: Tracer, c: Call) -> Axes:
     x = c.axes["self"]
     why = t.reason("entries of this axis are picked by index")
     if c.name == "index_select":
-        x = fix(t, x, int(c.args["dim"]) % len(x.shape), why)
-        return Axes(c.out, x.layers, x.params)
+        d, got = int(c.args["dim"]) % len(x.shape), c.axes["index"]
+        free = fix(t, x, d, why) if got.picks is None else pick(t, x, d, got.picks)
+        return Axes(c.out, free.layers, x.params, x.picks)
     if c.name == "gather":
         d = int(c.args["dim"]) % len(x.shape)
-        x = fix(t, x, d, why)
         got = c.axes["index"]
+        x = fix(t, x, d, why) if got.picks is None else pick(t, x, d, got.picks)
         sizes = tuple(1 if k == d else n for k, n in enumerate(c.out))
         free = Axes(tuple(1 if k == d else n for k, n in enumerate(x.shape)), x.layers, x.params)
-        return Axes(c.out, elementwise(t, [free, Axes(sizes, got.layers, got.params)], sizes).layers)
+        joined = elementwise(t, [free, Axes(sizes, got.layers, got.params)], sizes)
+        return Axes(c.out, joined.layers, picks=x.picks)
     indices = c.axes["indices"]
     source, at, rank = [], 0, 0
     for ind, raw in zip(indices, c.args["indices"], strict=True):
@@ -1035,12 +1168,14 @@ def index(t: Tracer, c: Call) -> Axes:
             continue
         wide = len(ind.shape) if raw.dtype in (torch.bool, torch.uint8) else 1
         source += list(range(at, at + wide))
+        if ind.picks is not None:
+            x = Axes(x.shape, pick(t, x, at, ind.picks).layers, x.params, x.picks)
         rank = max(rank, 1 if raw.dtype in (torch.bool, torch.uint8) else len(ind.shape))
         at += wide
         for layer in ind.layers:
             t.freeze(layer, why)
     for d in source:
-        x = fix(t, x, d, why)
+        x = Axes(x.shape, fix(t, x, d, why).layers, x.params, x.picks)
     rest = [k for k in range(len(x.shape)) if k not in source]
     together = source == list(range(source[0], source[0] + len(source))) if source else True
     front = [k for k in rest if k < source[0]] if together and source else []
@@ -1048,7 +1183,7 @@ def index(t: Tracer, c: Call) -> Axes:
     for layer in x.layers:
         kept = [layer.shape[k] for k in rest]
         layers.append(layer.reshape([*kept[: len(front)], *[1] * rank, *kept[len(front) :]]))
-    return Axes(c.out, layers, x.params)
+    return Axes(c.out, layers, x.params, x.picks)
 
 
 @rule("index_put", "_index_put_impl", "_unsafe_index_put")
@@ -1082,6 +1217,17 @@ def scatter(t: Tracer, c: Call) -> Axes:
     xs = [v for k, v in c.axes.items() if k != "index"] if c.name.startswith("index") else c.tensors()
     shape = tuple(1 if k == d else n for k, n in enumerate(c.out))
     why = t.reason("entries of this axis are written by index")
+    got = c.axes.get("index")
+    if c.name.startswith("scatter") and got is not None and got.picks is not None:
+        ids = vector(t, rect(t, x), d)
+        pick(t, x, d, got.picks)
+        free = [
+            Axes(shape, [layer for layer in v.layers if layer.shape[d] == 1])
+            for v in xs
+            if len(v.shape) == len(x.shape)
+        ]
+        layers = elementwise(t, free, shape).layers
+        return Axes(c.out, layers if ids is None else [*layers, along(ids, len(c.out), d)])
     free = []
     for v in xs:
         if len(v.shape) == len(x.shape):
@@ -1095,8 +1241,45 @@ def scatter(t: Tracer, c: Call) -> Axes:
 
 @rule("arange", "zeros", "ones", "full", "empty", "scalar_tensor", "new_zeros", "new_ones", "new_empty",
       "new_full", "rand", "randn", "eye", "linspace", "randint", "empty_strided", "new_empty_strided",
-      "randperm", "_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "one_hot", "bincount",
-      "searchsorted", "bucketize", "histc", "unique", "_unique2", "tril_indices", "triu_indices",
+      "randperm", "_local_scalar_dense", "item", "equal", "is_nonzero",
+      "searchsorted", "bucketize", "unique", "_unique2", "tril_indices", "triu_indices",
       "hann_window", "is_same_size", "_assert_async", "_assert_tensor_metadata", "_assert_scalar")  # fmt: skip
 def nothing(t: Tracer, c: Call) -> list[Axes]:
     return [Axes(o, [], frozenset()) for o in c.outs]
+
+
+# --- numbers of units
+
+MOVES = {"view", "_unsafe_view", "_reshape_alias", "reshape", "unflatten", "flatten", "permute", "transpose", "t",
+         "unsqueeze", "squeeze", "expand", "expand_as", "select", "unbind", "slice", "narrow", "split", "chunk",
+         "split_with_sizes", "clone", "detach", "alias", "_to_copy", "to", "contiguous", "repeat", "repeat_interleave",
+         "lift_fresh"}  # fmt: skip
+NUMBERS = {"one_hot", "histc", "bincount", "index", "_unsafe_index", "index_select", "gather", "scatter", "scatter_add",
+           "scatter_reduce"}  # fmt: skip
+
+
+def numbers(t: Tracer, c: Call, made: Sequence[Axes]) -> None:
+    """Where numbers of units go: moved as they are, used by a rule, or compared; anything else freezes the units."""
+    for x in c.tensors():
+        if x.picks is None or c.name in NUMBERS:
+            continue
+        if c.name in MOVES:
+            for out in made:
+                out.picks = x.picks
+        elif c.name == "sort":
+            made[0].picks = x.picks
+        elif c.name in ("cat", "stack") and all(
+            other.picks is not None and len(other.picks) == len(x.picks) for other in c.tensors()
+        ):
+            t.labels.tie(x.picks, c.axes["tensors"][0].picks)
+            made[0].picks = x.picks
+        elif c.name in ("eq", "ne", "lt", "le", "gt", "ge"):
+            other = c.args.get("other")
+            places = t.beyond(x.picks)
+            if not (
+                isinstance(other, int)
+                and (other == len(x.picks) or other in places or other < 1 and c.name in ("lt", "ge"))
+            ):
+                t.freeze(x.picks, t.reason("units are told apart by number"))
+        elif c.name not in ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"):
+            t.freeze(x.picks, t.reason(f"calculates with the numbers of units: {c.name}"))

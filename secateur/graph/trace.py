@@ -11,7 +11,7 @@ import linecache
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from secateur.errors import SecateurError
 from secateur.graph.groups import Graph, build_graph
 from secateur.graph.labels import Axes, Labels, NoRule, along
-from secateur.graph.rules import RULES, Call, pointwise
+from secateur.graph.rules import RULES, Call, numbers, pointwise
 from secateur.graph.sizes import Attribute, Extent, Size, expression, leaves
 
 __all__ = ["trace"]
@@ -39,6 +39,9 @@ HIGH_LEVEL = {
     "gru": aten.gru.input,
     "rnn_tanh": aten.rnn_tanh.input,
     "rnn_relu": aten.rnn_relu.input,
+    "one_hot": aten.one_hot.default,
+    "histc": aten.histc.default,
+    "bincount": aten.bincount.default,
 }
 RESHAPES = {"view", "reshape", "expand", "_unsafe_view", "unflatten", "broadcast_to"}
 FACTORIES = {
@@ -133,6 +136,9 @@ class Tracer:
         self.unknown: dict[str, str] = {}
         self.uses: dict[str, int] = {}
         self.normalised: set[str] = set()
+        self.floors: list[tuple[np.ndarray, int]] = []
+        self.choices: list[tuple[str, str, np.ndarray]] = []
+        self.extras: set[int] = set()
         self._label_parameters()
 
     # --- parameters
@@ -214,6 +220,31 @@ class Tracer:
     def rigid(self, layer: np.ndarray, axis: int, why: str) -> None:
         self.rigids.append((layer, axis, why))
 
+    def choice(self, name: str, layer: np.ndarray) -> None:
+        """Units compete here (softmax, topk): a masked model must leave the removed ones out."""
+        self.choices.append((self.stack[-1], name.strip("_").removeprefix("safe_"), layer))
+
+    def sized(self, value: Any, axes: Axes, axis: int) -> None:
+        """An operation was given the size of this axis of its result."""
+        if isinstance(value, Size):
+            part = Part(axes, axis, 0, axes.shape[axis])
+            self.events.append(Event(value.expr, part, source_line(), self.stack[-1]))
+
+    def beyond(self, picks: np.ndarray) -> list[int]:
+        """Positions that belong to no unit, such as one more class than there are experts."""
+        return [n for n, label in enumerate(picks.tolist()) if label in self.extras]
+
+    def picked_by(self, value: int) -> np.ndarray | None:
+        """The labels that an integer index of the running call is a position among."""
+        for arg in flat_items(self.current[1]):
+            if isinstance(arg, Picked) and int(arg) == value:
+                return arg.picks
+            if isinstance(arg, torch.Tensor) and arg.dim() == 0 and not arg.is_floating_point():
+                known = self.env.get(arg)
+                if known is not None and known.picks is not None and int(arg) == value:
+                    return known.picks
+        return None
+
     def cost(self, dims: list[Any]) -> None:
         self.costs.append((self.stack[-1], dims))
 
@@ -241,7 +272,10 @@ class Tracer:
         for layer in x.layers:
             if layer.shape[d] == 1:
                 continue
-            if even and size % length == 0 and step == 1:
+            if step > 1 and size % step == 0 and parts[0][0] < step and parts[0][1] == size:
+                blocks = layer.reshape(*layer.shape[:d], size // step, step, *layer.shape[d + 1 :])
+                self.rigid(blocks, d + 1, self.reason("every other entry of this axis is taken"))
+            elif even and size % length == 0 and step == 1:
                 blocks = layer.reshape(*layer.shape[:d], size // length, length, *layer.shape[d + 1 :])
                 self.rigid(blocks, d, self.reason("this axis is cut at constant places"))
             else:
@@ -320,6 +354,13 @@ class Tracer:
                 tensors[key] = [self.axes(v) if isinstance(v, torch.Tensor) else None for v in value]
         outs = list(flat_tensors(result))
         if not outs:
+            first = tensors.get("self")
+            if (
+                isinstance(first, Axes)
+                and first.picks is not None
+                and self.current[0] not in ("__getitem__", "item")
+            ):
+                self.freeze(first.picks, self.reason("units are told apart by number"))
             return
         in_place = full.endswith("_") and not full.endswith("__")
         name = full.rstrip("_") if in_place else full
@@ -329,7 +370,7 @@ class Tracer:
         call = Call(name, named, tensors, shapes)
         xs = call.tensors()
         try:
-            if any(x.layers for x in xs):
+            if any(x.layers or x.picks is not None for x in xs):
                 if name in RULES:
                     made = RULES[name](self, call)
                 elif torch.Tag.pointwise in op.tags or name == "bitwise":
@@ -351,11 +392,13 @@ class Tracer:
             why = self.reason(f"no rule for this {name}{told}")
             self.unknown.setdefault(name, why)
             for x in xs:
-                for layer in x.layers:
+                for layer in [*x.layers, *([] if x.picks is None else [x.picks])]:
                     self.freeze(layer, why)
             made = [Axes(shape, [], self.origin(xs)) for shape in shapes]
         if isinstance(made, Axes):
             made = [made]
+        if any(x.picks is not None for x in xs):
+            numbers(self, call, made)
         for n, out in enumerate(outs):
             axes = made[n] if n < len(made) else None
             if axes is None or axes.shape != shapes[n]:
@@ -473,6 +516,16 @@ class Functions(TorchFunctionMode):
         t = self.tracer
         if t.off:
             return func(*args, **kwargs)
+        if name in ("item", "tolist", "numpy"):
+            known = t.env.get(args[0])
+            if known is not None and known.picks is not None:
+                before, t.current, t.op = t.current, (name, (args,)), name
+                out = func(*args, **kwargs)
+                t.current = before
+                if name == "item":
+                    return Picked(out, t, known.picks)
+                t.freeze(known.picks, t.reason("units are told apart by number"))
+                return out
         if name == "__get__":
             out = func(*args, **kwargs)
             return t_shape(t, args[0], out) if type(out) is torch.Size else out
@@ -586,6 +639,54 @@ def flat_tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for v in value:
             yield from flat_tensors(v)
+
+
+def flat_items(value: Any) -> Iterator[Any]:
+    """The leaves of nested tuples and lists."""
+    if isinstance(value, (list, tuple)):
+        for v in value:
+            yield from flat_items(v)
+    else:
+        yield value
+
+
+class Picked(int):
+    """The number of a unit, read from a tensor. To calculate with it freezes the units."""
+
+    picks: np.ndarray
+    tracer: Tracer
+
+    def __new__(cls, value: int, tracer: Tracer, picks: np.ndarray) -> Self:
+        self = int.__new__(cls, value)
+        self.tracer, self.picks = tracer, picks
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, int) or int(other) not in (len(self.picks), *self.tracer.beyond(self.picks)):
+            self._used()
+        return int(self) == other
+
+    def __hash__(self) -> int:
+        self._used()
+        return hash(int(self))
+
+    def _used(self) -> None:
+        self.tracer.freeze(self.picks, self.tracer.reason("units are told apart by number"))
+
+
+def _frozen_by(name: str) -> None:
+    plain = getattr(int, name)
+
+    def method(self: Picked, *args: Any) -> Any:
+        self._used()
+        return plain(int(self), *args)
+
+    setattr(Picked, name, method)
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordiv", "mod", "rmod", "lt", "le", "gt", "ge",
+              "neg", "pow", "str", "repr", "format"):  # fmt: skip
+    _frozen_by(f"__{_name}__")
 
 
 def flat_ints(value: Any) -> Iterator[int]:
