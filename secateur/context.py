@@ -191,7 +191,7 @@ class Context:
     # Dividing a budget over units
 
     def floor_of(self, group: Group) -> int:
-        return max(1, int(group.size * self.floor))
+        return max(group.least, int(group.size * self.floor))
 
     def competitors(self, scores: Mapping[str, Tensor]) -> list[Competitor]:
         """The groups that have scores, as the allocator sees them."""
