@@ -1,5 +1,117 @@
 """Vision-language models and vision transformers, a small file a family: facts that running the model cannot tell."""
 
-from secateur.families.vlm.facts import Facts, Layout
+from __future__ import annotations
 
-__all__ = ["Facts", "Layout"]
+from typing import Any
+
+from secateur.errors import SecateurError
+from secateur.families.vlm.anyres import ANYRES
+from secateur.families.vlm.facts import Facts, Family, Layout
+from secateur.families.vlm.gemma import GEMMA3, PALIGEMMA
+from secateur.families.vlm.llava import LLAVA
+from secateur.families.vlm.qwen import QWEN2, QWEN2_5, QWEN3
+from secateur.families.vlm.shuffled import IDEFICS3, INTERNVL
+from secateur.families.vlm.towers import tower_family
+
+__all__ = ["Facts", "Family", "Layout", "facts_of", "family_of"]
+
+VLMS: dict[str, Family] = {
+    "llava": LLAVA,
+    "llava_next": ANYRES,
+    "llava_onevision": ANYRES,
+    "qwen2_vl": QWEN2,
+    "qwen2_5_vl": QWEN2_5,
+    "qwen3_vl": QWEN3,
+    "internvl": INTERNVL,
+    "idefics3": IDEFICS3,
+    "smolvlm": IDEFICS3,
+    "paligemma": PALIGEMMA,
+    "gemma3": GEMMA3,
+}
+
+
+def family_of(model: Any) -> Family:
+    """The family of a model.
+
+    Raises `SecateurError` with the reason where tokens cannot leave it.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if isinstance(kind, str) and kind in VLMS and hasattr(model, "get_image_features"):
+        family = VLMS[kind]
+        if not hasattr(model, "generate"):
+            raise SecateurError(
+                f"{type(model).__name__} has no language head",
+                where="attach",
+                fix="give the model that generates, not its base",
+            )
+        return family
+    found = tower_family(model)
+    if isinstance(found, Family):
+        return found
+    name = kind or type(model).__name__
+    if found is not None:
+        raise SecateurError(f"tokens cannot leave {name}: {found}", where="attach")
+    raise SecateurError(
+        f"{name} isn't a vision-language model or vision transformer that secateur knows",
+        where="attach",
+        fix=f"it knows {', '.join(VLMS)} and ViT, CLIP, SigLIP, DINOv2, DINOv3, timm VisionTransformer and Eva",
+    )
+
+
+def _number(config: Any, *names: str, default: int = 0) -> int:
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return int(value)
+    return default
+
+
+def facts_of(model: Any, family: Family) -> Facts:
+    """Depths and widths, from the model's config and modules."""
+    plain = family.layout is None
+    tower = model if plain else model.get_encoder("image")
+    try:
+        blocks = family.blocks(tower)
+    except AttributeError:
+        blocks = None
+    vision: dict[str, Any] = {"blocks": len(blocks) if blocks is not None else 0}
+    config = getattr(tower, "config", None)
+    if config is not None:
+        width = _number(config, "embed_dim", "hidden_size")
+        ratio = getattr(config, "mlp_ratio", None)
+        vision["vision_hidden"] = width
+        vision["vision_heads"] = _number(config, "num_attention_heads", "num_heads", default=1)
+        vision["vision_intermediate"] = _number(
+            config, "intermediate_size", default=int(width * (ratio or 4))
+        )
+    elif blocks is not None:
+        vision["vision_hidden"] = int(tower.embed_dim)
+        vision["vision_heads"] = int(blocks[0].attn.num_heads)
+        mlp = blocks[0].mlp
+        vision["vision_intermediate"] = int(mlp.fc2.in_features)
+    if blocks is not None and len(blocks):
+        mlp = blocks[0].mlp
+        vision["vision_gated"] = any(hasattr(mlp, n) for n in ("gate_proj", "fc1_g", "w12"))
+    prefix = family.prefix(tower)
+    vision["prefix"], vision["has_cls"] = prefix, prefix > 0
+    if plain:
+        return Facts(**vision)
+    text = model.config.get_text_config()
+    heads = text.num_attention_heads
+    decoder = model.get_decoder()
+    return Facts(
+        layers=len(decoder.layers),
+        feature_block=family.feature_block(model),
+        merge=family.merge(model),
+        hidden=text.hidden_size,
+        intermediate=_number(text, "intermediate_size"),
+        heads=heads,
+        kv_heads=_number(text, "num_key_value_heads", default=heads),
+        head_dim=_number(text, "head_dim", default=text.hidden_size // heads),
+        gated=hasattr(getattr(decoder.layers[0], "mlp", None), "gate_proj"),
+        tokenwise_projector=family.projector(model) is not None,
+        mrope=family.mrope,
+        first_layer=family.first_layer(model),
+        video=family.video,
+        **vision,
+    )

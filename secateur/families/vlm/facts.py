@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -89,3 +91,91 @@ class Layout:
 
     def to(self, device: torch.device) -> Layout:
         return Layout(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family of models is laid out. `layout(model, inputs)` is None for a vision transformer on its own."""
+
+    name: str
+    blocks: Callable[[nn.Module], nn.ModuleList]
+    """Tower -> its blocks."""
+    prefix: Callable[[nn.Module], int]
+    """Tower -> tokens before the patches."""
+    layout: Callable[[Any, Mapping[str, Any]], dict[str, Layout]] | None = None
+    """Model and its inputs -> a layout for each of "image", "video" that is there."""
+    merge: Callable[[Any], int] = lambda model: 1
+    feature_block: Callable[[Any], int] = lambda model: -1
+    projector: Callable[[Any], Callable[[Tensor], Tensor] | None] = lambda model: None
+    packed: bool = False
+    """The tower's states are [patches of all pictures, C] with cumulative lengths."""
+    order: Callable[[Any, Tensor], Tensor] | None = None
+    """Packed towers that permute: model and grid -> the patch in each slot."""
+    full_before: Callable[[nn.Module], Sequence[nn.Module]] = lambda tower: ()
+    """Packed towers: modules that need the state of every patch."""
+    stacked: bool = False
+    """The features of a batch are one tensor, not a list."""
+    position_offset: int = 0
+    """Positions in forward start here."""
+    bidirectional: bool = False
+    """Image or prefix tokens see each other both ways."""
+    mrope: bool = False
+    first_layer: Callable[[Any], int] = lambda model: 1
+    video: bool = False
+    masks: bool = True
+    """Tower blocks take a mask, so that crops may keep different numbers."""
+    pools: bool = False
+    """A tower on its own averages or attends over the patches at its end."""
+
+
+def grids(
+    sizes: Sequence[tuple[int, int]],
+    patches: Callable[[int, int], Tensor],
+    image: Sequence[int] | None = None,
+    lead: int = 0,
+) -> Layout:
+    """The layout of pictures that are each one grid.
+
+    `sizes`: patches (h, w) of each crop; `patches(h, w)` -> [n, m] the patches of each token; `lead`: tokens in front of
+    each grid that no patch stands behind (CLS taken for a visual token).
+    """
+    parts: dict[str, list[Tensor]] = {k: [] for k in ("image", "crop", "row", "col", "line", "patches")}
+    shapes, start = [], 0
+    for crop, (h, w) in enumerate(sizes):
+        index = patches(h, w)
+        n = len(index)
+        row, col = torch.div(index, w, rounding_mode="floor").amin(1), (index % w).amin(1)
+        scale = max(1, round((h * w / n) ** 0.5))
+        fill = torch.full((lead,), 0)
+        parts["image"].append(torch.full((n + lead,), image[crop] if image is not None else crop))
+        parts["crop"].append(torch.full((n + lead,), crop))
+        parts["row"].append(torch.cat([fill, row // scale]))
+        parts["col"].append(torch.cat([fill, col // scale]))
+        parts["line"].append(torch.arange(n + lead) < lead)
+        parts["patches"].append(torch.cat([torch.full((lead, index.shape[1]), -1), index + start]))
+        shapes.append((h // scale, w // scale))
+        start += h * w
+    joined = {k: torch.cat(v) for k, v in parts.items()}
+    return Layout(
+        image=joined["image"],
+        crop=joined["crop"],
+        frame=torch.zeros_like(joined["crop"]),
+        grid_row=joined["row"],
+        grid_col=joined["col"],
+        newline=joined["line"],
+        patches=joined["patches"],
+        grid=torch.tensor(shapes),
+        crop_image=torch.tensor(list(image) if image is not None else list(range(len(sizes)))),
+        total_patches=start,
+    )
+
+
+def each_patch(h: int, w: int) -> Tensor:
+    """Every patch is a token: [h * w, 1]."""
+    return torch.arange(h * w)[:, None]
+
+
+def picture_sizes(pixels: Tensor, patch: int) -> list[tuple[int, int]]:
+    """(h, w) in patches of each picture of [..., H, W]."""
+    size = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+    return [size] * pixels.shape[0]

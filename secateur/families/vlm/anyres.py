@@ -1,0 +1,92 @@
+"""LLaVA-NeXT and LLaVA-OneVision: a base crop and tiles, unpadded, a newline token after each row of the tiled picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.families.vlm.facts import Family, Layout
+from secateur.families.vlm.llava import blocks_of, feature_block, prefix_of, projector
+
+
+def _tools(model: Any) -> Any:
+    """The module that holds the model's own functions of image sizes."""
+    import sys
+
+    return sys.modules[type(model).__module__]
+
+
+def _tiled(
+    tools: Any, index: Tensor, size: Any, pinpoints: Any, side: int, image_size: int, limit: int | None
+) -> Tensor:
+    """[crops, side * side] patch numbers -> those of the visual tokens in order, -1 for newlines."""
+    base, tiles = index[0], index[1:]
+    if not len(tiles):
+        return torch.cat([base, base.new_tensor([-1])])
+    rows, cols = tools.get_anyres_image_grid_shape(size, pinpoints, image_size)
+    whole = tiles.view(rows, cols, side, side).permute(0, 2, 1, 3).reshape(1, rows * side, cols * side)
+    whole = tools.unpad_image(whole, size)
+    if limit is not None:
+        height, width = whole.shape[1:]
+        ratio = math.sqrt(height * width / (limit * side**2))
+        if ratio > 1.1:
+            to = [int(height // ratio), int(width // ratio)]
+            whole = torch.nn.functional.interpolate(whole[None].double(), to, mode="nearest-exact")[0].long()
+    lines = torch.full((1, whole.shape[1], 1), -1)
+    return torch.cat([base, torch.cat([whole, lines], 2).flatten()])
+
+
+def layout(model: Any, inputs: Mapping[str, Any]) -> dict[str, Layout]:
+    if inputs.get("pixel_values") is None:
+        return {}
+    tools, config = _tools(model), model.config
+    image_size, patch = config.vision_config.image_size, config.vision_config.patch_size
+    side = image_size // patch
+    aspect = inputs.get("vision_aspect_ratio") or getattr(config, "vision_aspect_ratio", None)
+    limit = int(aspect.removeprefix("anyres_max_")) if aspect else None
+    sizes = inputs["image_sizes"]
+    sizes = sizes.tolist() if isinstance(sizes, Tensor) else [list(map(int, size)) for size in sizes]
+    batch = inputs.get("batch_num_images")
+    tiled = [True] * len(sizes) if batch is None else [n == 1 for n in map(int, batch) for _ in range(n)]
+    parts: dict[str, list[Tensor]] = {k: [] for k in ("image", "crop", "row", "col", "line", "patches")}
+    crop_image: list[int] = []
+    for image, (size, tile) in enumerate(zip(sizes, tiled)):
+        crops = tools.image_size_to_num_patches(size, config.image_grid_pinpoints, image_size) if tile else 1
+        start = len(crop_image)
+        index = torch.arange(crops * side**2).view(crops, -1)
+        tokens = _tiled(tools, index, size, config.image_grid_pinpoints, side, image_size, limit)
+        line = tokens < 0
+        before = torch.where(line, -1, torch.arange(len(tokens))).cummax(0).values
+        nearest = tokens[before]
+        inside = nearest % side**2
+        parts["image"].append(torch.full_like(tokens, image))
+        parts["crop"].append(nearest // side**2 + start)
+        parts["row"].append(inside // side)
+        parts["col"].append(torch.where(line, side, inside % side))
+        parts["line"].append(line)
+        parts["patches"].append(torch.where(line, -1, tokens + start * side**2)[:, None])
+        crop_image += [image] * crops
+    joined = {k: torch.cat(v) for k, v in parts.items()}
+    return {
+        "image": Layout(
+            image=joined["image"],
+            crop=joined["crop"],
+            frame=torch.zeros_like(joined["crop"]),
+            grid_row=joined["row"],
+            grid_col=joined["col"],
+            newline=joined["line"],
+            patches=joined["patches"],
+            grid=torch.tensor([[side, side]]).expand(len(crop_image), 2),
+            crop_image=torch.tensor(crop_image),
+            total_patches=len(crop_image) * side**2,
+        )
+    }
+
+
+ANYRES = Family(
+    "anyres", blocks_of, prefix_of, layout=layout, feature_block=feature_block, projector=projector
+)
