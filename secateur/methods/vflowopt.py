@@ -44,7 +44,7 @@ def patch_entropy(pixels: Tensor) -> Tensor:
     return -(share * (share + 1e-10).log2()).sum(2)
 
 
-def important(received: Tensor, crop: Tensor, valid: Tensor, t: float) -> Tensor:
+def important(received: Tensor, crop: Tensor, valid: Tensor, t: Tensor | float) -> Tensor:
     """Weights of the query rows, [S, n]: 1 / |K| for K, what receives more than t times its crop's mean; 0 where K is empty."""
     chosen = valid & (received > t * over_crop(received, crop, valid) / over_crop(valid.float(), crop, valid))
     return chosen / over_crop(chosen.float(), crop, valid).clamp(min=1)
@@ -129,7 +129,7 @@ class VFlowOpt(TokenMethod):
             )
         return t if self.t is None else self.t, a if self.a is None else self.a, (r1, r2, r3)
 
-    def importance(self, sets: TokenSets, t: float) -> Tensor:
+    def importance(self, sets: TokenSets, t: Tensor) -> Tensor:
         patches = sets.valid & ~sets.newline
         received = sets.attention("encoder:-2", rows="all")
         weights = important(received, sets.crop_of, patches, t)
@@ -141,18 +141,18 @@ class VFlowOpt(TokenMethod):
         return scores.masked_fill(sets.newline, 1.0)
 
     def before(self, depths: Sequence[int], sets: TokenSets) -> Reduction | Tensor:
-        shares = (sets.keep.double() / sets.total).tolist()
-        chosen = [self.settings(share, depths) for share in shares]
-        scores = torch.stack([self.importance(sets, t)[i] for i, (t, _, _) in enumerate(chosen)])
-        sets.carried["importance"] = scores
-        count = sets.valid.sum(1)
-        leave = torch.tensor([round(n * (1 - r[0])) for n, (_, _, r) in zip(count.tolist(), chosen)])
-        side = torch.tensor([a for _, a, _ in chosen], device=scores.device)[:, None]
-        alone = (sets.row[:, None] == sets.row).sum(1) == 1
-        extra = torch.where(alone.cpu() & (leave > 0), (count.cpu() / side[:, 0].cpu() ** 2).long(), 0)
-        stay = (count - (leave + extra).to(count.device)).clamp(min=1)
-        best = top_per_row(scores, stay, sets.valid)
-        low = sets.valid & ~best & (alone & (leave > 0).to(alone.device))[:, None]
+        chosen = [self.settings(share, depths) for share in (sets.keep.double() / sets.total).tolist()]
+        t, side, first = (
+            torch.tensor(column, device=sets.device)[:, None]
+            for column in zip(*((t, a, shares[0]) for t, a, shares in chosen))
+        )
+        scores = sets.carried["importance"] = self.importance(sets, t)
+        count = sets.count[:, None]
+        leave = (count * (1 - first.double())).round().long()
+        alone = (sets.row[:, None] == sets.row).sum(1, keepdim=True) == 1
+        extra = torch.where(alone & (leave > 0), (count / side**2).long(), 0)
+        best = top_per_row(scores, (count - leave - extra).clamp(min=1)[:, 0], sets.valid)
+        low = sets.valid & ~best & alone & (leave > 0)
         cells = torch.stack(
             [sets.crop_of, *((g / side).floor().long() for g in (sets.grid_row, sets.grid_col))], 2
         )
