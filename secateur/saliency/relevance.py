@@ -1,0 +1,720 @@
+"""Layer-wise relevance propagation through any model, by the operations that it runs.
+
+While a model runs under `RelevanceMode`, every operation that the picture passes gets a backward of its own, which
+carries relevance where autograd carries gradients. Operations that only move numbers (views, cat, pad, max pooling) keep
+their gradient, which moves relevance the same way; residual sums are found where they happen. One forward, one backward.
+
+| operation | rule |
+| --- | --- |
+| convolution, linear; BatchNorm right behind is folded into it | the composite's |
+| sum of two activations | in proportion to them |
+| average pooling, mean, sum | in proportion to the inputs |
+| max pooling | the winner takes all |
+| ReLU and other activations, dropout, other norms, times or plus a constant | as it is |
+| attention | its weights are constants, the values get all, in proportion (Ali et al. 2022, arXiv 2202.07304) |
+| product with the output of a sigmoid | all to the other factor |
+| product of two activations | half each |
+
+Bach et al. 2015, https://doi.org/10.1371/journal.pone.0130140; Montavon et al. 2019, "Layer-Wise Relevance Propagation: An
+Overview"; the rule for a box of pixels is that of Montavon et al. 2017, https://arxiv.org/abs/1512.02479.
+Spec: lrp-pruning, salient-relevance.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from secateur.errors import SecateurError
+from secateur.saliency.record import undisturbed
+
+RULES = ("z+", "epsilon", "alpha-beta", "flat", "box")
+
+
+@dataclass(frozen=True)
+class Composite:
+    """Which rule each layer gets.
+
+    >>> Composite(linear="epsilon", first="box", low=-2.1, high=2.6)  # doctest: +SKIP
+
+    `first`: of layers on the pixels themselves; `last`: of the layer that gives the logits; None: as the others.
+    """
+
+    conv: str = "z+"
+    linear: str = "z+"
+    first: str | None = None
+    last: str | None = None
+    epsilon: float = 1e-6
+    """Of the epsilon rule, of sums, means and attention; has the sign of what it is added to."""
+    stabiliser: float = 1e-9
+    """Of the other rules."""
+    biases: bool = False
+    """Whether positive (for alpha-beta also negative) biases take their share in z+ and alpha-beta."""
+    alpha: float = 2.0
+    beta: float = 1.0
+    low: float | None = None
+    """Least and greatest value of a pixel, for `box`; None: those of the batch."""
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("conv", "linear", "first", "last"):
+            rule = getattr(self, name)
+            if rule not in RULES and not (rule is None and name in ("first", "last")):
+                raise SecateurError(
+                    f"there is no rule {rule!r}", where=f"lrp, {name}", fix=f"one of {', '.join(RULES)}"
+                )
+
+
+COMPOSITES = {
+    "z+": Composite(),
+    "epsilon": Composite(conv="epsilon", linear="epsilon"),
+    "alpha2-beta1": Composite(conv="alpha-beta", linear="epsilon"),
+    "epsilon-plus": Composite(linear="epsilon"),
+    "epsilon-plus-flat": Composite(linear="epsilon", first="flat"),
+    "epsilon-plus-box": Composite(linear="epsilon", first="box"),
+    "z-conv": Composite(conv="epsilon", linear="z+", epsilon=1e-9),
+}
+"""Common choices; `z-conv` is that of salient-relevance."""
+
+
+def as_composite(composite: str | Composite, **changes: Any) -> Composite:
+    """A composite by name, with some fields changed.
+
+    Raises `SecateurError` for another name.
+    """
+    if isinstance(composite, str):
+        if composite not in COMPOSITES:
+            raise SecateurError(
+                f"there is no composite {composite!r}", where="lrp", fix=f"one of {', '.join(COMPOSITES)}"
+            )
+        composite = COMPOSITES[composite]
+    return dataclasses.replace(composite, **changes)
+
+
+def propagate(
+    model: nn.Module,
+    inputs: Any,
+    start: Callable[[Tensor], Tensor],
+    composite: str | Composite = "epsilon-plus-flat",
+    *,
+    run: Callable[[nn.Module, Any], Tensor] | None = None,
+    watch: Callable[[str, Tensor], None] | None = None,
+) -> Tensor | None:
+    """The relevance of the input, of its shape; None for token ids.
+
+    >>> R = propagate(vgg, x, lambda logits: F.one_hot(logits.argmax(1), 1000) * 1.0)  # doctest: +SKIP
+    >>> R.sum((1, 2, 3))  # doctest: +SKIP
+
+    inputs: what the model is called with, a float tensor [N, ...] or anything that `run(model, inputs)` takes.
+    start: logits -> the relevance they begin with, of their shape.
+    watch: called with the name of a weight (as in `named_parameters`) and the relevance at its layer's output (behind a
+        folded BatchNorm), [..., channels], each time that it was used.
+
+    Half precision runs in a float32 copy. Raises `SecateurError` where an operation has no rule, or nothing arrives.
+    """
+    floats = [p for p in model.parameters() if p.is_floating_point()]
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in floats):
+        model = copy.deepcopy(model).float()
+    if isinstance(inputs, Tensor) and inputs.is_floating_point():
+        first = next(model.parameters(), inputs)
+        inputs = inputs.detach().to(first.device, first.dtype).clone().requires_grad_(True)
+    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+    mode = RelevanceMode(as_composite(composite), names, watch)
+    with undisturbed(model):
+        x = inputs
+        if isinstance(inputs, Tensor) and inputs.requires_grad:
+            x = inputs.view_as(inputs)
+            x._pixels = True  # type: ignore[attr-defined]
+        with mode:
+            logits = run(model, x) if run else model(x)
+        if not isinstance(logits, Tensor):
+            from secateur.stats.windows import logits_of
+
+            logits = logits_of(logits)
+        if not logits.requires_grad:
+            raise SecateurError(
+                "no relevance can leave the output",
+                where=type(model).__name__,
+                fix="give a model that ends in logits, before any softmax",
+            )
+        check_rules(logits, model)
+        relevance = start(logits.detach()).to(logits)
+        given = [inputs] if isinstance(inputs, Tensor) and inputs.requires_grad else mode.leaves
+        with torch.no_grad():
+            found = torch.autograd.grad(logits, given, relevance, allow_unused=True)
+    if all(part is None for part in found):
+        raise SecateurError(
+            "no relevance arrives at the input",
+            where=type(model).__name__,
+            fix="it must end in logits, not in a softmax",
+        )
+    return found[0] if given[0] is inputs else None
+
+
+# ---------------------------------------------------------------- operations
+
+
+class _Rule(torch.autograd.Function):
+    """An operation whose backward carries relevance: `back(R, *inputs)` gives that of every input."""
+
+    @staticmethod
+    def forward(ctx: Any, value: list[Tensor], back: Callable[..., Any], *inputs: Tensor) -> Tensor:
+        ctx.back = back
+        ctx.save_for_backward(*inputs)
+        return value.pop()
+
+    @staticmethod
+    def backward(ctx: Any, relevance: Tensor) -> Any:
+        found = ctx.back(relevance, *ctx.saved_tensors)
+        return (None, None, *(found if isinstance(found, tuple) else (found,)))
+
+
+def _stable(z: Tensor, epsilon: float) -> Tensor:
+    return z + torch.where(z < 0, -epsilon, epsilon)
+
+
+def _share(f: Callable[[Tensor], Tensor], x: Tensor, relevance: Tensor, epsilon: float) -> Tensor:
+    """Relevance of x where f is linear: x * vjp(R / f(x))."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        z = f(x)
+        s = relevance / _stable(z.detach(), epsilon)
+        (c,) = torch.autograd.grad(z, x, s)
+    return x.detach() * c
+
+
+def _parts(
+    f: Callable[..., Tensor],
+    pairs: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+    relevance: Tensor,
+    epsilon: float,
+    signs: tuple[float, ...] | None = None,
+) -> Tensor:
+    """Relevance of the x of several (x, w, bias) whose outputs f(x, w) + bias add up, with these signs."""
+    signs = signs or (1.0,) * len(pairs)
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_(True) for x, _, _ in pairs]
+        outputs = [f(x, w) for x, (_, w, _) in zip(leaves, pairs)]
+        total = sum(sign * z.detach() for sign, z in zip(signs, outputs))
+        for _, _, bias in pairs:
+            total = total if bias is None else total + bias
+        s = relevance / _stable(total, epsilon)  # type: ignore[arg-type]
+        found = torch.autograd.grad(outputs, leaves, [s] * len(outputs))
+    return sum(sign * x.detach() * c for sign, x, c in zip(signs, leaves, found))  # type: ignore[return-value]
+
+
+def layer_relevance(
+    rule: str,
+    f: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    relevance: Tensor,
+    composite: Composite,
+) -> Tensor:
+    """Relevance of a layer's input x from that of its output f(x, weight) + bias; f is linear in both.
+
+    >>> x, w = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    >>> layer_relevance("z+", F.linear, x, w, None, torch.ones(1, 2), Composite())
+    tensor([[1.3333, 0.6667]])
+    """
+    if rule == "epsilon":
+        return _parts(f, [(x, weight, bias)], relevance, composite.epsilon)
+    tiny, zeros = composite.stabiliser, torch.zeros_like(x)
+    if rule == "flat":
+        ones = torch.ones_like(x)
+        return _parts(f, [(ones, torch.ones_like(weight), None)], relevance, tiny)
+    plus, minus = weight.clamp(min=0), weight.clamp(max=0)
+    if rule == "box":
+        low = zeros + (x.min() if composite.low is None else composite.low)
+        high = zeros + (x.max() if composite.high is None else composite.high)
+        pairs = [(x, weight, None), (low, plus, None), (high, minus, None)]
+        return _parts(f, pairs, relevance, tiny, (1.0, -1.0, -1.0))
+    up, down = x.clamp(min=0), x.clamp(max=0)
+    signed = bool((x < 0).any())
+    more = bias.clamp(min=0) if bias is not None and composite.biases else None
+    less = bias.clamp(max=0) if bias is not None and composite.biases else None
+
+    def part(for_up: Tensor, for_down: Tensor, b: Tensor | None) -> Tensor:
+        pairs = [(up, for_up, b), *([(down, for_down, None)] if signed else [])]
+        return _parts(f, pairs, relevance, tiny)
+
+    positive = part(plus, minus, more)
+    if rule == "z+":
+        return positive
+    return composite.alpha * positive - composite.beta * part(minus, plus, less)
+
+
+CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
+TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+PASSED = {
+    *(
+        F.relu,
+        F.relu6,
+        F.gelu,
+        F.silu,
+        F.mish,
+        F.elu,
+        F.celu,
+        F.selu,
+        F.leaky_relu,
+        F.prelu,
+        F.rrelu,
+        F.softplus,
+        F.softsign,
+    ),
+    *(
+        F.hardtanh,
+        F.hardswish,
+        F.hardsigmoid,
+        F.logsigmoid,
+        F.sigmoid,
+        F.tanh,
+        F.tanhshrink,
+        F.softshrink,
+        F.hardshrink,
+    ),
+    *(
+        torch.relu,
+        torch.relu_,
+        Tensor.relu,
+        Tensor.relu_,
+        torch.sigmoid,
+        Tensor.sigmoid,
+        Tensor.sigmoid_,
+        torch.tanh,
+    ),
+    *(
+        Tensor.tanh,
+        torch.clamp,
+        Tensor.clamp,
+        Tensor.clamp_,
+        Tensor.clamp_min,
+        torch.clamp_min,
+        torch.nn.functional.relu_,
+    ),
+    *(
+        F.layer_norm,
+        torch.layer_norm,
+        F.rms_norm,
+        F.group_norm,
+        F.instance_norm,
+        F.normalize,
+        F.local_response_norm,
+    ),
+    *(
+        torch.erf,
+        Tensor.erf,
+        torch.pow,
+        Tensor.pow,
+        Tensor.__pow__,
+        torch.square,
+        Tensor.square,
+        torch.abs,
+        Tensor.abs,
+    ),
+    *(Tensor.sigmoid, torch.neg, Tensor.neg, Tensor.__neg__),
+}
+GATES = {F.sigmoid, torch.sigmoid, Tensor.sigmoid, Tensor.sigmoid_, F.hardsigmoid}
+CONSTANT = {
+    *(F.softmax, torch.softmax, Tensor.softmax, F.log_softmax, Tensor.log_softmax, torch.log_softmax),
+    *(torch.rsqrt, Tensor.rsqrt, torch.sqrt, Tensor.sqrt, torch.reciprocal, Tensor.reciprocal),
+    *(
+        torch.var,
+        Tensor.var,
+        torch.std,
+        Tensor.std,
+        torch.norm,
+        Tensor.norm,
+        torch.linalg.norm,
+        torch.linalg.vector_norm,
+    ),
+    *(Tensor.amax, Tensor.argmax, torch.argmax),
+}
+SUMS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+DIFFERENCES = {torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__}
+PRODUCTS = {torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__}
+QUOTIENTS = {torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__}
+MEANS = {
+    *(torch.mean, Tensor.mean, torch.sum, Tensor.sum, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
+}
+MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm}
+
+ROUTES = re.compile(
+    r"(_Rule|View|UnsafeView|ReshapeAlias|Permute|Transpose|T|Mh|MT|Slice|Select|Index|IndexSelect|Gather|Cat|Stack|Split|"
+    r"SplitWithSizes|Chunk|Unbind|SafeSplit|Expand|Repeat|RepeatInterleave|SelfRepeatInterleave|Squeeze|Unsqueeze|Clone|Alias|"
+    r"ToCopy|ConstantPadNd|ReflectionPad\dD|ReplicationPad\dD|MaxPool\dD\w*|AdaptiveMaxPool\dD|Max|Amax|TopK|Roll|Flip|Rot90|"
+    r"AsStrided|Copy|CopySlices|Upsample\w+|PixelShuffle|PixelUnshuffle|Im2Col|Col2Im|Unfold|Where|MaskedFill|MaskedScatter|"
+    r"Detach|Diagonal|Movedim|Flatten|Unflatten|AccumulateGrad|IndexPut|Scatter|SliceScatter|Contiguous|NativeDropout|"
+    r"Identity|Values|Narrow|Lift|Fill|Zero|ViewAs\w*|Tril|Triu)(Backward\w*)?"
+)
+
+
+def check_rules(output: Tensor, model: nn.Module) -> None:
+    """Raises `SecateurError`, naming the operation, where relevance would pass one that has no rule."""
+    seen, todo = set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if not ROUTES.fullmatch(node.name().split("::")[-1].rstrip("0123456789>")):
+            raise SecateurError(
+                f"there is no relevance rule for {node.name().split('::')[-1].removesuffix('Backward0')}",
+                where=type(model).__name__,
+                fix="use gradient, normgrad or grad-cam, or another criterion",
+            )
+        todo += [following for following, _ in node.next_functions]
+
+
+class RelevanceMode(TorchFunctionMode):
+    """Gives every operation that activations pass the backward of its rule; parameters must not require gradients."""
+
+    def __init__(
+        self,
+        composite: Composite,
+        names: Mapping[int, str] | None = None,
+        watch: Callable[[str, Tensor], None] | None = None,
+    ):
+        super().__init__()
+        self.composite, self.names, self.watch = composite, names or {}, watch
+        self.leaves: list[Tensor] = []
+        self._passed_last = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.embedding:
+            found = func(*args, **kwargs)
+            if found.is_floating_point() and not found.requires_grad:
+                found = found.detach().requires_grad_(True)
+                self.leaves.append(found)
+                return self._embedded(found, _argument(args, kwargs, 1, "weight"))
+            return found
+        if not _carry((*args, *kwargs.values())):
+            return func(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _multi_head_attention(*args, **kwargs)
+        in_place = (
+            bool(kwargs.get("inplace"))
+            or (func.__name__.endswith("_") and not func.__name__.startswith("__"))
+            or func.__name__ in ("__iadd__", "__isub__", "__imul__", "__itruediv__")
+        )
+        handler = self._handler(func)
+        if handler is None:
+            found = func(*args, **kwargs)
+            if isinstance(found, Tensor) and args and getattr(args[0], "_pixels", False):
+                found._pixels = True  # type: ignore[attr-defined]
+            return found
+        if not in_place:
+            return handler(func, args, kwargs)
+        target, kwargs = args[0], {key: value for key, value in kwargs.items() if key != "inplace"}
+        found = handler(OUT_OF_PLACE.get(func, func), (target.clone(), *args[1:]), kwargs)
+        return target.copy_(found)
+
+    def _handler(self, func: Any) -> Callable[..., Tensor] | None:
+        for known, handler in (
+            (CONVOLUTIONS, self._conv),
+            (TRANSPOSED, self._conv),
+            ({F.linear}, self._linear),
+            ({torch.addmm, Tensor.addmm}, self._addmm),
+            ({F.batch_norm, torch.batch_norm}, self._batch_norm),
+            (PASSED, self._pass),
+            (CONSTANT, self._constant),
+            (SUMS | DIFFERENCES, self._add),
+            (PRODUCTS, self._multiply),
+            (QUOTIENTS, self._divide),
+            (MEANS, self._mean),
+            (MATMULS, self._matmul),
+            ({F.scaled_dot_product_attention}, self._attention),
+        ):
+            if func in known:
+                return handler
+        return None
+
+    # layers
+
+    def _conv(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        names = ("input", "weight", "bias")
+        x, weight, bias = (_argument(args, kwargs, i, name) for i, name in enumerate(names))
+        rest, kwargs = args[3:], {key: value for key, value in kwargs.items() if key not in names}
+
+        def f(x: Tensor, w: Tensor) -> Tensor:
+            return func(x, w, None, *rest, **kwargs)
+
+        value = func(x, weight, bias, *rest, **kwargs)
+        groups = kwargs.get(
+            "groups", rest[4 if func in TRANSPOSED else 3] if len(rest) > 3 + (func in TRANSPOSED) else 1
+        )
+        out_dim = 1 if func in TRANSPOSED else 0
+        return self._layer("conv", f, x, weight, bias, value, out_dim, foldable=out_dim == 0 or groups == 1)
+
+    def _linear(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        x, weight, bias = (
+            _argument(args, kwargs, i, name) for i, name in enumerate(("input", "weight", "bias"))
+        )
+        return self._layer("linear", F.linear, x, weight, bias, F.linear(x, weight, bias), 0)
+
+    def _addmm(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        bias, x, weight = args[:3]
+        return self._layer("linear", torch.mm, x, weight, bias, func(*args, **kwargs), 1)
+
+    def _layer(
+        self,
+        kind: str,
+        f: Callable[..., Tensor],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        value: Tensor,
+        out_dim: int,
+        foldable: bool = True,
+        name: str | None = None,
+    ) -> Tensor:
+        if not (isinstance(x, Tensor) and x.requires_grad) or weight.requires_grad:
+            return value
+        c, channels = self.composite, 1 if kind == "conv" else -1
+        name = self.names.get(id(weight)) if name is None else name
+        rule = c.conv if kind == "conv" else c.linear
+        if getattr(x, "_pixels", False) and c.first:
+            rule = c.first
+        shaped = bias
+        if bias is not None and kind == "conv":
+            shaped = bias.reshape(-1, *[1] * (value.dim() - 2))
+
+        def back(relevance: Tensor, x: Tensor) -> Tensor:
+            own = rule
+            if not self._passed_last:
+                self._passed_last, own = True, c.last or rule
+            if self.watch is not None and name:
+                self.watch(name, relevance.movedim(channels, -1))
+            return layer_relevance(own, f, x, weight, shaped, relevance, c)
+
+        out = _Rule.apply([value.detach()], back, x)
+        if foldable:
+            out._layer = (kind, f, x, weight, bias, out_dim, name)
+        return out
+
+    def _embedded(self, found: Tensor, weight: Tensor) -> Tensor:
+        name = self.names.get(id(weight))
+
+        def back(relevance: Tensor, _: Tensor) -> Tensor:
+            if self.watch is not None and name:
+                self.watch(name, relevance)
+            return relevance
+
+        return _Rule.apply([found.detach().clone()], back, found)
+
+    def _batch_norm(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        value = func(*args, **kwargs)
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        if func is torch.batch_norm:
+            names = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
+        given = {**dict(zip(names, args)), **kwargs}
+        x, variance = given["input"], given["running_var"]
+        layer = getattr(x, "_layer", None)
+        if layer is None or variance is None or given.get("training"):
+            return self._identity(x, value)
+        kind, f, x, weight, bias, out_dim, name = layer
+        scale = (variance + given.get("eps", 1e-5)).rsqrt()
+        if given.get("weight") is not None:
+            scale = scale * given["weight"]
+        shift = -given["running_mean"] if bias is None else bias - given["running_mean"]
+        shift = shift * scale
+        if given.get("bias") is not None:
+            shift = shift + given["bias"]
+        shape = [1] * weight.dim()
+        shape[out_dim] = -1
+        folded = (weight * scale.reshape(shape)).detach()
+        return self._layer(
+            kind, f, x, folded, shift.detach(), value, out_dim, foldable=False, name=name or ""
+        )
+
+    # the rest
+
+    def _identity(self, x: Tensor, value: Tensor) -> Tensor:
+        if value is x:
+            return value
+
+        def back(relevance: Tensor, x: Tensor) -> Tensor:
+            return relevance.sum_to_size(x.shape).to(x.dtype)
+
+        return _Rule.apply([value.detach()], back, x)
+
+    def _pass(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        value = func(*args, **kwargs)
+        x = _argument(args, kwargs, 0, "input")
+        out: Any = self._identity(x, value) if x.requires_grad else value
+        if func in GATES:
+            out._gate = True
+        return out
+
+    def _constant(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        with torch.no_grad():
+            return func(*args, **kwargs)
+
+    def _add(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        x, y = args[0], _argument(args, kwargs, 1, "other")
+        value = func(*args, **kwargs)
+        both = isinstance(x, Tensor) and isinstance(y, Tensor) and x.requires_grad and y.requires_grad
+        if not both:
+            return self._identity(x if isinstance(x, Tensor) and x.requires_grad else y, value)
+        sign = (-1.0 if func in DIFFERENCES else 1.0) * kwargs.get("alpha", 1)
+        epsilon = self.composite.epsilon
+
+        def back(relevance: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            s = relevance / _stable(x + sign * y, epsilon)
+            return (x * s).sum_to_size(x.shape), (sign * y * s).sum_to_size(y.shape)
+
+        return _Rule.apply([value.detach()], back, x, y)
+
+    def _multiply(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        x, y = args[0], _argument(args, kwargs, 1, "other")
+        value = func(*args, **kwargs)
+        carry = [t for t in (x, y) if isinstance(t, Tensor) and t.requires_grad]
+        signals = [t for t in carry if not getattr(t, "_gate", False)] or carry
+        if len(signals) == 1:
+            return self._identity(signals[0], value)
+
+        def back(relevance: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return (relevance / 2).sum_to_size(x.shape), (relevance / 2).sum_to_size(y.shape)
+
+        return _Rule.apply([value.detach()], back, x, y)
+
+    def _divide(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        value = func(*args, **kwargs)
+        if not (isinstance(args[0], Tensor) and args[0].requires_grad):
+            return value.detach()
+        return self._identity(args[0], value)
+
+    def _mean(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        rest, epsilon = args[1:], self.composite.epsilon
+        x = _argument(args, kwargs, 0, "input")
+        kwargs = {key: value for key, value in kwargs.items() if key != "input"}
+
+        def back(relevance: Tensor, x: Tensor) -> Tensor:
+            return _share(lambda t: func(t, *rest, **kwargs), x, relevance, epsilon)
+
+        return _Rule.apply([func(x, *rest, **kwargs).detach()], back, x)
+
+    def _matmul(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        x, y = args[0], _argument(args, kwargs, 1, "other" if func is not torch.mm else "mat2")
+        value = func(x, y)
+        if not y.requires_grad:
+            if id(y) in self.names or y.dim() == 2:
+                return self._layer("linear", func, x, y, None, value, 1)
+        elif x.requires_grad:
+            epsilon = self.composite.epsilon
+
+            def both(relevance: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+                half = relevance / 2
+                return _share(lambda t: func(t, y), x, half, epsilon), _share(
+                    lambda t: func(x, t), y, half, epsilon
+                )
+
+            return _Rule.apply([value.detach()], both, x, y)
+        fixed, moving = (y, x) if x.requires_grad else (x, y)
+        return self._weighted(lambda t: func(t, fixed) if moving is x else func(fixed, t), moving, value)
+
+    def _attention(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        names = ("query", "key", "value")
+        q, k, v = (_argument(args, kwargs, i, name) for i, name in enumerate(names))
+        q, k = q.detach(), k.detach()
+        rest, kwargs = args[3:], {key: value for key, value in kwargs.items() if key not in names}
+        value = func(q, k, v, *rest, **kwargs)
+        if not v.requires_grad:
+            return value
+        return self._weighted(lambda t: func(q, k, t, *rest, **kwargs), v, value)
+
+    def _weighted(self, f: Callable[[Tensor], Tensor], x: Tensor, value: Tensor) -> Tensor:
+        epsilon = self.composite.epsilon
+
+        def back(relevance: Tensor, x: Tensor) -> Tensor:
+            return _share(f, x, relevance, epsilon)
+
+        return _Rule.apply([value.detach()], back, x)
+
+
+OUT_OF_PLACE: dict[Any, Any] = {
+    Tensor.add_: torch.add,
+    Tensor.__iadd__: torch.add,
+    Tensor.sub_: torch.sub,
+    Tensor.__isub__: torch.sub,
+    Tensor.mul_: torch.mul,
+    Tensor.__imul__: torch.mul,
+    Tensor.div_: torch.div,
+    Tensor.__itruediv__: torch.div,
+    Tensor.relu_: torch.relu,
+    torch.relu_: torch.relu,
+    Tensor.sigmoid_: torch.sigmoid,
+    Tensor.clamp_: torch.clamp,
+}
+
+
+def _argument(args: tuple, kwargs: Mapping[str, Any], at: int, name: str) -> Any:
+    return args[at] if len(args) > at else kwargs.get(name)
+
+
+def _carry(values: Any) -> bool:
+    """Whether relevance passes any of these: tensors that require gradients, nested or not."""
+    return any(
+        (isinstance(value, Tensor) and value.requires_grad)
+        or (isinstance(value, tuple | list) and _carry(value))
+        for value in values
+    )
+
+
+def _multi_head_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim: int,
+    heads: int,
+    in_weight: Tensor | None,
+    in_bias: Tensor | None,
+    *args: Any,
+    out_proj_weight: Tensor | None = None,
+    out_proj_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`F.multi_head_attention_forward` in operations that have rules, for self-attention without masks: [length, N, C]."""
+    names = ("bias_k", "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias")
+    given = {
+        **dict(zip(names, args)),
+        "out_proj_weight": out_proj_weight,
+        "out_proj_bias": out_proj_bias,
+        **kwargs,
+    }
+    if len(args) > 4:
+        given["out_proj_weight"], given["out_proj_bias"] = args[4:6]
+    if in_weight is None or query is not key or key is not value or given.get("bias_k") is not None:
+        raise SecateurError(
+            "there is no relevance rule for this form of nn.MultiheadAttention",
+            where="lrp",
+            fix="self-attention of one width, without extra keys, has one",
+        )
+    unbatched = query.dim() == 2
+    x = (query.unsqueeze(1) if unbatched else query).transpose(0, 1)
+    q, k, v = F.linear(x, in_weight, in_bias).chunk(3, -1)
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    mask = given.get("attn_mask")
+    if (padding := given.get("key_padding_mask")) is not None:
+        raise SecateurError(
+            f"a padding mask {tuple(padding.shape)} has no rule", where="lrp", fix="give full inputs"
+        )
+    mixed = F.scaled_dot_product_attention(q, k, v, mask)
+    out = F.linear(mixed.transpose(1, 2).flatten(2), given["out_proj_weight"], given["out_proj_bias"])
+    out = out.transpose(0, 1)
+    return (out.squeeze(1) if unbatched else out), None
