@@ -5,11 +5,12 @@ from secateur.errors import SecateurError
 from secateur.exchange import export
 from secateur.graph import Graph, Group, trace
 from secateur.measure import measure
-from secateur.method import Method, UnitMethod, WeightMethod, list_methods, recommend, register
+from secateur.method import Method, TrainMethod, UnitMethod, WeightMethod, list_methods, recommend, register
 from secateur.plan import Plan
 from secateur.prune import Options, Pruned, apply_plan, prune
 from secateur.recover import recover
 from secateur.taxonomy import MethodInfo
+from secateur.train_prune import train_prune
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "Plan",
     "Pruned",
     "SecateurError",
+    "TrainMethod",
     "UnitMethod",
     "WeightMethod",
     "apply_plan",
@@ -34,4 +36,5 @@ __all__ = [
     "recover",
     "register",
     "trace",
+    "train_prune",
 ]

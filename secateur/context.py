@@ -17,7 +17,7 @@ from secateur.errors import SecateurError
 from secateur.families.blocks import Matrix, find_matrices
 from secateur.graph import Graph, Group, Slice, trace
 from secateur.inputs import Inputs, call, describe
-from secateur.method import Method, Objective, UnitMethod, seeded
+from secateur.method import Method, Objective, seeded
 from secateur.plan import Plan
 from secateur.stats.collect import collect
 from secateur.stats.layer import LayerStats
@@ -281,7 +281,7 @@ class Context:
         groups = self.competitors(scores)
         self.scores.update({group.name: scores[group.name].detach().float().cpu() for group in groups})
         method = self.method
-        if self.target.kind == "share" and isinstance(method, UnitMethod) and method.share_of == "units":
+        if self.target.kind == "share" and getattr(method, "share_of", None) == "units":
             return self._share_of_units(groups, allocation)
         path = build_path(groups, allocation or self.allocation or method.allocation)
         return self.follow(groups, path)
@@ -329,7 +329,7 @@ class Context:
     def keeps_share(self, keep: Mapping[str, Tensor]) -> bool:
         """Whether no more is kept than the share asked for (a group can't go below its floor)."""
         method = self.method
-        if isinstance(method, UnitMethod) and method.share_of == "weights":
+        if getattr(method, "share_of", None) == "weights":
             cost, limit = self.cost()
             return cost(keep) <= limit
         kept = sum(len(keep[group.name]) if group.name in keep else group.size for group in self.groups)

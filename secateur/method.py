@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from secateur.select import Pattern
     from secateur.stats.layer import LayerStats
     from secateur.stats.stream import Block
+    from secateur.training.job import Job
 
 
 @dataclasses.dataclass
@@ -119,6 +120,28 @@ class UnitMethod(Method):
         """Scores -> budget -> kept units -> repaired tensors."""
         keep = context.allocate(self.scores(context))
         return context.make_plan(keep=keep, values=self.repair(context, keep))
+
+
+@dataclasses.dataclass
+class TrainMethod(Method):
+    """Prunes while the network is trained, on a task's data: `secateur.train_prune`.
+
+    Write `prune`: phases of training (`job.train`), what is removed between or during them, and the plan at the end.
+    """
+
+    starts: ClassVar[str] = "init"
+    """What the first phase begins with: "init", untrained weights, or "trained" ones."""
+    removes: ClassVar[str] = "weights"
+    """Single "weights" (zeros) or whole "units" (smaller tensors)."""
+    kinds: ClassVar[tuple[str, ...] | None] = None
+    """The kinds of unit it cuts, where it removes units; None: every kind the graph has."""
+    share_of: ClassVar[str] = "units"
+    """What a bare percentage counts, where it removes units: as for `UnitMethod`."""
+
+    def prune(self, job: Job) -> Plan:
+        """Trains `job.model` in phases and gives the plan. It is run again from its top when a run is resumed: finished
+        phases are then read, so what lies between them must be a function of the model, the job and the seed."""
+        raise TypeError(f"{type(self).__name__} must define prune")
 
 
 _REGISTRY: dict[str, type[Method]] = {}

@@ -22,7 +22,7 @@ from secateur.files import cache_dir
 from secateur.graph import Graph, trace
 from secateur.inputs import Inputs, default_inputs, from_description
 from secateur.measure import latency, measure
-from secateur.method import Method, Objective, UnitMethod, WeightMethod, make_method
+from secateur.method import Method, Objective, TrainMethod, UnitMethod, WeightMethod, make_method
 from secateur.options import Options
 from secateur.plan import Plan
 from secateur.planning import DENSE_NOTE, Run, Undo, set_values
@@ -126,7 +126,7 @@ def prune(
     if getattr(chosen, "seed", seed) is None:
         chosen = dataclasses.replace(chosen, seed=seed)  # type: ignore[call-arg]
     goal = parse_target(target)
-    _check_model(model)
+    check_model(model)
     _check_pair(chosen, goal, options)
     if inputs is None and (
         isinstance(chosen, UnitMethod) or hasattr(getattr(model, "config", None), "vocab_size")
@@ -247,7 +247,7 @@ def _on_device(inputs: Inputs, model: nn.Module) -> Inputs:
     return map_tensors(inputs, lambda tensor: tensor.to(device))
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise SecateurError(
             f"got a {type(model).__name__}",
@@ -268,6 +268,12 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _check_pair(method: Method, target: Target, options: Options) -> None:
+    if isinstance(method, TrainMethod):
+        raise SecateurError(
+            f"{method.name} prunes while the network is trained",
+            where="prune",
+            fix="use secateur.train_prune, or `secateur train-prune`",
+        )
     if target.kind == "tokens":
         raise SecateurError(
             f"{method.name} cuts weights, not tokens", where=f"target {target}", fix="give a share"

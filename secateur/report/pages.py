@@ -15,7 +15,7 @@ from pathlib import Path
 
 from secateur.errors import SecateurError
 from secateur.files import atomic_write_text
-from secateur.method import Method, UnitMethod, WeightMethod, list_methods, method_class
+from secateur.method import Method, TrainMethod, UnitMethod, WeightMethod, list_methods, method_class
 from secateur.taxonomy import AXES, MEANING, RECORDS, MethodInfo, notation
 
 GENERATED = (
@@ -49,6 +49,8 @@ def kind_of(cls: type[Method]) -> str:
     """What a method removes, in one word of the index."""
     if issubclass(cls, WeightMethod):
         return "weights"
+    if issubclass(cls, TrainMethod):
+        return cls.removes
     return "units" if issubclass(cls, UnitMethod) else "other"
 
 
@@ -148,6 +150,8 @@ def _target(info: MethodInfo) -> str:
 
 def _examples(cls: type[Method]) -> list[str]:
     name, target, info = cls.name, _target(cls.info), cls.info
+    if issubclass(cls, TrainMethod):
+        return _train_examples(name)
     given = "model, " if "llm" in info.models else "model, inputs, "
     data = ", data=samples" if cls.needs else ""
     lines = [
@@ -171,6 +175,23 @@ def _examples(cls: type[Method]) -> list[str]:
     if {"unstr", "N:M"} <= info.members("granularity"):
         lines += ["The target `2:4` keeps 2 of every 4 weights along the input.", ""]
     return lines
+
+
+def _train_examples(name: str) -> list[str]:
+    return [
+        "```sh",
+        f"secateur train-prune digits --method {name} --target 50% --epochs 5 --out out/{name}",
+        "```",
+        "",
+        "```python",
+        "import secateur",
+        "from secateur.tasks import load_task",
+        "",
+        f'pruned = secateur.train_prune(load_task("digits"), method="{name}", target="50%", epochs=5)',
+        f'pruned.save("out/{name}")',
+        "```",
+        "",
+    ]
 
 
 def _facts(cls: type[Method]) -> str:

@@ -1,6 +1,8 @@
-"""Training: one loop, and the losses that it is used with."""
+"""Training: one loop, the losses it is used with, and what methods that prune while they train are made of."""
 
 from secateur.training.distill import distillation
 from secateur.training.fit import State, fit
+from secateur.training.recipe import Recipe
+from secateur.training.task import Task
 
-__all__ = ["State", "distillation", "fit"]
+__all__ = ["Recipe", "State", "Task", "distillation", "fit"]

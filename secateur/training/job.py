@@ -1,0 +1,286 @@
+"""What a training-time method sees: the network, its task, the phases of training, and how its plan comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.budget import Target
+from secateur.context import Context
+from secateur.errors import SecateurError
+from secateur.families.blocks import find_matrices
+from secateur.graph import Graph
+from secateur.inputs import Inputs, describe, map_tensors
+from secateur.method import Objective, TrainMethod, seeded
+from secateur.options import Options
+from secateur.plan import Plan
+from secateur.planning import DENSE_NOTE
+from secateur.surgery import cut_units, prove
+from secateur.training.checkpoint import Moments, copy_moments
+from secateur.training.fit import Hook, State, fit
+from secateur.training.masks import Masked
+from secateur.training.recipe import Recipe
+from secateur.training.task import Task
+
+
+@dataclass
+class Job:
+    """One run of a `TrainMethod`. `model` is trained in place; `steps` is the length of the whole budget."""
+
+    model: nn.Module
+    task: Task
+    method: TrainMethod
+    target: Target
+    steps: int
+    recipe: Recipe
+    options: Options = field(default_factory=Options)
+    inputs: Inputs | None = None
+    seed: int = 0
+    trained: bool = False
+    """Whether the model came trained; a method that `starts` "trained" otherwise trains it first."""
+    directory: Path | None = None
+    every: int = 100
+    phases: list[dict[str, Any]] = field(default_factory=list)
+    moments: Moments = field(default_factory=dict)
+    """The optimiser's state at the end of the last phase."""
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    frozen: dict[str, str] = field(default_factory=dict)
+    _names: list[str] = field(default_factory=list)
+    _cut: dict[str, Tensor] = field(default_factory=dict)
+    _graph: Graph | None = None
+    _dense: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """The share kept, where the target is one."""
+        if self.target.kind != "share":
+            raise SecateurError(
+                f"{self.method.name} needs a share", where=f"target {self.target}", fix="such as 20%"
+            )
+        return self.target.value
+
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The weights of every linear and convolution layer, by parameter name, in order."""
+        return {name: self.model.get_parameter(name) for name in find_matrices(self.model)}
+
+    @property
+    def epoch(self) -> float:
+        """Steps in an epoch."""
+        counts: list[int] = [len(self.task.train)] if isinstance(self.task.train, list) else []
+        if counts:
+            return counts[0]
+        map_tensors(self.task.train, lambda tensor: counts.append(len(tensor)))
+        return counts[0] / self.recipe.batch
+
+    def step_of(self, text: str | int) -> int:
+        """A place in the training: `500it` or `500` (steps), `1.4ep` (epochs), `1.7%` of it.
+
+        Raises `SecateurError` where it can't be read, or leaves no step to train.
+        """
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(it|ep|%|)\s*", str(text))
+        if not match:
+            raise SecateurError(f"{text!r} isn't a step", where="rewind", fix="such as 500it, 1.4ep or 1.7%")
+        number, unit = float(match[1]), match[2]
+        step = round(number * {"ep": self.epoch, "%": self.steps / 100}.get(unit, 1))
+        if step >= self.steps:
+            raise SecateurError(
+                f"{text} is step {step} of {self.steps}, which leaves nothing to train",
+                where="rewind",
+                fix="give an earlier step, or train for longer",
+            )
+        return step
+
+    def generator(self, *parts: object) -> torch.Generator:
+        return seeded(self.seed, self.method.name, *parts)
+
+    def train(
+        self,
+        phase: str,
+        *,
+        steps: int | None = None,
+        start: int = 0,
+        until: int | None = None,
+        loss_terms: Sequence[Objective] = (),
+        after_backward: Sequence[Hook] = (),
+        after_step: Sequence[Hook] = (),
+        moments: Moments | None = None,
+        seed: int | None = None,
+        **recipe: Any,
+    ) -> list[float]:
+        """Train the model in a phase of its own name, with `fit`; gives the loss of each step.
+
+        >>> job.train("dense", lr=0.05)  # doctest: +SKIP
+
+        steps: None is the whole budget. recipe: fields that differ from the run's. Where the run is resumed, a finished
+        phase is read, and one that was stopped goes on from its last checkpoint.
+        """
+        if phase in self._names:
+            raise SecateurError(
+                f"two phases are named {phase!r}", where=self.method.name, fix="give each its own name"
+            )
+        seen: list[State] = []
+        count = len(self._names)
+        self._names.append(phase)
+        file = self.directory / f"{count:02d}-{phase}.safetensors" if self.directory else None
+        losses = fit(
+            self.model,
+            self.task.train,
+            steps=steps or self.steps,
+            start=start,
+            until=until,
+            loss=self.task.loss,
+            loss_terms=loss_terms,
+            after_backward=after_backward,
+            after_step=after_step,
+            augment=self.task.augment,
+            seed=self.seed if seed is None else seed,
+            moments=moments,
+            recipe=self.recipe.replace(**recipe),
+            checkpoint=file,
+            every=self.every,
+            about={"method": self.method.name, **self.method.hyperparameters, "phase": phase},
+            description=f"{self.method.name}: {phase}",
+            at_end=seen.append,
+        )
+        self.moments = copy_moments(seen[0].optimizer)
+        self.note(phase=phase, first_step=start, last_step=seen[0].step, loss=losses[-1] if losses else None)
+        return losses
+
+    @property
+    def removed_units(self) -> bool:
+        return bool(self._cut)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies of all parameters and buffers."""
+        return {name: tensor.detach().clone() for name, tensor in _tensors(self.model).items()}
+
+    @torch.no_grad()
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        for name, tensor in _tensors(self.model).items():
+            tensor.copy_(snapshot[name])
+
+    def masked(self, masks: Mapping[str, Tensor]) -> Masked:
+        """A hook that keeps zero what the masks removed, from now on."""
+        return Masked(self.model, masks)
+
+    def quality(self) -> float | None:
+        """The task's number for the model as it is now; None where the task has none."""
+        return None if self.task.quality is None else float(self.task.quality(self.model))
+
+    def note(self, **numbers: Any) -> None:
+        """A row of the report's `phases`; numbers of the phase of the last row join it."""
+        if self.phases and numbers.get("phase", self.phases[-1].get("phase")) == self.phases[-1].get("phase"):
+            self.phases[-1] |= numbers
+        else:
+            self.phases.append(numbers)
+
+    def context(self) -> Context:
+        """Groups, matrices and the division of the budget, of the model as it is now."""
+        options = self.options
+        made = Context(
+            model=self.model,
+            method=self.method,
+            target=self.target,
+            inputs=self.inputs,
+            seed=self.seed,
+            allocation="uniform" if options.uniform else options.allocation,
+            floor=options.floor,
+            round_to=options.round_to,
+            kinds=options.kinds,
+            uniform=options.uniform,
+            options={k: v for k, v in dataclasses.asdict(options).items() if v != getattr(Options(), k)},
+        )
+        if self._graph is not None and not self._cut:
+            made.graph = self._graph
+        self._graph = self._graph or (made.graph if self.method.removes == "units" else None)
+        return made
+
+    def cut(self, keep: Mapping[str, Tensor]) -> None:
+        """Cut the model to the kept units now, so that what follows trains the small one.
+
+        Groups whose cut isn't provably right stay whole; the report says why.
+        """
+        context = self.context()
+        graph = context.graph
+        chosen = {name: units.cpu() for name, units in keep.items() if len(units) < graph[name].size}
+        if self.options.prove and chosen:
+            self.frozen = prove(self.model, graph, chosen, context.example)
+            chosen = {name: units for name, units in chosen.items() if name not in self.frozen}
+        self._dense, self._cut, self._graph = self.snapshot(), chosen, graph
+        if chosen:
+            self.changes = cut_units(self.model, graph, chosen).attributes
+
+    def plan(
+        self,
+        masks: Mapping[str, Tensor] | None = None,
+        keep: Mapping[str, Tensor] | None = None,
+        notes: Mapping[str, str] | None = None,
+    ) -> Plan:
+        """What is kept, with all trained tensors at their dense shape; `keep` is what was cut, where `cut` was called."""
+        if keep is not None and not self._cut:
+            self.cut(keep)
+        values = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(self.model).items()}
+        graph, kept = self._graph, self._cut
+        if kept:
+            assert graph is not None
+            values = _at_dense_shape(values, self._dense, graph, kept)
+        return Plan(
+            method=self.method.name,
+            target=str(self.target),
+            seed=self.seed,
+            hyperparameters=self.method.hyperparameters,
+            options={
+                **{k: v for k, v in dataclasses.asdict(self.options).items() if v != getattr(Options(), k)},
+                "steps": self.steps,
+                "recipe": dataclasses.asdict(self.recipe),
+            },
+            inputs=describe(self.inputs),
+            keep=kept,
+            sizes={name: graph[name].size for name in kept} if graph else {},
+            kinds={name: graph[name].kind for name in kept} if graph else {},
+            masks={name: mask.cpu() for name, mask in (masks or {}).items()},
+            values=values,
+            notes={**({"weights": DENSE_NOTE} if masks else {}), **(notes or {})},
+        )
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _at_dense_shape(
+    small: Mapping[str, Tensor], dense: Mapping[str, Tensor], graph: Graph, keep: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The cut model's tensors at their places in the dense ones, which are as they were before the cut elsewhere."""
+    gone: dict[tuple[str, int], list[Tensor]] = {}
+    for name, units in keep.items():
+        group = graph[name]
+        leaves = torch.ones(group.size, dtype=torch.bool)
+        leaves[units] = False
+        for part in group.slices:
+            gone.setdefault((part.name, part.dim), []).append(part.index[leaves].flatten())
+    full: dict[str, Tensor] = {}
+    for name, value in dense.items():
+        if name not in small:
+            full[name] = value.cpu()
+            continue
+        places = []
+        for dim, size in enumerate(value.shape):
+            stays = torch.ones(size, dtype=torch.bool)
+            for index in gone.get((name, dim), ()):
+                stays[index] = False
+            places.append(stays.nonzero().flatten())
+        full[name] = value.cpu().clone()
+        if places:
+            full[name][torch.meshgrid(*places, indexing="ij")] = small[name].cpu()
+        else:
+            full[name] = small[name].cpu()
+    return full

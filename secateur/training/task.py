@@ -1,0 +1,40 @@
+"""A task: a network, what it is trained on, and the number that says how well it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from secateur.method import Objective
+from secateur.training.batches import Augment
+from secateur.training.recipe import Recipe
+
+
+@dataclass
+class Task:
+    """What training-time methods are run on, and compete on. `secateur.tasks.load_task` makes the real ones.
+
+    >>> Task("pairs", build=lambda: nn.Linear(4, 2), train=(x, y), classes=2)  # doctest: +SKIP
+
+    build: an untrained network, drawn from torch's global random state, which the engine seeds.
+    train: as `fit` takes it. augment: `(batch, generator) -> batch` on the model's device.
+    quality: on held-out data, higher is better; None: nothing is measured. metric: what it is.
+    inputs: example inputs, for tracing and counting. classes: labels of `train` are checked to be 0..classes-1, none empty.
+    epochs, recipe: the task's default training. pretrained: the trained network, where there is one.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    train: Any
+    quality: Callable[[nn.Module], float] | None = None
+    inputs: Any = None
+    metric: str = "accuracy"
+    loss: Objective | None = None
+    recipe: Recipe = field(default_factory=Recipe)
+    epochs: float = 10
+    pretrained: Callable[[], nn.Module] | None = None
+    augment: Augment | None = None
+    classes: int | None = None

@@ -1,0 +1,225 @@
+"""Iterative magnitude pruning: train, remove the smallest survivors, go back to early weights, again.
+
+Shared by `lottery-ticket` and `lottery-rewinding`; sources stand there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from secateur.budget import divide
+from secateur.errors import SecateurError
+from secateur.training.job import Job
+from secateur.training.masks import Masks, density, full_masks, prune_smallest, shuffled
+from secateur.training.stability import angle, distance
+
+CONTROLS = ("reinit", "shuffle", "shuffle-global", "keep")
+Level = dict[str, int] | int
+
+
+def weights_kept(job: Job) -> int:
+    """How many of the prunable weights the target keeps."""
+    sizes = {name: weight.numel() for name, weight in job.weights.items()}
+    total, target = sum(sizes.values()), job.target
+    if not total:
+        raise SecateurError("it has no linear or convolution weights", where=type(job.model).__name__)
+    if target.kind == "params":
+        others = sum(p.numel() for p in job.model.parameters()) - total
+        keep = int(target.limit(total + others)) - others
+        if keep < 1:
+            raise SecateurError(
+                f"{others:,} parameters lie outside linear and convolution weights, which alone is over the limit",
+                where=f"target {target}",
+                fix=f"ask for more than params<={others}",
+            )
+        return min(keep, total)
+    return int(job.share * total + 1e-9)
+
+
+def rounds_to(share: float, rate: float, rounds: int | None = None) -> int:
+    """How many rounds of at most `rate` leave `share`; `rounds` where it is given."""
+    if not 0 < rate < 1:
+        raise SecateurError(f"a round can't prune {rate} of the weights", where="rate", fix="such as 0.2")
+    if rounds is not None and rounds < 1:
+        raise SecateurError(f"{rounds} rounds", where="rounds", fix="give 1 or more")
+    if share >= 1:
+        return 0
+    return rounds or max(1, math.ceil(math.log(share) / math.log(1 - rate) - 1e-9))
+
+
+def levels(
+    sizes: Mapping[str, int],
+    keep: int,
+    rounds: int,
+    scope: str = "global",
+    factors: Mapping[str, float] | None = None,
+) -> list[Level]:
+    """How many weights are left after each round, over all layers or ("layer") by name; the last is `keep` exactly.
+
+    >>> levels({"w": 600}, 246, 4)
+    [480, 384, 307, 246]
+
+    Every round removes the share p = 1 - P^(1/rounds) of what is left, P = keep / all: rounded up over all layers, to
+    the nearest even in each. factors: what p is multiplied by in a layer.
+    """
+    total = sum(sizes.values())
+    if not rounds:
+        return []
+    if scope == "global":
+        rate, left, found = 1 - (keep / total) ** (1 / rounds), total, []
+        for _ in range(rounds - 1):
+            left = max(keep, left - math.ceil(rate * left - 1e-9))
+            found.append(left)
+        return [*found, keep]
+    factors = {name: (factors or {}).get(name, 1.0) for name in sizes}
+
+    def shares(rate: float) -> dict[str, float]:
+        return {name: max(0.0, 1 - rate * factors[name]) ** rounds for name in sizes}
+
+    low, high = 0.0, 1.0 / max(factors.values())
+    for _ in range(60):
+        middle = (low + high) / 2
+        left_over = sum(size * shares(middle)[name] for name, size in sizes.items())
+        low, high = (middle, high) if left_over > keep else (low, middle)
+    state, steps = dict(sizes), []
+    for _ in range(rounds - 1):
+        state = {name: n - round(high * factors[name] * n) for name, n in state.items()}
+        steps.append(state)
+    last = divide(list(sizes.values()), list(shares(high).values()), keep)
+    return [*steps, {name: min(n, state[name]) for name, n in zip(sizes, last)}]
+
+
+def find_ticket(
+    job: Job,
+    *,
+    rate: float,
+    rounds: int | None,
+    scope: str = "global",
+    output_rate: float = 0.5,
+    skip: Collection[str] = (),
+    rewind: int = 0,
+    restore_moments: bool = False,
+    reset: bool = True,
+    controls: Sequence[str] = (),
+    pairs: int = 0,
+) -> Masks:
+    """Finds the ticket and trains it; the job's model ends as the trained ticket. Gives its masks.
+
+    Trains rewind steps once, then from there to the end, once per level: rewind + (rounds + 1) * (steps - rewind) steps.
+    """
+    for control in controls:
+        if control not in CONTROLS:
+            raise SecateurError(
+                f"there is no control {control!r}", where="controls", fix=f"one of {', '.join(CONTROLS)}"
+            )
+    weights = job.weights
+    if unknown := [name for name in skip if name not in weights]:
+        raise SecateurError(
+            f"it has no weight {unknown[0]!r}", where="skip", fix=f"among {', '.join(list(weights)[:6])}, ..."
+        )
+    sizes = {
+        name: weight.numel() for name, weight in weights.items() if scope == "global" or name not in skip
+    }
+    keep = weights_kept(job) - sum(w.numel() for n, w in weights.items() if n not in sizes)
+    share = keep / sum(sizes.values())
+    if share <= 0:
+        raise SecateurError("the skipped layers alone are over the target", where="skip", fix="skip fewer")
+    last = next(reversed(sizes))
+    counts = levels(sizes, keep, rounds_to(share, rate, rounds), scope, {last: output_rate})
+    initial = job.snapshot()
+    if rewind:
+        job.train("early", until=rewind)
+    early, moments = job.snapshot(), job.moments if restore_moments and rewind else None
+    masks, dense = full_masks(weights), None
+    for level in range(len(counts) + 1):
+        train_level(job, f"level-{level}", masks, rewind, moments)
+        dense = job.snapshot() if dense is None else dense
+        if level == len(counts):
+            break
+        masks = prune_smallest(job.weights, masks, keep=counts[level], scope=scope, skip=skip)
+        if reset or level == len(counts) - 1:
+            trained = job.snapshot()
+            job.restore(early)
+    if not counts:
+        return masks
+    ticket = job.snapshot()
+    for control in controls:
+        other = (
+            masks
+            if control in ("reinit", "keep")
+            else shuffled(masks, job.generator(control), "layer" if control == "shuffle" else "global")
+        )
+        job.restore({"reinit": _fresh(job, initial, early), "keep": trained}.get(control, early))
+        anew = control == "reinit"
+        train_level(job, control, other, 0 if anew else rewind, None if anew else moments)
+    if pairs:
+        _stability(job, masks, early, dense or ticket, ticket, rewind, moments, pairs)
+    job.restore(ticket)
+    return masks
+
+
+def train_level(
+    job: Job, phase: str, masks: Masks, start: int, moments: object = None, seed: int | None = None
+) -> None:
+    """From `start` to the end, under the masks; what came out goes into the report."""
+    job.train(phase, start=start, after_step=[job.masked(masks)], moments=moments, seed=seed)  # type: ignore[arg-type]
+    job.note(phase=phase, density=density(masks), quality=job.quality())
+
+
+def _fresh(job: Job, initial: Mapping[str, Tensor], early: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Newly drawn weights: the network's own initialisation under another seed."""
+    seed = int(torch.randint(2**31, (1,), generator=job.generator("reinit")).item())
+    return reinitialised(job, seed, initial)
+
+
+def reinitialised(job: Job, seed: int, initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A draw of the task's untrained network; where the task has none to draw, each layer's `reset_parameters`."""
+    from copy import deepcopy
+
+    devices = [p.device for p in job.model.parameters() if p.device.type == "cuda"][:1]
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        fresh = job.task.build()
+        same = all(torch.equal(t.cpu(), initial[n].cpu()) for n, t in fresh.named_parameters())
+        if same:  # `build` gives a copy of one network
+            fresh = deepcopy(fresh)
+            for module in fresh.modules():
+                if callable(again := getattr(module, "reset_parameters", None)):
+                    again()
+    device = next(job.model.parameters()).device
+    found = {**dict(fresh.named_parameters()), **dict(fresh.named_buffers())}
+    return {name: tensor.detach().to(device) for name, tensor in found.items()}
+
+
+def _stability(
+    job: Job,
+    masks: Masks,
+    early: Mapping[str, Tensor],
+    dense: Mapping[str, Tensor],
+    ticket: Mapping[str, Tensor],
+    rewind: int,
+    moments: object,
+    pairs: int,
+) -> None:
+    """Distances and angles of paired runs, of the ticket and of a random mask with the same counts per layer."""
+    random = shuffled(masks, job.generator("stability"))
+    for kind, mask in (("ticket", masks), ("random", random)):
+        ends: list[dict[str, Tensor]] = []
+        for pair in range(pairs + 1):
+            if kind == "ticket" and pair == 0:
+                ends.append(dict(ticket))
+                continue
+            job.restore(early)
+            train_level(job, f"stability-{kind}-{pair}", mask, rewind, moments, seed=job.seed + 7919 * pair)
+            ends.append(job.snapshot())
+        row = {
+            "prune_distance": distance(dense, ends[0], mask),
+            "prune_angle": angle(dense, ends[0], mask),
+            "order_distance": sum(distance(ends[0], e, mask) for e in ends[1:]) / pairs,
+            "order_angle": sum(angle(ends[0], e, mask) for e in ends[1:]) / pairs,
+        }
+        job.note(phase=f"stability of the {kind} mask", rewind=rewind, mask=kind, **row)
