@@ -58,7 +58,7 @@ class Source(Protocol):
     def attention(self, sets: TokenSets, site: str, rows: str | Tensor, over: str, heads: bool) -> Tensor: ...
     def vectors(self, sets: TokenSets, which: str, site: str, rope: bool, cls: bool) -> Tensor: ...
     def hidden(self, sets: TokenSets, site: str, cls: bool) -> Tensor: ...
-    def transition(self, sets: TokenSets, site: str, module: str, whole: bool) -> tuple[Tensor, Tensor]: ...
+    def transition(self, sets: TokenSets, site: str, module: str, whole: bool) -> tuple[Tensor, ...]: ...
     def text(self, sets: TokenSets, kind: str) -> tuple[Tensor, Tensor]: ...
     def pixels(self, sets: TokenSets) -> Tensor: ...
     def project(self, hidden: Tensor) -> Tensor: ...
@@ -166,10 +166,10 @@ class TokenSets:
         """[S, n, C] output of that block, before the projector; cls=True: [S, C]."""
         return self._source.hidden(self, site, cls)
 
-    def transition(self, site: str, module: str = "attention", whole: bool = False) -> tuple[Tensor, Tensor]:
+    def transition(self, site: str, module: str = "attention", whole: bool = False) -> tuple[Tensor, ...]:
         """(input after its norm, output before the residual) of "attention" or "mlp": each [S, n, D].
 
-        whole=True: the sequences instead: ([B, L, D], [B, L, D]); `sequence(site)` says which of it is padding.
+        whole=True: the sequences instead, and which of it is no padding: ([B, L, D], [B, L, D], bool [B, L]).
         """
         return self._source.transition(self, site, module, whole)
 
@@ -315,7 +315,7 @@ class Given:
             raise Missing("CLS token", where="tokens")
         return self._take(self.states, "hidden", (site, "cls") if cls else site)
 
-    def transition(self, sets: TokenSets, site: str, module: str, whole: bool) -> tuple[Tensor, Tensor]:
+    def transition(self, sets: TokenSets, site: str, module: str, whole: bool) -> tuple[Tensor, ...]:
         return self._take(self.changes, "transition", (site, module, "whole") if whole else (site, module))
 
     def text(self, sets: TokenSets, kind: str) -> tuple[Tensor, Tensor]:
