@@ -28,6 +28,7 @@ import cyclopts
 from cyclopts import App, Group
 
 from secateur import __version__
+from secateur.commands import train
 from secateur.errors import SecateurError
 from secateur.flags import (
     command,
@@ -212,9 +213,10 @@ def _check_writable(path: Path, where: str) -> None:
 
 def check_measurement(given: Mapping[str, Any]) -> None:
     """Refuse unknown tasks and impossible sizes before any work is done."""
-    from secateur.data import choices, pictures, text
+    from secateur.data import choices, text
+    from secateur.measure import SEEN
 
-    known = [*text.NAMES, *choices.SETS, *pictures.SETS]
+    known = [*text.NAMES, *choices.SETS, *SEEN]
     for task in listed(given.get("tasks")):
         if task in known or Path(task).expanduser().is_file():
             continue
@@ -602,6 +604,8 @@ def build(argv: Sequence[str]) -> tuple[App, list[str]]:
         parameters = prune_parameters(named_method(argv) or default, default)
     text = "Make a model smaller.\n\nWith --method NAME, --help shows the method's hyperparameters too."
     app.command(command(parameters, prune, text), name="prune")
+    trained = train.parameters(named_method(argv) if verb == "train-prune" else None, JSON)
+    app.command(command(trained, train.run, train.TEXT), name="train-prune")
     inspected = [
         word("model", help=MODEL),
         flag("html", str | None, None, "a self-contained HTML file with the groups as a picture"),
@@ -630,7 +634,7 @@ def build(argv: Sequence[str]) -> tuple[App, list[str]]:
     applied += [TASKS, LIMIT, *WHERE, JSON]
     plans.command(command(applied, plan_apply, "Do what a plan says to a fresh model."), name="apply")
     app.command(plans)
-    every = [*parameters, *inspected, *measured, *_filters(), *_advice(), full]
+    every = [*parameters, *trained, *inspected, *measured, *_filters(), *_advice(), full]
     return app, on_off(argv, switches_of(every))
 
 
@@ -691,6 +695,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         resumes = given[:1] == ["prune"] and "--no-resume" not in given
         again = "run the same command again to continue" if resumes else "run it again to start anew"
+        if given[:1] == ["train-prune"] and any(token.startswith("--out") for token in given):
+            again = "run the same command with --resume to continue"
         return _fail(f"interrupted; nothing is half written; {again}")
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the reader of our output has gone

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.data import pictures
+from secateur.data import camvid, digits, pictures
+from secateur.data.pictures import as_pairs
 from secateur.data.text import load_calibration
 from secateur.errors import SecateurError
 
@@ -25,7 +26,7 @@ def calibration_batches(
 
     data: such ids or inputs (an iterable of them is read to its end, at most `samples`; a pair of them and their labels
     is parted into batches of 16, as are pictures); a text file or the name of a
-    text (needs a tokenizer), or of pictures (`cifar10`, `imagenet-sample`: `samples` of those to train on, with labels); None: English that every machine has, or, without a tokenizer, text that the model itself
+    text (needs a tokenizer), or of pictures (`cifar10`, `imagenet-sample`, `digits`, `camvid`: `samples` of those to train on, with labels); None: English that every machine has, or, without a tokenizer, text that the model itself
     writes; "self": the latter.
 
     Raises `SecateurError` for empty data, NaN inputs, ids outside the vocabulary, and text that is too short.
@@ -34,6 +35,10 @@ def calibration_batches(
         data = "self"
     if isinstance(data, str) and data in pictures.SETS:
         data = pictures.load_pictures(data, samples, split="train")
+    elif data == "digits":
+        data = digits.load_digits("train", samples)
+    elif data == "camvid":
+        data = as_pairs(camvid.load_camvid("train", samples), 2)
     if data is None or isinstance(data, str | Path):
         if data is None and tokenizer is None:
             raise SecateurError(f"{type(model).__name__} needs calibration data", where="data", fix=FIX)

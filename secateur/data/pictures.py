@@ -16,6 +16,7 @@ from secateur.errors import SecateurError
 from secateur.files import require_data
 
 SETS = ("cifar10", "imagenet-sample")
+TRAIN = tuple(f"train_{i}" for i in range(4))
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -24,20 +25,20 @@ def load_pictures(name: str, limit: int | None = None, split: str = "test") -> t
 
     >>> x, y = load_pictures("cifar10", 1000, split="train")  # doctest: +SKIP
 
-    `cifar10`: [N, 3, 32, 32]; split test (10,000) or train (the first 10,000). `imagenet-sample`: [N, 3, 224, 224], the
-    centre of 500 pictures, one for each even class; split test or train are its halves (every other picture), all both.
+    `cifar10`: [N, 3, 32, 32]; split test (10,000), train (35,000) or val (the other 5,000 of the 40,000 training pictures
+    that are there; published networks were trained on them). `imagenet-sample`: [N, 3, 224, 224], the centre of 500
+    pictures, one for each even class; split test or train are its halves (every other picture), all both.
     limit: at most so many, from the start; the pictures of CIFAR-10 are shuffled.
 
     Raises `SecateurError` for another name or split, and missing data.
     """
     if name not in SETS:
         raise SecateurError("no pictures have this name", where=name, fix=f"one of {', '.join(SETS)}")
-    if split not in ("test", "train", "all") or (name == "cifar10" and split == "all"):
-        raise SecateurError(f"there is no split {split!r}", where=name, fix="test or train")
+    known = ("test", "train", "val") if name == "cifar10" else ("test", "train", "all")
+    if split not in known:
+        raise SecateurError(f"there is no split {split!r}", where=name, fix=", ".join(known))
     if name == "cifar10":
-        pixels, labels = _cifar(
-            require_data(f"cifar10/{'test' if split == 'test' else 'train_0'}.npz"), limit
-        )
+        pixels, labels = _cifar(split, limit)
         return normalise(pixels, IMAGENET_MEAN, IMAGENET_STD), labels
     pixels, labels = _imagenet(require_data("imagenet_sample/part_a.tar"), split, limit)
     return normalise(pixels, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), labels
@@ -75,9 +76,17 @@ def _decoded(file: Path) -> tuple[np.ndarray, np.ndarray]:
         return np.concatenate(pictures), archive["labels"]
 
 
-def _cifar(file: Path, limit: int | None) -> tuple[np.ndarray, Tensor]:
-    pictures, labels = _decoded(file)
-    return pictures[:limit], torch.from_numpy(labels[:limit].astype(np.int64))
+def _cifar(split: str, limit: int | None) -> tuple[np.ndarray, Tensor]:
+    """uint8 [N, 32, 32, 3] and int64 [N]; files that the limit doesn't reach aren't read."""
+    shards, first, count = {"test": ("test",), "val": ("train_3",)}.get(split, TRAIN), 0, 35_000
+    if split == "val":
+        first, count = 5_000, 5_000
+    count = count if limit is None else min(count, limit)
+    parts = []
+    for shard in shards[: -(-(first + count) // 10_000)]:
+        parts.append(_decoded(require_data(f"cifar10/{shard}.npz")))
+    pictures, labels = (np.concatenate(p)[first : first + count] for p in zip(*parts))
+    return pictures, torch.from_numpy(labels.astype(np.int64))
 
 
 def _imagenet(file: Path, split: str, limit: int | None) -> tuple[np.ndarray, Tensor]:

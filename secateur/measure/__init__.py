@@ -2,14 +2,14 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.data import choices, pictures, text
+from secateur.data import camvid, choices, digits, pictures, super_resolution, text
 from secateur.errors import SecateurError
 from secateur.inputs import Inputs, describe
 from secateur.measure import timing, vision
@@ -46,21 +46,24 @@ def measure(
     >>> measure(model, tokenizer, tasks=["wikitext2", "piqa"], limit=100)  # doctest: +SKIP
     {'params': 134515008, ..., 'perplexity': {'wikitext2': 25.4}, 'accuracy': {'piqa': {'acc': 0.67, ...}}, ...}
     >>> measure(resnet, inputs=torch.ones(1, 3, 224, 224), latency=True)["latency"]  # doctest: +SKIP
+    >>> measure(espnet, tasks=["camvid"])["accuracy"]  # doctest: +SKIP
+    {'camvid': {'miou': 0.553, 'acc': 0.8596}}
 
     tasks: a set of text or a text file (perplexity, see data.text), or a set of questions (accuracy, see
-    data.choices), or of pictures (data.pictures). limit: at most so many windows of a text and questions of a set. seqlen: tokens in a window,
+    data.choices), or of pictures (data.pictures, `digits`; `camvid`, with a label for each pixel; `set5`, `set14` for
+    networks that enlarge them: PSNR). limit: at most so many windows of a text and questions of a set. seqlen: tokens in a window,
     cut to the model's context. batch: windows at once, and questions of as many tokens. inputs: of the forward
     that macs, memory and latency are measured on; a language model gets [1, seqlen] token ids.
 
     Keys: params, params_nonzero, macs, size_bytes, peak_memory_bytes (macs and this are None without inputs),
-    perplexity {task: x} (None where it is not finite), accuracy {task: {"acc", "acc_norm"}}, seconds (of all of
+    perplexity {task: x} (None where it is not finite), accuracy {task: {"acc", "acc_norm", "miou"}}, psnr {task: dB}, seconds (of all of
     this), latency {"forward_seconds", and for language models "decode_seconds_per_token"}, and what was measured
     on: inputs (shapes), seqlen, limit, dtype, device, threads.
     Raises SecateurError for an unknown task or missing data, before any work, and for tasks without a tokenizer.
     """
     start = time.perf_counter()
     seqlen = min(seqlen, text.context(model) or seqlen)
-    texts, questions, shown = _load(tasks, tokenizer, limit)
+    texts, questions, shown = _load(model, tasks, tokenizer, limit)
     first = next(model.parameters(), torch.empty(0))
     if inputs is None:
         inputs = _token_inputs(model, seqlen, first.device)
@@ -72,6 +75,7 @@ def measure(
         "peak_memory_bytes": None if inputs is None else peak_memory(model, inputs),
         "perplexity": {},
         "accuracy": {},
+        "psnr": {},
         "latency": _latency(model, inputs) if latency else {},
         "inputs": None if inputs is None else describe(inputs),
         "seqlen": seqlen,
@@ -85,17 +89,44 @@ def measure(
         result["perplexity"][name] = value if math.isfinite(value) else None
     for name, items in questions.items():
         result["accuracy"][name] = accuracy(model, tokenizer, items, batch * seqlen)
-    for name, (x, labels) in shown.items():
-        result["accuracy"][name] = {"acc": vision.accuracy(model, x, labels)}
+    for name, look in shown.items():
+        for key, value in look().items():
+            result[key][name] = value
     return result | {"seconds": time.perf_counter() - start}
 
 
+SEEN = (*pictures.SETS, "digits", "camvid", *super_resolution.SETS)
+"""Sets of pictures that `measure` knows."""
+
+
+def seen(model: nn.Module, name: str, limit: int | None = None) -> Callable[[], dict[str, Any]]:
+    """Loads a set of SEEN; what it gives measures a network on it: {"accuracy": {"acc": ..}} or {"psnr": ..}.
+
+    Raises SecateurError for missing data, and pairs of pictures given to a network that doesn't enlarge them.
+    """
+    if name in super_resolution.SETS:
+        if not hasattr(model, "scale") or not hasattr(model, "peak"):
+            raise SecateurError(
+                f"{type(model).__name__} doesn't say by how much it enlarges pictures",
+                where=name,
+                fix="give vdsr, carn-m, rfdn, or a model with scale, luma, peak and enlarged",
+            )
+        form: Any = (model.scale, model.luma, model.peak, model.enlarged)
+        pairs = super_resolution.load_pairs(name, *form)[:limit]
+        return lambda: {"psnr": vision.psnr(model, pairs)}
+    if name == "camvid":
+        scenes = camvid.load_camvid("all", limit)
+        return lambda: {"accuracy": vision.segmentation(model, *scenes, len(camvid.CLASSES))}
+    x, labels = digits.load_digits("test", limit) if name == "digits" else pictures.load_pictures(name, limit)
+    return lambda: {"accuracy": {"acc": vision.accuracy(model, x, labels)}}
+
+
 def _load(
-    tasks: Sequence[str], tokenizer: Any, limit: int | None
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, tuple[Tensor, Tensor]]]:
+    model: nn.Module, tasks: Sequence[str], tokenizer: Any, limit: int | None
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Callable[[], dict[str, Any]]]]:
     if isinstance(tasks, str):
         tasks = [tasks]
-    shown = {task: pictures.load_pictures(task, limit) for task in tasks if task in pictures.SETS}
+    shown = {task: seen(model, task, limit) for task in tasks if task in SEEN}
     tasks = [task for task in tasks if task not in shown]
     if tasks and tokenizer is None:
         raise SecateurError("tasks need a tokenizer", where="measure", fix="give the model's tokenizer")
@@ -108,7 +139,7 @@ def _load(
         elif task in text.NAMES or Path(task).exists():
             texts[task] = text.encode(tokenizer, text.load_text(task), special=True)
         else:
-            names = ", ".join([*text.NAMES, *choices.SETS, *pictures.SETS])
+            names = ", ".join([*text.NAMES, *choices.SETS, *SEEN])
             raise SecateurError("no such task", where=task, fix=f"give a text file, or one of {names}")
     return texts, questions, shown
 

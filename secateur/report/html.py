@@ -39,7 +39,10 @@ def report_html(report: Mapping[str, Any], plan: Plan | None = None) -> str:
     parts = [_header(report), _figures_table(report)]
     parts += _section("After, as a share of before", [cost_figure(report)], figures)
     parts += _section(
-        "Quality", quality_figures(report), figures, "Lower perplexity is better, higher accuracy is better."
+        "Quality",
+        quality_figures(report),
+        figures,
+        "Lower perplexity is better, higher accuracy and PSNR are better.",
     )
     parts += _section("Speed: predicted and measured", [speed_figure(report)], figures, _speed_text(report))
     parts += _section("What each layer keeps", kept_figures(report), figures)
@@ -255,7 +258,7 @@ def cost_figure(report: Mapping[str, Any]) -> Figure | None:
     found = [
         row
         for row in rows(report.get("before") or {}, report.get("after") or {})
-        if row.ratio is not None and row.key not in ("perplexity", "accuracy")
+        if row.ratio is not None and row.key not in ("perplexity", "psnr", "accuracy")
     ][::-1]
     if not found:
         return None
@@ -293,7 +296,7 @@ def quality_figures(report: Mapping[str, Any]) -> list[Figure]:
     """Bars before and after: accuracies in one plot, perplexities in one."""
     before, after = report.get("before") or {}, report.get("after") or {}
     made = []
-    for key, title in (("perplexity", "Perplexity"), ("accuracy", "Accuracy")):
+    for key, title in (("perplexity", "Perplexity"), ("psnr", "PSNR in dB"), ("accuracy", "Accuracy")):
         found = [row for row in rows(before, after) if row.key == key]
         if not found:
             continue

@@ -19,7 +19,7 @@ FIGURES: dict[str, str] = {
     "peak_memory_bytes": "peak memory",
 }
 """Figures of a measurement that are single numbers, in the order in which they are shown."""
-METRICS = {"acc": "", "acc_norm": " (length-normalised)"}
+METRICS = {"acc": "", "acc_norm": " (length-normalised)", "miou": " (mIoU)"}
 
 
 def single(figures: Mapping[str, Any]) -> dict[str, float | None]:
@@ -29,10 +29,11 @@ def single(figures: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def by_task(figures: Mapping[str, Any]) -> dict[tuple[str, str], float | None]:
-    """(perplexity or accuracy, task) -> value, None where it was not finite."""
+    """(perplexity, psnr or accuracy, task) -> value, None where it was not finite."""
     found: dict[tuple[str, str], float | None] = {}
-    for task, value in (figures.get("perplexity") or {}).items():
-        found["perplexity", task] = value
+    for key in ("perplexity", "psnr"):
+        for task, value in (figures.get(key) or {}).items():
+            found[key, task] = value
     for task, value in (figures.get("accuracy") or {}).items():
         metrics = value if isinstance(value, Mapping) else {"acc": value}
         for metric, number_ in metrics.items():
@@ -96,6 +97,8 @@ def figure(key: str, value: float | None) -> str:
         return in_seconds(value)
     if key == "accuracy":
         return f"{value:.1%}".replace("%", " %")
+    if key == "psnr":
+        return f"{value:.2f} dB"
     if key == "perplexity":
         return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
     return number(value)
@@ -120,6 +123,8 @@ class Row:
     def change(self) -> str:
         if self.key == "accuracy" and self.before is not None and self.after is not None:
             return f"{(self.after - self.before) * 100:+.1f} points"
+        if self.key == "psnr" and self.before is not None and self.after is not None:
+            return f"{self.after - self.before:+.2f} dB"
         if self.ratio is None:
             return ""
         if self.ratio == 1:

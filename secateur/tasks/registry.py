@@ -1,0 +1,76 @@
+"""Tasks by name: a network, data to train it on, and a number that says how well it does."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from secateur.errors import SecateurError
+
+if TYPE_CHECKING:
+    from secateur.training.task import Task
+
+NETWORKS = {
+    "cifar10": ("resnet20", "resnet32", "resnet44", "resnet56"),
+    "digits": ("digits-cnn",),
+    "sr": ("carn-m", "carn-m-x3", "carn-m-x4", "vdsr", "vdsr-x3", "vdsr-x4", "rfdn"),
+    "camvid": ("espnet",),
+}
+"""The networks of each task, its default first. A task is a module of this package."""
+TASKS = tuple(NETWORKS)
+OWNERS = {network: task for task, names in NETWORKS.items() for network in names}
+SPLITS = ("test", "val", "all")
+
+
+def load_task(
+    name: str, split: str = "test", train: int | None = None, test: int | None = None, device: Any = None
+) -> Task:
+    """A task to train and prune on.
+
+    >>> task = load_task("cifar10:resnet56")  # doctest: +SKIP
+    >>> task.quality(task.pretrained())  # doctest: +SKIP
+    0.9339
+
+    name: `cifar10`, `digits`, `sr`, `camvid`, also with a network (`sr:vdsr-x3`), or the network alone (`vdsr-x3`).
+    split: what quality is measured on: `test`, or `val`, to choose by. train, test: at most so many samples to train on
+    and to be judged by. device: where the training data lies; default: the CPU.
+
+    Raises `SecateurError` for an unknown task, network or split, and missing data.
+    """
+    wanted, _, network = name.partition(":")
+    if wanted in OWNERS and not network:
+        wanted, network = OWNERS[wanted], wanted
+    known = NETWORKS.get(wanted, ())
+    network = network or next(iter(known), "")
+    if network not in known:
+        known = known or (*TASKS, *OWNERS)
+        near = difflib.get_close_matches(network or wanted, known, n=1)
+        raise SecateurError(
+            f"there is no task {name!r}",
+            where="task",
+            fix=f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}",
+        )
+    for what, count in (("train", train), ("test", test)):
+        if count is not None and count < 1:
+            raise SecateurError(f"{count} samples is nothing", where=what, fix="ask for at least 1")
+    if split not in SPLITS or (split == "all" and wanted != "camvid"):
+        raise SecateurError(f"there is no split {split!r}", where=name, fix="test or val")
+    made = _module(wanted).task(network, split, train, test)
+    if device is not None:
+        from secateur.inputs import map_tensors
+
+        made.train = map_tensors(made.train, lambda tensor: tensor.to(device))
+    return made
+
+
+def load_network(name: str) -> nn.Module:
+    """The trained network of this name in eval mode; a task's name means its default network."""
+    network = NETWORKS[name][0] if name in NETWORKS else name
+    return _module(OWNERS[network]).load_network(network)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"secateur.tasks.{name}")
