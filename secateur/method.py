@@ -221,7 +221,8 @@ def _coerce(cls: type[Method], field: dataclasses.Field, value: Any) -> Any:
         if default is None:
             return None if value.lower() == "none" else float(value) if "." in value else int(value)
         if isinstance(default, tuple):
-            return tuple(type(default[0])(part) for part in value.split(","))
+            kind = type(default[0]) if default else str
+            return tuple(kind(part.strip()) for part in value.split(",") if part.strip())
         return type(default)(value)
     except (KeyError, ValueError, IndexError) as error:
         raise SecateurError(

@@ -111,13 +111,13 @@ def train_prune(
     _claim(directory, identity, rank)
     parallel.barrier(size)
     job = Job(model, task, chosen, goal, total, recipe, options, example, seed, trained, directory, every)
-    before = measure(model, inputs=example) | {"quality": job.quality()}
+    before = measure(model, inputs=example) | _quality(job)
     training = model.training
     plan = chosen.prune(job)
     model.train(training)
     if broken := nonfinite_tensor(model):
         raise SecateurError("it isn't finite at the end of training", where=broken, fix="lower lr")
-    after = measure(model, inputs=example) | {"quality": job.quality()}
+    after = measure(model, inputs=example) | _quality(job)
     report = {
         "method": chosen.name,
         "hyperparameters": chosen.hyperparameters,
@@ -252,6 +252,17 @@ def _claim(directory: Path | None, identity: dict[str, Any], rank: int) -> None:
         )
     if rank == 0:
         atomic_write_json(file, wanted)
+
+
+def _quality(job: Job) -> dict[str, Any]:
+    """The task's number, also where reports look for it."""
+    value, metric, name = job.quality(), job.task.metric, job.task.name
+    found: dict[str, Any] = {"quality": value}
+    if value is not None and metric in ("psnr", "perplexity"):
+        found[metric] = {name: value}
+    elif value is not None and metric in ("accuracy", "miou"):
+        found["accuracy"] = {name: {"acc" if metric == "accuracy" else metric: value}}
+    return found
 
 
 def _met(job: Job, before: dict[str, Any], after: dict[str, Any], masks: Any) -> bool:
