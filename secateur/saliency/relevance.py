@@ -100,6 +100,13 @@ def as_composite(composite: str | Composite, **changes: Any) -> Composite:
     return dataclasses.replace(composite, **changes)
 
 
+def in_float32(model: nn.Module) -> nn.Module:
+    """The model, or, where it is in half precision, a float32 copy."""
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        return copy.deepcopy(model).float()
+    return model
+
+
 def propagate(
     model: nn.Module,
     inputs: Any,
@@ -121,9 +128,7 @@ def propagate(
 
     Half precision runs in a float32 copy. Raises `SecateurError` where an operation has no rule, or nothing arrives.
     """
-    floats = [p for p in model.parameters() if p.is_floating_point()]
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in floats):
-        model = copy.deepcopy(model).float()
+    model = in_float32(model)
     if isinstance(inputs, Tensor) and inputs.is_floating_point():
         first = next(model.parameters(), inputs)
         inputs = inputs.detach().to(first.device, first.dtype).clone().requires_grad_(True)
