@@ -9,6 +9,7 @@ from secateur.method import Method, TrainMethod, UnitMethod, WeightMethod, list_
 from secateur.plan import Plan
 from secateur.prune import Options, Pruned, apply_plan, prune
 from secateur.recover import recover
+from secateur.saliency import saliency
 from secateur.taxonomy import MethodInfo
 from secateur.train_prune import train_prune
 
@@ -35,6 +36,7 @@ __all__ = [
     "recommend",
     "recover",
     "register",
+    "saliency",
     "trace",
     "train_prune",
 ]
