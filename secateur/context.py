@@ -60,7 +60,7 @@ class Context:
 
     @cached_property
     def graph(self) -> Graph:
-        return trace(self.model, self.example)
+        return trace(self.model, self.example, inner="head_dim" in (self.kinds or ()))
 
     @property
     def example(self) -> Inputs:

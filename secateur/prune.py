@@ -219,6 +219,8 @@ def apply_plan(
             if inputs is None:
                 inputs = _on_device(from_description(plan.inputs), model)
             graph = trace(model, inputs)
+            if "head_dim" in plan.kinds.values() and plan.keep.keys() - {g.name for g in graph.groups}:
+                graph = trace(model, inputs, inner=True)
         for name in plan.keep:
             group = next((g for g in graph.groups if g.name == name), None)
             if group is None or group.size != plan.sizes[name]:

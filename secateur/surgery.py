@@ -95,6 +95,7 @@ def _cut(model: nn.Module, graph: Graph, keep: Keep) -> Changes:
     forget_caches(model)
     _include(model)
     before = {path: _own_sizes(m) for path, m in model.named_modules()}
+    _rescale(model, graph, keep)
     touched = _cut_tensors(model, graph, pairs, changes)
     modules = dict(model.named_modules())
     for a, number in attributes.items():
@@ -172,6 +173,18 @@ def _gone(group: Group, kept: Tensor) -> Tensor:
 def _removed_blocks(group: Group, kept: Tensor) -> list[str]:
     stay = set(kept.tolist())
     return [path for u, path in enumerate(group.modules) if u not in stay]
+
+
+def _rescale(model: nn.Module, graph: Graph, keep: Keep) -> None:
+    """Attention that divides by the root of its width takes queries that make up for it."""
+    alive = graph._alive(keep)
+    for classes, rows in graph._rescaled:
+        share = float(alive[classes].mean())
+        for name, dim, place in rows if share < 1 else ():
+            tensor = _tensor(model, name)
+            index = torch.from_numpy(place).to(tensor.device)
+            with torch.no_grad():
+                tensor.index_copy_(dim, index, tensor.index_select(dim, index) * share**0.5)
 
 
 def _cut_tensors(
@@ -594,6 +607,8 @@ def _fit_config(
         return best, score
 
     best, score = search(False) if alike else (trial, 1)
+    if score == 0 and not _same_numbers(model, type(model), best, changes):
+        return
     changes.uniform = score == 0
     if score and changes.layers:
         best, score = search(True)
@@ -607,6 +622,23 @@ def _fit_config(
             if type(value) in (int, list, tuple) and value != _get_config(config, full):
                 _set_config(config, full, value)
                 changes.config[full] = value
+
+
+def _same_numbers(model: nn.Module, cls: Any, config: Any, changes: Changes) -> bool:
+    """Whether the config gives the cut model's other numbers too: scales, and buffers that no file holds."""
+    modules = dict(model.named_modules())
+    for name in changes.shapes:
+        path, _, leaf = name.rpartition(".")
+        if leaf in modules[path]._non_persistent_buffers_set:
+            return False
+    with torch.device("meta"):
+        others = dict(cls(copy.deepcopy(config)).named_modules())
+    return all(
+        others[path].__dict__.get(key, value) == value
+        for path, module in modules.items()
+        for key, value in module.__dict__.items()
+        if type(value) is float and path in others
+    )
 
 
 # --- proof

@@ -131,6 +131,9 @@ class Graph:
     _costs: list[Any] = field(default_factory=list, repr=False)
     _found: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)
     _choices: list[tuple[str, str, np.ndarray]] = field(default_factory=list, repr=False)
+    _rescaled: list[tuple[np.ndarray, list[tuple[str, int, np.ndarray]]]] = field(
+        default_factory=list, repr=False
+    )
 
     def __getitem__(self, name: str) -> Group:
         for group in self.groups:
@@ -352,6 +355,7 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
         for layer in out.layers:
             labels.freeze(layer, "it is an output of the model")
     _settle(t)
+    queries = _queries(t)
     _link(t)
     ids = np.arange(labels.count)
     roots, classes = np.unique(labels.find(ids), return_inverse=True)
@@ -456,10 +460,42 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
         for module, name, layer in t.choices
         if flags[classes[layer]].max() & PICKED
     ]
+    graph._rescaled = [(classes[ids], rows) for ids, rows in queries]
     _compile(t, graph)
     last = [g for g in ordered if g.reason is None]
     graph.groups = last + _layers(t, graph) + [g for g in ordered if g.reason is not None]
     return graph
+
+
+def _queries(t: Tracer) -> list[tuple[np.ndarray, list[tuple[str, int, np.ndarray]]]]:
+    """Attention that divides by the root of its width: the rows that make its queries, to be scaled when it shrinks."""
+    owner = np.full(t.labels.count, -1)
+    keys = list(t.ids)
+    for n, key in enumerate(keys):
+        owner[t.ids[key]] = n
+    found = []
+    for inner, layers, why in t.rescaled:
+        ids = np.concatenate([np.ravel(v) for v in layers] or [np.zeros(0, int)])
+        makers = np.unique(owner[ids])
+        if (
+            len(makers) != 1
+            or makers[0] < 0
+            or t.roles.get(keys[makers[0]]) != "out"
+            or len(np.unique(ids)) < len(ids)
+        ):
+            t.freeze(inner, why)
+            continue
+        name, dim = keys[makers[0]]
+        place = ids - t.ids[name, dim][0]
+        roots, size, module = t.labels.find(ids), len(t.ids[name, dim]), name.rpartition(".")[0]
+        rows = [
+            (other, d, place)
+            for other, d in keys
+            if other.rpartition(".")[0] == module and len(t.ids[other, d]) == size and t.roles.get((other, d)) != "in"
+            and np.array_equal(t.labels.find(t.ids[other, d][place]), roots)
+        ]  # fmt: skip
+        found.append((inner, rows))
+    return found
 
 
 def _settle(t: Tracer) -> None:

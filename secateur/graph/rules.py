@@ -89,11 +89,28 @@ def fix(t: Tracer, x: Axes, axis: int, why: str) -> Axes:
     for layer in x.layers:
         if layer.shape[axis] == 1:
             layers.append(layer)
+        elif t.inner and len(axes_of(canon(t, layer))) > 1 and axis == axes_of(layer)[-1]:
+            layer = innermost(t, layer)
+            t.labels.flag(layer, INNER)
+            t.freeze(layer, why)
         elif len(axes_of(layer)) > 1:
             layers.append(canon(t, collapse(t, layer, axis)))
         else:
             t.freeze(layer, why)
     return Axes(x.shape, layers, x.params)
+
+
+def innermost(t: Tracer, layer: np.ndarray) -> np.ndarray:
+    """Only the innermost labelled axis stays: the same entry of every head."""
+    layer = canon(t, layer)
+    for k in axes_of(layer)[:-1]:
+        layer = collapse(t, layer, k)
+    return layer
+
+
+def rect_heads(t: Tracer, x: Axes) -> Axes:
+    """`rect` where heads are: what stays of them is the tracer's choice."""
+    return Axes(x.shape, [innermost(t, layer) for layer in x.layers], x.params) if t.inner else rect(t, x)
 
 
 def rect(t: Tracer, x: Axes) -> Axes:
@@ -144,6 +161,8 @@ def elementwise(t: Tracer, operands: Sequence[Axes], shape: tuple[int, ...]) -> 
                 others = [set(axes_of(o)) for j, y in enumerate(xs) if j != i for o in y.layers]
                 if len(mine) > 1 and any(o & mine and not o >= mine for o in others):
                     layer = canon(t, layer)
+                    if t.inner and any(max(mine) in o for o in others):
+                        layer = innermost(t, layer)
                     for k in axes_of(layer)[1:]:
                         layer = collapse(t, layer, k)
                     x.layers[n], busy = layer, True
@@ -440,6 +459,8 @@ def reduce(t: Tracer, c: Call) -> Axes | list[Axes]:
     layers = []
     for layer in x.layers:
         if any(layer.shape[k] > 1 for k in dims):
+            if t.inner and axes_of(layer)[-1] in dims:
+                layer = innermost(t, layer)
             if all(k in dims for k in axes_of(layer)):
                 t.labels.flag(layer, MIXED)
                 continue
@@ -481,11 +502,11 @@ def matmul_axes(t: Tracer, x: Axes, y: Axes, out: tuple[int, ...]) -> Axes:
         return squeeze_out(matmul_axes(t, x, y, (*out, 1)), -1, out)
     t.weight(x, [-2], [-1])
     t.weight(y, [-1], [-2])
-    x, y, rank = rect(t, x), rect(t, y), len(out)
+    square = rect if x.params or y.params else rect_heads
+    x, y, rank = square(t, x), square(t, y), len(out)
     shared = join(t, vector(t, x, -1), vector(t, y, -2), t.reason("the partner of a matrix product is fixed"))
     if shared is not None and x.params is None and y.params is None:
-        t.labels.flag(shared, MIXED)
-        t.labels.flag(shared, INNER)
+        t.labels.flag(shared, INNER if t.inner else MIXED | INNER)
 
     def batch(v: Axes) -> Axes:
         layers = [layer for layer in v.layers if layer.shape[-1] == 1 and layer.shape[-2] == 1]
@@ -697,7 +718,7 @@ def batch_norm(t: Tracer, c: Call) -> Axes:
 
 @rule("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
 def layer_norm(t: Tracer, c: Call) -> Axes:
-    x = rect(t, c.axes["input"])
+    x = rect_heads(t, c.axes["input"])
     mixed(t, x, range(len(x.shape) - len(c.args["normalized_shape"]), len(x.shape)))
     params = [p for name, p in c.axes.items() if name in ("weight", "bias") and p is not None]
     return elementwise(t, [x, *params], c.out)
@@ -727,15 +748,21 @@ def weight_norm(t: Tracer, c: Call) -> Axes:
       "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
       "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_attention_math")  # fmt: skip
 def attention(t: Tracer, c: Call) -> Axes:
-    q, k, v = (rect(t, x) for x in list(c.axes.values())[:3])
+    rows = c.axes["query"].layers
+    q, k, v = (rect_heads(t, x) for x in list(c.axes.values())[:3])
     rank = len(c.out)
     for x in (q, k, v):
         for layer in x.layers:
             if layer.shape[-2] > 1:
                 t.freeze(layer, t.reason("the token axis of attention"))
     inner = join(t, vector(t, q, -1), vector(t, k, -1), t.reason("the partner in attention is fixed"))
-    if inner is not None:
+    if inner is not None and not t.inner:
         t.freeze(inner, t.reason("a single head's width sets the scale of attention"))
+    elif inner is not None:
+        t.labels.flag(inner, INNER)
+        if c.args.get("scale") is None:
+            rows = [layer for layer in rows if layer.size == len(inner) * (q.shape[-3] if rank >= 4 else 1)]
+            t.rescaled.append((inner, rows, t.reason("the width of a head sets the scale of attention")))
     width = vector(t, v, -1)
     layers = []
     if rank >= 4:
@@ -746,7 +773,7 @@ def attention(t: Tracer, c: Call) -> Axes:
             if hq is not None:
                 t.labels.flag(hq, HEAD | ALONE)
                 layers.append(along(hq, rank, -3))
-            if width is not None:
+            if width is not None and not t.inner:
                 t.freeze(width, t.reason("all query heads share these keys and values"))
                 width = None
         else:
@@ -771,7 +798,7 @@ def attention(t: Tracer, c: Call) -> Axes:
         t.labels.flag(width, INNER)
         layers.append(along(width, rank, -1))
     result = Axes(c.out, layers)
-    for last in (k.shape[-1], c.out[-1]):
+    for last in ((k, rank - 1), (result, rank - 1)):
         t.cost([(result, d) for d in range(rank - 1)] + [k.shape[-2], last])
     return result
 

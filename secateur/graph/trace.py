@@ -58,7 +58,7 @@ FACTORIES = {
 }
 
 
-def trace(model: nn.Module, inputs: Any) -> Graph:
+def trace(model: nn.Module, inputs: Any, *, inner: bool = False) -> Graph:
     """The groups of coupled parameter slices of a model.
 
     >>> graph = trace(model, {"input_ids": torch.zeros(2, 8, dtype=torch.long)})
@@ -70,14 +70,17 @@ def trace(model: nn.Module, inputs: Any) -> Graph:
     is run once, in evaluation mode and without gradients, and is left as it was. Use a batch of two or more: an
     axis of size one is never taken for a prunable one, but its merges with other axes are ambiguous.
 
+    inner: the units of attention are entries of its heads' width (kind `head_dim`: the same entry of every head, of
+    queries and keys with the partner it is rotated with) instead of whole heads. A tensor can be cut along one of them.
+
     Raises SecateurError if the model cannot be run on the inputs. Spec: spa (arXiv 2403.18955), algorithm A.
     """
-    tracer = Tracer(model)
+    tracer = Tracer(model, inner=inner)
     outputs = tracer.run(inputs)
     graph = build_graph(tracer, outputs)
     stuck = collapsed(tracer, graph)
     if stuck:  # grouped convolutions that cannot lose the same channel of every group: let whole groups leave
-        tracer = Tracer(model, stuck)
+        tracer = Tracer(model, stuck, inner)
         outputs = tracer.run(inputs)
         graph = build_graph(tracer, outputs)
     return graph
@@ -115,8 +118,10 @@ class Event:
 class Tracer:
     """Labels, and what was learnt on the way: splits, rigid axes, sizes, costs, uses of weights, calls of modules."""
 
-    def __init__(self, model: nn.Module, whole_groups: frozenset[str] = frozenset()):
+    def __init__(self, model: nn.Module, whole_groups: frozenset[str] = frozenset(), inner: bool = False):
         self.model = model
+        self.inner = inner
+        self.rescaled: list[tuple[np.ndarray, list[np.ndarray], str]] = []
         self.whole_groups = whole_groups
         self.grouped: dict[str, np.ndarray] = {}
         self.labels = Labels()
