@@ -139,6 +139,23 @@ def quotas(weights: Tensor, budget: Count, caps: Tensor) -> Tensor:
     return found
 
 
+def even_runs(valid: Tensor, parts: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Parts each set into runs of equal length, the first ones longer by one: the run of each token [S, n], sizes [S, C].
+
+    >>> even_runs(torch.ones(1, 5, dtype=torch.bool), 2)
+    (tensor([[0, 0, 0, 1, 1]]), tensor([[3, 2]]))
+
+    `valid` [S, n], padding at the end; `parts`: how many runs, one number or [S], at most one a token.
+    """
+    count = valid.sum(1)
+    parts = torch.minimum(torch.as_tensor(parts, device=valid.device).clamp(min=1), count.clamp(min=1))
+    run = torch.arange(int(parts.max()), device=valid.device)
+    sizes = (count // parts)[:, None] + (run < (count % parts)[:, None])
+    sizes = sizes * (run < parts[:, None])
+    place = torch.arange(valid.shape[1], device=valid.device).expand_as(valid).contiguous()
+    return torch.searchsorted(sizes.cumsum(1), place, right=True).clamp(max=len(run) - 1), sizes
+
+
 def outlier_factor(values: Tensor, neighbours: int, valid: Tensor | None = None) -> Tensor:
     """Local outlier factor of the numbers of every row: about 1 among others, larger apart from them.
 
@@ -254,6 +271,19 @@ def even_grid(height: int, width: int, keep: int) -> Tensor:
     edges = [keep * i // rows for i in range(rows + 1)]
     chosen = [row * width + spread(b - a, width) for row, a, b in zip(spread(rows, height), edges, edges[1:])]
     return torch.cat(chosen) if chosen else torch.zeros(0, dtype=torch.int64)
+
+
+def rectangle(grid_row: Tensor, grid_col: Tensor, valid: Tensor) -> list[tuple[int, int]]:
+    """Height and width of the rectangle that each set's tokens fill in raster order; (1, count) where they fill none."""
+    found = []
+    for row, column, count in zip(grid_row, grid_col, valid.sum(1).tolist()):
+        row, column, place = row[:count], column[:count], torch.arange(count, device=row.device)
+        height, width = len(row.unique()), max(len(column.unique()), 1)
+        full = height * width == count and bool(
+            (row - row[:1] == place // width).all() and (column - column[:1] == place % width).all()
+        )
+        found.append((height, width) if count and full else (1, count))
+    return found
 
 
 def neighbours(mask: Tensor, places: Tensor, width: Tensor, height: Tensor, edges: str = "clip") -> Tensor:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from secateur.tokens.state import Missing, TokenSets
+
 ROWS = 128
 """Query rows handled at once by `received_attention`."""
 
@@ -164,3 +166,14 @@ def entropy(weights: Tensor, valid: Tensor | None = None) -> Tensor:
     """
     weights = weights.double() if valid is None else weights.double().masked_fill(~valid, 0)
     return torch.special.entr(weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)).sum(-1)
+
+
+def cls_or_received(sets: TokenSets, site: str) -> Tensor:
+    """How much CLS attends to each token; in a tower without CLS, how much all of its tokens do: [S, n].
+
+    The second is a stand-in that no paper has: mean over heads and over all queries of the same block.
+    """
+    try:
+        return sets.attention(site, rows="cls")
+    except Missing:
+        return sets.attention(site, rows="all")

@@ -1,0 +1,84 @@
+"""Downsample: average-pool the features to a smaller grid.
+
+No paper. Spec: none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from secateur.method import register
+from secateur.taxonomy import MethodInfo
+from secateur.tokens.budget import rectangle
+from secateur.tokens.method import TokenMethod
+from secateur.tokens.reduce import best_of_cell, pour
+from secateur.tokens.state import Reduction, TokenSets
+
+
+@register
+@dataclass
+class Downsample(TokenMethod):
+    """Each crop's tokens become means over the cells of a coarser grid: at 25% of an even grid, 2 x 2 average pooling.
+
+    >>> with secateur.attach(vlm, "downsample", target="25%") as attached:  # doctest: +SKIP
+    ...     vlm.generate(**inputs)
+
+    The coarse grid has the image's shape and at most as many cells as the target has tokens, so the budget is a limit:
+    round(sqrt(keep x height / width)) rows, and as many columns as fit. A mean stands at the place of the token
+    nearest to its cell's middle.
+    """
+
+    scope: ClassVar[str] = "crop"
+    newlines: ClassVar[str] = "drop"
+
+    info = MethodInfo(
+        title="Downsample",
+        spec="none",
+        objects="T",
+        granularity="token",
+        speedup="univ",
+        when="RT",
+        criteria="UNI",
+        order="shot",
+        data="free",
+        decision="stat",
+        fusion="merge",
+        models="vlm vit",
+        budget_exact=False,
+        budget_unit="token",
+        description="Features averaged over the cells of a coarser grid.",
+    )
+
+    def select(self, sets: TokenSets) -> Reduction:
+        cells, centre = torch.zeros_like(sets.index), torch.zeros(sets.valid.shape, device=sets.device)
+        for i, (keep, (height, width)) in enumerate(
+            zip(sets.keep.tolist(), rectangle(sets.grid_row, sets.grid_col, sets.valid))
+        ):
+            rows, columns = coarse(height, width, keep)
+            place = torch.arange(height * width, device=sets.device)
+            row, column = place // width, place % width
+            cell_row, cell_column = row * rows // height, column * columns // width
+            cells[i, : len(place)] = cell_row * columns + cell_column
+            down = (row + 0.5) / height * rows - cell_row - 0.5
+            along = (column + 0.5) / width * columns - cell_column - 0.5
+            centre[i, : len(place)] = -(down**2 + along**2)
+        kept, _ = best_of_cell(centre, cells, sets.valid)
+        sums, mass = pour(sets.features, cells, sets.valid)
+        means = sums / mass.clamp(min=1)[..., None]
+        reduction = Reduction.from_mask(kept)
+        at = cells.gather(1, reduction.index.clamp(min=0))
+        features = means.gather(1, at[..., None].expand(-1, -1, means.shape[2]))
+        return Reduction(reduction.index, features.to(sets.features.dtype))
+
+
+def coarse(height: int, width: int, keep: int) -> tuple[int, int]:
+    """Rows and columns of the coarse grid, at most `keep` cells.
+
+    >>> coarse(24, 24, 144), coarse(24, 24, 64), coarse(27, 27, 182)
+    ((12, 12), (8, 8), (13, 14))
+    """
+    rows = max(1, min(height, keep, round((keep * height / max(width, 1)) ** 0.5)))
+    return rows, max(1, min(width, keep // rows))

@@ -1,0 +1,54 @@
+"""Random tokens: the control that every token method must beat.
+
+No paper. Spec: none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.method import register
+from secateur.taxonomy import MethodInfo
+from secateur.tokens.budget import top_per_row
+from secateur.tokens.method import TokenMethod
+from secateur.tokens.state import TokenSets
+
+
+@register
+@dataclass
+class RandomTokens(TokenMethod):
+    """A random choice of each image's tokens, before the language model.
+
+    >>> with secateur.attach(vlm, "random-tokens", target="25%", seed=1) as attached:  # doctest: +SKIP
+    ...     vlm.generate(**inputs)
+
+    Images are drawn for one after the other from one seeded sequence, so a batch gives what its images give in turn.
+    """
+
+    newlines: ClassVar[str] = "drop"
+
+    info = MethodInfo(
+        title="Random tokens",
+        spec="none",
+        objects="T",
+        granularity="token",
+        speedup="univ",
+        when="RT",
+        criteria="none",
+        order="shot",
+        data="free",
+        decision="dyn",
+        models="vlm vit",
+        budget_unit="token",
+        description="A random choice of tokens: the control.",
+    )
+
+    def select(self, sets: TokenSets) -> Tensor:
+        scores = torch.zeros(sets.valid.shape)
+        for row, count in zip(scores, sets.count.tolist()):
+            row[:count] = torch.rand(count, generator=sets.generator)
+        return top_per_row(scores.to(sets.device), sets.keep, sets.valid)
