@@ -29,7 +29,7 @@ def write_checkpoint(
     settings: Mapping[str, Any],
     hooks: Sequence[Any] = (),
 ) -> None:
-    """One file, whole or not at all. A hook that has `state_dict()` is saved too."""
+    """One file, whole or not at all. hooks: those that have `state_dict()`."""
     tensors = {f"parameter/{i}": p.detach() for i, p in enumerate(trained)}
     tensors |= {f"buffer/{name}": b for name, b in state.model.named_buffers()}
     plain: dict[str, Any] = {}
@@ -37,9 +37,8 @@ def write_checkpoint(
         for key, value in moments.items():
             _put(f"optimizer/{i}/{key}", value, tensors, plain)
     for i, hook in enumerate(hooks):
-        if hasattr(hook, "state_dict"):
-            for key, value in hook.state_dict().items():
-                _put(f"hook/{i}/{key}", value, tensors, plain)
+        for key, value in hook.state_dict().items():
+            _put(f"hook/{i}/{key}", value, tensors, plain)
     about = {"step": state.step, "losses": state.losses, "settings": settings, "plain": plain}
     tensors = {key: t.cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
     atomic_write_bytes(file, save(tensors, metadata={"secateur": json.dumps(about)}))
@@ -90,13 +89,13 @@ def read_checkpoint(
         buffer.copy_(tensors[f"buffer/{name}"])
     everything = {**tensors, **about["plain"]}
     moments: dict[int, dict[str, Any]] = {}
-    kept: dict[int, dict[str, Any]] = {i: {} for i, hook in enumerate(hooks) if hasattr(hook, "state_dict")}
+    kept: dict[int, dict[str, Any]] = {i: {} for i in range(len(hooks))}
     for name, value in everything.items():
         kind, _, rest = name.partition("/")
         index, _, key = rest.partition("/")
         if kind == "optimizer":
             moments.setdefault(int(index), {})[key] = value
-        elif kind == "hook" and int(index) in kept:
+        elif kind == "hook":
             kept[int(index)][key] = value
     load_moments(state.optimizer, moments)
     for i, values in kept.items():

@@ -108,9 +108,10 @@ def fit(
     if moments is not None:
         load_moments(optimizer, moments)
     state = State(model, optimizer, steps, start)
-    hooks = [*after_backward, *after_step]
+    hooks = [hook for hook in (*after_backward, *after_step) if hasattr(hook, "state_dict")]
     file = Path(checkpoint) if checkpoint else None
     settings = {"model": _names(model, trained), "data": draw.fingerprint if file else "", **(about or {})}
+    settings |= {"hooks": [type(hook).__name__ for hook in hooks]}
     settings |= {"steps": steps, "start": start, "until": until, "seed": seed, **dataclasses.asdict(recipe)}
     modes = {module: module.training for module in model.modules()}
     total_loss = parallel.wrap(model, [loss or checked_loss(data), *loss_terms], trained, size)
@@ -141,8 +142,10 @@ def fit(
                 total.backward()
                 for hook in after_backward:
                     hook(state)
-                norm = torch.nn.utils.clip_grad_norm_(trained, recipe.clip or math.inf)
+                norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
                 watch.gradient(norm.item(), trained)
+                if recipe.clip:
+                    torch.nn.utils.clip_grads_with_norm_(trained, recipe.clip, norm)
                 optimizer.step()
                 for hook in after_step:
                     hook(state)
