@@ -54,7 +54,7 @@ class Layers:
         """names: dotted module names, or `last` or `all`: the end of the deepest stage of convolutions, or of every
         stage. A stage is what has one height and width; a stem (a single convolution) isn't one where others are."""
         handles: list[Any] = []
-        stages: dict[tuple[int, ...], tuple[str, Tensor]] = {}
+        seen: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
         convolutions: dict[tuple[int, ...], int] = {}
         modules = dict(model.named_modules())
 
@@ -71,7 +71,12 @@ class Layers:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2:].numel() > 1:
                     size = tuple(output.shape[2:])
-                    stages[size] = (name, output)
+                    given = args[0] if args and isinstance(args[0], Tensor) and args[0].dim() == 4 else output
+                    before = tuple(given.shape[2:])
+                    if before in seen and before != size and not isinstance(module, nn.Sequential):
+                        # what still has the old size inside a block that leaves it is no end of a stage
+                        seen[before] = [one for one in seen[before] if not one[0].startswith(name + ".")]
+                    seen.setdefault(size, []).append((name, output))
                     if type(module).__name__.startswith(("Conv2d", "ConvTranspose2d")):
                         convolutions[size] = convolutions.get(size, 0) + 1
 
@@ -94,6 +99,7 @@ class Layers:
             for handle in handles:
                 handle.remove()
         if isinstance(names, str):
+            stages = {size: found[-1] for size, found in seen.items() if found}
             many = [size for size in stages if convolutions.get(size, 0) > 1]
             sizes = many or [size for size in stages if convolutions.get(size)]
             if not sizes:
