@@ -2,7 +2,8 @@
 
 Three forms, the simplest that can hold the model:
 
-- plain: a transformers model whose shapes its config can express; any `from_pretrained` loads it.
+- plain: a transformers model whose shapes its config can express, or a timm model that timm's arguments can; any
+  `from_pretrained`, or `timm.create_model("local-dir:...")`, loads it.
 - custom: a transformers model whose layers differ; `modeling_pruned.py` builds the dense model from the config and
   re-shapes it, so `from_pretrained(folder, trust_remote_code=True)` loads it.
 - module: any other module; `load_pruned.py` re-shapes a freshly built dense model and loads the weights.
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.files import atomic_directory, atomic_write_json, atomic_write_text
 from secateur.inputs import call, default_inputs, from_description, map_tensors
+from secateur.plain_timm import LOAD, is_plain, load_plain, save_plain
 
 if TYPE_CHECKING:
     from secateur.plan import Plan
@@ -244,7 +246,10 @@ def load(
         from secateur.exchange import load_file
 
         return load_file(path).to(device or "cpu", dtype), None
-    if (path / "config.json").is_file():
+    if is_plain(path):
+        loaded = load_plain(path)
+        loaded = loaded.to(dtype) if dtype else loaded
+    elif (path / "config.json").is_file():
         loaded = _load_transformers(path, dtype)
     elif (path / "model.json").is_file():
         loaded = _load_module(path, model)
@@ -741,6 +746,9 @@ def _save_module(model: nn.Module, folder: Path, plan: Plan | None, changes: Any
     blocks = kept_blocks(plan, changes)
     timm_kwargs, cut = None, None
     for kwargs in _timm_candidates(model):
+        if save_plain(model, folder, kwargs, _picture(model, plan)):
+            return {"form": "plain", "load": LOAD, "why": None}
+    for kwargs in _timm_candidates(model):
         import timm
 
         try:
@@ -804,8 +812,22 @@ def _save_module(model: nn.Module, folder: Path, plan: Plan | None, changes: Any
     return {
         "form": "module",
         "load": f"load_pruned.load({'' if timm_kwargs else build})",
-        "why": f"{cls.__module__}.{cls.__qualname__} isn't a transformers model, so it has no config to load it from",
+        "why": f"no arguments of timm's {timm_kwargs['model_name']} build these shapes"
+        if timm_kwargs
+        else f"{cls.__module__}.{cls.__qualname__} isn't a transformers model, so it has no config to load it from",
     }
+
+
+def _picture(model: nn.Module, plan: Plan | None) -> Any:
+    if plan is not None and plan.inputs:
+        return from_description(plan.inputs)
+    picture = default_inputs(model)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return (
+        picture[..., : size[0], : size[1]]
+        if isinstance(size, tuple) and isinstance(picture, Tensor)
+        else picture
+    )
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
@@ -821,6 +843,9 @@ def _timm_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
     if not name:
         return
     kwargs: dict[str, Any] = {"model_name": name, "pretrained": False}
+    given = getattr(model, "_model_args", {})
+    if given and all(type(value) in (int, float, str, bool, tuple, list) for value in given.values()):
+        yield {**kwargs, **given}
     if isinstance(classes := getattr(model, "num_classes", None), int):
         kwargs["num_classes"] = classes
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
