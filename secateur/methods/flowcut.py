@@ -118,7 +118,7 @@ class FlowCut(TokenMethod):
     def deep(self, site: str, sets: TokenSets) -> Tensor:
         values = sets.values(site)
         relation = sets.attention(site, rows="last", over="visual")
-        semantic = likeness(sets.values(site, last=True), values, sets.valid, scaled=True)
+        semantic = likeness(sets.values(site, cls=True), values, sets.valid, scaled=True)
         score = strength(relation, semantic, values.mean(1).abs().sum(-1), sets.valid)
         return top_per_row(score, sets.keep, sets.valid)
 

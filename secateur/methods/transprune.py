@@ -94,8 +94,9 @@ class TransPrune(TokenMethod):
             for module in ("attention", "mlp"):
                 site = f"layer:{layer}"
                 ratio, turn = variation(*sets.transition(site, module), self.compat)
-                around = variation(*sets.transition(site, module, whole=True), self.compat)[1]
-                change = change + ratio * turn / (around * sets.sequence(site)).sum(1)[sets.row, None]
+                given, made, real = sets.transition(site, module, whole=True)
+                around = (variation(given, made, self.compat)[1] * real).sum(1)
+                change = change + ratio * turn / around[sets.row, None]
         sets.carried["variation"] = change
         score = normalised(change, sets.valid) + normalised(sets.attention(peek, rows="text"), sets.valid)
         last = sets.keep if self.share is None else (sets.total * self.share).long().clamp(min=1)

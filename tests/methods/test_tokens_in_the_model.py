@@ -81,7 +81,8 @@ def test_transprune_scores():
         )
     changes = {}
     for name, pair in (("attention", attention), ("mlp", mlp)):
-        changes["layer:6", name] = changes["layer:6", name, "whole"] = pair
+        changes["layer:6", name] = pair
+        changes["layer:6", name, "whole"] = (*pair, torch.ones(1, 4, dtype=torch.bool))
     sets = TokenSets.from_tensors(
         torch.zeros(1, 4, 2),
         keep=2,

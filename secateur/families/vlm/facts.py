@@ -54,6 +54,25 @@ class Facts:
             return min(round(number * self.layers), self.layers - 1)
         return int(number) if number >= 0 else self.layers + int(number)
 
+    def spread(self, numbers: Sequence[int], of: int) -> list[int]:
+        """Published decoder layers scaled to this depth: different ones, none before `first_layer`, none behind the last.
+
+        >>> Facts(layers=28).spread((8, 16), of=32), Facts(layers=4).spread((7, 9, 12), of=32)
+        ([7, 14], [1, 2, 3])
+        """
+        if self.layers - self.first_layer < len(numbers):
+            raise SecateurError(
+                f"{len(numbers)} cuts inside the language model need {len(numbers) + self.first_layer} layers or more",
+                where="layers",
+                fix=f"this one has {self.layers}; choose a method that prunes before it",
+            )
+        found: list[int] = []
+        for i, number in enumerate(numbers):
+            least = found[-1] + 1 if found else self.first_layer
+            most = self.layers - (len(numbers) - i)
+            found.append(min(max(math.floor(number * self.layers / of + 0.5), least), most))
+        return found
+
     def block(self, number: float, of: int | None = None) -> int:
         """A block of the tower, like `layer`."""
         if of:
