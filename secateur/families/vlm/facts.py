@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
