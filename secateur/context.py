@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
+from math import lcm, prod
 from typing import Any
 
 import torch
@@ -204,7 +204,7 @@ class Context:
                 kind=group.kind,
                 scores=self._finite(group, scores[group.name]),
                 floor=group.size if self.block_of(group.name) in spared else self.floor_of(group),
-                round_to=1 if group.kind in COARSE else self.round_to,
+                round_to=lcm(1 if group.kind in COARSE else self.round_to, group.multiple),
             )
             for group in self.groups
             if group.name in scores

@@ -6,7 +6,7 @@ import operator
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import gcd, lcm, prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,7 +47,9 @@ class Slice:
 
 @dataclass(eq=False)
 class Group:
-    """Coupled slices that vanish together; every unit has the same footprint. At least `least` of them must stay.
+    """Coupled slices that vanish together; every unit has the same footprint.
+
+    At least `least` of them must stay, and a multiple of `multiple` where a kernel asks for aligned rows.
 
     >>> group = graph["model.layers.0.self_attn:kv_groups"]
     >>> group.size, group.kind, [(s.name, s.dim, tuple(s.index.shape)) for s in group.slices]
@@ -61,6 +63,7 @@ class Group:
     exact: bool = True
     modules: tuple[str, ...] = ()
     least: int = 1
+    multiple: int = 1
     _classes: np.ndarray = field(default_factory=lambda: np.zeros(0, int), repr=False)
     _alone: bool = False  # query heads over one shared key-value head
 
@@ -394,6 +397,13 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
         met = np.zeros(n, bool)
         met[classes[ids]] = True
         floors.append((met, int(met.sum()), len(ids), k))
+    stacked = {name for name, d in keys if flags[classes[t.ids[name, d]]].max() & EXPERT}
+    grains = []
+    for ids, grain in t.grains:
+        met = np.zeros(n, bool)
+        met[classes[ids]] = True
+        each = len(ids) // max(1, int(met.sum()))
+        grains.append((met, grain // gcd(grain, each)))
     used = t.uses
     groups = []
     for (why, _), found in buckets.items():
@@ -418,13 +428,14 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
         if reason is None and len(units) == 1:
             reason = "a single unit"
         bits = int(np.bitwise_or.reduce(flags[units]))
-        kind = _kind(slices, bits, int(shared[units].max()), t)
+        kind = _kind(slices, bits, int(shared[units].max()), t, stacked)
         least = max((-(-k * heads // size) for met, heads, size, k in floors if met[units].any()), default=1)
         if reason is None and least >= len(units):
             reason = f"the model picks {least} of {len(units)} units, which is all"
         exact = not bits & MIXED and (not bits & SOFT or bool(bits & PICKED))
+        grain = lcm(*(k for met, k in grains if met[units].all()))
         group = Group(
-            "", kind, len(units), tuple(slices), reason, exact, (), least, units, bool(bits & ALONE)
+            "", kind, len(units), tuple(slices), reason, exact, (), least, grain, units, bool(bits & ALONE)
         )
         groups.append((first_place, group))
     _name([g for _, g in groups])
@@ -596,7 +607,7 @@ def _varying(t: Tracer, axes: Axes, dims: Sequence[int]) -> Any:
     return None
 
 
-def _kind(slices: Sequence[Slice], bits: int, shared: int, t: Tracer) -> str:
+def _kind(slices: Sequence[Slice], bits: int, shared: int, t: Tracer, stacked: set[str]) -> str:
     makers = [s for s in slices if s.role == "out"]
     wide = any(s.index.shape[1] > 1 for s in makers)
     if bits & STEM:
@@ -608,7 +619,7 @@ def _kind(slices: Sequence[Slice], bits: int, shared: int, t: Tracer) -> str:
     shapes = [
         len(next(v.shape for v in [t.model.get_parameter(s.name)])) for s in makers if _is_param(t, s.name)
     ]
-    if shapes and all(rank > 2 for rank in shapes):
+    if shapes and all(rank > 2 for rank in shapes) and not any(s.name in stacked for s in makers):
         return "channels"
     if bits & RESIDUAL:
         return "hidden"

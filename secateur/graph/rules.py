@@ -565,6 +565,9 @@ def grouped_mm(t: Tracer, c: Call) -> Axes:
     if ids is not None:
         t.labels.flag(ids, EXPERT)
         w = Axes(w.shape, [layer for layer in w.layers if layer.shape[0] == 1], w.params)
+    bytes_ = c.args["self" if "self" in c.args else "input"].element_size()
+    for layer in w.layers:  # the kernel reads rows of a multiple of 16 bytes
+        t.grains.append((layer.reshape(-1), max(1, 16 // bytes_)))
     flat = Axes(w.shape[1:], [layer[0] for layer in w.layers], w.params)
     return matmul_axes(t, x, flat, c.out)
 

@@ -144,6 +144,7 @@ class Tracer:
         self.floors: list[tuple[np.ndarray, int]] = []
         self.choices: list[tuple[str, str, np.ndarray]] = []
         self.extras: set[int] = set()
+        self.grains: list[tuple[np.ndarray, int]] = []
         self._label_parameters()
 
     # --- parameters

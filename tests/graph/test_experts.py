@@ -126,7 +126,7 @@ def test_what_leaves_with_an_expert():
 def test_experts_and_their_neurons_at_once():
     model = build("mixtral")
     graph = trace(model, {"input_ids": IDS})
-    inner = [g for g in graph.prunable() if g.name.endswith(("experts:channels", "experts:neurons"))]
+    inner = [g for g in graph.prunable() if g.name.endswith("experts:neurons")]
     assert [g.size for g in inner] == [24, 24]
     keep = {g.name: torch.arange(3) for g in graph.prunable("experts")}
     keep |= {g.name: torch.arange(8) for g in inner}
@@ -234,3 +234,20 @@ def test_a_masked_model_can_be_traced_and_cut():
     cut_units(model, again, keep)
     assert torch.equal(logits(model), logits(cut))
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_rows_stay_aligned_for_the_kernel():
+    model = build("mixtral")
+    graph = trace(model, {"input_ids": IDS})
+    # grouped_mm reads rows of a multiple of 16 bytes: 4 numbers of 4 bytes
+    assert graph["stem:hidden"].multiple == graph["model.layers.0.mlp.experts:neurons"].multiple == 4
+    assert graph["model.layers.0.self_attn:heads"].multiple == 1
+    pruned = secateur.prune(
+        model, {"input_ids": IDS}, method="group-magnitude", target="60%", kinds=("neurons", "hidden")
+    )
+    assert {g["name"]: g["kept"] for g in pruned.report["groups"] if g["kept"] < g["size"]} == {
+        "model.layers.0.mlp.experts:neurons": 12,
+        "model.layers.1.mlp.experts:neurons": 12,
+        "stem:hidden": 8,
+    }
+    assert pruned.report["notes"] == []
