@@ -11,11 +11,13 @@ from secateur.prune import Options, Pruned, apply_plan, prune
 from secateur.recover import recover
 from secateur.saliency import saliency
 from secateur.taxonomy import MethodInfo
+from secateur.tokens.attach import Attached, attach
 from secateur.train_prune import train_prune
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attached",
     "Graph",
     "Group",
     "Method",
@@ -28,6 +30,7 @@ __all__ = [
     "UnitMethod",
     "WeightMethod",
     "apply_plan",
+    "attach",
     "export",
     "list_methods",
     "load",

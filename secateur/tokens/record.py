@@ -1,0 +1,635 @@
+"""Notes taken beside a running model: queries, keys, values, hidden states and module inputs of chosen layers.
+
+Nothing is computed while the model runs; a `Live` source works out the rows that a method asks for afterwards, from q and k,
+in chunks, without the L x L matrix. The model's own attention function runs as before.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from secateur.errors import SecateurError
+from secateur.tokens.scores import attention_rows
+from secateur.tokens.state import Missing, TokenSets
+
+if TYPE_CHECKING:
+    from secateur.tokens.attach import Attached
+    from secateur.tokens.call import Call
+
+CHUNK = 128
+_TAPS: weakref.WeakKeyDictionary[nn.Module, Tap] = weakref.WeakKeyDictionary()
+
+
+class Stopped(Exception):
+    """Raised at the attention function when only the queries and keys were wanted."""
+
+
+@dataclass
+class Site:
+    """A parsed record string: "encoder:-2", "layer:7", "layer:7:raw", "layer:7:modules", "layer:7:peek"."""
+
+    tower: bool
+    number: int
+    form: str = ""
+
+    @classmethod
+    def parse(cls, text: str, layers: int, blocks: int) -> Site:
+        """Raises `SecateurError` for what isn't a site of this model."""
+        parts = text.split(":")
+        depth = {"encoder": blocks, "layer": layers}.get(parts[0], 0)
+        forms = {"", "raw", "modules", "peek"}
+        try:
+            number = float(parts[1]) if "." in parts[1] else int(parts[1])
+            form = parts[2] if len(parts) > 2 else ""
+            if not depth or form not in forms or len(parts) > 3:
+                raise ValueError
+        except (ValueError, IndexError):
+            raise SecateurError(
+                f"{text!r} isn't a place of this model",
+                where="tokens",
+                fix="write encoder:K or layer:K, with :raw, :modules or :peek where needed",
+            ) from None
+        index = min(round(number * depth), depth - 1) if isinstance(number, float) else number
+        index = index + depth if index < 0 else index
+        if not 0 <= index < depth:
+            raise SecateurError(f"{text!r} is outside the {depth} layers", where="tokens")
+        return cls(parts[0] == "encoder", int(index), form)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return ("encoder" if self.tower else "layer", self.number)
+
+
+@dataclass(eq=False)
+class Note:
+    """What one attention module saw in one run; packed towers call it once a segment."""
+
+    q: list[Tensor] = field(default_factory=list)
+    k: list[Tensor] = field(default_factory=list)
+    v: list[Tensor] = field(default_factory=list)
+    mask: list[Tensor | None] = field(default_factory=list)
+    scale: float | None = None
+    causal: bool = False
+    columns: Tensor | None = None
+    """[B, n] the column of each query slot (decoder layers)."""
+    column_at: Tensor | None = None
+    """[T] the column of each token of the table at that time; -1 where it had left (decoder layers)."""
+    valid: Tensor | None = None
+    """[B, n] which slots aren't padding (decoder layers)."""
+    where: Tensor | None = None
+    """[patches] flat slot of each patch; -1 where it has left (towers)."""
+    states: Tensor | None = None
+    """The block's output."""
+    modules: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def add(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: Any, causal: bool) -> None:
+        self.q.append(q)
+        self.k.append(k)
+        self.v.append(v)
+        self.mask.append(mask)
+        self.scale, self.causal = scale, causal
+
+
+@dataclass(eq=False)
+class Tap:
+    """On one attention module. `note` is None while nothing is to be recorded."""
+
+    note: Note | None = None
+    stop: bool = False
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: Any, causal: bool
+    ) -> None:
+        if self.note is not None:
+            self.note.add(q, k, v, mask, scale, causal)
+            if self.stop:
+                raise Stopped
+
+
+def _interface(base: str) -> str:
+    """Registers an attention function that tells the tap and then calls `base`; gives its name."""
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = f"secateur-{base}"
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kw: Any
+    ) -> Any:
+        tap = _TAPS.get(module)
+        if tap is not None:
+            causal = kw.get("is_causal")
+            causal = getattr(module, "is_causal", False) if causal is None else causal
+            tap(query, key, value, attention_mask, kw.get("scaling"), bool(causal))
+        if base == "eager":
+            function = sys.modules[type(module).__module__].eager_attention_forward
+        else:
+            function = ALL_ATTENTION_FUNCTIONS[base]
+        return function(module, query, key, value, attention_mask, **kw)
+
+    AttentionInterface.register(name, attention)
+    return name
+
+
+class _Sdpa(TorchFunctionMode):
+    """Sees scaled_dot_product_attention inside one module's forward."""
+
+    def __init__(self, tap: Tap):
+        super().__init__()
+        self.tap = tap
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            q, k, v = args[:3]
+            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            self.tap(q, k, v, mask, kwargs.get("scale"), bool(kwargs.get("is_causal", False)))
+        return func(*args, **kwargs)
+
+
+def part(block: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        found = getattr(block, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    raise SecateurError(
+        f"{type(block).__name__} has none of {', '.join(names)}", where="tokens", fix="its layout isn't known"
+    )
+
+
+def attention_of(block: nn.Module) -> nn.Module:
+    return part(block, "self_attn", "attn", "attention")
+
+
+def tap_on(block: nn.Module) -> tuple[Tap, Callable[[], None]]:
+    """Puts a tap on a block's attention; gives it, and what takes it off."""
+    module = attention_of(block)
+    if module in _TAPS:
+        raise SecateurError(f"{type(module).__name__} is being recorded already", where="tokens")
+    tap = Tap()
+    config = getattr(module, "config", None)
+    if config is not None and hasattr(config, "_attn_implementation"):
+        base = config._attn_implementation or "eager"
+        if "flash" in base or "flex" in base:
+            raise SecateurError(
+                f"attention can't be read beside {base}",
+                where="tokens",
+                fix='load the model with attn_implementation="sdpa"',
+            )
+        changed = copy.copy(config)
+        changed._attn_implementation_internal = _interface(base)
+        module.config = changed  # type: ignore[assignment]
+        _TAPS[module] = tap
+
+        def off() -> None:
+            module.config = config
+            _TAPS.pop(module, None)
+
+        return tap, off
+    own = module.__dict__.get("forward")
+    forward = module.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if tap.note is None:
+            return forward(*args, **kwargs)
+        with _Sdpa(tap):
+            return forward(*args, **kwargs)
+
+    module.forward = watched  # type: ignore[method-assign]
+    _TAPS[module] = tap
+
+    def restore() -> None:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own  # type: ignore[method-assign]
+        _TAPS.pop(module, None)
+
+    return tap, restore
+
+
+class Recorder:
+    """The taps and hooks of one attached model."""
+
+    def __init__(self, attached: Attached, sites: Mapping[str, Site], blocks: Any, layers: Any):
+        self.attached = attached
+        self.taps: dict[tuple[str, int], Tap] = {}
+        self.undo: list[Callable[[], None]] = []
+        self.notes: dict[tuple[str, int, str], Note] = {}
+        self.wanted: dict[tuple[str, int], set[str]] = {}
+        try:
+            for site in sites.values():
+                self.wanted.setdefault(site.key, set()).add(site.form)
+            for key, forms in self.wanted.items():
+                block = (blocks if key[0] == "encoder" else layers)[key[1]]
+                if forms != {"modules"}:
+                    self.taps[key], off = tap_on(block)
+                    self.undo.append(off)
+                if "" in forms:
+                    self._watch_output(key, block)
+                if "modules" in forms:
+                    self._watch_modules(key, block)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        while self.undo:
+            self.undo.pop()()
+
+    @property
+    def on(self) -> bool:
+        return self.attached.call is not None
+
+    def start(self, key: tuple[str, int]) -> None:
+        """Before a recorded block runs."""
+        forms = self.wanted.get(key)
+        if not forms or not self.on:
+            return
+        if key in self.taps and "" in forms:
+            self.taps[key].note = self.notes[(*key, "")] = Note()
+        if "modules" in forms:
+            self.notes[(*key, "modules")] = Note()
+
+    def stop(self, key: tuple[str, int]) -> None:
+        if key in self.taps:
+            self.taps[key].note = None
+
+    def place(self, key: tuple[str, int], **marks: Any) -> None:
+        """Says where the slots of a block that is about to run lie."""
+        for form in ("", "modules"):
+            note = self.notes.get((*key, form))
+            if note is not None:
+                for name, value in marks.items():
+                    setattr(note, name, value)
+
+    def _watch_output(self, key: tuple[str, int], block: nn.Module) -> None:
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            note = self.notes.get((*key, ""))
+            if self.on and note is not None and note.states is None:
+                note.states = output[0] if isinstance(output, tuple) else output
+            self.stop(key)
+
+        self.undo.append(block.register_forward_hook(after).remove)
+
+    def _watch_modules(self, key: tuple[str, int], block: nn.Module) -> None:
+        parts = {"attention": attention_of(block), "mlp": part(block, "mlp")}
+        for name, module in parts.items():
+
+            def after(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+                note = self.notes.get((*key, "modules"))
+                if self.on and note is not None and name not in note.modules:
+                    given = args[0] if args else kwargs["hidden_states"]
+                    note.modules[name] = (given, output[0] if isinstance(output, tuple) else output)
+
+            self.undo.append(module.register_forward_hook(after, with_kwargs=True).remove)
+
+    @contextmanager
+    def peeking(self, key: tuple[str, int]) -> Iterator[Note]:
+        """Inside, the block's attention notes q, k, v and stops there."""
+        tap = self.taps[key]
+        before = tap.note
+        tap.note, tap.stop = Note(), True
+        try:
+            yield tap.note
+        except Stopped:
+            pass
+        finally:
+            tap.note, tap.stop = before, False
+
+
+def without_rotation(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a block, with rotary tables that turn nothing."""
+    changed = dict(kwargs)
+    for name in ("position_embeddings", "rotary_pos_emb"):
+        tables = changed.get(name)
+        if isinstance(tables, tuple) and len(tables) == 2:
+            changed[name] = (torch.ones_like(tables[0]), torch.zeros_like(tables[1]))
+    return changed
+
+
+class Live:
+    """Statistics of a run, for the sets of one stage."""
+
+    def __init__(self, call: Call, recorder: Recorder | None, kind: str, number: int):
+        self.call, self.recorder, self.kind, self.number = call, recorder, kind, number
+        self.peek: Callable[[tuple[str, int], bool], Note] | None = None
+        self._notes: dict[Any, Note] = {}
+        self._memo: dict[Any, Any] = {}
+
+    # -- notes --
+
+    def note(self, text: str, raw: bool = False, form: str | None = None) -> Note:
+        facts = self.call.facts
+        site = Site.parse(text, facts.layers, facts.blocks)
+        raw = raw or site.form == "raw"
+        if (site.form == "peek" or site.key == (self.kind, self.number)) and form != "modules":
+            return self._peek(site.key, raw)
+        name = form or ("raw" if raw else "")
+        if self.recorder is None or name not in self.recorder.wanted.get(site.key, ()):
+            raise Missing(
+                f"record of {text!r}", where="tokens", fix=f'put "{text}" into the records of the stage'
+            )
+        found = self.recorder.notes.get((*site.key, name))
+        if found is None or (name != "modules" and not found.q):
+            raise Missing(f"record of {text!r} yet: that place runs later", where="tokens")
+        return found
+
+    def _peek(self, key: tuple[str, int], raw: bool) -> Note:
+        if (key, raw) not in self._notes:
+            if self.recorder is None or key not in self.recorder.taps or self.peek is None:
+                raise Missing(
+                    f"record of {key[0]}:{key[1]}", where="tokens", fix="put it into the records of the stage"
+                )
+            if key != (self.kind, self.number):
+                raise Missing(
+                    f"way to peek into {key[0]}:{key[1]} from {self.kind}:{self.number}",
+                    where="tokens",
+                    fix="a stage peeks into the layer that it stands before",
+                )
+            self._notes[key, raw] = self.peek(key, raw)
+        return self._notes[key, raw]
+
+    # -- decoder --
+
+    def _slots(self, sets: TokenSets, note: Note) -> Tensor:
+        """[S, n] slot of each member in a decoder layer's sequence; -1 none."""
+        assert note.columns is not None and note.column_at is not None
+        members = sets.place.members
+        column = note.column_at[members.clamp(min=0)]
+        width = int(note.columns.max()) + 1
+        table = torch.full((len(note.columns), width), -1, device=column.device)
+        slots = torch.arange(note.columns.shape[1], device=column.device).expand_as(note.columns)
+        usable = note.valid if note.valid is not None else torch.ones_like(note.columns, dtype=torch.bool)
+        table.scatter_(1, note.columns.masked_fill(~usable, 0), torch.where(usable, slots, -1))
+        first = usable & (note.columns == 0)
+        table[:, 0] = torch.where(first.any(1), first.int().argmax(1), -1)
+        found = table[sets.row[:, None], column.clamp(min=0, max=width - 1)]
+        return torch.where((members >= 0) & (column >= 0), found, -1)
+
+    def _layer_attention(
+        self, sets: TokenSets, note: Note, rows: str | Tensor, over: str, heads: bool
+    ) -> Tensor:
+        q, k, mask = note.q[0], note.k[0], note.mask[0]
+        assert note.columns is not None and note.valid is not None
+        step = self.call.expand
+        q, k = q[::step], k[::step]
+        mask = mask[::step] if mask is not None and mask.shape[0] > 1 else mask
+        slots = self._slots(sets, note)
+        length, keys = q.shape[2], k.shape[2]
+        past = keys - length
+        valid = note.valid
+        chosen, weights = self._rows(sets, slots, note, rows)
+        index = slots.clamp(min=0) + past
+        seen = None
+        if over == "visual":
+            seen = torch.zeros(len(sets), keys + 1, dtype=torch.bool, device=q.device)
+            seen.scatter_(1, torch.where(slots >= 0, index, keys), True)
+            seen = seen[:, :keys]
+        elif over != "all":
+            raise SecateurError(f"there is no over={over!r}", where="tokens", fix="all or visual")
+        row = sets.row
+        same = len(row) == len(q) and bool((row == torch.arange(len(q), device=row.device)).all())
+        k = k if same else k[row]
+        out = None
+        for start in range(0, chosen.shape[1], CHUNK):
+            piece = chosen[:, start : start + CHUNK]
+            share = weights[:, start : start + CHUNK]
+            at = piece.clamp(min=0)
+            queries = q[row[:, None], :, at].transpose(1, 2)
+            if mask is None:
+                allowed = valid[row][:, None, None, :]
+                if past:
+                    allowed = torch.cat([allowed.new_ones(len(row), 1, 1, past), allowed], 3)
+                if note.causal and length > 1:
+                    order = torch.arange(keys, device=q.device)
+                    allowed = allowed & (order <= at[..., None] + past)[:, None]
+                hidden: Tensor = allowed
+            elif mask.dim() == 4:
+                rows_of = mask.expand(len(q), *mask.shape[1:])[row[:, None], :, at].transpose(1, 2)
+                hidden = rows_of[..., -keys:]
+            else:
+                hidden = mask.bool()[row][:, None, None, -keys:]
+            found = attention_rows(
+                queries, k, share.float(), mask=hidden, over=seen, scale=note.scale, heads=True
+            )
+            out = found if out is None else out + found
+        assert out is not None
+        picked = out.gather(2, index[:, None].expand(-1, out.shape[1], -1))
+        picked = picked.masked_fill((slots < 0)[:, None], 0)
+        return picked if heads else picked.mean(1)
+
+    def _rows(self, sets: TokenSets, slots: Tensor, note: Note, rows: str | Tensor) -> tuple[Tensor, Tensor]:
+        """Query slots [S, R] and their weights."""
+        assert note.columns is not None and note.valid is not None and note.column_at is not None
+        row, valid = sets.row, note.valid
+        usable = valid[row]
+        place = torch.arange(valid.shape[1], device=valid.device).expand_as(usable)
+        if isinstance(rows, Tensor):
+            return slots, rows.to(slots.device) * (slots >= 0)
+        if rows == "last":
+            last = torch.where(usable, place, -1).max(1, keepdim=True).values
+            return last, torch.ones_like(last, dtype=torch.float32)
+        if rows == "visual":
+            mine = slots >= 0
+            return slots, mine / mine.sum(1, keepdim=True).clamp(min=1)
+        if rows == "all":
+            mine = usable
+        elif rows == "text":
+            text = usable & ~self.call.visual_columns(row, note.columns, note.column_at)
+            after = text & (place > slots.max(1, keepdim=True).values)
+            mine = torch.where(after.any(1, keepdim=True), after, text)
+        elif rows == "cls":
+            raise Missing("CLS token in a language model", where="tokens")
+        else:
+            raise SecateurError(
+                f"there are no rows {rows!r}", where="tokens", fix="cls, last, text, visual, all or weights"
+            )
+        order = (~mine).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(mine.sum(1).max())]
+        share = mine / mine.sum(1, keepdim=True).clamp(min=1)
+        return order, share.gather(1, order)
+
+    # -- tower --
+
+    def _pool(self, sets: TokenSets, note: Note, values: Tensor) -> Tensor:
+        """Per flat slot [F, ...] -> per token [S, n, ...], the mean over its patches; 0 where it has none."""
+        members = sets.place.members
+        patches = self.call.table.patches[members.clamp(min=0)]
+        there = (patches >= 0) & (members >= 0)[..., None]
+        assert note.where is not None
+        slot = note.where[patches.clamp(min=0)]
+        there = there & (slot >= 0)
+        if patches.shape[-1] == 1:
+            found = values[slot[..., 0].clamp(min=0)]
+            gone = ~there[..., 0]
+            return found.masked_fill(gone.view(*gone.shape, *[1] * (found.dim() - 2)), 0)
+        found = values[slot.clamp(min=0)]
+        shape = (*there.shape, *[1] * (values.dim() - 1))
+        weight = there.view(shape).to(values.dtype)
+        return (found * weight).sum(2) / weight.sum(2).clamp(min=1)
+
+    def _tower_attention(
+        self, sets: TokenSets, note: Note, rows: str | Tensor, over: str, heads: bool
+    ) -> Tensor:
+        prefix = self.call.facts.prefix
+        share: Tensor | None = None
+        if isinstance(rows, Tensor):
+            share = self._spread(sets, note, rows)
+        elif rows == "cls" and not prefix:
+            raise Missing("CLS token", where="tokens", fix="the method's form without CLS")
+        elif rows not in ("cls", "all", "visual", "last"):
+            raise Missing(f"row {rows!r} in a vision tower", where="tokens")
+        key = (id(note), rows, over) if isinstance(rows, str) else None
+        if key is None or key not in self._memo:
+            flat: list[Tensor] = []
+            done = 0
+            for q, k, mask in zip(note.q, note.k, note.mask):
+                batch, _, length = q.shape[:3]
+                chosen = torch.zeros(length, dtype=torch.float32, device=q.device)
+                if rows == "cls":
+                    chosen[0] = 1
+                elif rows == "last":
+                    chosen[-1] = 1
+                else:
+                    chosen[prefix if rows == "visual" else 0 :] = 1
+                weight = chosen.expand(batch, length)
+                if share is not None:
+                    weight = share[done : done + batch * length].view(batch, length)
+                    use = slice(0, length)
+                else:
+                    weight = weight / weight.sum(1, keepdim=True)
+                    first = {"cls": 0, "last": length - 1, "visual": prefix}.get(str(rows), 0)
+                    use = slice(first, 1 if rows == "cls" else length)
+                seen = None
+                if over == "visual":
+                    seen = torch.arange(length, device=q.device).expand(batch, length) >= prefix
+                out = None
+                for start in range(use.start, use.stop, CHUNK):
+                    stop = min(start + CHUNK, use.stop)
+                    piece = mask
+                    if mask is not None and mask.shape[-2] > 1:
+                        piece = mask[..., start:stop, :]
+                    found = attention_rows(
+                        q[:, :, start:stop],
+                        k,
+                        weight[:, start:stop].float(),
+                        mask=piece,
+                        over=seen,
+                        scale=note.scale,
+                        heads=True,
+                    )
+                    out = found if out is None else out + found
+                assert out is not None
+                flat.append(out.transpose(1, 2).flatten(0, 1))
+                done += batch * length
+            whole = torch.cat(flat)
+            if key is not None:
+                self._memo[key] = whole
+        else:
+            whole = self._memo[key]
+        if not heads:
+            return self._pool(sets, note, whole.mean(1))
+        return self._pool(sets, note, whole).transpose(1, 2)
+
+    def _spread(self, sets: TokenSets, note: Note, weights: Tensor) -> Tensor:
+        """Weights [S, n] of tokens -> of the tower's flat slots, a token's divided over its patches."""
+        total = sum(q.shape[0] * q.shape[2] for q in note.q)
+        members = sets.place.members
+        patches = self.call.table.patches[members.clamp(min=0)]
+        assert note.where is not None
+        slot = torch.where(patches >= 0, note.where[patches.clamp(min=0)], -1)
+        there = (slot >= 0) & (members >= 0)[..., None]
+        each = weights.to(slot.device)[..., None] * there / there.sum(2, keepdim=True).clamp(min=1)
+        out = torch.zeros(total + 1, dtype=torch.float32, device=slot.device)
+        out.scatter_add_(0, torch.where(there, slot, total).flatten(), each.float().flatten())
+        return out[:total]
+
+    def _cls_rows(self, sets: TokenSets, note: Note) -> Tensor:
+        """[S] flat slot of the CLS token of each set's crop."""
+        if not self.call.facts.prefix:
+            raise Missing("CLS token", where="tokens", fix="the method's form without CLS")
+        members = sets.place.members
+        crops = self.call.table.crop_id[members.clamp(min=0)]
+        if bool(((crops != crops[:, :1]) & (members >= 0)).any()):
+            raise Missing("one CLS token for a set of several crops", where="tokens", fix='scope "crop"')
+        return crops[:, 0] * note.q[0].shape[2]
+
+    # -- what TokenSets asks for --
+
+    def attention(self, sets: TokenSets, site: str, rows: str | Tensor, over: str, heads: bool) -> Tensor:
+        note = self.note(site)
+        if site.startswith("layer"):
+            return self._layer_attention(sets, note, rows, over, heads)
+        return self._tower_attention(sets, note, rows, over, heads)
+
+    def vectors(self, sets: TokenSets, which: str, site: str, rope: bool, cls: bool) -> Tensor:
+        note = self.note(site, raw=not rope)
+        parts: list[Tensor] = getattr(note, which)
+        if site.startswith("layer"):
+            values = parts[0][:: self.call.expand]
+            slots = self._slots(sets, note)
+            if cls:
+                slots = self._rows(sets, slots, note, "last")[0]
+            past = values.shape[2] - note.q[0].shape[2] if which != "q" else 0
+            found = values[sets.row[:, None], :, slots.clamp(min=0) + past]
+            found = found.masked_fill((slots < 0)[..., None, None], 0).transpose(1, 2).float()
+            return found[:, :, 0] if cls else found
+        flat = torch.cat([p.transpose(1, 2).flatten(0, 1) for p in parts])
+        if cls:
+            return flat[self._cls_rows(sets, note)].float()
+        return self._pool(sets, note, flat.float()).transpose(1, 2)
+
+    def hidden(self, sets: TokenSets, site: str, cls: bool) -> Tensor:
+        note = self.note(site, form="")
+        if note.states is None:
+            raise Missing(f"output of {site!r} yet", where="tokens")
+        if site.startswith("layer"):
+            states = note.states[:: self.call.expand]
+            slots = self._slots(sets, note)
+            found = states[sets.row[:, None], slots.clamp(min=0)]
+            return found.masked_fill((slots < 0)[..., None], 0)
+        flat = note.states.flatten(0, -2)
+        if cls:
+            return flat[self._cls_rows(sets, note)]
+        return self._pool(sets, note, flat)
+
+    def transition(self, sets: TokenSets, site: str, module: str, whole: bool) -> tuple[Tensor, ...]:
+        note = self.note(site, form="modules")
+        if module not in note.modules:
+            raise Missing(f"record of {module!r} in {site!r}", where="tokens", fix="attention or mlp")
+        given, out = note.modules[module]
+        if not site.startswith("layer"):
+            flat = given.flatten(0, -2), out.flatten(0, -2)
+            return self._pool(sets, note, flat[0]), self._pool(sets, note, flat[1])
+        given, out = given[:: self.call.expand], out[:: self.call.expand]
+        assert note.valid is not None
+        if whole:
+            return given, out, note.valid
+        slots = self._slots(sets, note)
+        gone = (slots < 0)[..., None]
+        at = slots.clamp(min=0)
+        row = sets.row[:, None]
+        return given[row, at].masked_fill(gone, 0), out[row, at].masked_fill(gone, 0)
+
+    def text(self, sets: TokenSets, kind: str) -> tuple[Tensor, Tensor]:
+        return self.call.text(sets, kind)
+
+    def pixels(self, sets: TokenSets) -> Tensor:
+        return self.call.pixels(sets)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        projector = self.call.family.projector(self.call.model)
+        if projector is None:
+            raise Missing("projector that works token by token", where="tokens")
+        flat = projector(hidden.reshape(1, -1, hidden.shape[-1]))
+        return flat.reshape(*hidden.shape[:-1], -1)
