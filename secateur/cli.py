@@ -28,7 +28,8 @@ import cyclopts
 from cyclopts import App, Group
 
 from secateur import __version__
-from secateur.commands import train
+from secateur.commands import saliency, scenes, train
+from secateur.commands import tokens as visual_tokens
 from secateur.errors import SecateurError
 from secateur.flags import (
     command,
@@ -606,6 +607,18 @@ def build(argv: Sequence[str]) -> tuple[App, list[str]]:
     app.command(command(parameters, prune, text), name="prune")
     trained = train.parameters(named_method(argv) if verb == "train-prune" else None, JSON)
     app.command(command(trained, train.run, train.TEXT), name="train-prune")
+    dropped = visual_tokens.parameters(named_method(argv) if verb == "tokens" else None, JSON)
+    app.command(command(dropped, visual_tokens.run, visual_tokens.TEXT), name="tokens")
+    trainer, fresh = (
+        App(name="train", help="Train the models that come with the library."),
+        scenes.parameters(JSON),
+    )
+    trainer.command(command(fresh, scenes.run, scenes.TEXT), name="scenes")
+    app.command(trainer)
+    shown = saliency.parameters(
+        (named_method(argv) or saliency.DEFAULT) if verb == "saliency" else None, JSON
+    )
+    app.command(command(shown, saliency.run, saliency.TEXT), name="saliency")
     inspected = [
         word("model", help=MODEL),
         flag("html", str | None, None, "a self-contained HTML file with the groups as a picture"),
@@ -634,7 +647,18 @@ def build(argv: Sequence[str]) -> tuple[App, list[str]]:
     applied += [TASKS, LIMIT, *WHERE, JSON]
     plans.command(command(applied, plan_apply, "Do what a plan says to a fresh model."), name="apply")
     app.command(plans)
-    every = [*parameters, *trained, *inspected, *measured, *_filters(), *_advice(), full]
+    every = [
+        *parameters,
+        *trained,
+        *dropped,
+        *fresh,
+        *shown,
+        *inspected,
+        *measured,
+        *_filters(),
+        *_advice(),
+        full,
+    ]
     return app, on_off(argv, switches_of(every))
 
 
