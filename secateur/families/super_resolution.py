@@ -48,16 +48,14 @@ class Vdsr(nn.Module):
 
 
 class MeanShift(nn.Module):
-    """Adds a colour; a 1 x 1 convolution in the checkpoints."""
+    """Adds a colour."""
 
     def __init__(self, sign: int):
         super().__init__()
-        self.shifter = nn.Conv2d(3, 3, 1)
-        self.shifter.weight = nn.Parameter(torch.eye(3)[:, :, None, None], requires_grad=False)
-        self.shifter.bias = nn.Parameter(sign * torch.tensor(RGB_MEAN), requires_grad=False)
+        self.register_buffer("shift", sign * torch.tensor(RGB_MEAN)[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.shifter(x)
+        return x + self.shift
 
 
 class EfficientResidual(nn.Module):

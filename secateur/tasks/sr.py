@@ -44,9 +44,11 @@ def load_network(name: str) -> nn.Module:
     """
     model, file = build(name), KINDS[name.partition("-x")[0]][1]
     state = torch.load(require_data(f"pretrained/{file}"), map_location="cpu", weights_only=True)
-    wanted = model.state_dict().keys()
+    wanted = model.state_dict()
+    state |= {key: value for key, value in wanted.items() if key.endswith(".shift")}
     other_scales = [key for key in state if key.startswith("upsample.") and key not in wanted]
-    model.load_state_dict({key: value for key, value in state.items() if key not in other_scales})
+    unused = [*other_scales, *(key for key in state if ".shifter." in key)]
+    model.load_state_dict({key: value for key, value in state.items() if key not in unused})
     return model.eval()
 
 

@@ -1,0 +1,177 @@
+"""ISS-P: every step shrinks the smallest weights a little; those that matter grow back.
+
+Wang et al. 2023, "Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution" (ICCV),
+https://arxiv.org/abs/2303.09650. Spec: iss-p.
+
+Differs from the published code: the pruning stage has a fixed length, a share of the training (there, counters end it
+after 100,020 steps as long as one weight of each layer stays in the set throughout); `sample` does shrink, where the
+published fast path doesn't; equal weights are told apart by their position; weights that don't train, and those that
+`skip` names, are left alone in N:M mode too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.method import TrainMethod, register, seeded
+from secateur.plan import Plan
+from secateur.select import top_k, top_k_rows
+from secateur.taxonomy import record
+from secateur.training.fit import State
+from secateur.training.job import Job
+
+MOST = 0.995
+"""No layer loses more than this share of its weights."""
+
+
+def smallest(weight: Tensor, ratio: float) -> Tensor:
+    """Mask of the ceil(ratio * numel) weights of least magnitude, at most 99.5 % of them; ties by index.
+
+    >>> smallest(torch.tensor([0.9, -0.02, 0.3, 0.05]), 0.5)
+    tensor([False,  True, False,  True])
+    """
+    count = min(math.ceil(ratio * weight.numel() - 1e-9), math.floor(MOST * weight.numel() + 1e-9))
+    return top_k(-weight.detach().abs(), count)
+
+
+def smallest_of_groups(weight: Tensor, n: int, m: int) -> Tensor:
+    """Mask of the n weights of least magnitude in each run of m consecutive ones of the flattened tensor; ties by index.
+
+    >>> smallest_of_groups(torch.tensor([0.9, 0.1, 0.2, 0.3]), 2, 4)
+    tensor([False,  True,  True, False])
+    """
+    return top_k_rows(-weight.detach().abs().reshape(-1, m), n).reshape(weight.shape)
+
+
+def below_sampled_threshold(weight: Tensor, ratio: float, sample: int, generator: torch.Generator) -> Tensor:
+    """Mask of the weights below the ceil(ratio * sample)-th smallest of `sample` entries drawn with replacement."""
+    sizes = weight.detach().abs().flatten()
+    drawn = sizes[torch.randint(len(sizes), (sample,), generator=generator).to(sizes.device)]
+    threshold = drawn.sort().values[max(0, min(math.ceil(ratio * sample - 1e-9), sample) - 1)]
+    return weight.detach().abs() < threshold
+
+
+def fit_pattern(n: int, m: int, sizes: list[int]) -> tuple[int, int]:
+    """(n, m) of n of m that leave, both raised by one until m divides the number of weights of every layer.
+
+    >>> fit_pattern(19, 20, [576, 5760]), fit_pattern(19, 20, [10800])
+    ((23, 24), (19, 20))
+
+    Raises `SecateurError` where the layers' sizes have no common divisor above m.
+    """
+    common = math.gcd(*sizes)
+    if common <= m:
+        raise SecateurError(
+            f"the numbers of weights of the layers have {common} as their greatest common divisor",
+            where=f"iss-p, groups of {m}",
+            fix="give a share such as 10%, or leave out layers with skip",
+        )
+    while common % m:
+        n, m = n + 1, m + 1
+    return n, m
+
+
+@dataclass
+class Shrink:
+    """A hook after each step: in every layer the smallest weights are multiplied by `alpha`; others stay, bit for bit."""
+
+    weights: Mapping[str, nn.Parameter]
+    ratio: float
+    alpha: float = 0.95
+    pattern: tuple[int, int] | None = None
+    sample: int = 0
+    seed: int = 0
+
+    def chosen(self, name: str, step: int = 0, exact: bool = False) -> Tensor:
+        """The set U of a layer, as its weights are now."""
+        weight = self.weights[name]
+        if self.pattern:
+            return smallest_of_groups(weight, *self.pattern)
+        if self.sample and not exact and weight.numel() > self.sample:
+            return below_sampled_threshold(
+                weight, self.ratio, self.sample, seeded(self.seed, "iss-p", name, step)
+            )
+        return smallest(weight, self.ratio)
+
+    @torch.no_grad()
+    def __call__(self, state: State | None = None) -> None:
+        for name, weight in self.weights.items():
+            chosen = self.chosen(name, state.step if state else 0)
+            weight.copy_(torch.where(chosen, weight * self.alpha, weight))
+
+
+@register
+@dataclass
+class IssP(TrainMethod):
+    """Soft shrinkage of the smallest weights of each layer while training; then they are zero for good and the rest trains.
+
+    >>> secateur.train_prune(load_task("sr:vdsr"), method="iss-p", target="10%", epochs=20)  # doctest: +SKIP
+
+    The first `stage` of the training has a constant rate, the rest the task's schedule; the optimiser's moments are
+    carried over. alpha=0 is iterative hard thresholding. A target N:M keeps N of M consecutive weights of the flattened
+    tensor (hardware wants them along a row); M grows until it divides every layer. Under Adam a weight of the set settles
+    at up to lr * alpha / (1 - alpha): with a rate that is small against the weights the set hardly moves.
+    """
+
+    alpha: float = field(
+        default=0.95, metadata={"help": "what the smallest weights are multiplied by, each step"}
+    )
+    stage: float = field(
+        default=1 / 3, metadata={"help": "share of the steps that shrink; the rest fine-tunes"}
+    )
+    sample: int = field(
+        default=0,
+        metadata={
+            "help": "estimate a large layer's threshold from so many entries (published: 32400); 0: exact"
+        },
+    )
+    skip: tuple[str, ...] = field(
+        default=(), metadata={"help": "weights left whole, by name pattern: *tail*"}
+    )
+
+    starts: ClassVar[str] = "init"
+    info = record("iss-p")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1 or not 0 < self.stage < 1 or self.sample < 0:
+            raise SecateurError(
+                f"alpha {self.alpha}, stage {self.stage}, sample {self.sample}",
+                where=self.name,
+                fix="alpha in 0..1, stage between 0 and 1, sample 0 or more",
+            )
+
+    def prune(self, job: Job) -> Plan:
+        weights = {
+            name: weight
+            for name, weight in job.weights.items()
+            if weight.requires_grad and not any(fnmatch(name, pattern) for pattern in self.skip)
+        }
+        if not weights:
+            raise SecateurError("no weight is left to prune", where=self.name, fix="skip fewer layers")
+        pattern, notes = None, {}
+        if job.target.n_m:
+            keep, m = job.target.n_m
+            pattern = fit_pattern(m - keep, m, [weight.numel() for weight in weights.values()])
+            if pattern[1] != m:
+                notes["pattern"] = f"{keep} of {pattern[1]} are kept: {m} doesn't divide every layer"
+        shrink = Shrink(weights, 1 - (job.target.value if pattern else job.share), self.alpha, pattern)
+        shrink.sample, shrink.seed = self.sample, job.seed
+        first = min(max(1, round(self.stage * job.steps)), job.steps - 1)
+        if first < 1:
+            raise SecateurError("one step is no training", where=self.name, fix="train for 2 steps or more")
+        job.train("shrink", steps=first, after_step=[shrink], lr_schedule="constant", warmup=0.0)
+        masks = {name: ~shrink.chosen(name, exact=True) for name in weights}
+        before = job.quality()
+        held = job.masked(masks)
+        job.note(before_the_freeze=before, after_the_freeze=job.quality())
+        job.train("tune", steps=job.steps - first, after_step=[held], moments=job.moments)
+        return job.plan(masks=masks, notes=notes)
