@@ -81,8 +81,10 @@ class Run:
 class Fleet:
     """Trains several networks of one architecture at once."""
 
-    def __init__(self, make: Callable[[], nn.Module], data: Data, recipe: Recipe, steps: int):
-        self.make, self.data, self.recipe, self.steps = make, data, recipe, steps
+    def __init__(
+        self, make: Callable[[], nn.Module], data: Data, recipe: Recipe, steps: int, bf16: bool = False
+    ):
+        self.make, self.data, self.recipe, self.steps, self.bf16 = make, data, recipe, steps, bf16
         self.device = data.padded.device
         self.graphs: dict[int, tuple[list[Slot], Tensor, Callable[[], None]]] = {}
         self.trained = 0
@@ -184,8 +186,8 @@ class Slot:
         rows = self.rows[self.clock][0]
         down, across = self.moves[0][self.clock][0], self.moves[1][self.clock][0]
         x = data.crops(rows, down, across, self.flips[self.clock][0])
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda, cache_enabled=False):
-            logits = self.model(x if x.is_cuda else x.float())
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.fleet.bf16, cache_enabled=False):
+            logits = self.model(x)
         loss = F.cross_entropy(logits.float(), data.labels[rows])
         weights = list(self.parameters.values())
         gradients = list(torch.autograd.grad(loss, weights))
@@ -218,7 +220,7 @@ class Bench:
             warmup=0.0,
             clip=0.0,
         )
-        self.fleet = Fleet(lambda: CifarResNet(args.depth), data, self.recipe, self.steps)
+        self.fleet = Fleet(lambda: CifarResNet(args.depth), data, self.recipe, self.steps, args.bf16)
         self.judge = CifarResNet(args.depth).to(data.test.device, memory_format=torch.channels_last).eval()
         self.names = [name for name in find_matrices(self.judge)]
 
@@ -238,8 +240,8 @@ class Bench:
         model.eval()
         right = torch.zeros((), dtype=torch.int64, device=self.data.test.device)
         for x, y in zip(self.data.test.split(2000), self.data.test_labels.split(2000)):
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-                right += (model(x if x.is_cuda else x.float()).argmax(1) == y).sum()
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.fleet.bf16):
+                right += (model(x).argmax(1) == y).sum()
         return right.item() / len(self.data.test_labels)
 
     def barrier(self, first: Weights, second: Weights) -> float:
@@ -366,6 +368,12 @@ def main() -> None:
         "--train", type=int, default=None, help="pictures; default: the 40,000 that are there"
     )
     parser.add_argument("--test", type=int, default=None)
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
+        help="compute in bfloat16, weights in float32; default: on CUDA",
+    )
     parser.add_argument("--out", default=None, help="a JSON file")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
@@ -386,7 +394,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     started = time.perf_counter()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
     data = Data.load(device, args.train, args.test, dtype)
     print(f"{len(data.labels)} pictures on {device} after {time.perf_counter() - started:.1f} s", flush=True)
     result: dict[str, Any] = {
