@@ -5,6 +5,7 @@ No paper. Spec: none.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,9 +27,8 @@ class Downsample(TokenMethod):
     >>> with secateur.attach(vlm, "downsample", target="25%") as attached:  # doctest: +SKIP
     ...     vlm.generate(**inputs)
 
-    The coarse grid has the image's shape and at most as many cells as the target has tokens, so the budget is a limit:
-    round(sqrt(keep x height / width)) rows, and as many columns as fit. A mean stands at the place of the token
-    nearest to its cell's middle.
+    The coarse grid has as many cells as it can, at most the target's tokens, with a shape within a factor of two of the
+    image's: so the budget is a limit. A mean stands at the place of the token nearest to its cell's middle.
     """
 
     scope: ClassVar[str] = "crop"
@@ -75,10 +75,16 @@ class Downsample(TokenMethod):
 
 
 def coarse(height: int, width: int, keep: int) -> tuple[int, int]:
-    """Rows and columns of the coarse grid, at most `keep` cells.
+    """Rows and columns of the coarse grid.
 
-    >>> coarse(24, 24, 144), coarse(24, 24, 64), coarse(27, 27, 182)
-    ((12, 12), (8, 8), (13, 14))
+    >>> coarse(24, 24, 144), coarse(24, 24, 288), coarse(24, 24, 58), coarse(1, 9, 3)
+    ((12, 12), (16, 18), (7, 8), (1, 3))
     """
-    rows = max(1, min(height, keep, round((keep * height / max(width, 1)) ** 0.5)))
-    return rows, max(1, min(width, keep // rows))
+
+    def worth(rows: int) -> tuple[bool, int, float]:
+        columns = min(width, keep // rows)
+        stretch = abs(math.log(rows / columns * width / height))
+        return stretch <= math.log(2) + 1e-9, rows * columns, -round(stretch, 9)
+
+    rows = max(range(1, min(height, keep) + 1), key=worth)
+    return rows, min(width, keep // rows)
