@@ -131,13 +131,17 @@ class Call:
         return outcome if outcome.changed else None
 
     def text(self, sets: TokenSets, kind: str) -> tuple[Tensor, Tensor]:
-        """Text tokens of each set's row: not visual, not padding."""
+        """Text tokens of each set's row, not visual, not padding: those after the last image, or all where none is."""
         if self.ids is None or self.mask is None:
             raise Missing("text beside a vision transformer on its own", where="tokens")
         ids, valid = self.ids, self.mask
         text = valid.clone()
         visual = self.table.column[: self.table.visual]
         text[self.table.row[: self.table.visual], visual] = False
+        last = torch.full((len(text),), -1, device=text.device)
+        last.scatter_reduce_(0, self.table.row[: self.table.visual], visual, "amax")
+        after = text & (torch.arange(text.shape[1], device=text.device) > last[:, None])
+        text = torch.where(after.any(1, keepdim=True), after, text)
         order = (~text).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(text.sum(1).max())]
         there = text.gather(1, order)[sets.row]
         picked = ids.gather(1, order)[sets.row].masked_fill(~there, 0)
