@@ -6,7 +6,6 @@ What is put on the model lies on the instance (two wrapped methods, hooks, the c
 from __future__ import annotations
 
 import inspect
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -102,7 +101,7 @@ class Attached:
         self._run: account.Run | None = None
         config = getattr(model, "config", None)
         text = getattr(config, "get_text_config", lambda: None)() or config
-        pad = getattr(text, "pad_token_id", None) or getattr(config, "pad_token_id", None)
+        pad = getattr(text, "pad_token_id", None)
         self.pad = int(pad) if pad is not None else 0
         self.placed = [self._place(stage) for stage in method.stages(self.facts)]
         labels: dict[str, int] = {}
@@ -506,7 +505,3 @@ def attach(
         if value is not None:
             extra[name] = value
     return Attached(model, chosen, amount=_amount(target), seed=seed, positions=positions, given=extra)
-
-
-def now() -> float:
-    return time.perf_counter()

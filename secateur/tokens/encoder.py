@@ -69,7 +69,7 @@ class State:
         valid = self.valid if valid is None else valid
         if hidden.shape[-2] == self.stale.shape[-2]:
             return hidden
-        full = self.stale.to(hidden.dtype).clone()
+        full = self.stale.to(hidden.dtype).clone(memory_format=torch.contiguous_format)
         if self.packed:
             full[place] = hidden
             return full
