@@ -57,20 +57,21 @@ def levels(
     rounds: int,
     scope: str = "global",
     factors: Mapping[str, float] | None = None,
+    share: float | None = None,
 ) -> list[Level]:
     """How many weights are left after each round, over all layers or ("layer") by name; the last is `keep` exactly.
 
     >>> levels({"w": 600}, 246, 4)
     [480, 384, 307, 246]
 
-    Every round removes the share p = 1 - P^(1/rounds) of what is left, P = keep / all: rounded up over all layers, to
-    the nearest even in each. factors: what p is multiplied by in a layer.
+    Every round removes the share p = 1 - P^(1/rounds) of what is left, P = `share` or keep / all: rounded up over all
+    layers, half to even in each. factors: what p is multiplied by in a layer.
     """
     total = sum(sizes.values())
     if not rounds:
         return []
     if scope == "global":
-        rate, left, found = 1 - (keep / total) ** (1 / rounds), total, []
+        rate, left, found = 1 - (share or keep / total) ** (1 / rounds), total, []
         for _ in range(rounds - 1):
             left = max(keep, left - math.ceil(rate * left - 1e-9))
             found.append(left)
@@ -129,7 +130,8 @@ def find_ticket(
     if share <= 0:
         raise SecateurError("the skipped layers alone are over the target", where="skip", fix="skip fewer")
     last = next(reversed(sizes))
-    counts = levels(sizes, keep, rounds_to(share, rate, rounds), scope, {last: output_rate})
+    exact = job.target.value if job.target.kind == "share" and not skip else share
+    counts = levels(sizes, keep, rounds_to(exact, rate, rounds), scope, {last: output_rate}, exact)
     initial = job.snapshot()
     if rewind:
         job.train("early", until=rewind)
