@@ -64,7 +64,7 @@ class Attached:
         model: nn.Module,
         method: TokenMethod,
         *,
-        amount: float,
+        amount: float | None,
         seed: int,
         positions: str | None,
         given: dict[str, Any],
@@ -75,10 +75,12 @@ class Attached:
         self.plain = self.family.layout is None
         _check_transformers(self.plain)
         self.facts = facts_of(model, self.family)
-        self.amount, self.seed, self.given = amount, seed, given
+        self.amount: float = 1.0 if amount is None else amount
+        self.seed, self.given = seed, given
+        self.free = amount is None
         self.whole = isinstance(amount, float) and amount == 1
         setattr(method, "share", amount if isinstance(amount, float) else None)  # noqa: B010
-        setattr(method, "tokens", None if isinstance(amount, float) else amount)  # noqa: B010
+        setattr(method, "tokens", amount if isinstance(amount, int) else None)  # noqa: B010
         wanted = positions or method.positions
         if wanted not in ("original", "compact"):
             raise SecateurError(
@@ -121,6 +123,10 @@ class Attached:
         facts, where = self.facts, f"{self.method.name}, stage {stage.at}"
         if (stage.scope or self.method.scope) not in SCOPES:
             raise SecateurError(f"there is no scope {stage.scope!r}", where=where, fix=", ".join(SCOPES))
+        if stage.bias is not None and not stage.at.startswith("encoder"):
+            raise SecateurError(
+                "a bias of the attention is for the vision tower", where=where, fix="stages at encoder:K"
+            )
         if stage.at == "input":
             if self.plain:
                 raise SecateurError(
@@ -460,7 +466,7 @@ def attach(
     model: nn.Module,
     method: str | Method | type[Method] | Select,
     *,
-    target: Any = "100%",
+    target: Any = None,
     at: str = "input",
     records: tuple[str, ...] = (),
     scope: str = "image",
@@ -480,7 +486,8 @@ def attach(
 
     `method`: a name, or any function of `TokenSets` that gives a bool mask or a `Reduction`; it then stands `at` "input",
     "layer:K" or "encoder:K", may read `records`, and its tokens compete within `scope` (crop, image, row). `target`:
-    the share of the visual tokens that stays (`25%`), or their number per image (`tokens=64`). `positions`: "original"
+    the share of the visual tokens that stays (`25%`), or their number per image (`tokens=64`); methods that find it themselves
+    need none. `positions`: "original"
     or "compact" in place of the method's. `question`, `text_encoder`, `tokenizer` and the entries of `given` are handed
     to the method. What generate returns begins with the prompt as it was given.
     Raises `SecateurError` for a model or a combination that can't work, with the reason; the model is then untouched.
@@ -504,4 +511,11 @@ def attach(
     for name, value in (("question", question), ("text_encoder", text_encoder), ("tokenizer", tokenizer)):
         if value is not None:
             extra[name] = value
-    return Attached(model, chosen, amount=_amount(target), seed=seed, positions=positions, given=extra)
+    if target is None and not chosen.adaptive:
+        raise SecateurError(
+            f"{chosen.name} must be told how many tokens stay",
+            where="target",
+            fix="a share such as 25%, or tokens=64",
+        )
+    amount = None if target is None else _amount(target)
+    return Attached(model, chosen, amount=amount, seed=seed, positions=positions, given=extra)

@@ -99,7 +99,8 @@ class Call:
             kind=kind,
         )
         outcome = None
-        if sets is not None and not (stage.keep is None and bool((sets.keep >= sets.count).all())):
+        all_stay = stage.keep is None and not attached.free and sets is not None
+        if sets is not None and not (all_stay and bool((sets.keep >= sets.total).all())):
             outcome = self._choose(placed, sets, members, features, candidates)
         if newlines == "drop" and kind != "encoder" and not bool(competing.all()):
             outcome = _without(outcome, ~competing, len(members), features)

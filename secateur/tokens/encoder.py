@@ -53,6 +53,8 @@ class State:
         self.stale: Tensor | None = None
         self.history: dict[int, tuple[Tensor, Tensor]] = {}
         self.masks: dict[Any, Any] = {}
+        self.bias: Tensor | None = None
+        """[N, T'] added to the attention logits of each slot as a key."""
 
     @property
     def shorter(self) -> bool:
@@ -89,8 +91,7 @@ class EncoderDriver:
         self.handles: list[Any] = []
         self.blocks = blocks
         self.names = list(inspect.signature(blocks[0].forward).parameters)
-        if self.stages and not self.packed:
-            self._can_mask = self.family.masks and any(name in self.names for name in MASKS)
+        self._can_mask = not self.packed and self.family.masks and any(name in self.names for name in MASKS)
         for number, block in enumerate(blocks):
             self.handles.append(block.register_forward_pre_hook(self._hook(number), with_kwargs=True))
         if not attached.plain:
@@ -152,7 +153,7 @@ class EncoderDriver:
                 recorder.notes[(*key, "raw")] = self._peek(state, key, block, hidden, now, True)
             recorder.start(key)
             recorder.place(key, where=state.where)
-        if not state.shorter:
+        if not state.shorter and state.bias is None:
             return None
         return (hidden,), now
 
@@ -241,8 +242,32 @@ class EncoderDriver:
             left[gone] = True
             stays = ~left[table.alive]
             table.alive, table.slot = table.alive[stays], table.slot[stays]
+        if placed.stage.bias is not None:
+            self._weigh(state, call, placed)
         attached.note_kept(placed.label, table)
         return hidden
+
+    def _weigh(self, state: State, call: Call, placed: Any) -> None:
+        """Takes up the bias that the stage carries."""
+        sizes = call.table.carried.get(placed.stage.bias)
+        if sizes is None or state.units is None:
+            return
+        sizes = sizes[state.units].nan_to_num(1.0)
+        if state.bias is None and bool((sizes == 1).all()):
+            return
+        if not self._can_mask:
+            raise SecateurError(
+                "the blocks of this tower take no mask, so sizes can't weigh in their attention",
+                where=placed.label,
+                fix="use the method without them (tome: proportional=False)",
+            )
+        patches = call.table.patches[state.units]
+        slot = torch.where(patches >= 0, state.where[patches.clamp(min=0)], -1)
+        bias = torch.zeros(state.place.numel(), device=sizes.device)
+        there = slot >= 0
+        bias[slot[there]] = sizes.log()[:, None].expand_as(slot)[there]
+        state.bias = bias.view(state.place.shape)
+        state.masks.clear()
 
     def _shorten(self, state: State, hidden: Tensor, gone: Tensor) -> Tensor:
         state.masks.clear()
@@ -274,6 +299,8 @@ class EncoderDriver:
                     fix="keep an equal number in every picture",
                 )
         hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+        if state.bias is not None:
+            state.bias = state.bias.gather(1, index)
         state.place = state.place.gather(1, index)
         state.valid = valid
         crops, length = state.shape[:2]
@@ -287,7 +314,7 @@ class EncoderDriver:
 
     def _kwargs(self, state: State, hidden: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
         new = dict(given)
-        if not state.shorter:
+        if not state.shorter and state.bias is None:
             return new
         if state.packed:
             return self._packed_kwargs(state, new)
@@ -338,7 +365,7 @@ class EncoderDriver:
         return found
 
     def _mask(self, state: State, hidden: Tensor, given: Tensor | None) -> Tensor | None:
-        if given is None and not state.ragged:
+        if given is None and not state.ragged and state.bias is None:
             return None
         key = ("mask", id(given))
         if key in state.masks:
@@ -364,6 +391,14 @@ class EncoderDriver:
                     )
             else:
                 made = made.masked_fill(~seen, torch.finfo(made.dtype).min)
+        if state.bias is not None:
+            bias = state.bias[:, None, None].to(hidden.dtype)
+            if made.dtype == torch.bool:
+                made = bias.expand(crops, 1, made.shape[2], -1).masked_fill(
+                    ~made, torch.finfo(hidden.dtype).min
+                )
+            else:
+                made = made + bias
         state.masks[key] = (made, given)
         return made
 

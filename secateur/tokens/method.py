@@ -26,6 +26,8 @@ class Stage:
     "encoder:K" (before block K of the vision tower runs). `select`: `TokenSets` -> bool [S, n] of what stays, or a
     `Reduction`. `records`: what the engine must note down for it. `scope`: who competes, None: the method's.
     `keep`: float, the share of the original count of each set; int, the count; None, what the target says.
+    `bias`: in the tower, the name of a carried number whose log is added to a token's attention logits as a key in the
+    blocks after.
     """
 
     at: str
@@ -33,6 +35,7 @@ class Stage:
     records: tuple[str, ...] = ()
     scope: str | None = None
     keep: float | int | None = None
+    bias: str | None = None
 
 
 @dataclass
@@ -51,6 +54,8 @@ class TokenMethod(Method):
     """Separators between grid rows: "keep" (not in the sets, always stay), "drop", or "compete" with the others."""
     records: ClassVar[tuple[str, ...]] = ()
     """What the default stage reads: "encoder:-2", "layer:7", "layer:7:raw", "layer:7:modules", "layer:7:peek"."""
+    adaptive: ClassVar[bool] = False
+    """It finds the counts itself: the target may be None."""
     share: ClassVar[float | None] = None
     tokens: ClassVar[int | None] = None
 

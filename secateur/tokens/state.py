@@ -151,15 +151,15 @@ class TokenSets:
         return self._memo[key]
 
     def queries(self, site: str, rope: bool = True, cls: bool = False) -> Tensor:
-        """float32 [S, H, n, d]; cls=True: [S, H, d] of the CLS token."""
+        """float32 [S, H, n, d]; cls=True: [S, H, d] of the CLS token, in the language model of the last prompt token."""
         return self._source.vectors(self, "q", site, rope, cls)
 
     def keys(self, site: str, rope: bool = True, cls: bool = False) -> Tensor:
-        """float32 [S, H_kv, n, d]; cls=True: [S, H_kv, d]."""
+        """float32 [S, H_kv, n, d]; cls=True: as for queries, [S, H_kv, d]."""
         return self._source.vectors(self, "k", site, rope, cls)
 
     def values(self, site: str, cls: bool = False) -> Tensor:
-        """float32 [S, H_kv, n, d]; cls=True: [S, H_kv, d]."""
+        """float32 [S, H_kv, n, d]; cls=True: as for queries, [S, H_kv, d]."""
         return self._source.vectors(self, "v", site, True, cls)
 
     def hidden(self, site: str, cls: bool = False) -> Tensor:

@@ -120,7 +120,13 @@ def _make(family: str) -> Any:
             "smolvlm": (tf.SmolVLMConfig, tf.SmolVLMForConditionalGeneration),
         }[family]
         return cls(
-            config(text_config=llama(), vision_config={**VISION}, scale_factor=2, tie_word_embeddings=False, **IDS)
+            config(
+                text_config=llama(),
+                vision_config={**VISION},
+                scale_factor=2,
+                tie_word_embeddings=False,
+                **IDS,
+            )
         )
     if family in ("paligemma", "paligemma2"):
         text = dict(TEXT, head_dim=8)
@@ -129,7 +135,9 @@ def _make(family: str) -> Any:
         else:
             text_config = tf.Gemma2Config(**text, query_pre_attn_scalar=8, sliding_window=256)
         return tf.PaliGemmaForConditionalGeneration(
-            tf.PaliGemmaConfig(text_config=text_config, vision_config=siglip(projection_dim=32), projection_dim=32, **IDS)
+            tf.PaliGemmaConfig(
+                text_config=text_config, vision_config=siglip(projection_dim=32), projection_dim=32, **IDS
+            )
         )
     if family == "gemma3":
         text_config = tf.Gemma3TextConfig(
@@ -162,7 +170,9 @@ def make(family: str, dtype: torch.dtype = torch.float64) -> Any:
     return model
 
 
-def inputs_for(family: str, dtype: torch.dtype = torch.float64, rows: tuple[int, ...] = (2, 1, 0), seed: int = 0) -> dict:
+def inputs_for(
+    family: str, dtype: torch.dtype = torch.float64, rows: tuple[int, ...] = (2, 1, 0), seed: int = 0
+) -> dict:
     """What a processor gives: `rows` images a row, left padding."""
     generator = torch.Generator().manual_seed(seed)
 
