@@ -108,7 +108,8 @@ def train_prune(
         **dataclasses.asdict(recipe),
         **{key: getattr(options, key) for key in MEANT},
     }
-    _claim(directory, identity, rank)
+    if rank == 0:
+        _claim(directory, identity)
     parallel.barrier(size)
     job = Job(model, task, chosen, goal, total, recipe, options, example, seed, trained, directory, every)
     before = measure(model, inputs=example) | _quality(job)
@@ -225,7 +226,7 @@ def _steps(task: Task, recipe: Recipe, epochs: float | None, steps: int | None) 
     return steps
 
 
-def _claim(directory: Path | None, identity: dict[str, Any], rank: int) -> None:
+def _claim(directory: Path | None, identity: dict[str, Any]) -> None:
     """Makes the directory this run's, or finds that it is, or refuses it."""
     if directory is None:
         return
@@ -250,8 +251,7 @@ def _claim(directory: Path | None, identity: dict[str, Any], rank: int) -> None:
         raise SecateurError(
             "it isn't empty and holds no run", where=str(directory), fix="give a new directory to resume from"
         )
-    if rank == 0:
-        atomic_write_json(file, wanted)
+    atomic_write_json(file, wanted)
 
 
 def _quality(job: Job) -> dict[str, Any]:

@@ -94,9 +94,10 @@ def run(task: str, **given: Any) -> None:
     from secateur.training.parallel import is_main
 
     out, page = given["out"], given["report"]
-    check_new_folder(out)
-    check_new_file(page)
-    work = _work_folder(out, given["resume"])
+    if is_main():
+        check_new_folder(out)
+        check_new_file(page)
+    work = _work_folder(out, given["resume"] or not is_main())
     with quiet_stdout():
         cls = _class(given["method"])
         taken = {parameter.name for parameter in parameters(None, flag("json", bool, False))}
