@@ -381,13 +381,31 @@ def _match(left: nn.Module, whole: nn.Module) -> list[int]:
     return kept
 
 
-def kept_blocks(plan: Plan | None, changes: Any = None) -> dict[str, list[int]]:
-    """Positions of the blocks that a cut kept, by the path of their list."""
-    blocks = {}
+def kept_blocks(
+    plan: Plan | None, changes: Any = None, model: nn.Module | None = None
+) -> dict[str, list[int]]:
+    """Positions of the blocks that a cut kept, by the path of their list in the order they are dropped.
+
+    model: the pruned one; lists of experts in it are told from stacked experts, which are tensors.
+    """
+    blocks: dict[str, list[int]] = {}
     if plan is not None:
         blocks = {
             n.rpartition(":")[0]: u.tolist() for n, u in plan.keep.items() if plan.kinds.get(n) == "layers"
         }
+        lists = (
+            {} if model is None else {p: m for p, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+        )
+        layers = dict(blocks)
+        for name, units in plan.keep.items():
+            path: str | None = name.rpartition(":")[0] if plan.kinds.get(name) == "experts" else None
+            for outer, kept in layers.items():
+                if path is not None and path.startswith(f"{outer}."):
+                    number, _, rest = path[len(outer) + 1 :].partition(".")
+                    inside = number.isdigit() and int(number) in kept
+                    path = f"{outer}.{kept.index(int(number))}.{rest}" if inside else None
+            if path in lists and len(lists[path]) == len(units):
+                blocks[path] = units.tolist()
     return blocks | {path: list(kept) for path, kept in getattr(changes, "layers", {}).items()}
 
 
@@ -574,7 +592,7 @@ def _save_custom(
     before = getattr(model.config, "pruned", None) or {"blocks": {}}
     dense = _dense_config(dense_config if dense_config is not None else model.config)
     blocks = dict(before["blocks"])
-    for path, kept in kept_blocks(plan, changes).items():
+    for path, kept in kept_blocks(plan, changes, model).items():
         earlier = blocks.get(path)
         blocks[path] = [earlier[i] for i in kept] if earlier else kept
     cut = compare(model, _build(lambda: cls(copy.deepcopy(dense))), blocks)
@@ -743,7 +761,7 @@ def _load_tokenizer(path: Path) -> Any:
 
 
 def _save_module(model: nn.Module, folder: Path, plan: Plan | None, changes: Any) -> dict[str, Any]:
-    blocks = kept_blocks(plan, changes)
+    blocks = kept_blocks(plan, changes, model)
     timm_kwargs, cut = None, None
     for kwargs in _timm_candidates(model):
         if save_plain(model, folder, kwargs, _picture(model, plan)):

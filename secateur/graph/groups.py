@@ -83,14 +83,22 @@ class Group:
                 f"reduction {how!r}", where="Group.reduce", fix=f"use one of {', '.join(HOW)}"
             )
         parts: list[Tensor] = []
-        if self.kind == "layers":
-            rows = []
-            for path in self.modules:
-                flat = [v.reshape(-1) for n, v in values.items() if n.startswith(path + ".")]
-                if not flat:
+        if self.modules:
+            blocks = [
+                [
+                    v.reshape(-1)
+                    for n, v in values.items()
+                    if n.startswith(path + ".") and (roles is None or not self.slices or v.dim() > 1)
+                ]
+                for path in self.modules
+            ]
+            for path, flat in zip(self.modules, blocks, strict=True):
+                if not flat and not self.slices:
                     raise SecateurError("no value for this block", where=path, fix="score its parameters")
-                rows.append(_fold(torch.cat(flat)[None], how))
-            return torch.cat(rows)
+            if not self.slices:
+                return torch.cat([_fold(torch.cat(flat)[None], how) for flat in blocks])
+            if all(blocks):
+                parts.append(torch.stack([torch.cat(flat) for flat in blocks]))
         for s in self.slices:
             if s.name not in values or (roles is not None and s.role not in roles):
                 continue
@@ -154,10 +162,9 @@ class Graph:
         """Predicted number of parameters of the whole model (tied ones count once), or of the tensors in `names`."""
         shapes = {n: list(self.shapes[n]) for n in (self._parameters if names is None else names)}
         for group, kept in self._kept(keep):
-            if group.kind == "layers":
+            if group.modules:
                 gone = [m for u, m in enumerate(group.modules) if u not in set(kept.tolist())]
                 shapes = {n: s for n, s in shapes.items() if not _under(n, gone)}
-                continue
             for s in group.slices:
                 if s.name in shapes:
                     shapes[s.name][s.dim] -= (group.size - len(kept)) * s.index.shape[1]
@@ -167,7 +174,11 @@ class Graph:
         """Predicted multiply-adds of one forward on the traced inputs (convolutions, matrix products, attention)."""
         alive = self._alive(keep)
         gone = [
-            m for g, kept in self._kept(keep) for u, m in enumerate(g.modules) if u not in set(kept.tolist())
+            m
+            for g, kept in self._kept(keep)
+            if g.kind == "layers"  # what a missing expert did, others do
+            for u, m in enumerate(g.modules)
+            if u not in set(kept.tolist())
         ]
         total = 0
         for module, const, parts in self._costs:
@@ -193,11 +204,9 @@ class Graph:
         return "\n".join(lines)
 
     def _touched(self, group: Group) -> int:
-        if group.kind == "layers":
-            inside = [n for n in self._parameters if _under(n, group.modules)]
-            return sum(prod(self.shapes[n]) for n in inside)
+        inside = [n for n in self._parameters if _under(n, group.modules)]
         own = set(self._parameters)
-        return sum(
+        return sum(prod(self.shapes[n]) for n in inside) + sum(
             s.index.numel() * prod(self.shapes[s.name]) // self.shapes[s.name][s.dim]
             for s in group.slices
             if s.name in own
@@ -357,6 +366,7 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
     for out in outputs:
         for layer in out.layers:
             labels.freeze(layer, "it is an output of the model")
+    containers = _experts(t)
     _settle(t)
     queries = _queries(t)
     _link(t)
@@ -438,6 +448,8 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
             "", kind, len(units), tuple(slices), reason, exact, (), least, grain, units, bool(bits & ALONE)
         )
         groups.append((first_place, group))
+    for container, ids in containers.items():
+        _own(t, container, classes[ids], [g for _, g in groups])
     _name([g for _, g in groups])
     rank = {name: n for name, n in used.items()}
     position = {name: n for n, (name, _) in enumerate(keys)}
@@ -476,6 +488,55 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
     last = [g for g in ordered if g.reason is None]
     graph.groups = last + _layers(t, graph) + [g for g in ordered if g.reason is not None]
     return graph
+
+
+def _experts(t: Tracer) -> dict[str, np.ndarray]:
+    """Lists of expert modules, with the labels that a router knows them by; units told apart otherwise are frozen."""
+    labels, found = t.labels, {}
+    for container, ids in t.experts.items():
+        children = dict(t.model.get_submodule(container).named_children())
+        shapes = [[(n, p.shape) for n, p in child.named_parameters()] for child in children.values()]
+        if any(shape != shapes[0] for shape in shapes) or not shapes[0]:
+            labels.freeze(ids, "its experts are modules of different shapes")
+            continue
+        ran = [name for name in children if f"{container}.{name}" in t.calls]
+        for name in children.keys() - set(ran):  # no token came here: it is as its neighbours are
+            for (tensor, dim), own in list(t.ids.items()):
+                start = f"{container}.{name}."
+                if tensor.startswith(start):
+                    twin = (f"{container}.{ran[0]}.{tensor[len(start) :]}", dim)
+                    labels.tie(own, t.ids[twin])
+                    t.uses.setdefault(tensor, len(t.uses))
+                    if twin in t.roles:
+                        t.roles[tensor, dim] = t.roles[twin]
+        labels.flag(ids, EXPERT)
+        found[container] = ids
+    told: dict[bytes, set[int]] = defaultdict(set)
+    for ids, value, _ in t.numbered:
+        told[labels.find(ids).tobytes()] |= set(range(len(ids))) if value is None else {value}
+    known = {labels.find(ids).tobytes() for ids in found.values()}
+    for ids, _, why in t.numbered:
+        key = labels.find(ids).tobytes()
+        if key not in known or told[key] != set(range(len(ids))):
+            labels.freeze(ids, why)
+    return found
+
+
+def _own(t: Tracer, container: str, units: np.ndarray, groups: Sequence[Group]) -> None:
+    """Give the group of these units the modules that leave with them."""
+    paths = [f"{container}.{name}" for name in t.model.get_submodule(container)._modules]
+    for group in groups:
+        if not np.isin(group._classes, units).any():
+            continue
+        if len(set(units.tolist())) == len(units) == group.size and set(units.tolist()) == set(
+            group._classes.tolist()
+        ):
+            order = {unit: path for unit, path in zip(units.tolist(), paths, strict=True)}
+            group.modules = tuple(order[unit] for unit in group._classes.tolist())
+            if list(group.modules) != paths and group.reason is None:
+                group.reason = "a router numbers its modules in another order"
+        elif group.reason is None:
+            group.reason = "a router's units are not the modules it routes to"
 
 
 def _queries(t: Tracer) -> list[tuple[np.ndarray, list[tuple[str, int, np.ndarray]]]]:
@@ -652,7 +713,7 @@ def _name(groups: Sequence[Group]) -> None:
     for g in groups:
         modules = [s.name.rpartition(".")[0] for s in g.slices if s.role != "vector"]
         modules = modules or [s.name.rpartition(".")[0] for s in g.slices]
-        path = _common(modules)
+        path = g.modules[0].rpartition(".")[0] if g.modules else _common(modules)
         if g.kind == "hidden" and (len(hidden) == 1 and g is hidden[0] or not path):
             path = "stem"
         g.name = f"{path or modules[0] or 'model'}:{g.kind}"
@@ -674,7 +735,7 @@ def _layers(t: Tracer, graph: Graph) -> list[Group]:
     """Blocks of a list that add to the residual stream: what goes in is tied to what comes out."""
     groups = []
     for path, module in t.model.named_modules():
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2 or path in t.experts:
             continue
         found = []
         for name, child in module.named_children():

@@ -975,8 +975,11 @@ def select(t: Tracer, c: Call) -> Axes:
     picks = t.picked_by(i)
     if picks is not None:
         x = pick(t, x, d, picks)
+    mask = not c.args["self"].is_floating_point()
     for layer in x.layers:
-        if layer.shape[d] > 1:
+        if mask and len(axes_of(layer)) == 1 and layer.shape[d] > 1:
+            t.told(layer.reshape(-1), i % x.shape[d])
+        elif layer.shape[d] > 1:
             t.rigid(layer, d, t.reason("one entry of this axis is selected by number"))
     layers = [layer.take(i if layer.shape[d] > 1 else 0, d) for layer in x.layers]
     return Axes(c.out, layers, x.params)
@@ -1306,7 +1309,14 @@ def numbers(t: Tracer, c: Call, made: Sequence[Axes]) -> None:
         elif c.name in ("eq", "ne", "lt", "le", "gt", "ge"):
             other = c.args.get("other")
             places = t.beyond(x.picks)
-            if not (
+            if (
+                c.name == "eq"
+                and isinstance(other, int)
+                and 0 <= other < len(x.picks)
+                and other not in places
+            ):
+                t.told(x.picks, other)
+            elif not (
                 isinstance(other, int)
                 and (other == len(x.picks) or other in places or other < 1 and c.name in ("lt", "ge"))
             ):

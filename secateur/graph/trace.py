@@ -144,6 +144,15 @@ class Tracer:
         self.floors: list[tuple[np.ndarray, int]] = []
         self.choices: list[tuple[str, str, np.ndarray]] = []
         self.extras: set[int] = set()
+        self.numbered: list[tuple[np.ndarray, int | None, str]] = []
+        self.last_number: tuple[np.ndarray, int] | None = None
+        self.experts: dict[str, np.ndarray] = {}
+        self.places = {
+            f"{path}.{name}".lstrip("."): (path, n, len(module))
+            for path, module in model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) > 1
+            for n, name in enumerate(module._modules)
+        }
         self.grains: list[tuple[np.ndarray, int]] = []
         self._label_parameters()
 
@@ -235,6 +244,20 @@ class Tracer:
         if isinstance(value, Size):
             part = Part(axes, axis, 0, axes.shape[axis])
             self.events.append(Event(value.expr, part, source_line(), self.stack[-1]))
+
+    def told(self, ids: np.ndarray, value: int, alone: bool = False) -> None:
+        """The code treats one unit by its number: sound where it does so to all, as a loop over expert modules does."""
+        ids = ids[[n for n in range(len(ids)) if n not in self.beyond(ids)]]
+        self.numbered.append((ids, None if alone else value, self.reason("units are told apart by number")))
+        self.last_number = (ids, value)
+
+    def called(self, path: str) -> None:
+        """A module of a list runs; it is an expert if its position was just asked for."""
+        if path in self.places and self.last_number is not None:
+            container, place, count = self.places[path]
+            ids, value = self.last_number
+            if value == place and len(ids) == count:
+                self.experts.setdefault(container, ids)
 
     def beyond(self, picks: np.ndarray) -> list[int]:
         """Positions that belong to no unit, such as one more class than there are experts."""
@@ -330,6 +353,7 @@ class Tracer:
                 seen = [self.axes(v) for v in flat_tensors((args, kwargs))]
                 self.off -= 1
                 self.calls.setdefault(path, []).append((seen, None))  # type: ignore[arg-type]
+                self.called(path)
 
             def leave(m: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
                 self.stack.pop()
@@ -364,7 +388,7 @@ class Tracer:
             if (
                 isinstance(first, Axes)
                 and first.picks is not None
-                and self.current[0] not in ("__getitem__", "item")
+                and self.current[0] not in ("__getitem__", "item", "__index__")
             ):
                 self.freeze(first.picks, self.reason("units are told apart by number"))
             return
@@ -522,12 +546,15 @@ class Functions(TorchFunctionMode):
         t = self.tracer
         if t.off:
             return func(*args, **kwargs)
-        if name in ("item", "tolist", "numpy"):
+        if name in ("item", "tolist", "numpy", "__index__"):
             known = t.env.get(args[0])
             if known is not None and known.picks is not None:
                 before, t.current, t.op = t.current, (name, (args,)), name
                 out = func(*args, **kwargs)
                 t.current = before
+                if name == "__index__":
+                    t.told(known.picks, int(out), alone=True)
+                    return out
                 if name == "item":
                     return Picked(out, t, known.picks)
                 t.freeze(known.picks, t.reason("units are told apart by number"))

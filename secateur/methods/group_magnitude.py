@@ -59,9 +59,7 @@ class GroupMagnitude(UnitMethod):
 
     def score(self, group: Group, context: Context) -> Tensor:
         parameters = dict(context.model.named_parameters(remove_duplicate=False))
-        powers = {
-            slice.name: parameters[slice.name].detach().abs().float().pow(self.norm)
-            for slice in group.slices
-            if slice.role in ("out", "in") and slice.name in parameters
-        }
+        names = [s.name for s in group.slices if s.role in ("out", "in") and s.name in parameters]
+        names += [name for name in parameters if name.startswith(tuple(f"{m}." for m in group.modules))]
+        powers = {name: parameters[name].detach().abs().float().pow(self.norm) for name in names}
         return group.reduce(powers, roles=("out", "in")).pow(1 / self.norm)

@@ -138,6 +138,10 @@ class Spa(UnitMethod):
                 if s.role in ("out", "in") and s.name in parameters
             )
         )
+        modules = tuple(f"{path}." for group in context.groups for path in group.modules)
+        names += [
+            n for n, p in parameters.items() if n.startswith(modules) and p.dim() > 1 and n not in names
+        ]
         roles = ("out", "in")
         if self.criterion == "fpgm":
             return [
