@@ -48,7 +48,7 @@ class LrpPruning(UnitMethod):
     Ten samples of each class are enough. Every layer receives the same total, so layers compare without normalisation.
     Data: pairs (inputs, class ids); token ids for language models, whose classes are the next tokens. Made for
     moderate cuts: beyond some 40 % of the units at once, units that only inhibit leave together and the network falls.
-    `composite="epsilon-plus", absolute=True` is the published choice for ResNets.
+    `composite="epsilon-plus"` is the published choice for ResNets.
     """
 
     composite: str = field(
@@ -58,7 +58,10 @@ class LrpPruning(UnitMethod):
     start: str = field(
         default="one", metadata={"help": "what the right class hands on: one, or its logit", "choices": START}
     )
-    absolute: bool = field(default=False, metadata={"help": "add up magnitudes of relevance, not relevance"})
+    absolute: bool = field(
+        default=True,
+        metadata={"help": "add up magnitudes of relevance (the same for z+ without residual sums)"},
+    )
     normalise: str = field(
         default="none", metadata={"help": "over a layer's filters: none, or sum", "choices": NORMALISE}
     )
@@ -106,7 +109,7 @@ def unit_relevance(
 
 
 def filter_relevance(
-    model: nn.Module, batches: Any, composite: str = "z+", start: str = "one", absolute: bool = False
+    model: nn.Module, batches: Any, composite: str = "z+", start: str = "one", absolute: bool = True
 ) -> dict[tuple[str, int], Tensor]:
     """(weight's name, channels) -> float64 [channels]: relevance of the right class at the layer's output, added up over
     samples and positions.
