@@ -50,13 +50,14 @@ ASKING = [
     "no",
 ]
 PLACES = tuple(f"r{row}c{column}" for row in range(CELLS) for column in range(CELLS))
-OTHER = (
-    "shape image not in present does contain rectangle black gray teal brown "  # easy_vqa
+EASY_VQA = "shape image not in present does contain rectangle black gray teal brown"
+NLVR = (
     "with block tower at one blocks are two box touching top and exactly items least only has three as towers edge on "
     "which item wall color closely that four over grey any bottom object objects contains different same all colors "
     "having corner each ll boxes it than stacked together second small height more an side bases five between none "
-    "base other most middle or true false ."  # nlvr
-).split()
+    "base other most middle or true false ."
+)
+OTHER = f"{EASY_VQA} {NLVR}".split()
 WORDS = tuple(
     dict.fromkeys(
         (

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.progress import bar
 from secateur.tasks.scenes import KINDS, decode
 from secateur.tasks.scenes_models import DEPTH, TOKENS, inputs, load_scenes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,10 +143,29 @@ def pixels(pictures: Tensor, variant: str) -> Tensor:
     return patches.expand(-1, -1, -1, FRAMES, -1, -1).flatten(2)
 
 
-def see(model: nn.Module, values: Tensor) -> tuple[Tensor, Tensor | None]:
+def eye_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor, groups: int) -> Tensor:
+    """A block of the Qwen tower on [B, 256, C] in window order, attention within each of `groups` equal windows."""
+    batch, length, _ = x.shape
+
+    def turn(y: Tensor) -> Tensor:
+        first, second = y.float().chunk(2, -1)
+        return (y.float() * cos + torch.cat([-second, first], -1) * sin).to(y.dtype)
+
+    parts = block.attn.qkv(block.norm1(x)).view(batch, length, 3, HEADS, -1)
+    q, k, v = turn(parts[:, :, 0]), turn(parts[:, :, 1]), parts[:, :, 2]
+    q, k, v = (y.reshape(batch * groups, length // groups, HEADS, -1).transpose(1, 2) for y in (q, k, v))
+    mixed = ((q * block.attn.scaling) @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+    x = x + block.attn.proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+    return x + block.mlp(block.norm2(x))
+
+
+def see(
+    model: nn.Module, values: Tensor, run: Callable[..., Tensor] = eye_block
+) -> tuple[Tensor, Tensor | None]:
     """What the tower makes of `pixels`: hidden [B, 64, k, C] of each token's k patches, and the pooled CLS [B, C] or None.
 
-    The same numbers as the class's own forward, for a batch of equal pictures without a loop over windows.
+    The same numbers as the class's own forward, for a batch of equal pictures without a loop over windows. run: a
+    compiled `eye_block`.
     """
     if variant_of(model) == "llava":
         found = model.model.vision_tower(values, output_hidden_states=True)
@@ -165,20 +185,8 @@ def see(model: nn.Module, values: Tensor) -> tuple[Tensor, Tensor | None]:
     x = windows(F.linear(values, tower.patch_embed.proj.weight.flatten(1)))
     angles = tower.rotary_pos_emb(x, torch.stack([row.flatten(), column.flatten()], 1))
     cos, sin = (windows(part)[:, None] for part in angles)
-    batch, length, _ = x.shape
-
-    def turn(y: Tensor) -> Tensor:
-        first, second = y.float().chunk(2, -1)
-        return (y.float() * cos + torch.cat([-second, first], -1) * sin).to(y.dtype)
-
     for number, block in enumerate(tower.blocks):
-        parts = block.attn.qkv(block.norm1(x)).view(batch, length, 3, HEADS, -1)
-        q, k, v = turn(parts[:, :, 0]), turn(parts[:, :, 1]), parts[:, :, 2]
-        groups = 1 if number in tower.fullatt_block_indexes else side**2
-        q, k, v = (y.reshape(batch * groups, length // groups, HEADS, -1).transpose(1, 2) for y in (q, k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, -1)
-        x = x + block.attn.proj(mixed)
-        x = x + block.mlp(block.norm2(x))
+        x = run(block, x, cos, sin, 1 if number in tower.fullatt_block_indexes else side**2)
     return x.unflatten(1, (TOKENS, MERGE**2))[:, order.argsort()], None
 
 

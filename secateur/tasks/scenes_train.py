@@ -43,6 +43,7 @@ from secateur.tasks.scenes_models import (
     TOKENS,
     WIDTH,
     build,
+    eye_block,
     frame,
     pixels,
     project,
@@ -88,7 +89,9 @@ class Recipe:
     compact: float = 0.3
     bind: float = 0.3
     point: float = 0.3
+    compare: float = 0.3
     point_layer: int = 2
+    compare_layer: int = 3
     decay: float = 0.01
 
     def steps(self, stage: str) -> int:
@@ -108,7 +111,8 @@ def pack(
     prefix = len(before) + TOKENS + len(after)
     base, steps, padding = _layout(kinds, prefix, device)
     start = torch.tensor([*before, *[0] * TOKENS, *after], device=device).expand(count, prefix)
-    pieces, labels, points = [start], [torch.full_like(start, -100)], [torch.full_like(start, -1)]
+    pieces, labels = [start], [torch.full_like(start, -100)]
+    points, sides = [torch.full_like(start, -1)], [torch.full_like(start, -1)]
     for question, kind in zip(asked, kinds):
         width = LONGEST[kind] + 1
         words = F.pad(question.words, (0, width - question.words.shape[1]))
@@ -129,6 +133,13 @@ def pack(
                 point,
             )
         points.append(point)
+        two = (question.about >= 0).all(1) & question.asked
+        row, column = (
+            (part[:, 0] - part[:, 1]).sign() + 1
+            for part in (question.about // CELLS, question.about % CELLS)
+        )
+        last = torch.arange(width, device=device) == question.at[:, 1:]
+        sides.append(torch.where(two[:, None] & last, (row * 3 + column)[:, None], -1))
     seen = F.pad(kept, (len(before), len(base) - len(before) - TOKENS), value=True)
     ids = F.pad(torch.cat(pieces, 1), (0, padding))
     mask = base & seen[:, None] | torch.eye(len(base), dtype=torch.bool, device=device)
@@ -139,6 +150,7 @@ def pack(
         "labels": F.pad(torch.cat(labels, 1), (0, padding), value=-100),
         "point": F.pad(torch.cat(points, 1), (0, padding), value=-1),
         "bind": _named(ids),
+        "compare": F.pad(torch.cat(sides, 1), (0, padding), value=-1),
     }
 
 
@@ -258,6 +270,7 @@ class Heads(nn.Module):
         self.pooled = nn.Linear(eye, len(COLOURS) * len(SHAPES)) if pooled else None
         self.point = nn.Linear(WIDTH, CELLS**2 + 1)
         self.bind = nn.Linear(WIDTH, len(COLOURS) * len(SHAPES))
+        self.compare = nn.Linear(WIDTH, 9)
 
 
 def _of(owner: Tensor, values: Tensor) -> Tensor:
@@ -328,7 +341,7 @@ class Trainer:
             eye = next(
                 p
                 for n, p in self.model.named_parameters()
-                if n.endswith("norm1.weight") or n.endswith("layer_norm1.weight")
+                if n.endswith(("norm1.weight", "layer_norm1.weight"))
             ).shape[0]
             self.heads = Heads(eye, pooled).to(self.device)
         self.stage, self.step, self.spent, self.cpu = 0, 0, 0.0, 0.0
@@ -337,14 +350,20 @@ class Trainer:
         self.caught: dict[str, Tensor] = {}
         self.tally: Tensor | None = None
         layers = self.model.model.language_model.layers
-        for name, number in (("bind", 1), ("point", recipe.point_layer)):
+        for name, number in (
+            ("bind", 1),
+            ("point", recipe.point_layer),
+            ("compare", recipe.compare_layer),
+        ):
             layers[number - 1].register_forward_hook(functools.partial(self._catch, name))
         self.log: list[dict[str, Any]] = []
+        self.eye_block = eye_block
         if self.device.type == "cpu":
             self.model.set_attn_implementation("eager")
             if shutil.which("g++") if compiled is None else compiled:
                 for block in self._blocks():
                     block.forward = torch.compile(block.forward)
+                self.eye_block = torch.compile(eye_block)
 
     def _blocks(self) -> list[nn.Module]:
         inner = self.model.model
@@ -406,7 +425,7 @@ class Trainer:
         words = model.get_input_embeddings().weight
         with torch.autocast(self.device.type, torch.bfloat16):
             with torch.set_grad_enabled(stage in ("see", "joint")):
-                hidden, pooled = see(model, pixels(batch.pictures, recipe.variant))
+                hidden, pooled = see(model, pixels(batch.pictures, recipe.variant), self.eye_block)
             if stage == "see":
                 return see_loss(hidden, pooled, batch, self.heads)
             features = project(model, hidden)
@@ -446,10 +465,14 @@ class Trainer:
         for name, weight, head in (
             ("point", recipe.point, self.heads.point),
             ("bind", recipe.bind, self.heads.bind),
+            ("compare", recipe.compare, self.heads.compare),
         ):
             told = head(self.caught[name][:, start + TOKENS :]).float()
             wanted = packed[name][:, start + TOKENS :]
-            loss = loss + weight * F.cross_entropy(told.flatten(0, 1), wanted.flatten(), ignore_index=-1)
+            losses = F.cross_entropy(
+                told.flatten(0, 1), wanted.flatten(), ignore_index=-1, reduction="sum"
+            )
+            loss = loss + weight * losses / (wanted >= 0).sum().clamp(min=1)
         hit = (logits.argmax(-1) == labels) & answers
         right, asked, at = [], [], len(frame(recipe.variant)[1])
         for kind in slots:
