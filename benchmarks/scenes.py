@@ -1,0 +1,89 @@
+"""Which token method keeps which answers: accuracy on synthetic scenes by kind of question, and the work done.
+
+    python benchmarks/scenes.py --methods all --targets 50,25,10 --seeds 0,1,2 [--variant llava] [--limit 256]
+
+Prints a markdown table (mean and standard error over the models of the seeds, percent) and, for each target, how far
+each method lies above random tokens, in points and in standard errors over the paired seeds. `--out FILE` keeps every
+score as JSON; a run that finds scores of the same settings there goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from secateur.files import atomic_write_json
+from secateur.method import list_methods, method_class
+from secateur.tasks.scenes_evaluate import Score, above, evaluate, table
+from secateur.tasks.scenes_models import scenes_tokenizer
+from secateur.tokens.method import TokenMethod
+
+RANDOM = "random-tokens"
+OWN = {"recoverable-compression": {"text": "embeddings"}}
+"""Settings that the bench must give: there is no contrastive text tower, so likeness is taken in word embeddings."""
+
+
+def token_methods() -> list[str]:
+    return [name for name in list_methods() if issubclass(method_class(name), TokenMethod)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", default="all")
+    parser.add_argument("--targets", default="50,25,10")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--variant", default="llava")
+    parser.add_argument("--limit", type=int, default=256, help="test pictures, up to five questions each")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    methods = token_methods() if args.methods == "all" else args.methods.split(",")
+    settings = {"seeds": seeds, "variant": args.variant, "limit": args.limit}
+    kept = read(args.out, settings)
+    jobs = [(None, "100%")] + [(m, f"{t}%") for t in args.targets.split(",") for m in methods]
+    scores = []
+    for method, target in jobs:
+        key = f"{method or 'all tokens'} {target}"
+        if key not in kept:
+            extra = {"tokenizer": scenes_tokenizer(), **OWN.get(method or "", {})} if method else {}
+            try:
+                score = evaluate(
+                    method, target, args.variant, seeds, args.limit, args.batch, args.device, **extra
+                )
+            except Exception as error:  # noqa: BLE001  one broken method must not end the table
+                score = Score(method or "", target, args.variant, missing=f"{type(error).__name__}: {error}")
+            kept[key] = score.row()
+            print(f"# {key}: {score.seconds:.1f} s {score.missing or ''}", flush=True)
+            if args.out and not score.missing:
+                atomic_write_json(args.out, {**settings, "scores": kept})
+        scores.append(Score(**kept[key]))
+    print(f"\n{table(scores)}\n")
+    for target in args.targets.split(","):
+        mine = {s.method: s for s in scores if s.target == f"{target}%" and not s.missing}
+        if RANDOM not in mine:
+            continue
+        print(f"above random tokens at {target} %, mean over the kinds:")
+        for name, score in mine.items():
+            if name != RANDOM:
+                gap, errors = above(score, mine[RANDOM])
+                print(f"  {name}: {gap:+.1f} points, {errors:+.1f} standard errors")
+
+
+def read(path: Path | None, settings: dict) -> dict[str, dict]:
+    """Scores of an earlier run of the same settings."""
+    if path is None or not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    same = all(found.get(name) == value for name, value in settings.items())
+    return found["scores"] if same else {}
+
+
+if __name__ == "__main__":
+    main()
