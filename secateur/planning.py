@@ -126,7 +126,10 @@ class Run:
                     context.gone = {
                         name: _complement(units, graph[name].size) for name, units in merged.keep.items()
                     }
-                plan = self.method.plan(context)
+                try:
+                    plan = self.method.plan(context)
+                except SecateurError as error:
+                    raise _with_frozen(error, graph) from error
                 self.scores, self.limit = context.scores, context.limit
                 failures = self._prove(graph, plan) if self.options.prove else {}
                 if not failures:
@@ -355,6 +358,16 @@ def _has_tensor(model: nn.Module, name: str) -> bool:
         return isinstance(_tensor(model, name), Tensor)
     except AttributeError:
         return False
+
+
+def _with_frozen(error: SecateurError, graph: Graph) -> SecateurError:
+    """A target out of reach, told with what can't be cut and why."""
+    frozen = {group.name: group.reason for group in graph.groups if group.reason}
+    if error.where != "target" or not frozen:
+        return error
+    told = "; ".join(f"{name}: {reason}" for name, reason in list(frozen.items())[:8])
+    more = f"; and {len(frozen) - 8} more" if len(frozen) > 8 else ""
+    return SecateurError(f"{error.what} (not cut: {told}{more})", where=error.where, fix=error.fix)
 
 
 def _complement(units: Tensor, size: int) -> Tensor:

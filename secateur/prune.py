@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from secateur.artefact import save_model
 from secateur.budget import Target, parse_target
 from secateur.checkpoint import Checkpoint, fingerprint
+from secateur.checks import Buffers, check_forward
 from secateur.data import calibration_batches
 from secateur.errors import SecateurError
 from secateur.files import cache_dir
@@ -144,13 +145,16 @@ def prune(
         "limit": limit,
         "seqlen": options.seqlen,
     }
-    training = model.training
-    model.eval()
+    dense_config = copy.deepcopy(getattr(model, "config", None))
+    working = model if inplace else copy.deepcopy(model)
+    modes = [(module, module.training) for module in working.modules()]
+    buffers = Buffers(working)
+    working.eval()
     undo: Undo | None = None
     try:
-        before = measure(model, **measured)
-        dense_config = copy.deepcopy(getattr(model, "config", None))
-        working = model if inplace else copy.deepcopy(model)
+        if inputs is not None:
+            check_forward(working, inputs, steady=isinstance(chosen, UnitMethod) and options.prove)
+        before = measure(working, **measured)
         undo = Undo(working, rollback and inplace)
         key = (chosen.name, chosen.hyperparameters, str(goal), dataclasses.asdict(options), seed)
         checkpoint = _checkpoint(resume, model, *key, batches)
@@ -158,18 +162,21 @@ def prune(
         run.lean = inplace and not rollback
         run.announce = announce
         plan, graph = run.plan()
+        buffers.restore()
         changes: dict[str, dict[str, Any]] = {}
         if plan.structured:
             undo.release()
             changes = apply_plan(working, plan, graph=graph)
+        buffers = Buffers(working)
         after = measure(working, **measured)
     except BaseException:
         if undo is not None:
             undo.restore()
         raise
     finally:
-        model.train(training)
-    working.train(training)
+        buffers.restore()
+        for module, mode in modes:
+            module.training = mode
     checkpoint.remove()
     report = _report(chosen, goal, options, seed, before, after, plan, graph, run)
     if run.limit is not None and inputs is not None:
