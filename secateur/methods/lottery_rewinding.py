@@ -26,7 +26,8 @@ class LotteryRewinding(TrainMethod):
     The default is the paper's for ResNet-20, 500 of 30,000 steps. The optimiser starts afresh at that step, as in the
     published code; `restore_moments` gives it back its state. `stability=n` measures n pairs of runs: how far the
     ticket ends from the whole network under the same data order, and from itself under another, beside a random mask
-    with the same layer counts; the report's phases hold distances and angles.
+    with the same layer counts; the report's phases hold distances, angles, and, where the task has a quality, by how
+    much it falls on the line between the two orders' ends (the error barrier).
     """
 
     rewind: str = field(

@@ -15,7 +15,7 @@ from secateur.budget import divide
 from secateur.errors import SecateurError
 from secateur.training.job import Job
 from secateur.training.masks import Masks, density, full_masks, prune_smallest, shuffled
-from secateur.training.stability import angle, distance
+from secateur.training.stability import angle, barrier, distance
 
 CONTROLS = ("reinit", "shuffle", "shuffle-global", "keep")
 Level = dict[str, int] | int
@@ -207,7 +207,10 @@ def _stability(
     moments: object,
     pairs: int,
 ) -> None:
-    """Distances and angles of paired runs, of the ticket and of a random mask with the same counts per layer."""
+    """Distances, angles and barriers of paired runs, of the ticket and of a random mask with the same counts per layer.
+
+    The barrier is in units of the task's quality; BatchNorm's statistics are interpolated with the weights.
+    """
     random = shuffled(masks, job.generator("stability"))
     for kind, mask in (("ticket", masks), ("random", random)):
         ends: list[dict[str, Tensor]] = []
@@ -224,4 +227,9 @@ def _stability(
             "order_distance": sum(distance(ends[0], e, mask) for e in ends[1:]) / pairs,
             "order_angle": sum(angle(ends[0], e, mask) for e in ends[1:]) / pairs,
         }
+        if (quality := job.task.quality) is not None:
+            rises = [barrier(job.model, ends[0], e, lambda m: -quality(m), points=7)[0] for e in ends[1:]]
+            row["order_barrier"] = sum(rises) / pairs
+            job.restore(ends[0])
+            row["quality"] = quality(job.model)
         job.note(phase=f"stability of the {kind} mask", rewind=rewind, mask=kind, **row)
