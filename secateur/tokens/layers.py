@@ -346,6 +346,8 @@ class LayerDriver:
         cache = kwargs.get("past_key_values")
         keys = now.columns.shape[1]
         window = getattr(attention_of(layer), "sliding_window", None)
+        if cache is not None and number < len(cache.layers):
+            window = getattr(cache.layers[number], "sliding_window", window)
         if run.past and cache is not None:
             keys = int(cache.get_mask_sizes(now.queries, number)[0])
         key = ("mask", id(now), id(given), keys, window if run.past else None)

@@ -233,6 +233,7 @@ def _shorten(
     table = call.table
     ids = kwargs["input_ids"]
     rows, length = ids.shape
+    _windows(attached, length + int(kwargs.get("max_new_tokens") or 0))
     keep = mask.bool().clone()
     visual = table.column[: table.visual]
     keep[table.row[: table.visual], visual] = False
@@ -271,6 +272,19 @@ def _shorten(
     attached.columns = torch.where(valid, index, -1)
     turn = Turn(length, index, valid, short, mask.bool())
     return new, call, turn
+
+
+def _windows(attached: Attached, length: int) -> None:
+    """Sliding windows count columns, so what lies in one would change with what has left before it."""
+    config = attached.model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if window and sliding and length > window and not attached.compact:
+        raise SecateurError(
+            f"{length} tokens are more than the sliding window of {window}, which counts tokens, not positions",
+            where="input",
+            fix='use positions="compact", or a method that drops between layers',
+        )
 
 
 def _features(
