@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from secateur.method import register
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 from secateur.tokens.greedy import cosine_distance, max_min
 from secateur.tokens.method import TokenMethod
 from secateur.tokens.state import TokenSets
@@ -35,24 +35,7 @@ class DivPrune(TokenMethod):
     positions: ClassVar[str] = "compact"
     newlines: ClassVar[str] = "compete"
 
-    info = MethodInfo(
-        title="DivPrune",
-        spec="divprune",
-        objects="T",
-        granularity="token",
-        speedup="univ",
-        when="RT",
-        criteria="DIV",
-        order="shot",
-        data="input",
-        decision="dyn",
-        models="vlm",
-        budget_unit="token",
-        year=2025,
-        arxiv="2503.02175",
-        refs="vbdi/divprune",
-        description="Keeps the subset of visual tokens whose smallest pairwise distance is largest, greedily.",
-    )
+    info = record("divprune")
 
     def select(self, sets: TokenSets) -> Tensor:
         distance = cosine_distance(sets.features, sets.valid)

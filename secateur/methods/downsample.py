@@ -48,7 +48,7 @@ class Downsample(TokenMethod):
         fusion="merge",
         models="vlm vit",
         budget_exact=False,
-        budget_unit="token",
+        budget_unit="tokens",
         description="Features averaged over the cells of a coarser grid.",
     )
 

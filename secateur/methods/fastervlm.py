@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from secateur.method import register
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 from secateur.tokens.budget import top_per_row
 from secateur.tokens.method import Facts, Stage, TokenMethod
 from secateur.tokens.scores import cls_or_received
@@ -35,24 +35,7 @@ class FasterVLM(TokenMethod):
     positions: ClassVar[str] = "compact"
     newlines: ClassVar[str] = "drop"
 
-    info = MethodInfo(
-        title="FasterVLM",
-        spec="fastervlm",
-        objects="T",
-        granularity="token",
-        speedup="univ",
-        when="RT",
-        criteria="ATT",
-        order="shot",
-        data="input",
-        decision="dyn",
-        models="vlm",
-        budget_unit="token",
-        year=2024,
-        arxiv="2412.01818",
-        refs="Theia-4869/FasterVLM",
-        description="Keeps the patches to which the encoder's CLS token attends most.",
-    )
+    info = record("fastervlm")
 
     def stages(self, facts: Facts) -> list[Stage]:
         return [Stage("input", self.select, (f"encoder:{facts.feature_block}",))]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.method import register
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 from secateur.tokens.budget import top_per_row
 from secateur.tokens.method import Facts, Stage, TokenMethod
 from secateur.tokens.scores import given_attention
@@ -39,23 +39,7 @@ class FoPru(TokenMethod):
     positions: ClassVar[str] = "compact"
     newlines: ClassVar[str] = "drop"
 
-    info = MethodInfo(
-        title="FoPru",
-        spec="fopru",
-        objects="T",
-        granularity="token",
-        speedup="univ",
-        when="RT",
-        criteria="ATT",
-        order="shot",
-        data="input",
-        decision="dyn",
-        models="vlm",
-        budget_unit="token",
-        year=2024,
-        arxiv="2411.14164",
-        description="Keeps the patches, or whole rows of patches, that the vision encoder attends to most.",
-    )
+    info = record("fopru")
 
     def stages(self, facts: Facts) -> list[Stage]:
         return [Stage("input", self.select, (f"encoder:{facts.feature_block}",))]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.method import register
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 from secateur.tokens.budget import complement, neighbours, top_per_row
 from secateur.tokens.method import Facts, Stage, TokenMethod
 from secateur.tokens.state import TokenSets
@@ -42,24 +42,7 @@ class HiPrune(TokenMethod):
     positions: ClassVar[str] = "compact"
     newlines: ClassVar[str] = "drop"
 
-    info = MethodInfo(
-        title="HiPrune",
-        spec="hiprune",
-        objects="T",
-        granularity="token",
-        speedup="univ",
-        when="RT",
-        criteria="ATT",
-        order="shot",
-        data="input",
-        decision="dyn",
-        models="vlm",
-        budget_unit="token",
-        year=2025,
-        arxiv="2508.00553",
-        refs="Danielement321/HiPrune",
-        description="Anchors of a middle encoder block, their neighbours, and registers of a deep block.",
-    )
+    info = record("hiprune")
 
     def sites(self, facts: Facts) -> tuple[str, str]:
         """Middle and deep block."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.method import register
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 from secateur.tokens.budget import even_runs, quotas, top_per_group
 from secateur.tokens.greedy import directions
 from secateur.tokens.method import Facts, Stage, TokenMethod
@@ -44,24 +44,7 @@ class HoloV(TokenMethod):
     positions: ClassVar[str] = "compact"
     newlines: ClassVar[str] = "drop"
 
-    info = MethodInfo(
-        title="HoloV",
-        spec="holov",
-        objects="T",
-        granularity="token",
-        speedup="univ",
-        when="RT",
-        criteria="ATT+DIV",
-        order="shot",
-        data="input",
-        decision="dyn",
-        models="vlm",
-        budget_unit="token",
-        year=2025,
-        arxiv="2510.02912",
-        refs="obananas/HoloV",
-        description="Gives every crop of the image a quota of tokens and keeps the best inside each.",
-    )
+    info = record("holov")
 
     def stages(self, facts: Facts) -> list[Stage]:
         return [Stage("input", self.select, (f"encoder:{facts.feature_block}",))]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.method import register
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 from secateur.tokens.greedy import coverage, directions
 from secateur.tokens.method import Facts, Stage, TokenMethod
 from secateur.tokens.question import question_tokens
@@ -43,24 +43,7 @@ class MMTok(TokenMethod):
     positions: ClassVar[str] = "compact"
     newlines: ClassVar[str] = "drop"
 
-    info = MethodInfo(
-        title="MMTok",
-        spec="mmtok",
-        objects="T",
-        granularity="token",
-        speedup="univ",
-        when="RT",
-        criteria="COV+TXT",
-        order="shot",
-        data="input",
-        decision="dyn",
-        models="vlm",
-        budget_unit="token",
-        year=2025,
-        arxiv="2508.18264",
-        refs="Ironieser/MMTok",
-        description="Greedy maximum coverage of text tokens and visual tokens by the kept ones.",
-    )
+    info = record("mmtok")
 
     def stages(self, facts: Facts) -> list[Stage]:
         return [Stage("input", self.select, (f"encoder:{facts.feature_block}",))]

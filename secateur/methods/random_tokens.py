@@ -26,7 +26,8 @@ class RandomTokens(TokenMethod):
     >>> with secateur.attach(vlm, "random-tokens", target="25%", seed=1) as attached:  # doctest: +SKIP
     ...     vlm.generate(**inputs)
 
-    Images are drawn for one after the other from one seeded sequence, so a batch gives what its images give in turn.
+    Images are drawn for one after the other, from a sequence that starts anew with every run: the first image of every
+    batch gets the same draw under the same seed.
     """
 
     newlines: ClassVar[str] = "drop"
@@ -43,7 +44,7 @@ class RandomTokens(TokenMethod):
         data="free",
         decision="dyn",
         models="vlm vit",
-        budget_unit="token",
+        budget_unit="tokens",
         description="A random choice of tokens: the control.",
     )
 

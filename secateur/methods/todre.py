@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.method import register
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 from secateur.tokens.greedy import cosine_distance, max_min, max_sum
 from secateur.tokens.method import Facts, Stage, TokenMethod
 from secateur.tokens.state import Missing, TokenSets
@@ -43,32 +43,16 @@ class ToDRE(TokenMethod):
     positions: ClassVar[str] = "compact"
     newlines: ClassVar[str] = "drop"
 
-    info = MethodInfo(
-        title="ToDRE",
-        spec="todre",
-        objects="T",
-        granularity="token",
-        speedup="univ",
-        when="RT",
-        criteria="DIV+ATT",
-        order="iter",
-        data="input",
-        decision="dyn",
-        models="vlm",
-        budget_exact=False,
-        budget_unit="token",
-        stages=2,
-        year=2025,
-        arxiv="2505.18757",
-        description="Keeps dissimilar tokens, then drops all in a deep layer where text no longer looks at them.",
-    )
+    info = record("todre")
 
     def stages(self, facts: Facts) -> list[Stage]:
         stages = [Stage("input", self.select, ("encoder:-1",))]
         layer = int(facts.layers * self.depth)
         if self.removal and self.share != 1 and 0 < layer < facts.layers:
             record = f"layer:{layer - 1}"
-            stages.append(Stage(f"layer:{layer}", partial(self.remove, record), (record,), scope="row"))
+            stages.append(
+                Stage(f"layer:{layer}", partial(self.remove, record), (record,), scope="row", keep=1.0)
+            )
         return stages
 
     def select(self, sets: TokenSets) -> Tensor:

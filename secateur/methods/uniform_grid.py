@@ -45,7 +45,7 @@ class UniformGrid(TokenMethod):
         data="free",
         decision="stat",
         models="vlm vit",
-        budget_unit="token",
+        budget_unit="tokens",
         description="Tokens at even distances: the control that looks at nothing.",
     )
 
