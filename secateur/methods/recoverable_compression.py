@@ -92,7 +92,8 @@ class RecoverableCompression(TokenMethod):
             main, index, merged = self.compress(*parts, keep)
             made = sets.project(merged.to(sets.hidden("encoder:-2").dtype)) if len(merged) else merged
             kept = sets.features[i, main]
-            found.append((torch.cat([main, index]), torch.cat([kept, made.to(kept.dtype)])))
+            made = made.to(kept.dtype) if len(merged) else kept[:0]
+            found.append((torch.cat([main, index]), torch.cat([kept, made])))
         pad = torch.nn.utils.rnn.pad_sequence
         index = pad([index for index, _ in found], batch_first=True, padding_value=-1)
         return Reduction(index, pad([features for _, features in found], batch_first=True))
