@@ -84,7 +84,7 @@ class Two:
             positions = more.get("positions", "original")
 
             def stages(self, facts: Any) -> list[Stage]:
-                return [Stage(at[0], first), Stage(at[1], second)]
+                return [Stage(at[0], first), Stage(at[1], second, more.get("records", ()))]
 
         return Staged()
 
