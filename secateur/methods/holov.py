@@ -26,7 +26,7 @@ from secateur.tokens.state import TokenSets
 class HoloV(TokenMethod):
     """Runs of the raster sequence share the budget by mean of attention + scaled variance of their likeness.
 
-    >>> with secateur.attach(vlm, "holov", target=64) as attached:  # doctest: +SKIP
+    >>> with secateur.attach(vlm, "holov", target="tokens=64") as attached:  # doctest: +SKIP
     ...     vlm.generate(**inputs)
 
     crops: how many runs; None: 16 with a CLS token, else int(1.778 * tokens / keep), at least 1 (Qwen2.5-VL).

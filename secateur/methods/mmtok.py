@@ -25,7 +25,7 @@ from secateur.tokens.state import TokenSets
 class MMTok(TokenMethod):
     """Greedy maximum coverage of the question's embeddings and of all patches by the kept tokens.
 
-    >>> with secateur.attach(vlm, "mmtok", target=64, tokenizer=tokenizer, question="Is the cup red?"):  # doctest: +SKIP
+    >>> with secateur.attach(vlm, "mmtok", target="tokens=64", tokenizer=tokenizer, question="Is the cup red?"):  # doctest: +SKIP
     ...     vlm.generate(**inputs)
 
     The question is `question` (one, or a list by batch row) or else what the prompt says after the image; its words

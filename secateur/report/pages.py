@@ -17,6 +17,7 @@ from secateur.errors import SecateurError
 from secateur.files import atomic_write_text
 from secateur.method import Method, TrainMethod, UnitMethod, WeightMethod, list_methods, method_class
 from secateur.taxonomy import AXES, MEANING, RECORDS, MethodInfo, notation
+from secateur.tokens.method import TokenMethod
 
 GENERATED = (
     "<!-- written by `python -m secateur.report.pages docs/methods`; edit the method's file instead -->"
@@ -51,6 +52,8 @@ def kind_of(cls: type[Method]) -> str:
         return "weights"
     if issubclass(cls, TrainMethod):
         return cls.removes
+    if issubclass(cls, TokenMethod):
+        return "tokens"
     return "units" if issubclass(cls, UnitMethod) else "other"
 
 
@@ -152,6 +155,8 @@ def _examples(cls: type[Method]) -> list[str]:
     name, target, info = cls.name, _target(cls.info), cls.info
     if issubclass(cls, TrainMethod):
         return _train_examples(name)
+    if issubclass(cls, TokenMethod):
+        return _token_examples(cls)
     given = "model, " if "llm" in info.models else "model, inputs, "
     data = ", data=samples" if cls.needs else ""
     lines = [
@@ -194,8 +199,33 @@ def _train_examples(name: str) -> list[str]:
     ]
 
 
+def _token_examples(cls: type[TokenMethod]) -> list[str]:
+    target = "" if cls.adaptive else ', target="25%"'
+    return [
+        "```sh",
+        f"secateur tokens scenes --image 3 --method {cls.name} --target 25%",
+        "```",
+        "",
+        "```python",
+        "import secateur",
+        "",
+        f'with secateur.attach(model, "{cls.name}"{target}) as attached:',
+        "    model.generate(**inputs)",
+        "attached.kept, attached.report",
+        "```",
+        "",
+    ]
+
+
 def _facts(cls: type[Method]) -> str:
     info = cls.info
+    if issubclass(cls, TokenMethod):
+        newlines = {"keep": "stay", "drop": "leave", "compete": "compete with the others"}[cls.newlines]
+        training = "needs no training" if info.training_free else "trains"
+        return (
+            f"Removes visual tokens while the model runs; {training}; the tokens of one {cls.scope} compete; "
+            f"position ids are {'counted anew' if cls.positions == 'compact' else 'kept'}; newline tokens {newlines}."
+        )
     facts = [f"Removes {kind_of(cls)}" if kind_of(cls) != "other" else "Neither removes weights nor units"]
     facts.append("needs no training" if info.training_free else "trains")
     facts.append("reads `" + "`, `".join(sorted(cls.needs)) + "`" if cls.needs else "reads no statistics")
