@@ -89,7 +89,6 @@ def _class(method: str) -> Any:
 
 def run(task: str, **given: Any) -> None:
     from secateur.cli import _argv, check_new_file, check_new_folder, quiet_stdout, show
-    from secateur.report.terminal import print_report
     from secateur.tasks import load_task
     from secateur.training.parallel import is_main
 
@@ -114,7 +113,7 @@ def run(task: str, **given: Any) -> None:
         if is_main():
             _write(pruned, out, page)
     if is_main():
-        show(report, given["json"], lambda console: (print_report(report, console), _phases(report, console)))
+        show(report, given["json"], lambda console: _draw(report, console))
 
 
 def _train(task: Any, cls: Any, settings: dict[str, Any], given: Mapping[str, Any], work: Path | None) -> Any:
@@ -197,11 +196,12 @@ def _write(pruned: Any, out: str | None, page: str | None) -> None:
         print(f"report: {page}", file=sys.stderr)
 
 
-def _phases(report: Mapping[str, Any], console: Any) -> None:
-    """One row for each phase of training."""
+def _draw(report: Mapping[str, Any], console: Any) -> None:
+    """The report, and one row for each phase of training."""
     from secateur.report.summary import figure
-    from secateur.report.terminal import table
+    from secateur.report.terminal import print_report, table
 
+    print_report(report, console)
     metric = report["task"]["metric"]
     numbers = [r for r in report["phases"] if "last_step" in r]
     made = table("phase", "steps", "kept", "loss", metric, right=("steps", "kept", "loss", metric))

@@ -116,7 +116,8 @@ def fit(
     modes = {module: module.training for module in model.modules()}
     total_loss = parallel.wrap(model, [loss or checked_loss(data), *loss_terms], trained, size)
     watch = Watch(model, file)
-    devices = [device] if device.type == "cuda" else []
+    devices, cudnn = ([device] if device.type == "cuda" else []), torch.backends.cudnn
+    exact, cudnn.deterministic = cudnn.deterministic, cudnn.deterministic or bool(devices)
     with torch.random.fork_rng(devices=devices), bar(description, until - start) as advance:
         model.train()
         try:
@@ -159,6 +160,7 @@ def fit(
             if at_end is not None:
                 at_end(state)
         finally:
+            cudnn.deterministic = exact
             optimizer.zero_grad()
             for module, mode in modes.items():
                 module.training = mode
