@@ -112,9 +112,17 @@ def macs(model: nn.Module, inputs: Inputs) -> int:
     Causal attention counts in full, as it does there; element-wise work (norms, scans, activations) does not count.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+    counter.mod_tracker = _Whole()  # type: ignore[assignment]
     with evaluating(model), _unfused(model), counter:
         run(model, inputs)
     return counter.get_total_flops() // 2
+
+
+class _Whole(contextlib.nullcontext):
+    """Counts for the whole model only: telling modules apart hooks their gradients, which fails on a parameter that is
+    handed to a module."""
+
+    parents = frozenset({"Global"})
 
 
 @contextlib.contextmanager

@@ -135,3 +135,15 @@ def test_macs_and_params_are_those_that_torchvision_publishes(name: str) -> None
     published = get_model_weights(name).IMAGENET1K_V1.meta
     assert params(model) == published["num_params"]
     assert macs(model, picture) == pytest.approx(published["_ops"] * 1e9, abs=0.5e6 + 0.001e9)
+
+
+def test_a_parameter_that_is_handed_to_a_module() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.layer = nn.Parameter(torch.ones(1, 3)), nn.Linear(3, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) + self.layer(self.token)
+
+    assert macs(Tokens(), torch.ones(2, 3)) == 2 * 3 * 4 + 3 * 4
