@@ -14,30 +14,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from secateur.context import Context
-from secateur.criteria import (
-    CRITERIA,
-    NORMALISE,
-    OF_INPUTS,
-    OF_LOSS,
-    fpgm,
-    inverse_diagonal,
-    l2,
-    normalise,
-    obd,
-    obs,
-    score,
-)
+from secateur.criteria import CRITERIA, NORMALISE, OF_INPUTS, OF_LOSS, normalise
+from secateur.elements import of_elements
 from secateur.errors import SecateurError
 from secateur.graph import Group
 from secateur.graph.groups import HOW, KINDS
 from secateur.method import UnitMethod, register
 from secateur.plan import Plan
 from secateur.recover import batchnorm_after
-from secateur.stats.hessians import every_matrix, hessians
 from secateur.stats.record import as_batches
 from secateur.taxonomy import record
 
@@ -110,100 +97,11 @@ class Spa(UnitMethod):
 
     def scores(self, context: Context) -> dict[str, Tensor]:
         """[units] of every group that the criterion says something about, normalised."""
+        elements = of_elements(context, self.criterion, lambda: self.batches(context), self.damping)
         return {
             group.name: normalise(group.reduce(values, self.aggregate, roles), self.normalise)
-            for group, values, roles in self._elements(context)
+            for group, values, roles in elements
         }
-
-    def _elements(self, context: Context) -> list[tuple[Group, Mapping[str, Tensor], tuple[str, ...] | None]]:
-        """(group, scores of its tensors' elements, the roles that count)."""
-        parameters = dict(context.model.named_parameters(remove_duplicate=False))
-        if self.criterion == "bn-scale":
-            scales = {
-                f"{path}.weight".lstrip("."): module.weight
-                for path, module in context.model.named_modules()
-                if "norm" in type(module).__name__.lower()
-                and isinstance(getattr(module, "weight", None), Tensor)
-            }
-            values = {name: scale.detach().float().abs() for name, scale in scales.items()}
-            return [
-                (group, values, ("vector",))
-                for group in self._having(context, values, ("vector",), "normalisation follows its units")
-            ]
-        names = list(
-            dict.fromkeys(
-                s.name
-                for group in context.groups
-                for s in group.slices
-                if s.role in ("out", "in") and s.name in parameters
-            )
-        )
-        modules = tuple(f"{path}." for group in context.groups for path in group.modules)
-        names += [
-            n for n, p in parameters.items() if n.startswith(modules) and p.dim() > 1 and n not in names
-        ]
-        roles = ("out", "in")
-        if self.criterion == "fpgm":
-            return [
-                (
-                    group,
-                    {s.name: fpgm(parameters[s.name], s.dim) for s in group.slices if s.name in names},
-                    ("out",),
-                )
-                for group in self._having(context, set(names), ("out",), "layer makes its units")
-            ]
-        if self.criterion in OF_INPUTS:
-            values = self._of_inputs(context, names)
-            plain = {name: l2(parameters[name]) for name in names if name not in values}
-            return [
-                (group, values if any(s.name in values for s in group.slices) else plain, roles)
-                for group in context.groups
-            ]
-        values = score(
-            self.criterion,
-            context.model,
-            names,
-            as_batches(context.require_data()) if self.criterion in OF_LOSS else None,
-            context.loss,
-            inputs=context.inputs,
-            generator=context.generator("probes"),
-        )
-        return [
-            (group, values, roles)
-            for group in self._having(context, values, roles, "weight leaves with its units")
-        ]
-
-    def _having(self, context: Context, names: Any, roles: tuple[str, ...], what: str) -> list[Group]:
-        groups = [
-            group
-            for group in context.groups
-            if any(s.name in names and s.role in roles for s in group.slices)
-        ]
-        if not groups:
-            raise SecateurError(
-                f"{self.criterion} says nothing about {type(context.model).__name__}: no {what}",
-                where=self.name,
-                fix="use another criterion",
-            )
-        return groups
-
-    def _of_inputs(self, context: Context, names: list[str]) -> dict[str, Tensor]:
-        """Scores by the Hessian of each layer's inputs; tensors that aren't layers have none."""
-        known = every_matrix(context.model)
-        matrices = {name: known[name] for name in names if name in known}
-        scores: dict[str, Tensor] = {}
-        for matrix, stats in hessians(
-            context.model, self.batches(context), matrices, progress=context.progress
-        ):
-            parts = []
-            for rows, own in stats.split(matrix.weight()):
-                hessian = own.hessian
-                if self.criterion == "obd":
-                    parts.append(obd(rows, hessian))
-                else:
-                    parts.append(obs(rows, inverse_diagonal(hessian, self.damping)))
-            scores[matrix.name] = matrix.unfold(torch.cat(parts))
-        return scores
 
     def changes(
         self, context: Context, keep: Mapping[str, Tensor], notes: dict[str, str]
