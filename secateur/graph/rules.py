@@ -1306,6 +1306,10 @@ def numbers(t: Tracer, c: Call, made: Sequence[Axes]) -> None:
         ):
             t.labels.tie(x.picks, c.axes["tensors"][0].picks)
             made[0].picks = x.picks
+            if c.name == "cat" and len(c.out) > 1 and c.args.get("dim", 0) in (-1, len(c.out) - 1):
+                t.floors.append(
+                    (x.picks, min(c.out[-1], len(x.picks)))
+                )  # one after the other, all for a token
         elif c.name in ("eq", "ne", "lt", "le", "gt", "ge"):
             other = c.args.get("other")
             places = t.beyond(x.picks)

@@ -54,6 +54,11 @@ def build(name, implementation="grouped_mm"):
     return model
 
 
+def without_kernel(monkeypatch):
+    """Older PyTorch and some devices have no grouped matrix product; transformers then loops inside an operation."""
+    monkeypatch.setattr("transformers.integrations.moe._can_use_grouped_mm", lambda *args: False)
+
+
 def logits(model):
     with torch.no_grad():
         return model(IDS, use_cache=False).logits
@@ -77,12 +82,18 @@ def routed_to(model, keep):
         router.register_forward_hook(hook(units))
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "eager", "batched_mm"])
-@pytest.mark.parametrize("name", MODELS)
-def test_experts_of_a_language_model(name, implementation):
-    if implementation != "grouped_mm" and name not in ("mixtral", "gpt_oss", "deepseek_v3"):
-        pytest.skip("one way for each kind of router")
-    model = build(name, implementation)
+CASES = [(name, "grouped_mm") for name in MODELS] + [
+    (name, way)
+    for name in ("mixtral", "gpt_oss", "deepseek_v3")
+    for way in ("eager", "batched_mm", "fallback")
+]
+
+
+@pytest.mark.parametrize(("name", "implementation"), CASES)
+def test_experts_of_a_language_model(name, implementation, monkeypatch):
+    if implementation == "fallback":
+        without_kernel(monkeypatch)
+    model = build(name, implementation.replace("fallback", "grouped_mm"))
     graph = trace(model, {"input_ids": IDS})
     groups = graph.prunable("experts")
     assert [(g.size, g.exact) for g in groups] == [(6, True)] * 2
@@ -157,6 +168,9 @@ def test_never_fewer_than_the_router_picks():
     graph = trace(model, {"input_ids": IDS})
     with pytest.raises(SecateurError, match="picks among 2"):
         cut_units(model, graph, {"model.layers.0.mlp:experts": torch.tensor([3])})
+    assert {g.least for g in trace(build("phimoe"), {"input_ids": IDS}).prunable("experts")} == {
+        2
+    }  # max, twice
     model.config.num_experts_per_tok = 6
     for layer in model.model.layers:
         layer.mlp.gate.top_k = 6
