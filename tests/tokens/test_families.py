@@ -1,0 +1,361 @@
+"""Where visual tokens come from, tried on the models themselves; and vision transformers on their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers as tf
+from reference import masked_layers, tower_blocks
+from tiny_models import FAMILIES, IMAGE, inputs_for, make
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.families.vlm import facts_of, family_of
+from secateur.tokens.attach import attach
+from secateur.tokens.shrink import encode, flat
+from secateur.tokens.state import TokenSets
+
+
+def without_attention(model: Any) -> None:
+    """Every patch of the tower is then on its own."""
+    for block in tower_blocks(model.get_encoder("image")):
+        attention = next(getattr(block, n) for n in ("self_attn", "attn", "attention") if hasattr(block, n))
+        for name in ("out_proj", "proj", "projection_layer", "o_proj"):
+            if hasattr(attention, name):
+                nn.init.zeros_(getattr(attention, name).weight)
+                if getattr(attention, name).bias is not None:
+                    nn.init.zeros_(getattr(attention, name).bias)
+
+
+def features(model: Any, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return flat(encode(model, "image", inputs))
+
+
+def nudge(family: str, inputs: dict[str, Any], patch: int) -> dict[str, Any]:
+    """The inputs with one patch of the tower changed."""
+    pixels = inputs["pixel_values"].clone()
+    if family.startswith("qwen"):
+        pixels[patch] += 1
+    else:
+        view = pixels
+        if pixels.dim() == 5:
+            used = [3, 3, 5] if family.startswith("llava") else None
+            keep = [(i, j) for i in range(pixels.shape[0]) for j in range(pixels.shape[1])
+                    if (j < used[i] if used else bool((pixels[i, j] != 0).any()))]  # fmt: skip
+            i, j = keep[patch // 16]
+            view = pixels[i, j][None]
+        else:
+            view = pixels[patch // 16][None]
+        row, column = divmod(patch % 16, 4)
+        view[0, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 1
+    return {**inputs, "pixel_values": pixels}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_patch_reaches_exactly_the_tokens_that_the_layout_says(family: str) -> None:
+    dtype = torch.float32 if family == "paligemma2" else torch.float64
+    model, inputs = make(family, dtype), inputs_for(family, dtype)
+    without_attention(model)
+    layout = family_of(model).layout(model, inputs)["image"]  # type: ignore[misc]
+    before = features(model, inputs)
+    assert len(before) == len(layout) == int((inputs["input_ids"] == IMAGE).sum())
+    for patch in range(0, layout.total_patches, 7):
+        after = features(model, nudge(family, inputs, patch))
+        touched = ((after - before).abs().amax(1) > 1e-9).nonzero()[:, 0]
+        said = (layout.patches == patch).any(1).nonzero()[:, 0]
+        assert touched.tolist() == said.tolist()
+    assert int(layout.newline.sum()) == ({"llava-next": 20, "llava-onevision": 20}.get(family, 0))
+
+
+def test_tokens_that_were_resized_name_a_patch_that_reaches_them() -> None:
+    model, inputs = make("llava-onevision"), inputs_for("llava-onevision")
+    model.config.vision_aspect_ratio = "anyres_max_1"
+    without_attention(model)
+    layout = family_of(model).layout(model, inputs)["image"]  # type: ignore[misc]
+    before = features(model, inputs)
+    assert len(before) == len(layout) < 196
+    for token in range(0, len(layout), 5):
+        patch = int(layout.patches[token, 0])
+        if patch >= 0:
+            after = features(model, nudge("llava-onevision", inputs, patch))
+            assert (after[token] - before[token]).abs().max() > 1e-9
+        else:
+            assert layout.newline[token]
+
+
+def test_places_on_the_grid_and_patches_that_unpadding_took_away() -> None:
+    """A picture of 16 x 30 in tiles of 16: the base crop, then 4 rows of 8 patches, of which unpadding takes none or some."""
+    model, inputs = make("llava-next"), inputs_for("llava-next")
+    seen: list[TokenSets] = []
+
+    def select(sets: TokenSets) -> Tensor:
+        seen.append(sets)
+        keep = torch.zeros_like(sets.valid)
+        keep[:, :8] = True
+        return keep
+
+    with torch.no_grad(), attach(model, select, target="50%", scope="crop") as attached:
+        model(**inputs)
+        (sets,) = seen
+        assert len(sets) == 11 and sets.row.tolist() == [0] * 6 + [1] * 5
+        assert sets.crop.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 3, 4]
+        assert sets.image.tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
+        assert not sets.newline.any() and (sets.grid == 4).all()
+        for s in range(11):
+            place = sets.grid_row[s, sets.valid[s]] * 4 + sets.grid_col[s, sets.valid[s]]
+            assert (place.diff() > 0).all()
+        where = attached.coordinates("input")
+        newlines = where[0]["column"] == 4
+        assert int(newlines.sum()) == 12 and len(attached.kept["input"][0]) == 6 * 8 + 12
+    seen.clear()
+    with torch.no_grad(), attach(model, select, at="encoder:1", target="50%", scope="crop"):
+        model(**inputs)
+    (sets,) = seen
+    assert sets.valid.all() and sets.valid.shape == (11, 16)
+    assert int((sets.index < 0).sum()) == 11 * 16 - (196 - 20)
+    assert torch.equal(sets.grid_row * 4 + sets.grid_col, torch.arange(16).expand(11, -1))
+
+
+@pytest.mark.parametrize(("policy", "count"), [("keep", 8 * 6 + 12), ("drop", 8 * 6), ("compete", 8 * 2)])
+def test_what_becomes_of_newlines(policy: str, count: int) -> None:
+    model, inputs = make("llava-next"), inputs_for("llava-next")
+
+    def first_eight(sets: TokenSets) -> Tensor:
+        keep = torch.zeros_like(sets.valid)
+        keep[:, :8] = True
+        return keep
+
+    chosen = attach(model, first_eight, target="50%", scope="image" if policy == "compete" else "crop")
+    chosen.method.newlines = policy  # type: ignore[misc]
+    with torch.no_grad(), chosen as attached:
+        model(**inputs)
+        assert len(attached.kept["input"][0]) == count
+
+
+def test_frames_and_video_tokens() -> None:
+    """Two frames of 4 x 4 patches in a video, an image before it: both kinds lose tokens, each in its own grid."""
+    model = make("qwen2-vl")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.tensor([[1, 20, 7, *[IMAGE] * 4, 8, 7, *[6] * 8, 8, 50, 51]])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(16, 48, generator=generator, dtype=torch.float64),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "pixel_values_videos": torch.randn(32, 48, generator=generator, dtype=torch.float64),
+        "video_grid_thw": torch.tensor([[2, 4, 4]]),
+        "mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == 6).long(),
+    }
+    settings = {
+        "max_new_tokens": 3,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    expected = model.generate(**inputs, **settings)
+    with attach(model, lambda sets: sets.valid, target="50%"):
+        assert torch.equal(
+            torch.stack(model.generate(**inputs, **settings).logits), torch.stack(expected.logits)
+        )
+    with attach(model, lambda sets: sets.index % 2 == 0, target="50%") as attached:
+        out = model.generate(**inputs, **settings)
+        assert attached.kept["input"][0].tolist() == [0, 2, 4, 6, 8, 10]
+        assert attached.coordinates("input")[0]["frame"].tolist() == [0, 0, 0, 0, 1, 1]
+    from reference import generate
+
+    gone = torch.zeros_like(ids, dtype=torch.bool)
+    visual = ((ids == IMAGE) | (ids == 6)).nonzero()[:, 1]
+    gone[0, visual[1::2]] = True
+    reference = generate(model, "qwen2-vl", inputs, {0: gone}, 1)[1]
+    assert (out.logits[0] - reference[0]).abs().max() < 1e-6
+
+
+# -- vision transformers on their own --
+
+V = {
+    "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 16, "patch_size": 4,
+}  # fmt: skip
+
+
+def plain(name: str) -> Any:
+    torch.manual_seed(0)
+    small = {"depth": 4, "embed_dim": 32, "num_heads": 4, "img_size": 16, "patch_size": 4, "num_classes": 5}
+    made: dict[str, Any] = {
+        "vit": lambda: tf.ViTModel(tf.ViTConfig(**V)),
+        "vit-classifier": lambda: tf.ViTForImageClassification(tf.ViTConfig(**V)),
+        "clip": lambda: tf.CLIPVisionModel(tf.CLIPVisionConfig(**V)),
+        "siglip": lambda: tf.SiglipVisionModel(tf.SiglipVisionConfig(**V)),
+        "dinov2": lambda: tf.Dinov2Model(tf.Dinov2Config(**V)),
+        "dinov2-registers": lambda: tf.Dinov2WithRegistersModel(
+            tf.Dinov2WithRegistersConfig(**V, num_register_tokens=2)
+        ),
+        "dinov3": lambda: tf.DINOv3ViTModel(tf.DINOv3ViTConfig(**V, num_register_tokens=2)),
+        "timm-vit": lambda: timm.create_model("vit_tiny_patch16_224", **small),
+        "timm-siglip": lambda: timm.create_model(
+            "vit_base_patch16_siglip_224", **{**small, "num_classes": 0}
+        ),
+        "timm-dinov2": lambda: timm.create_model("vit_small_patch14_reg4_dinov2", **small),
+        "timm-eva02": lambda: timm.create_model("eva02_tiny_patch14_224", **small),
+        "timm-dinov3": lambda: timm.create_model("vit_small_patch16_dinov3", **small),
+    }
+    model = made[name]().double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0, 0.5 / parameter.shape[-1] ** 0.5)
+    return model
+
+
+PLAIN = ("vit", "clip", "siglip", "dinov2", "dinov2-registers", "dinov3", "timm-vit", "timm-siglip", "timm-dinov2",
+         "timm-eva02", "timm-dinov3")  # fmt: skip
+
+
+def tokens_of(model: Any, images: Tensor) -> Tensor:
+    """[N, tokens, C] after the last block and norm."""
+    with torch.no_grad():
+        if hasattr(model, "forward_features"):
+            kept: list[Tensor] = []
+            handle = model.norm.register_forward_hook(lambda m, a, out: kept.append(out))
+            model(images)
+            handle.remove()
+            return kept[0]
+        return model(images).last_hidden_state
+
+
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_transformer_on_its_own_equals_the_masked_reference(name: str, at: int) -> None:
+    model = plain(name)
+    prefix = family_of(model).prefix(model)
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    keep = torch.rand(3, 16, generator=torch.Generator().manual_seed(at)).argsort(1) < 7
+    full = tokens_of(model, images)
+    with attach(model, lambda s: s.valid, at=f"encoder:{at}", target="50%"):
+        assert torch.equal(tokens_of(model, images), full)
+    gone = torch.cat([torch.zeros(3, prefix, dtype=torch.bool), ~keep], 1)
+    blocks = family_of(model).blocks(model)
+    with masked_layers(blocks, {at: gone}):
+        reference = tokens_of(model, images)
+    assert (reference - full)[:, 0].abs().max() > 1e-6
+    with attach(model, lambda s: keep, at=f"encoder:{at}", target="50%", scope="crop") as attached:
+        found = tokens_of(model, images)
+    stays = torch.cat([torch.ones(3, prefix, dtype=torch.bool), keep], 1)
+    expected = reference[stays].view(3, prefix + 7, -1)
+    assert found.shape == expected.shape and torch.allclose(found, expected, atol=1e-10)
+    for row in range(3):
+        assert attached.kept[f"encoder:{at}"][row].tolist() == keep[row].nonzero()[:, 0].tolist()
+    assert torch.equal(tokens_of(model, images), full)
+
+
+@pytest.mark.parametrize("name", ["vit", "clip", "timm-vit"])
+def test_pictures_that_keep_different_numbers(name: str) -> None:
+    """Padded and masked where the head reads CLS; refused where it averages."""
+    model = plain(name)
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    keep = torch.rand(2, 16, generator=torch.Generator().manual_seed(0)) < torch.tensor([[0.3], [0.8]])
+    gone = torch.cat([torch.zeros(2, 1, dtype=torch.bool), ~keep], 1)
+    with masked_layers(family_of(model).blocks(model), {2: gone}):
+        reference = tokens_of(model, images)
+    chosen = attach(model, lambda s: keep, at="encoder:2", target="50%", scope="crop")
+    if name == "timm-vit":
+        with chosen, pytest.raises(SecateurError, match="averages over padding"):
+            model(images)
+        assert "forward" not in vars(model)
+        return
+    with chosen:
+        assert torch.allclose(tokens_of(model, images)[:, 0], reference[:, 0], atol=1e-10)
+
+
+def test_a_tower_without_masks_wants_equal_numbers() -> None:
+    for model, inputs in ((plain("dinov3"), None), (make("internvl"), inputs_for("internvl"))):
+
+        def ragged(sets: TokenSets) -> Tensor:
+            keep = sets.valid.clone()
+            keep[0, 0] = False
+            return keep
+
+        with (
+            attach(model, ragged, at="encoder:2", target="50%", scope="crop"),
+            pytest.raises(SecateurError, match="no mask"),
+        ):
+            model(torch.randn(2, 3, 16, 16).double()) if inputs is None else model(**inputs)
+        assert "forward" not in vars(model)
+
+
+def test_a_classifier_reads_cls_of_what_is_left() -> None:
+    model = plain("vit-classifier")
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        before = model(images).logits
+        with attach(model, lambda s: s.index % 2 == 0, at="encoder:1", target="50%"):
+            after = model(pixel_values=images).logits
+        assert after.shape == before.shape and not torch.allclose(after, before)
+        assert torch.equal(model(images).logits, before)
+    with pytest.raises(SecateurError, match="no language model"):
+        attach(model, lambda s: s.valid, target="50%")
+
+
+@pytest.mark.parametrize("name", ["clip", "timm-vit", "timm-eva02", "dinov3"])
+def test_statistics_of_a_tower_on_its_own(name: str) -> None:
+    """The CLS row by hand, from what reaches torch's attention function."""
+    from torch.overrides import TorchFunctionMode
+
+    model = plain(name)
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    rows: list[Tensor] = []
+
+    class Look(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                q, k = args[:2]
+                rows.append(
+                    (q[:, :, :1] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).mean(1)[:, 0]
+                )
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Look():
+        model(images)
+    prefix = family_of(model).prefix(model)
+    found: list[Tensor] = []
+
+    def look(sets: TokenSets) -> Tensor:
+        found.append(sets.attention("encoder:1", "cls"))
+        return sets.valid
+
+    with (
+        torch.no_grad(),
+        attach(model, look, at="encoder:3", target="50%", records=("encoder:1",), scope="crop"),
+    ):
+        model(images)
+    assert torch.allclose(found[0].double(), rows[1][:, prefix:], atol=1e-6)
+    assert "forward" not in vars(model) and not any("forward" in vars(m) for m in model.modules())
+
+
+def test_facts() -> None:
+    model = make("qwen3-vl")
+    facts = facts_of(model, family_of(model))
+    assert (facts.layers, facts.blocks, facts.merge, facts.has_cls, facts.first_layer) == (4, 4, 4, False, 2)
+    assert (facts.hidden, facts.intermediate, facts.heads, facts.kv_heads, facts.head_dim) == (
+        32,
+        48,
+        4,
+        2,
+        8,
+    )
+    assert facts.gated and not facts.vision_gated and facts.mrope and facts.video
+    clip = facts_of(plain("clip"), family_of(plain("clip")))
+    assert (clip.layers, clip.blocks, clip.prefix, clip.vision_hidden, clip.vision_intermediate) == (
+        0,
+        4,
+        1,
+        32,
+        40,
+    )
+    assert facts_of(plain("dinov3"), family_of(plain("dinov3"))).prefix == 3
+    llava = facts_of(make("llava-clip"), family_of(make("llava-clip")))
+    assert llava.feature_block == -2 and llava.tokenwise_projector and llava.has_cls
+    assert llava.layer(8, of=32) == 1 and llava.block(-2) == 2 and llava.layer(0.5) == 2
