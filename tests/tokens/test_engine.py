@@ -212,3 +212,101 @@ def test_dropping_in_the_tower_equals_the_reference(models: Any, family: str) ->
     for row in range(3):
         stays = ~columns[row, inputs["input_ids"][row] == IMAGE]
         assert attached.kept["encoder:1"][row].tolist() == stays.nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("family", ["llava-next", "llava-onevision"])
+def test_dropping_in_the_tower_before_tiles_are_joined(models: Any, family: str) -> None:
+    """Half of the 16 patches of each of 11 crops leave, among them some that unpadding takes away later."""
+    from secateur.families.vlm import family_of
+
+    model, inputs = models(family)
+    layout = family_of(model).layout(model, inputs)["image"]  # type: ignore[misc]
+    keep = torch.rand(11, 16, generator=torch.Generator().manual_seed(0)).argsort(1) < 8
+    prefix = 1 if family == "llava-next" else 0
+    slots = torch.cat([torch.zeros(11, prefix, dtype=torch.bool), ~keep], 1).flatten()
+    patch = layout.patches[:, 0]
+    columns = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    columns[inputs["input_ids"] == IMAGE] = (patch >= 0) & ~keep.flatten()[patch.clamp(min=0)]
+    expected, reference = generate(model, family, inputs, {0: columns}, STEPS, tower=(2, slots))
+    with attach(model, lambda sets: keep, at="encoder:2", target="50%", scope="crop"):
+        tokens, logits = run(model, inputs)
+    assert torch.equal(tokens, expected)
+    assert (logits - reference).abs().max() < tolerance(family)
+
+
+def test_tower_input_and_layers_compose(models: Any) -> None:
+    """Three stages of three drivers in one run."""
+    from dataclasses import dataclass
+
+    from secateur.tokens.method import Stage, TokenMethod
+
+    model, inputs = models("llava-clip")
+    ids = inputs["input_ids"]
+    first, flat = tower_gone("llava-clip", inputs, 1)
+    second = dropped(inputs, 0.3, 11, before=first)
+    third = dropped(inputs, 0.3, 12, before=second)
+
+    @dataclass
+    class Three(TokenMethod):
+        name = "three"
+        scope = "row"
+
+        def stages(self, facts: Any) -> list[Stage]:
+            at = ("encoder:1", "input", "layer:3")
+            return [Stage(a, choose(inputs, gone)) for a, gone in zip(at, (first, second, third))]
+
+    expected, reference = generate(model, "llava-clip", inputs, {0: second, 3: third}, STEPS, tower=(1, flat))
+    with attach(model, Three(), target="50%") as attached:
+        tokens, logits = run(model, inputs)
+    assert torch.equal(tokens, expected) and (logits - reference).abs().max() < 1e-6
+    for stage, gone in zip(("encoder:1", "input", "layer:3"), (first, second, third)):
+        for row in range(3):
+            stays = ~gone[row, ids[row] == IMAGE]
+            assert attached.kept[stage][row].tolist() == stays.nonzero()[:, 0].tolist()
+
+
+def test_sizes_weigh_in_the_towers_attention(models: Any) -> None:
+    """log(size) is added to a merged token's logits as a key: equal to leaving its copies in place."""
+    from dataclasses import dataclass
+
+    from secateur.tokens.method import Stage, TokenMethod
+    from secateur.tokens.state import Reduction
+
+    model, inputs = models("llava-clip")
+    tower = model.get_encoder("image")
+    twins = inputs["pixel_values"].clone()
+    twins[..., 4:8, 8:12] = twins[..., 4:8, 4:8]
+    table = tower.embeddings.position_embedding.weight
+    before = table.detach().clone()
+    with torch.no_grad():
+        table[7] = table[6]
+
+    @dataclass
+    class Twins(TokenMethod):
+        name = "twins"
+        scope = "crop"
+
+        def stages(self, facts: Any) -> list[Stage]:
+            return [Stage("encoder:1", self.join, bias="size")]
+
+        def join(self, sets: TokenSets) -> Reduction:
+            keep = sets.valid.clone()
+            keep[:, 6] = False
+            size = torch.ones_like(sets.valid, dtype=torch.float32)
+            size[:, 5] = 2
+            sets.carried["size"] = size
+            return Reduction.from_mask(keep)
+
+    given = {**inputs, "pixel_values": twins}
+    with torch.no_grad():
+        plain = torch.cat(model.get_image_features(twins).pooler_output).view(3, 16, -1)
+        seen: list[Tensor] = []
+        with attach(model, Twins(), target="50%"):
+            handle = model.model.multi_modal_projector.register_forward_hook(
+                lambda m, a, out: seen.append(out)
+            )
+            model(**given)
+            handle.remove()
+        others = [i for i in range(16) if i != 6]
+        assert torch.allclose(seen[0][:, others], plain[:, others], atol=1e-10)
+        table.copy_(before)
