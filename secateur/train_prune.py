@@ -24,7 +24,7 @@ from secateur.method import Method, Objective, TrainMethod, make_method, seeded
 from secateur.options import Options
 from secateur.prune import Pruned, check_model
 from secateur.training import parallel
-from secateur.training.batches import check_classes
+from secateur.training.batches import check_classes, length
 from secateur.training.finite import nonfinite_tensor
 from secateur.training.job import Job
 from secateur.training.recipe import Recipe
@@ -208,15 +208,10 @@ def _network(task: Task, method: TrainMethod, seed: int) -> tuple[nn.Module, boo
 def _steps(task: Task, recipe: Recipe, epochs: float | None, steps: int | None) -> int:
     if steps is not None and epochs is not None:
         raise SecateurError("both epochs and steps are given", where="train_prune", fix="give one of them")
+    count = length(task.train)
     if steps is None:
         epochs = task.epochs if epochs is None else epochs
-        if isinstance(task.train, list):
-            count, batch = len(task.train), 1
-        else:
-            counts: list[int] = []
-            map_tensors(task.train, lambda tensor: counts.append(len(tensor)))
-            count, batch = (counts or [0])[0], recipe.batch
-        steps = round(epochs * count / batch)
+        steps = round(epochs * count / (1 if isinstance(task.train, list) else recipe.batch))
     if steps < 1:
         raise SecateurError(
             f"{steps} steps is no training",

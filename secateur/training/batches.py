@@ -27,7 +27,7 @@ class Draw:
         self.ready = isinstance(data, list)
         self.data, self.seed = data, seed
         self.batch = 1 if self.ready else batch
-        self.count = _length(data)
+        self.count = length(data)
         self._orders: dict[int, Tensor] = {}
 
     @property
@@ -82,7 +82,8 @@ def check_classes(labels: Tensor, classes: int) -> None:
         )
 
 
-def _length(data: Any) -> int:
+def length(data: Any) -> int:
+    """How many samples (or ready batches) there are; refuses none, and tensors of different lengths."""
     lengths: set[int] = {len(data)} if isinstance(data, list) else set()
     if not lengths:
         map_tensors(data, lambda tensor: lengths.add(tensor.shape[0] if tensor.ndim else 0))

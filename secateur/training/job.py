@@ -17,12 +17,13 @@ from secateur.context import Context
 from secateur.errors import SecateurError
 from secateur.families.blocks import find_matrices
 from secateur.graph import Graph
-from secateur.inputs import Inputs, describe, map_tensors
+from secateur.inputs import Inputs, describe
 from secateur.method import Objective, TrainMethod, seeded
 from secateur.options import Options
 from secateur.plan import Plan
 from secateur.planning import DENSE_NOTE
 from secateur.surgery import cut_units, prove
+from secateur.training.batches import length
 from secateur.training.checkpoint import Moments, copy_moments
 from secateur.training.fit import Hook, State, fit
 from secateur.training.masks import Masked
@@ -74,11 +75,7 @@ class Job:
     @property
     def epoch(self) -> float:
         """Steps in an epoch."""
-        counts: list[int] = [len(self.task.train)] if isinstance(self.task.train, list) else []
-        if counts:
-            return counts[0]
-        map_tensors(self.task.train, lambda tensor: counts.append(len(tensor)))
-        return counts[0] / self.recipe.batch
+        return length(self.task.train) / (1 if isinstance(self.task.train, list) else self.recipe.batch)
 
     def step_of(self, text: str | int) -> int:
         """A place in the training: `500it` or `500` (steps), `1.4ep` (epochs), `1.7%` of it.

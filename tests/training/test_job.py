@@ -1,0 +1,122 @@
+"""Units that leave while training: cut, trained on, and a plan at dense shape; a method made for the test."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import secateur
+from secateur.errors import SecateurError
+from secateur.method import TrainMethod
+from secateur.plan import Plan
+from secateur.taxonomy import MethodInfo
+from secateur.training.job import Job
+from secateur.training.losses import default_loss
+
+
+@dataclass
+class Norms(TrainMethod):
+    """Channels by the norm of their weights after training; the small network is trained on."""
+
+    late: bool = False
+    name: ClassVar[str] = "norms"
+    removes: ClassVar[str] = "units"
+    info = MethodInfo(
+        title="Norms",
+        spec="none",
+        objects="C",
+        granularity="struct",
+        speedup="univ",
+        when="PDT",
+        criteria="NORM",
+        data="data",
+        models="cnn",
+    )
+
+    def prune(self, job: Job) -> Plan:
+        job.train("dense", steps=4)
+        context = job.context()
+        weights = dict(job.model.named_parameters())
+        scores = {g.name: g.reduce({n: w.detach() ** 2 for n, w in weights.items()}) for g in context.groups}
+        keep = context.allocate(scores)
+        if self.late:
+            return job.plan(keep=keep)
+        job.cut(keep)
+        job.train("tune", steps=5)
+        return job.plan()
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8)
+        self.hidden, self.head = nn.Linear(128, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.hidden(torch.relu(self.norm(self.conv(x))).flatten(1))))
+
+
+def run(target: str = "50%", **settings: Any) -> Any:
+    torch.manual_seed(0)
+    x = torch.randn(48, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    data = (x, torch.arange(48) % 4)
+    settings = {"steps": 4, "batch": 8, "lr": 0.05, "data": data, **settings}
+    method = settings.pop("method", Norms())
+    return secateur.train_prune(Net(), method=method, target=target, **settings)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_plan_of_a_cut_network_makes_the_same_from_a_fresh_one(late: bool, tmp_path: Path) -> None:
+    pruned = run(method=Norms(late=late))
+    assert pruned.model.conv.out_channels == 4 and pruned.model.hidden.in_features == 64
+    assert pruned.model.hidden.out_features == 8 and pruned.report["met"]
+    pruned.plan.save(tmp_path)
+    torch.manual_seed(5)
+    fresh = Net()
+    secateur.apply_plan(fresh, Plan.load(tmp_path))
+    mine, theirs = pruned.model.state_dict(), fresh.state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    kept = {g["name"]: g["kept"] for g in pruned.report["groups"] if g["reason"] is None}
+    assert sorted(kept.values()) == [4, 8]
+
+
+def test_targets_of_the_whole_model_and_everything_kept() -> None:
+    report = run("macs<=60%").report
+    assert (
+        report["met"]
+        and 0.5 * report["before"]["macs"] < report["after"]["macs"] <= 0.6 * report["before"]["macs"]
+    )
+    whole = run("100%")
+    assert whole.report["met"] and not whole.plan.keep
+
+
+def test_stopped_after_the_cut_it_goes_on(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return default_loss(model, batch)
+
+    whole = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(loss=loss, resume=tmp_path / "run", every=2)
+    resumed = run(loss=loss, resume=tmp_path / "run", every=2)
+    assert len(calls) < 8 + 4
+    mine, theirs = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine) and whole.plan == resumed.plan
+
+
+def test_two_phases_of_one_name_are_refused() -> None:
+    class Twice(Norms):
+        def prune(self, job: Job) -> Plan:
+            job.train("dense")
+            job.train("dense")
+            return job.plan()
+
+    with pytest.raises(SecateurError, match="two phases are named 'dense'"):
+        run(method=Twice())
