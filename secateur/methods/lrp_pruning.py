@@ -129,7 +129,7 @@ def filter_relevance(
 
     def watch(name: str, relevance: Tensor) -> None:
         each = relevance.abs() if absolute else relevance
-        each = each.reshape(-1, relevance.shape[-1]).double().sum(0)
+        each = each.reshape(-1, relevance.shape[-1]).sum(0).cpu().double()
         for alias in same[name]:
             key = (alias, len(each))
             totals[key] = totals[key] + each if key in totals else each

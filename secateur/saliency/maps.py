@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from secateur.errors import SecateurError
 from secateur.saliency.record import Record, as_targets, record, undisturbed
 from secateur.saliency.regions import sr_map
-from secateur.saliency.relevance import COMPOSITES, as_composite, propagate
+from secateur.saliency.relevance import COMPOSITES, as_composite, plain, propagate
 from secateur.stats.windows import logits_of
 
 CONTRIBUTIONS = ("conv1", "conv3", "scaling", "bias")
@@ -172,7 +172,7 @@ class GuidedMode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         found = func(*args, **(kwargs or {}))
-        if func in ACTIVATIONS and isinstance(found, Tensor) and found.requires_grad:
+        if plain(func) in ACTIVATIONS and isinstance(found, Tensor) and found.requires_grad:
             return _PositiveGradient.apply(found)
         return found
 
@@ -419,8 +419,8 @@ def one_step(model: nn.Module, image: Tensor, target: Any, rate: float) -> Itera
     Gives the targets. image: [1, C, H, W], as a batch would mix pictures. Rebuffi et al. 2020, meta-saliency.
     """
     first = next(model.parameters())
-    image = image.detach().to(first.device, first.dtype)
     with undisturbed(model):
+        image = image.detach().to(first.device, first.dtype).clone()
         trained = [p for p in model.parameters() if p.is_floating_point()]
         for parameter in trained:
             parameter.requires_grad_(True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from secateur.errors import SecateurError
 from secateur.stats.windows import logits_of
@@ -32,7 +33,7 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(False)
         for module in in_place:
             module.inplace = False
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             yield model
     finally:
         for module, mode in modes.items():
@@ -41,6 +42,37 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(flag)
         for module in in_place:
             module.inplace = True
+
+
+def _convolves(module: nn.Module) -> bool:
+    return "conv" in type(module).__name__.lower() and next(module.children(), None) is None
+
+
+class _Operations(TorchFunctionMode):
+    """Sees the results of operations, of networks whose convolutions are no modules: those read from a file."""
+
+    def __init__(
+        self, seen: dict[tuple[int, ...], list[tuple[str, Tensor]]], convolutions: dict[tuple[int, ...], int]
+    ):
+        super().__init__()
+        self.seen, self.convolutions, self.count = seen, convolutions, 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if (
+            isinstance(found, Tensor)
+            and found.dim() == 4
+            and found.requires_grad
+            and found.shape[2:].numel() > 1
+        ):
+            size = tuple(found.shape[2:])
+            if "conv" in func.__name__:
+                self.convolutions[size] = self.convolutions.get(size, 0) + 1
+            self.count += 1
+            self.seen[size] = [(f"operation {self.count} ({func.__name__})", found)]
+        return found
 
 
 @dataclass
@@ -77,13 +109,16 @@ class Layers:
                         # what still has the old size inside a block that leaves it is no end of a stage
                         seen[before] = [one for one in seen[before] if not one[0].startswith(name + ".")]
                     seen.setdefault(size, []).append((name, output))
-                    if type(module).__name__.startswith(("Conv2d", "ConvTranspose2d")):
+                    if _convolves(module):
                         convolutions[size] = convolutions.get(size, 0) + 1
 
             return hook
 
+        operations: Any = contextlib.nullcontext()
         try:
-            if isinstance(names, str):
+            if isinstance(names, str) and not any(map(_convolves, modules.values())):
+                operations = _Operations(seen, convolutions)
+            elif isinstance(names, str):
                 handles += [m.register_forward_hook(watch(n)) for n, m in modules.items() if n]
             else:
                 for name in names:
@@ -94,7 +129,8 @@ class Layers:
                             fix="`model.named_modules()` lists them",
                         )
                     handles.append(modules[name].register_forward_hook(keep(name)))
-            yield
+            with operations:
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -152,9 +188,9 @@ def record(
     The model is left exactly as it was. Raises `SecateurError`: no such layer or class, logits that aren't [N, classes].
     """
     first = next(model.parameters(), image)
-    x = image.detach().to(first.device, first.dtype).clone().requires_grad_(True)
     caught = Layers()
     with undisturbed(model):
+        x = image.detach().to(first.device, first.dtype).clone().requires_grad_(True)
         with caught.catch(model, layers), mode or contextlib.nullcontext():
             logits = logits_of(model(x))
         targets = as_targets(target, logits)

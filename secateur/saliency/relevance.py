@@ -129,12 +129,12 @@ def propagate(
     Half precision runs in a float32 copy. Raises `SecateurError` where an operation has no rule, or nothing arrives.
     """
     model = in_float32(model)
-    if isinstance(inputs, Tensor) and inputs.is_floating_point():
-        first = next(model.parameters(), inputs)
-        inputs = inputs.detach().to(first.device, first.dtype).clone().requires_grad_(True)
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
     mode = RelevanceMode(as_composite(composite), names, watch)
     with undisturbed(model):
+        if isinstance(inputs, Tensor) and inputs.is_floating_point():
+            first = next(model.parameters(), inputs)
+            inputs = inputs.detach().to(first.device, first.dtype).clone().requires_grad_(True)
         x = inputs
         if isinstance(inputs, Tensor) and inputs.requires_grad:
             x = inputs.view_as(inputs)
@@ -399,7 +399,7 @@ class RelevanceMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs, func = kwargs or {}, plain(func)
         if func is F.embedding:
             found = func(*args, **kwargs)
             if found.is_floating_point() and not found.requires_grad:
@@ -666,6 +666,63 @@ OUT_OF_PLACE: dict[Any, Any] = {
     Tensor.sigmoid_: torch.sigmoid,
     Tensor.clamp_: torch.clamp,
 }
+
+
+def plain(func: Any) -> Any:
+    """The function of torch that an ATen operation, as exported programs hold them, is."""
+    schema = getattr(func, "_schema", None)
+    name = schema.name.removeprefix("aten::") if schema is not None else ""
+    return ATEN.get(name, func)
+
+
+def _by_name(*names: str) -> dict[str, Any]:
+    places = (torch, F, Tensor)
+    return {n: next(getattr(place, n) for place in places if hasattr(place, n)) for n in names}
+
+
+ATEN = _by_name(
+    *(
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "linear",
+        "addmm",
+        "matmul",
+        "mm",
+        "bmm",
+        "batch_norm",
+        "layer_norm",
+        "group_norm",
+    ),
+    *(
+        "add",
+        "add_",
+        "sub",
+        "sub_",
+        "mul",
+        "mul_",
+        "div",
+        "div_",
+        "mean",
+        "sum",
+        "avg_pool2d",
+        "adaptive_avg_pool2d",
+    ),
+    *(
+        "relu",
+        "relu_",
+        "relu6",
+        "silu",
+        "gelu",
+        "elu",
+        "leaky_relu",
+        "hardtanh",
+        "hardswish",
+        "hardsigmoid",
+        "sigmoid",
+    ),
+    *("tanh", "clamp", "softmax", "rsqrt", "sqrt", "pow", "scaled_dot_product_attention"),
+)
 
 
 def _argument(args: tuple, kwargs: Mapping[str, Any], at: int, name: str) -> Any:

@@ -334,3 +334,31 @@ def test_a_class_that_nothing_speaks_for_is_named(vgg):
     for method in ("normgrad", "grad-cam", "gradient", "lrp"):
         with pytest.raises(SecateurError, match="nothing in picture speaks for class 2"):
             secateur.saliency(net, picture(), method, 2)
+
+
+def test_networks_read_from_files_have_the_same_maps(tmp_path):
+    """Their convolutions are operations, not modules."""
+    from secateur.exchange import load_file
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 6, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
+    ).eval()  # fmt: skip
+    net[8].weight.data.abs_()
+    x = picture(16)
+    secateur.export(net, x[None], tmp_path / "net.pt2")
+    read = load_file(tmp_path / "net.pt2")
+    for method in ("normgrad", "grad-cam", "guided-backprop", "lrp"):
+        expected = secateur.saliency(net, x[None], method, 1).values
+        assert torch.allclose(secateur.saliency(read, x[None], method, 1).values, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_gradient_mode_is_no_matter(resnet, mode):
+    x = picture(32)
+    expected = {method: secateur.saliency(resnet, x, method, 1).values for method in ("normgrad", "lrp")}
+    with mode():
+        for method, values in expected.items():
+            assert torch.allclose(secateur.saliency(resnet, x.clone(), method, 1).values, values, atol=1e-6)
+        assert secateur.saliency(resnet, x.clone(), target=1, meta=0.1).values.any()
