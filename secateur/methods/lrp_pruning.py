@@ -121,7 +121,8 @@ def filter_relevance(
     two ways (tied embeddings) has an entry for each. Raises `SecateurError` without labels, or with a label that isn't one.
     """
     model = in_float32(model)
-    rules, totals = as_composite(composite), {}
+    rules = as_composite(composite)
+    totals: dict[tuple[str, int], Tensor] = {}
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
