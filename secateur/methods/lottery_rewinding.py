@@ -54,6 +54,11 @@ class LotteryRewinding(TrainMethod):
     )
     stability: int = field(default=0, metadata={"help": "pairs of runs whose distance is measured"})
 
+    watch: int = field(
+        default=0,
+        metadata={"help": "steps between measurements while a level trains; the report names the best step"},
+    )
+
     starts: ClassVar[str] = "init"
     info = MethodInfo(
         title="Lottery tickets with rewinding",
@@ -88,6 +93,7 @@ class LotteryRewinding(TrainMethod):
             rewind=job.step_of(self.rewind),
             restore_moments=self.restore_moments,
             controls=self.controls,
+            watch=self.watch,
             pairs=self.stability,
         )
         return job.plan(masks=masks)

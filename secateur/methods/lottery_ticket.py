@@ -52,6 +52,11 @@ class LotteryTicket(TrainMethod):
         default=(), metadata={"help": "trained beside it: reinit, shuffle, shuffle-global, keep"}
     )
 
+    watch: int = field(
+        default=0,
+        metadata={"help": "steps between measurements while a level trains; the report names the best step"},
+    )
+
     starts: ClassVar[str] = "init"
     info = MethodInfo(
         title="Lottery tickets (IMP)",
@@ -85,5 +90,6 @@ class LotteryTicket(TrainMethod):
             skip=self.skip,
             reset=self.reset,
             controls=self.controls,
+            watch=self.watch,
         )
         return job.plan(masks=masks)

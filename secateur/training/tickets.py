@@ -13,6 +13,9 @@ from torch import Tensor
 
 from secateur.budget import divide
 from secateur.errors import SecateurError
+from secateur.training.checkpoint import Moments
+from secateur.training.fit import Hook
+from secateur.training.history import History
 from secateur.training.job import Job
 from secateur.training.masks import Masks, density, full_masks, prune_smallest, shuffled
 from secateur.training.stability import angle, barrier, distance
@@ -107,9 +110,11 @@ def find_ticket(
     reset: bool = True,
     controls: Sequence[str] = (),
     pairs: int = 0,
+    watch: int = 0,
 ) -> Masks:
     """Finds the ticket and trains it; the job's model ends as the trained ticket. Gives its masks.
 
+    watch: steps between measurements of quality while a level trains; its best step then stands in the report.
     Trains rewind steps once, then from there to the end, once per level: rewind + (rounds + 1) * (steps - rewind) steps.
     """
     for control in controls:
@@ -138,7 +143,7 @@ def find_ticket(
     early, moments = job.snapshot(), job.moments if restore_moments and rewind else None
     masks, dense = full_masks(weights), None
     for level in range(len(counts) + 1):
-        train_level(job, f"level-{level}", masks, rewind, moments)
+        train_level(job, f"level-{level}", masks, rewind, moments, watch=watch)
         dense = job.snapshot() if dense is None else dense
         if level == len(counts):
             break
@@ -157,7 +162,7 @@ def find_ticket(
         )
         job.restore({"reinit": _fresh(job, initial, early), "keep": trained}.get(control, early))
         anew = control == "reinit"
-        train_level(job, control, other, 0 if anew else rewind, None if anew else moments)
+        train_level(job, control, other, 0 if anew else rewind, None if anew else moments, watch=watch)
     if pairs:
         _stability(job, masks, early, dense or ticket, ticket, rewind, moments, pairs)
     job.restore(ticket)
@@ -165,11 +170,22 @@ def find_ticket(
 
 
 def train_level(
-    job: Job, phase: str, masks: Masks, start: int, moments: object = None, seed: int | None = None
+    job: Job,
+    phase: str,
+    masks: Masks,
+    start: int,
+    moments: Moments | None = None,
+    seed: int | None = None,
+    watch: int = 0,
 ) -> None:
     """From `start` to the end, under the masks; what came out goes into the report."""
-    job.train(phase, start=start, after_step=[job.masked(masks)], moments=moments, seed=seed)  # type: ignore[arg-type]
+    history = History(job.task.quality, watch) if watch and job.task.quality is not None else None
+    hooks: list[Hook] = [job.masked(masks), *([history] if history else [])]
+    job.train(phase, start=start, after_step=hooks, moments=moments, seed=seed)
     job.note(phase=phase, density=density(masks), quality=job.quality())
+    if history:
+        step, value = history.best
+        job.note(phase=phase, best_step=step, best_quality=value)
 
 
 def _fresh(job: Job, initial: Mapping[str, Tensor], early: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -204,7 +220,7 @@ def _stability(
     dense: Mapping[str, Tensor],
     ticket: Mapping[str, Tensor],
     rewind: int,
-    moments: object,
+    moments: Moments | None,
     pairs: int,
 ) -> None:
     """Distances, angles and barriers of paired runs, of the ticket and of a random mask with the same counts per layer.

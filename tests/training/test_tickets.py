@@ -217,3 +217,51 @@ def test_skipped_layers_stay_whole_and_parameters_are_counted() -> None:
     counted, _ = run(target="params<=100", rounds=1)
     assert counted.report["met"] and counted.report["after"]["params_nonzero"] <= 100
     assert sum(int(mask.sum()) for mask in counted.plan.masks.values()) == 100 - (195 - 144)
+
+
+def test_the_best_step_of_each_level_is_reported_and_watching_changes_nothing(tmp_path: Any) -> None:
+    x, y = pairs()
+
+    def quality(model: nn.Module) -> float:
+        modes = [(m, m.training) for m in model.modules()]
+        model.eval()
+        with torch.no_grad():
+            right = (model(x).argmax(1) == y).double().mean().item()
+        for module, mode in modes:
+            module.training = mode
+        return right
+
+    plain, seen = run(rounds=1, quality=quality)
+    watched, _ = run(rounds=1, quality=quality, watch=5)
+    assert same(tensors(plain.model), tensors(watched.model))
+    judge = net()
+    for level, row in enumerate(watched.report["phases"]):
+        found = {}
+        for step in (5, 10, 12):
+            after = seen[level * STEPS + step] if step < STEPS else None
+            judge.load_state_dict(after or tensors(plain.model))
+            found[step] = quality(judge) if after or level == 1 else row["quality"]
+        best = max(found.values())
+        assert row["best_quality"] == best
+        assert row["best_step"] == next(step for step, value in found.items() if value == best)
+
+    calls: list[int] = []
+
+    def stop(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return default_loss(model, batch)
+
+    settings = {
+        "rounds": 1,
+        "quality": quality,
+        "watch": 5,
+        "loss": stop,
+        "resume": tmp_path / "run",
+        "every": 6,
+    }
+    with pytest.raises(KeyboardInterrupt):
+        run(**settings)
+    resumed, _ = run(**settings)
+    assert resumed.report["phases"] == watched.report["phases"]
