@@ -18,7 +18,7 @@ from secateur.tokens.budget import even_runs, quotas, top_per_group
 from secateur.tokens.greedy import directions
 from secateur.tokens.method import Facts, Stage, TokenMethod
 from secateur.tokens.scores import cls_or_received
-from secateur.tokens.state import TokenSets
+from secateur.tokens.state import Reduction, TokenSets
 
 
 @register
@@ -32,14 +32,15 @@ class HoloV(TokenMethod):
     crops: how many runs; None: 16 with a CLS token, else int(1.778 * tokens / keep), at least 1 (Qwen2.5-VL).
     compat: "paper" ranks inside a run by attention + beta x variance, beta 1; "code" by attention alone, beta 0.09.
     Both cap quotas and pass on what is over, as the paper says (the code pads with zeros). Without CLS, attention
-    received stands in. Kept tokens stay in raster order. What the paper's appendix D re-injects later is left out: not
-    specified enough.
+    received stands in. order: "official" emits a run's tokens best first, as the code does; "raster" keeps their order.
+    What the paper's appendix D re-injects later is left out: not specified enough.
     """
 
     crops: int | None = None
     beta: float | None = None
     tau: float = 1.0
     compat: str = field(default="paper", metadata={"choices": ("paper", "code")})
+    order: str = field(default="raster", metadata={"choices": ("raster", "official")})
     scope: ClassVar[str] = "image"
     positions: ClassVar[str] = "compact"
     newlines: ClassVar[str] = "drop"
@@ -49,7 +50,7 @@ class HoloV(TokenMethod):
     def stages(self, facts: Facts) -> list[Stage]:
         return [Stage("input", self.select, (f"encoder:{facts.feature_block}",))]
 
-    def select(self, sets: TokenSets) -> Tensor:
+    def select(self, sets: TokenSets) -> Tensor | Reduction:
         attention = cls_or_received(sets, f"encoder:{sets.facts.feature_block}").float() * 1000
         parts = (1024 / 576 * sets.count / sets.keep).long() if not sets.facts.has_cls else 16
         runs, sizes = even_runs(sets.valid, parts if self.crops is None else self.crops)
@@ -57,7 +58,15 @@ class HoloV(TokenMethod):
         beta = (0.09 if self.compat == "code" else 1.0) if self.beta is None else self.beta
         scores, weights = holistic(attention, variance, runs, sizes, beta, self.tau)
         ranking = attention if self.compat == "code" else scores
-        return top_per_group(ranking, runs, quotas(weights, sets.keep, sizes), sets.valid)
+        kept = top_per_group(ranking, runs, quotas(weights, sets.keep, sizes), sets.valid)
+        if self.order == "raster":
+            return kept
+        index = Reduction.from_mask(kept).index
+        at = index.clamp(min=0)
+        best = ranking.gather(1, at).argsort(dim=1, descending=True, stable=True)
+        after = runs.gather(1, at).masked_fill(index < 0, runs.shape[1])
+        best = best.gather(1, after.gather(1, best).argsort(dim=1, stable=True))
+        return Reduction(index.gather(1, best))
 
     @staticmethod
     def variance(rows: Tensor, runs: Tensor, sizes: Tensor) -> Tensor:

@@ -179,6 +179,20 @@ class TestHoloV:
     def test_the_worked_example(self, compat, expected):
         assert kept("holov", given(SEEN, 4, HOLO), crops=2, compat=compat) == [expected]
 
+    def test_the_order_of_the_code(self):
+        sets = given(SEEN, 4, HOLO)
+        assert kept("holov", sets, crops=2, compat="code", order="official") == [[1, 7, 6, 4]]
+        valid = torch.tensor([[True] * 8, [True] * 5 + [False] * 3])
+        both = TokenSets.from_tensors(
+            HOLO.expand(2, -1, -1),
+            torch.tensor([4, 2]),
+            valid=valid,
+            attention={(SITE, "cls"): torch.tensor([SEEN, SEEN])},
+            facts=CLIP,
+        )
+        found = kept("holov", both, crops=2, compat="code", order="official")
+        assert found == [[1, 7, 6, 4], [4, 3]]  # means .0917 and .1075 of 3 and 2: quotas 0 and 2
+
     @pytest.mark.parametrize("compat", ["code", "paper"])
     def test_what_a_full_run_cannot_take_goes_to_the_others(self, compat):
         features = torch.ones(1, 8, 3)
