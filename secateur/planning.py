@@ -22,7 +22,7 @@ from secateur.plan import Plan
 from secateur.select import Pattern, top_k
 from secateur.stats.layer import LayerStats
 from secateur.stats.memory import estimate
-from secateur.surgery import mask_units, prove
+from secateur.surgery import mask_units, prove, unmask_units
 
 DENSE_NOTE = "same size and speed without sparse kernels: the zeros are stored in dense tensors"
 
@@ -39,6 +39,7 @@ class Undo:
             self.originals[name] = _tensor(self.model, name).detach().clone()
 
     def restore(self) -> None:
+        unmask_units(self.model)
         with torch.no_grad():
             for name, original in self.originals.items():
                 _tensor(self.model, name).copy_(original)

@@ -26,7 +26,7 @@ from secateur.errors import SecateurError
 from secateur.graph.groups import Graph, Group
 from secateur.graph.trace import Functions, call_arguments, flat_tensors, forget_caches
 
-__all__ = ["Changes", "apply_changes", "cut_units", "mask_units", "prove"]
+__all__ = ["Changes", "apply_changes", "cut_units", "mask_units", "prove", "unmask_units"]
 
 Keep = Mapping[str, Tensor]
 
@@ -72,6 +72,20 @@ def mask_units(model: nn.Module, graph: Graph, keep: Keep) -> None:
     _exclude(model, graph, keep)
 
 
+def unmask_units(model: nn.Module) -> None:
+    """Take away what `mask_units` added to a model beside zeros: blocks run again, routers may pick any expert.
+
+    >>> unmask_units(model)  # before the tensors are put back, or the units really leave
+    """
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, _Enter | _Leave) or hook is _pass_through:
+                    module._forward_hooks_with_kwargs.pop(key, None)
+                    module._forward_hooks_always_called.pop(key, None)
+                    del hooks[key]
+
+
 def cut_units(model: nn.Module, graph: Graph, keep: Keep) -> Changes:
     """Make the removed units really absent, in place: smaller tensors, attributes and config put right.
 
@@ -93,7 +107,7 @@ def _cut(model: nn.Module, graph: Graph, keep: Keep) -> Changes:
     attributes, _ = graph.assign(keep)
     changes = Changes()
     forget_caches(model)
-    _include(model)
+    unmask_units(model)
     before = {path: _own_sizes(m) for path, m in model.named_modules()}
     _rescale(model, graph, keep)
     touched = _cut_tensors(model, graph, pairs, changes)
@@ -395,15 +409,6 @@ def _exclude(model: nn.Module, graph: Graph, keep: Keep) -> None:
         enter = _Enter(found)
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(_Leave(enter), always_call=True)
-
-
-def _include(model: nn.Module) -> None:
-    """Take the hooks of `_exclude` away: the units themselves are about to leave."""
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if isinstance(hook, _Enter | _Leave):
-                    del hooks[key]
 
 
 # --- blocks

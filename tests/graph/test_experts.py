@@ -11,7 +11,7 @@ from torch import nn
 import secateur
 from secateur.errors import SecateurError
 from secateur.graph import trace
-from secateur.surgery import cut_units, mask_units, prove
+from secateur.surgery import cut_units, mask_units, prove, unmask_units
 
 IDS = torch.arange(32).reshape(2, 16)
 SMALL = {
@@ -265,3 +265,15 @@ def test_rows_stay_aligned_for_the_kernel():
         "stem:hidden": 8,
     }
     assert pruned.report["notes"] == []
+
+
+def test_unmasked_routers_pick_any_expert_again():
+    model = build("mixtral")
+    before, dense = copy.deepcopy(model.state_dict()), logits(model)
+    graph = trace(model, {"input_ids": IDS})
+    keep = {g.name: torch.tensor([0, 2]) for g in graph.prunable("experts")}
+    mask_units(model, graph, {**keep, "model.layers:layers": torch.tensor([1])})
+    assert not torch.allclose(logits(model), dense)
+    unmask_units(model)
+    model.load_state_dict(before)
+    assert torch.equal(logits(model), dense)
