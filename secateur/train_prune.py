@@ -18,6 +18,7 @@ from secateur.budget import Target, parse_target
 from secateur.checkpoint import fingerprint
 from secateur.errors import SecateurError
 from secateur.files import atomic_write_json
+from secateur.graph import trace
 from secateur.inputs import Inputs, map_tensors
 from secateur.measure import measure
 from secateur.method import Method, Objective, TrainMethod, make_method, seeded
@@ -140,7 +141,8 @@ def train_prune(
     parallel.barrier(size)
     if directory and rank == 0:
         shutil.rmtree(directory, ignore_errors=True)
-    return Pruned(model=model, plan=plan, report=report, changes=job.changes, _graph=job._graph)
+    graph = job._graph or ((lambda: trace(model, example)) if example is not None else None)
+    return Pruned(model=model, plan=plan, report=report, changes=job.changes, _graph=graph)
 
 
 def _split(method: str | Method, settings: dict[str, Any]) -> tuple[TrainMethod, Options, dict[str, Any]]:
