@@ -27,6 +27,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -259,101 +260,31 @@ def layer_relevance(
     return composite.alpha * positive - composite.beta * part(minus, plus, less)
 
 
-CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
-TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-PASSED = {
-    *(
-        F.relu,
-        F.relu6,
-        F.gelu,
-        F.silu,
-        F.mish,
-        F.elu,
-        F.celu,
-        F.selu,
-        F.leaky_relu,
-        F.prelu,
-        F.rrelu,
-        F.softplus,
-        F.softsign,
-    ),
-    *(
-        F.hardtanh,
-        F.hardswish,
-        F.hardsigmoid,
-        F.logsigmoid,
-        F.sigmoid,
-        F.tanh,
-        F.tanhshrink,
-        F.softshrink,
-        F.hardshrink,
-    ),
-    *(
-        torch.relu,
-        torch.relu_,
-        Tensor.relu,
-        Tensor.relu_,
-        torch.sigmoid,
-        Tensor.sigmoid,
-        Tensor.sigmoid_,
-        torch.tanh,
-    ),
-    *(
-        Tensor.tanh,
-        torch.clamp,
-        Tensor.clamp,
-        Tensor.clamp_,
-        Tensor.clamp_min,
-        torch.clamp_min,
-        torch.nn.functional.relu_,
-    ),
-    *(
-        F.layer_norm,
-        torch.layer_norm,
-        F.rms_norm,
-        F.group_norm,
-        F.instance_norm,
-        F.normalize,
-        F.local_response_norm,
-    ),
-    *(
-        torch.erf,
-        Tensor.erf,
-        torch.pow,
-        Tensor.pow,
-        Tensor.__pow__,
-        torch.square,
-        Tensor.square,
-        torch.abs,
-        Tensor.abs,
-    ),
-    *(Tensor.sigmoid, torch.neg, Tensor.neg, Tensor.__neg__),
+def _named(names: str) -> set[Any]:
+    """The functions of these names in torch.nn.functional and torch, and the methods of tensors."""
+    places = (F, torch, Tensor)
+    return {getattr(place, name) for name in names.split() for place in places if hasattr(place, name)}
+
+
+CONVOLUTIONS = _named("conv1d conv2d conv3d")
+TRANSPOSED = _named("conv_transpose1d conv_transpose2d conv_transpose3d")
+PASSED = _named(
+    "relu relu_ relu6 gelu silu mish elu celu selu leaky_relu prelu rrelu softplus softsign hardtanh hardswish hardsigmoid"
+    " logsigmoid sigmoid sigmoid_ tanh tanhshrink softshrink hardshrink clamp clamp_ clamp_min layer_norm rms_norm group_norm"
+    " instance_norm normalize local_response_norm erf pow __pow__ square abs neg __neg__ rsub __rsub__"
+)
+GATES = _named("sigmoid sigmoid_ hardsigmoid")
+CONSTANT = _named("softmax log_softmax rsqrt sqrt reciprocal __rtruediv__ var std norm argmax") | {
+    torch.linalg.norm,
+    torch.linalg.vector_norm,
 }
-GATES = {F.sigmoid, torch.sigmoid, Tensor.sigmoid, Tensor.sigmoid_, F.hardsigmoid}
-CONSTANT = {
-    *(F.softmax, torch.softmax, Tensor.softmax, F.log_softmax, Tensor.log_softmax, torch.log_softmax),
-    *(torch.rsqrt, Tensor.rsqrt, torch.sqrt, Tensor.sqrt, torch.reciprocal, Tensor.reciprocal),
-    *(
-        torch.var,
-        Tensor.var,
-        torch.std,
-        Tensor.std,
-        torch.norm,
-        Tensor.norm,
-        torch.linalg.norm,
-        torch.linalg.vector_norm,
-    ),
-    *(Tensor.amax, Tensor.argmax, torch.argmax),
-}
-SUMS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
-DIFFERENCES = {torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__}
-PRODUCTS = {torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__}
-QUOTIENTS = {torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__}
-MEANS = {
-    *(torch.mean, Tensor.mean, torch.sum, Tensor.sum, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
-    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
-}
-MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm}
+SUMS = _named("add add_ __add__ __radd__ __iadd__")
+DIFFERENCES = _named("sub sub_ __sub__ __isub__")
+PRODUCTS = _named("mul mul_ __mul__ __rmul__ __imul__")
+QUOTIENTS = _named("div div_ __truediv__ __itruediv__")
+MEANS = _named("mean sum avg_pool1d avg_pool2d avg_pool3d")
+MEANS |= _named("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d")
+MATMULS = _named("matmul __matmul__ mm bmm")
 
 ROUTES = re.compile(
     r"(_Rule|View|UnsafeView|ReshapeAlias|Permute|Transpose|T|Mh|MT|Slice|Select|Index|IndexSelect|Gather|Cat|Stack|Split|"
@@ -443,6 +374,7 @@ class RelevanceMode(TorchFunctionMode):
             (QUOTIENTS, self._divide),
             (MEANS, self._mean),
             (MATMULS, self._matmul),
+            ({torch.einsum}, self._einsum),
             ({F.scaled_dot_product_attention}, self._attention),
         ):
             if func in known:
@@ -509,7 +441,7 @@ class RelevanceMode(TorchFunctionMode):
 
         out = _Rule.apply([value.detach()], back, x)
         if foldable:
-            out._layer = (kind, f, x, weight, bias, out_dim, name)
+            out._layer = (out._version, kind, f, x, weight, bias, out_dim, name)
         return out
 
     def _embedded(self, found: Tensor, weight: Tensor) -> Tensor:
@@ -530,9 +462,9 @@ class RelevanceMode(TorchFunctionMode):
         given = {**dict(zip(names, args)), **kwargs}
         x, variance = given["input"], given["running_var"]
         layer = getattr(x, "_layer", None)
-        if layer is None or variance is None or given.get("training"):
+        if layer is None or layer[0] != x._version or variance is None or given.get("training"):
             return self._identity(x, value)
-        kind, f, x, weight, bias, out_dim, name = layer
+        _, kind, f, x, weight, bias, out_dim, name = layer
         scale = (variance + given.get("eps", 1e-5)).rsqrt()
         if given.get("weight") is not None:
             scale = scale * given["weight"]
@@ -616,22 +548,29 @@ class RelevanceMode(TorchFunctionMode):
 
     def _matmul(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         x, y = args[0], _argument(args, kwargs, 1, "other" if func is not torch.mm else "mat2")
-        value = func(x, y)
-        if not y.requires_grad:
-            if id(y) in self.names or y.dim() == 2:
-                return self._layer("linear", func, x, y, None, value, 1)
-        elif x.requires_grad:
-            epsilon = self.composite.epsilon
+        if not y.requires_grad and (id(y) in self.names or y.dim() == 2):
+            return self._layer("linear", func, x, y, None, func(x, y), 1)
+        return self._product(func, x, y)
 
-            def both(relevance: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-                half = relevance / 2
-                return _share(lambda t: func(t, y), x, half, epsilon), _share(
-                    lambda t: func(x, t), y, half, epsilon
-                )
+    def _einsum(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        equation, *given = args
+        operands = given[0] if len(given) == 1 and isinstance(given[0], tuple | list) else given
+        if len(operands) != 2:
+            return func(*args, **kwargs)
+        return self._product(partial(func, equation), *operands)
 
-            return _Rule.apply([value.detach()], both, x, y)
-        fixed, moving = (y, x) if x.requires_grad else (x, y)
-        return self._weighted(lambda t: func(t, fixed) if moving is x else func(fixed, t), moving, value)
+    def _product(self, f: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+        value = f(x, y)
+        if not (x.requires_grad and y.requires_grad):
+            moving = x if x.requires_grad else y
+            return self._weighted(lambda t: f(t, y) if moving is x else f(x, t), moving, value)
+        epsilon = self.composite.epsilon
+
+        def back(relevance: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            half = relevance / 2
+            return _share(lambda t: f(t, y), x, half, epsilon), _share(lambda t: f(x, t), y, half, epsilon)
+
+        return _Rule.apply([value.detach()], back, x, y)
 
     def _attention(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         names = ("query", "key", "value")

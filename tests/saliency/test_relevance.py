@@ -208,6 +208,58 @@ def test_a_relu_in_place_and_sums_in_place_are_what_they_are_out_of_place():
     assert torch.allclose(first, second, atol=1e-6) and first.abs().sum() > 0.1
 
 
+def test_a_norm_behind_an_activation_in_place_is_not_folded_into_the_convolution():
+    class Late(nn.Module):
+        def __init__(self, in_place):
+            super().__init__()
+            self.conv, self.norm, self.head, self.in_place = (
+                nn.Conv2d(3, 4, 3),
+                nn.BatchNorm2d(4),
+                nn.Linear(4, 2),
+                in_place,
+            )
+
+        def forward(self, x):
+            y = self.conv(x)
+            y = y.relu_() if self.in_place else y.relu()
+            return self.head(self.norm(y).mean((2, 3)))
+
+    torch.manual_seed(0)
+    one = randomised(Late(True))
+    other = randomised(Late(False))
+    other.load_state_dict(one.state_dict())
+    x = torch.rand(2, 3, 6, 6)
+    first, second = (propagate(net, x, one_hot([0, 1]), "z+") for net in (one, other))
+    assert torch.allclose(first, second, atol=1e-6) and first.abs().sum() > 0.1
+
+
+def test_products_in_other_words_have_the_same_relevance():
+    torch.manual_seed(0)
+    w = torch.randn(4, 3)
+
+    class Product(nn.Module):
+        def __init__(self, f):
+            super().__init__()
+            self.f, self.weight = f, nn.Parameter(torch.rand(4, 4))
+
+        def forward(self, x):
+            return self.f(x, self.weight) @ w
+
+    x = torch.rand(2, 4)
+    ways = [
+        torch.matmul,
+        torch.mm,
+        lambda a, b: torch.einsum("ij,jk->ik", a, b),
+        lambda a, b: F.linear(a, b.t()),
+    ]
+    nets = [Product(f) for f in ways]
+    for net in nets[1:]:
+        net.load_state_dict(nets[0].state_dict())
+    found = [propagate(net, x, one_hot([0, 2]), "epsilon") for net in nets]
+    for other in found[1:]:
+        assert torch.allclose(found[0], other, atol=1e-5)
+
+
 def test_attention_hands_all_to_the_values(tiny_llama):
     """By hand: with its weights as constants, a head's relevance goes to v in proportion to weight times value."""
     torch.manual_seed(0)
