@@ -404,7 +404,7 @@ def kept_blocks(
                     number, _, rest = path[len(outer) + 1 :].partition(".")
                     inside = number.isdigit() and int(number) in kept
                     path = f"{outer}.{kept.index(int(number))}.{rest}" if inside else None
-            if path in lists and len(lists[path]) == len(units):
+            if path is not None and path in lists and len(lists[path]) == len(units):
                 blocks[path] = units.tolist()
     return blocks | {path: list(kept) for path, kept in getattr(changes, "layers", {}).items()}
 
