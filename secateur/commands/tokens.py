@@ -184,26 +184,37 @@ def _dtype(name: str | None) -> Any:
     return known[name or "float32"]
 
 
+class Stopwatch:
+    """A streamer that notes when each token comes; the prompt comes first."""
+
+    def __init__(self, model: Any) -> None:
+        from secateur.tokens.account import Clock
+
+        self.now = lambda: Clock._now(model)
+        self.begun, self.marks = self.now(), []  # type: tuple[float, list[float]]
+
+    def put(self, value: Any) -> None:
+        self.marks.append(self.now())
+
+    def end(self) -> None:
+        pass
+
+
 def timed(asked: Asked, length: int, repeats: int) -> tuple[str, float, float | None]:
     """The answer, and the median seconds to its first token and for each after it."""
     import torch
 
-    from secateur.tokens.account import Clock
-
-    model, first, each, answer = asked.model, [], [], ""
+    first, each, answer = [], [], ""
     prompt = asked.inputs["input_ids"].shape[1]
     for _ in range(repeats):
-        for store, count in ((first, 1), (each, length)):
-            begun = Clock._now(model)
-            with torch.no_grad():
-                written = model.generate(**asked.inputs, max_new_tokens=count, do_sample=False)
-            seconds = Clock._now(model) - begun
-            answer = asked.tokenizer.decode(written[0, prompt:], skip_special_tokens=True).strip()
-            made = written.shape[1] - prompt
-            if count == 1:
-                store.append(seconds)
-            elif made > 1:
-                store.append((seconds - first[-1]) / (made - 1))
+        watch = Stopwatch(asked.model)
+        with torch.no_grad():
+            written = asked.model.generate(
+                **asked.inputs, max_new_tokens=length, do_sample=False, streamer=watch
+            )
+        answer = asked.tokenizer.decode(written[0, prompt:], skip_special_tokens=True).strip()
+        first.append(watch.marks[1] - watch.begun)
+        each += [b - a for a, b in zip(watch.marks[1:], watch.marks[2:])]
     return answer, statistics.median(first), statistics.median(each) if each else None
 
 

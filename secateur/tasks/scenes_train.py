@@ -55,6 +55,7 @@ from secateur.tasks.scenes_models import (
 STAGES = ("see", "align", "read", "joint")
 CHUNK = 8  # batches of data drawn at a time
 LOG_EVERY = 100
+WORTH_COMPILING = 500  # steps
 LICENCE = "Apache-2.0; trained from nothing on pictures drawn by this program"
 
 
@@ -135,8 +136,7 @@ def pack(
         points.append(point)
         two = (question.about >= 0).all(1) & question.asked
         row, column = (
-            (part[:, 0] - part[:, 1]).sign() + 1
-            for part in (question.about // CELLS, question.about % CELLS)
+            (part[:, 0] - part[:, 1]).sign() + 1 for part in (question.about // CELLS, question.about % CELLS)
         )
         last = torch.arange(width, device=device) == question.at[:, 1:]
         sides.append(torch.where(two[:, None] & last, (row * 3 + column)[:, None], -1))
@@ -360,7 +360,8 @@ class Trainer:
         self.eye_block = eye_block
         if self.device.type == "cpu":
             self.model.set_attn_implementation("eager")
-            if shutil.which("g++") if compiled is None else compiled:
+            total = sum(recipe.steps(stage) for stage in STAGES)
+            if compiled if compiled is not None else total >= WORTH_COMPILING and shutil.which("g++"):
                 for block in self._blocks():
                     block.forward = torch.compile(block.forward)
                 self.eye_block = torch.compile(eye_block)
@@ -469,9 +470,7 @@ class Trainer:
         ):
             told = head(self.caught[name][:, start + TOKENS :]).float()
             wanted = packed[name][:, start + TOKENS :]
-            losses = F.cross_entropy(
-                told.flatten(0, 1), wanted.flatten(), ignore_index=-1, reduction="sum"
-            )
+            losses = F.cross_entropy(told.flatten(0, 1), wanted.flatten(), ignore_index=-1, reduction="sum")
             loss = loss + weight * losses / (wanted >= 0).sum().clamp(min=1)
         hit = (logits.argmax(-1) == labels) & answers
         right, asked, at = [], [], len(frame(recipe.variant)[1])
