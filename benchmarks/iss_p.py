@@ -7,7 +7,7 @@
 All begin with the same trained network and train for as many steps on the same patches of Set14 (there is no DIV2K here),
 in the same order, with the same optimiser; the same share of every layer becomes zero. "one-shot" zeroes the smallest
 weights at once and trains what is left for all steps. "iss-p" spends `--stage` of them on shrinking. "iht" is the same with
-alpha 0. "dense" trains on without pruning. Judged by PSNR on Set5 (or, to choose settings by, on two pictures of Set14 that
+alpha 0. "random" zeroes weights by chance at once. "dense" trains on without pruning. Judged by PSNR on Set5 (or, to choose settings by, on two pictures of Set14 that
 aren't trained on: `--split val`). `--start init` begins with untrained weights; "one-shot" then trains densely for the
 stage, cuts, and trains on.
 """
@@ -37,7 +37,7 @@ from secateur.taxonomy import record
 from secateur.training.job import Job
 from secateur.training.task import Task
 
-METHODS = ("dense", "one-shot", "iht", "iss-p")
+METHODS = ("dense", "random", "one-shot", "iht", "iss-p")
 task: Task
 held_out: list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -47,6 +47,7 @@ class OneShot(TrainMethod):
     """The smallest weights of every layer become zero at once."""
 
     at: float = 0.0
+    by_chance: bool = False
     name: ClassVar[str] = "one-shot"
     info = record("iss-p")
 
@@ -55,7 +56,13 @@ class OneShot(TrainMethod):
         if first:
             job.train("dense", steps=first, lr_schedule="constant", warmup=0.0)
         ratio = 1 - job.target.value
-        masks = {name: ~smallest(weight, ratio) for name, weight in job.weights.items()}
+        generator = job.generator("mask")
+        masks = {}
+        for name, weight in job.weights.items():
+            ranked = (
+                torch.rand(weight.shape, generator=generator).to(weight.device) if self.by_chance else weight
+            )
+            masks[name] = ~smallest(ranked, ratio)
         held = job.masked(masks)
         job.note(phase="cut", after_the_freeze=job.quality())
         job.train("tune", steps=job.steps - first, after_step=[held], moments=job.moments or None)
@@ -72,7 +79,7 @@ def one(method: str, seed: int, args: argparse.Namespace) -> dict[str, object]:
         made.train = tuple(part.to(args.device) for part in made.train)
     made.quality = lambda model: psnr(model, held_out[2:3] or held_out[:1])
     keep = 1.0 if method == "dense" else args.keep
-    chosen: TrainMethod = OneShot(at=args.stage if args.start == "init" else 0.0)
+    chosen: TrainMethod = OneShot(args.stage if args.start == "init" else 0.0, method == "random")
     if method in ("iht", "iss-p"):
         chosen = IssP(alpha=0.0 if method == "iht" else args.alpha, stage=args.stage)
     pruned = secateur.train_prune(

@@ -11,6 +11,7 @@ Every rival begins with the same trained network, trains for `--epochs`, is cut 
   slimming         L1 on all BatchNorm scales; the smallest scales leave, the same share of every group
   slimming-global  the same; the smallest scales of all groups leave
   masksparsity     L1 on the scales of the channels that were chosen before; these leave, the same share of every group
+  random           no penalty; channels drawn by chance leave, the same share of every group
   l1-direct        as l1, but cut at once and fine-tuned: without the training between (less training than the others)
 
 Printed: test accuracy before, after the training, right after the cut, and at the end.
@@ -39,7 +40,7 @@ from secateur.taxonomy import record
 from secateur.training.job import Job
 from secateur.training.task import Task
 
-METHODS = ("l1-direct", "l1", "slimming", "slimming-global", "masksparsity")
+METHODS = ("random", "l1-direct", "l1", "slimming", "slimming-global", "masksparsity")
 tasks: dict[str, Task] = {}
 
 
@@ -69,10 +70,14 @@ class Rival(TrainMethod):
             job.train("sparse", after_backward=[Sparsify(scales, everything, self.lam)] if self.lam else ())
         job.note(phase="sparse", quality=job.quality())
         sizes = {name: p.detach().abs() for name, p in job.model.named_parameters()}
-        scores = {
-            name: gammas(group, scales).mean(0) if self.by == "scale" else group.reduce(sizes, roles=("out",))
-            for name, group in members.items()
-        }
+        scores = {}
+        for name, group in members.items():
+            if self.by == "random":
+                scores[name] = torch.rand(group.size, generator=job.generator(name))
+            elif self.by == "scale":
+                scores[name] = gammas(group, scales).mean(0)
+            else:
+                scores[name] = group.reduce(sizes, roles=("out",))
         job.cut(context.allocate(scores, self.divide))
         job.note(quality_after_the_cut=job.quality())
         job.train("tune", steps=round(self.tune * job.steps), lr=self.tune_lr)
@@ -94,7 +99,7 @@ def one(network: str, method: str, seed: int, args: argparse.Namespace) -> dict[
     elif method.startswith("slimming"):
         chosen = Rival(args.slim_lam, "scale", "global" if method.endswith("global") else "uniform", **own)
     else:
-        chosen = Rival(first=method == "l1", **own)
+        chosen = Rival(by="random" if method == "random" else "l1", first=method != "l1-direct", **own)
     pruned = secateur.train_prune(
         task,
         method=chosen,
@@ -105,6 +110,9 @@ def one(network: str, method: str, seed: int, args: argparse.Namespace) -> dict[
         lr=args.lr,
         batch=args.batch,
         precision=args.precision,
+        optimizer="sgd",
+        nesterov=True,
+        clip=0.0,
         lr_schedule="cosine",
         **(own if chosen == "masksparsity" else {}),
     )
