@@ -32,7 +32,7 @@ class ToDRE(TokenMethod):
     floor(depth x `depth`), counted from 1 (the base is a reconstruction), where the text after the image gives less
     than `tau` of its attention to visual tokens. The paper also asks what visual tokens give to later text: nothing in
     a causal decoder, so it isn't computed. With several crops the pivot is sought in the first, the thumbnail;
-    without CLS it is random. criterion: "max_sum" (v2) or "k_center" (v1). removal: False for the first half alone.
+    without CLS it is random. Position ids are counted anew before the LLM and stay as they are at the removal. criterion: "max_sum" (v2) or "k_center" (v1). removal: False for the first half alone.
     """
 
     criterion: str = field(default="max_sum", metadata={"choices": ("max_sum", "k_center")})
@@ -51,7 +51,14 @@ class ToDRE(TokenMethod):
         if self.removal and self.share != 1 and 0 < layer < facts.layers:
             record = f"layer:{layer - 1}"
             stages.append(
-                Stage(f"layer:{layer}", partial(self.remove, record), (record,), scope="row", keep=1.0)
+                Stage(
+                    f"layer:{layer}",
+                    partial(self.remove, record),
+                    (record,),
+                    scope="row",
+                    keep=1.0,
+                    positions="original",
+                )
             )
         return stages
 

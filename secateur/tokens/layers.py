@@ -277,6 +277,8 @@ class LayerDriver:
         place = run.base.valid.cumsum(1).gather(1, columns) - valid.cumsum(1)
         left = place.masked_fill(~valid, 0)
         gone = run.base.valid.sum(1) - valid.sum(1)
+        if all(placed.stage.positions == "original" for placed in attached.stages_at("layer", number)):
+            left, gone = before.left.gather(1, index), before.gone
         call.lengths[number] = valid[::step].sum(1).cpu()
         return hidden, Stretch(columns, valid, index.shape[1], left, gone, identity=False, shorter=True)
 

@@ -28,6 +28,7 @@ class Stage:
     `keep`: float, the share of the original count of each set; int, the count; None, what the target says.
     `bias`: in the tower, the name of a carried number whose log is added to a token's attention logits as a key in the
     blocks after.
+    `positions`: "original" where a stage between layers leaves positions alone though the method's are "compact".
     """
 
     at: str
@@ -36,6 +37,7 @@ class Stage:
     scope: str | None = None
     keep: float | int | None = None
     bias: str | None = None
+    positions: str | None = None
 
 
 @dataclass

@@ -37,6 +37,11 @@ def given(attention, keep, features=None, site=SITE, rows="cls", facts=CLIP, **m
     return TokenSets.from_tensors(features, keep, attention={(site, rows): scores}, facts=facts, **more)
 
 
+def given_grid(scores):
+    """Two rows of it may stay."""
+    return given(scores.flatten().tolist(), 2 * scores.shape[1], rows="visual", grid=tuple(scores.shape))
+
+
 class TestFasterVLM:
     HEADS = torch.tensor([[[0.05, 0.20, 0.10, 0.30, 0.15, 0.12], [0.25, 0.05, 0.10, 0.10, 0.20, 0.20]]])
 
@@ -139,6 +144,20 @@ class TestDivPrune:
         moved = kept("divprune", TokenSets.from_tensors(x[:, order], 11))[0]
         assert sorted(int(order[i]) for i in moved) == first
 
+    def test_published_cost_at_the_published_share(self):
+        """Eleven prompts, 56 of 576 tokens left: mean 3.22796 and 0.51225 TFLOPs, mean ratio 15.6303 %."""
+        from secateur.tokens.account import layer_flops
+        from secateur.tokens.budget import counts
+
+        left = int(counts(torch.tensor([576]), 0.098))
+        texts = (15, 15, 23, 83, 25, 113, 15, 39, 21, 91, 57)
+        dense, pruned = (
+            [32 * layer_flops(n + t, 4096, 11008, gated=False) / 1e12 for t in texts] for n in (576, left)
+        )
+        assert sum(dense) / 11 == pytest.approx(3.22796, abs=1e-5)
+        assert sum(pruned) / 11 == pytest.approx(0.51225, abs=1e-5)
+        assert sum(b / a for a, b in zip(dense, pruned)) / 11 == pytest.approx(0.156303, abs=1e-6)
+
     def test_newline_tokens_compete_and_an_image_is_one_set(self):
         cls = type(make_method("divprune"))
         assert cls.newlines == "compete" and cls.scope == "image"
@@ -227,6 +246,14 @@ class TestHoloV:
         """Without the factor it would starve: here its attention is the highest of all."""
         scores = [0.5, 0.1, 0.1, 0.1]
         assert 0 in kept("holov", given(scores, 1, torch.randn(1, 4, 3)), crops=4)[0]
+
+    def test_the_scale_of_attention_does_not_matter(self):
+        for compat in ("code", "paper"):
+            base, scaled = (
+                kept("holov", given([a * c for a in SEEN], 4, HOLO), crops=2, compat=compat)
+                for c in (1, 0.37)
+            )
+            assert base == scaled
 
     def test_every_run_with_a_whole_share_keeps_a_token(self):
         scores = torch.rand(576) + 0.5
@@ -469,6 +496,12 @@ class TestFoPru:
                 for s in ("rank", "row")
             )
             assert len(rank) == len(row) == 12 and scores[rank].sum() >= scores[row].sum()
+
+    def test_permuting_rows_of_the_grid_permutes_the_rows_that_stay(self):
+        scores, order = torch.rand(5, 4), torch.randperm(5)
+        first = {i // 4 for i in kept("fopru", given_grid(scores), strategy="row")[0]}
+        moved = {int(order[i // 4]) for i in kept("fopru", given_grid(scores[order]), strategy="row")[0]}
+        assert moved == first and len(first) == 2
 
     def test_a_map_without_favourites_still_keeps_as_many(self):
         assert kept("fopru", given([0.25] * 4, 3, rows="visual")) == [[0, 1, 2]]
@@ -791,3 +824,29 @@ class TestThroughAModel:
             before = model(**inputs).logits
             with secateur.attach(model, "todre", target="100%", tau=1.01):
                 assert torch.equal(model(**inputs).logits, before)
+
+    def test_layers_after_the_removal_see_the_text_alone(self, llava):
+        """What enters layer 3 without the removal, its text rows alone through that layer at their own positions."""
+        import secateur
+
+        model, inputs, _ = llava
+        row = {key: value[:1] for key, value in inputs.items()} | {"pixel_values": inputs["pixel_values"][:2]}
+        decoder, seen = model.model.language_model, {}
+
+        def note(module, args, kwargs):
+            seen["states"], seen["positions"] = args[0], kwargs["position_ids"]
+
+        hook = decoder.layers[3].register_forward_pre_hook(note, with_kwargs=True)
+        with torch.no_grad(), secateur.attach(model, "todre", target="tokens=5", removal=False) as attached:
+            model(**row)
+        hook.remove()
+        text = row["input_ids"][0, attached.columns[0]] != 5
+        states, positions = seen["states"][:, text], seen["positions"][:, text]
+        with torch.no_grad():
+            angles = decoder.rotary_emb(states, positions)
+            mask = torch.ones(states.shape[1], states.shape[1]).tril().bool()[None, None]
+            out = decoder.layers[3](states, attention_mask=mask, position_embeddings=angles)
+            expected = model.lm_head(decoder.norm(out[0] if isinstance(out, tuple) else out))
+            with secateur.attach(model, "todre", target="tokens=5", tau=1.01):
+                found = model(**row).logits
+        assert found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
