@@ -5,6 +5,7 @@ What is put on the model lies on the instance (two wrapped methods, hooks, the c
 
 from __future__ import annotations
 
+import copy
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
@@ -166,13 +167,13 @@ class Attached:
                 fix="detach it first",
             )
         tower = model if self.plain else model.get_encoder("image")
-        blocks = self.family.blocks(tower) if self.facts.blocks else []
+        blocks: Any = self.family.blocks(tower) if self.facts.blocks else []
         layers = [] if self.plain else model.get_decoder().layers
         records = [text for p in self.placed for text in p.stage.records]
         sites = {text: Site.parse(text, self.facts.layers, self.facts.blocks) for text in records}
         self.recorder_sites_tower = any(site.tower for site in sites.values())
         _ATTACHED[model] = self
-        self._undo.append(lambda: _ATTACHED.pop(model, None) and None)
+        self._undo.append(lambda: _forget(model))
         if sites:
             self.recorder = Recorder(self, sites, blocks, layers)
             self._undo.append(self.recorder.remove)
@@ -335,7 +336,9 @@ class Attached:
             self._pending = None
         if call is not None and turn is not None and getattr(out, "past_key_values", None) is not None:
             out.past_key_values._secateur_turn = turn
-        return self._with_prompt(out, ids, short) if removed else out
+        return (
+            self._with_prompt(out, ids, short) if removed and ids is not None and short is not None else out
+        )
 
     def _shift(self, kwargs: dict[str, Any], removed: int) -> dict[str, Any]:
         """Lengths that count the prompt, for the shorter one."""
@@ -430,6 +433,10 @@ class Attached:
         return account.report(self, self._run)
 
 
+def _forget(model: nn.Module) -> None:
+    _ATTACHED.pop(model, None)
+
+
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
@@ -499,8 +506,8 @@ def attach(
             function=method, at=at, needs_records=tuple(records), competes=scope, **hyperparameters
         )
     else:
-        chosen = make_method(method, **hyperparameters)  # type: ignore[arg-type]
-        chosen = chosen if chosen is not method else make_method(type(chosen), **chosen.hyperparameters)
+        named: Any = method
+        chosen = copy.copy(make_method(named, **hyperparameters))
     if not isinstance(chosen, TokenMethod):
         raise SecateurError(
             f"{chosen.name} removes weights, not tokens",

@@ -111,7 +111,7 @@ class EncoderDriver:
         self.inputs, self.state = kwargs, None
         attached = self.attached
         try:
-            with attached.running(_Waiting):  # type: ignore[arg-type]
+            with attached.running(_Waiting):
                 yield
         finally:
             self.state, self.inputs = None, {}
@@ -321,9 +321,9 @@ class EncoderDriver:
         for name in TABLES:
             if new.get(name) is not None:
                 new[name] = self._table(state, new[name])
-        name = next((n for n in MASKS if n in self.names), None)
-        if name is not None:
-            new[name] = self._mask(state, hidden, new.get(name))
+        mask = next((n for n in MASKS if n in self.names), None)
+        if mask is not None:
+            new[mask] = self._mask(state, hidden, new.get(mask))
         return new
 
     def _packed_kwargs(self, state: State, new: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.errors import SecateurError
-from secateur.tokens.scores import attention_rows
+from secateur.tokens.scores import attention_rows, received_attention
 from secateur.tokens.state import Missing, TokenSets
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def tap_on(block: nn.Module) -> tuple[Tap, Callable[[], None]]:
             )
         changed = copy.copy(config)
         changed._attn_implementation_internal = _interface(base)
-        module.config = changed  # type: ignore[assignment]
+        module.config = changed
         _TAPS[module] = tap
 
         def off() -> None:
@@ -205,14 +205,14 @@ def tap_on(block: nn.Module) -> tuple[Tap, Callable[[], None]]:
         with _Sdpa(tap):
             return forward(*args, **kwargs)
 
-    module.forward = watched  # type: ignore[method-assign]
+    module.forward = watched
     _TAPS[module] = tap
 
     def restore() -> None:
         if own is None:
             del module.forward
         else:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own
         _TAPS.pop(module, None)
 
     return tap, restore
@@ -318,6 +318,11 @@ def without_rotation(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
+def _padded(usable: Tensor, past: int) -> Tensor:
+    """bool [S, past + n]: earlier keys are all there."""
+    return torch.nn.functional.pad(usable, (past, 0), value=True) if past else usable
+
+
 class Live:
     """Statistics of a run, for the sets of one stage."""
 
@@ -399,35 +404,65 @@ class Live:
         elif over != "all":
             raise SecateurError(f"there is no over={over!r}", where="tokens", fix="all or visual")
         row = sets.row
-        same = len(row) == len(q) and bool((row == torch.arange(len(q), device=row.device)).all())
-        k = k if same else k[row]
-        out = None
-        for start in range(0, chosen.shape[1], CHUNK):
-            piece = chosen[:, start : start + CHUNK]
-            share = weights[:, start : start + CHUNK]
-            at = piece.clamp(min=0)
-            queries = q[row[:, None], :, at].transpose(1, 2)
-            if mask is None:
-                allowed = valid[row][:, None, None, :]
-                if past:
-                    allowed = torch.cat([allowed.new_ones(len(row), 1, 1, past), allowed], 3)
-                if note.causal and length > 1:
-                    order = torch.arange(keys, device=q.device)
-                    allowed = allowed & (order <= at[..., None] + past)[:, None]
-                hidden: Tensor = allowed
-            elif mask.dim() == 4:
-                rows_of = mask.expand(len(q), *mask.shape[1:])[row[:, None], :, at].transpose(1, 2)
-                hidden = rows_of[..., -keys:]
-            else:
-                hidden = mask.bool()[row][:, None, None, -keys:]
-            found = attention_rows(
-                queries, k, share.float(), mask=hidden, over=seen, scale=note.scale, heads=True
+        if len(row) != len(q) or bool((row != torch.arange(len(q), device=row.device)).any()):
+            q, k = q[row], k[row]
+            mask = mask[row] if mask is not None and mask.shape[0] > 1 else mask
+        usable = valid[row]
+        causal = note.causal and length > 1
+        if chosen.shape[1] > CHUNK and (mask is None or mask.dim() == 4):
+            share = torch.zeros(len(q), length, device=q.device)
+            share.scatter_add_(1, chosen.clamp(min=0), weights.float())
+            seen_by: Tensor | None = None if mask is None else mask[..., -keys:]
+            if mask is None and not bool(usable.all()):
+                seen_by = _padded(usable, past)[:, None, None]
+            out = received_attention(
+                q,
+                k,
+                share,
+                mask=seen_by,
+                over=seen,
+                causal=causal and not self.call.family.bidirectional,
+                scale=note.scale,
+                heads=True,
             )
-            out = found if out is None else out + found
-        assert out is not None
+        else:
+            out = self._some_rows(q, k, mask, chosen, weights, usable, causal, seen, note.scale)
         picked = out.gather(2, index[:, None].expand(-1, out.shape[1], -1))
         picked = picked.masked_fill((slots < 0)[:, None], 0)
         return picked if heads else picked.mean(1)
+
+    @staticmethod
+    def _some_rows(
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None,
+        chosen: Tensor,
+        weights: Tensor,
+        usable: Tensor,
+        causal: bool,
+        seen: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        """[S, H, keys] for query slots `chosen` [S, R], a chunk at a time."""
+        keys = k.shape[2]
+        past = keys - q.shape[2]
+        out = torch.zeros(len(q), q.shape[1], keys, device=q.device)
+        sets = torch.arange(len(q), device=q.device)[:, None]
+        for start in range(0, chosen.shape[1], CHUNK):
+            at = chosen[:, start : start + CHUNK].clamp(min=0)
+            queries = q[sets, :, at].transpose(1, 2)
+            if mask is None:
+                hidden = _padded(usable, past)[:, None, None]
+                if causal:
+                    order = torch.arange(keys, device=q.device)
+                    hidden = hidden & (order <= at[..., None] + past)[:, None]
+            elif mask.dim() == 4:
+                hidden = mask.expand(len(q), *mask.shape[1:])[sets, :, at].transpose(1, 2)[..., -keys:]
+            else:
+                hidden = mask.bool()[:, None, None, -keys:]
+            share = weights[:, start : start + CHUNK].float()
+            out = out + attention_rows(queries, k, share, mask=hidden, over=seen, scale=scale, heads=True)
+        return out
 
     def _rows(self, sets: TokenSets, slots: Tensor, note: Note, rows: str | Tensor) -> tuple[Tensor, Tensor]:
         """Query slots [S, R] and their weights."""
@@ -568,9 +603,10 @@ class Live:
 
     def attention(self, sets: TokenSets, site: str, rows: str | Tensor, over: str, heads: bool) -> Tensor:
         note = self.note(site)
-        if site.startswith("layer"):
-            return self._layer_attention(sets, note, rows, over, heads)
-        return self._tower_attention(sets, note, rows, over, heads)
+        with torch.no_grad():
+            if site.startswith("layer"):
+                return self._layer_attention(sets, note, rows, over, heads)
+            return self._tower_attention(sets, note, rows, over, heads)
 
     def vectors(self, sets: TokenSets, which: str, site: str, rope: bool, cls: bool) -> Tensor:
         note = self.note(site, raw=not rope)

@@ -148,7 +148,8 @@ def make_table(layouts: dict[str, Layout], places: dict[str, tuple[Tensor, Tenso
     number = torch.cat([number, torch.full((len(joined["row"]) - visual,), -1, device=device)])
     image = _within(joined["image_id"], joined["row"])
     crop = _within(joined["crop_id"], joined["image_id"])
-    return Table(image=image, crop=crop, number=number, visual=visual, rows=rows, **joined)
+    values: dict[str, Any] = {**joined, "image": image, "crop": crop, "number": number}
+    return Table(visual=visual, rows=rows, **values)
 
 
 def _within(inner: Tensor, outer: Tensor) -> Tensor:

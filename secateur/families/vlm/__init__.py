@@ -71,7 +71,7 @@ def facts_of(model: Any, family: Family) -> Facts:
     plain = family.layout is None
     tower = model if plain else model.get_encoder("image")
     try:
-        blocks = family.blocks(tower)
+        blocks: Any = family.blocks(tower)
     except AttributeError:
         blocks = None
     vision: dict[str, Any] = {"blocks": len(blocks) if blocks is not None else 0}

@@ -112,7 +112,10 @@ class Layout:
         return len(self.image)
 
     def to(self, device: torch.device) -> Layout:
-        return Layout(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+        moved: dict[str, Any] = {
+            k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()
+        }
+        return Layout(**moved)
 
 
 @dataclass(frozen=True)
