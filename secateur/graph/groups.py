@@ -397,10 +397,7 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
     order = np.lexsort((place, own, cls))
     cls, place, own = cls[order], place[order], own[order]
     bounds = np.flatnonzero(np.r_[True, cls[1:] != cls[:-1], True]) if len(cls) else np.zeros(1, int)
-    buckets: dict[tuple, list[tuple[int, int, int]]] = defaultdict(list)
-    for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        c = int(cls[a])
-        buckets[int(code[c]), own[a:b].tobytes()].append((c, a, b))
+    buckets = _alike(bounds, own, code[cls[bounds[:-1]]])
 
     floors = []
     for ids, k in t.floors:
@@ -416,18 +413,18 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
         grains.append((met, grain // gcd(grain, each)))
     used = t.uses
     groups = []
-    for (why, _), found in buckets.items():
-        first_place = own[found[0][1]]
-        found.sort(key=lambda item: int(place[item[1]]))
-        rows = np.stack([place[a:b] for _, a, b in found])
-        owners = own[found[0][1] : found[0][2]]
+    for why, width, starts in buckets:
+        first_place = own[starts[0]]
+        starts = starts[np.argsort(place[starts], kind="stable")]
+        rows = place[starts[:, None] + np.arange(width)]
+        owners = own[starts[0] : starts[0] + width]
         slices, at = [], 0
         for k, count in Counter(owners.tolist()).items():
             name, dim = keys[k]
             index = torch.from_numpy(np.ascontiguousarray(rows[:, at : at + count]))
             slices.append(Slice(name, dim, index, t.roles.get(keys[k], "vector")))
             at += count
-        units = np.array([c for c, _, _ in found])
+        units = cls[starts]
         reason = labels.reasons[why] if why else None
         if reason is not None and reason.startswith("a spatial axis of a convolution"):
             continue
@@ -488,6 +485,21 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
     last = [g for g in ordered if g.reason is None]
     graph.groups = last + _layers(t, graph) + [g for g in ordered if g.reason is not None]
     return graph
+
+
+def _alike(bounds: np.ndarray, own: np.ndarray, code: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
+    """(reason, members of a class, starts of classes) of classes with the same reason and the same owners, in order."""
+    starts, sizes = bounds[:-1], np.diff(bounds)
+    found = []
+    for width in dict.fromkeys(sizes.tolist()):
+        here = np.flatnonzero(sizes == width)
+        keys = np.column_stack([code[here], own[starts[here][:, None] + np.arange(width)]])
+        keys = np.ascontiguousarray(keys).view(np.dtype((np.void, keys.dtype.itemsize * (width + 1)))).ravel()
+        _, which = np.unique(keys, return_inverse=True)
+        order = np.argsort(which, kind="stable")
+        for part in np.split(order, np.cumsum(np.bincount(which))[:-1]):
+            found.append((int(here[part[0]]), int(code[here[part[0]]]), width, starts[here[part]]))
+    return [(why, width, group) for _, why, width, group in sorted(found, key=lambda item: item[0])]
 
 
 def _experts(t: Tracer) -> dict[str, np.ndarray]:

@@ -50,18 +50,21 @@ class Labels:
 
     def find(self, ids: np.ndarray) -> np.ndarray:
         """The representative of each label."""
-        root = self.parent[ids]
+        root = first = self.parent[ids]
         while True:
             up = self.parent[root]
-            if np.array_equal(up, root):
+            if (up == root).all():
                 break
             root = up
-        self.parent[ids] = root
+        if root is not first:
+            self.parent[ids] = root
         return root
 
     def tie(self, a: np.ndarray, b: np.ndarray) -> None:
         """Merge elementwise after broadcasting."""
-        a, b = (np.ravel(v) for v in np.broadcast_arrays(a, b))
+        if a.shape != b.shape:
+            a, b = np.broadcast_arrays(a, b)
+        a, b = np.ravel(a), np.ravel(b)
         while True:
             a, b = self.find(a), self.find(b)
             apart = a != b

@@ -7,6 +7,7 @@ exported, so data-dependent code, caches and nested outputs need nothing special
 
 from __future__ import annotations
 
+import functools
 import linecache
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -214,12 +215,10 @@ class Tracer:
             for axis in axes:
                 for layer in x.layers:
                     if axis < layer.ndim and layer.shape[axis] > 1:
-                        roots = np.unique(self.labels.find(np.ravel(layer)))
+                        met = np.zeros(self.labels.count, bool)
+                        met[self.labels.find(np.ravel(layer))] = True
                         for key in names:
-                            if (
-                                key not in self.roles
-                                and np.isin(self.labels.find(self.ids[key]), roots).any()
-                            ):
+                            if key not in self.roles and met[self.labels.find(self.ids[key])].any():
                                 self.roles[key] = role
 
     def origin(self, xs: Sequence[Axes | None]) -> frozenset[str] | None:
@@ -375,7 +374,7 @@ class Tracer:
         """Label the results of one operation."""
         full = op._schema.name.split("::")[1]
         self.op = full
-        named = bind(op._schema, args, kwargs)
+        named = bind(op, args, kwargs)
         tensors: dict[str, Any] = {}
         for key, value in named.items():
             if isinstance(value, torch.Tensor):
@@ -649,17 +648,23 @@ def grouped(t: Tracer, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 # --- small helpers
 
 
-def bind(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def bind(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by the names of an operation's schema, defaults filled in."""
     out = {}
-    for n, arg in enumerate(schema.arguments):
+    for n, (name, has_default, default) in enumerate(arguments(op)):
         if n < len(args):
-            out[arg.name] = args[n]
-        elif arg.name in kwargs:
-            out[arg.name] = kwargs[arg.name]
-        elif arg.has_default_value():
-            out[arg.name] = arg.default_value
+            out[name] = args[n]
+        elif name in kwargs:
+            out[name] = kwargs[name]
+        elif has_default:
+            out[name] = default
     return out
+
+
+@functools.cache
+def arguments(op: Any) -> list[tuple[str, bool, Any]]:
+    """(name, has a default, default) of an operation's arguments."""
+    return [(a.name, a.has_default_value(), a.default_value) for a in op._schema.arguments]
 
 
 def flat_tensors(value: Any) -> Iterator[torch.Tensor]:
