@@ -35,7 +35,8 @@ def main() -> None:
     parser.add_argument("--methods", default="all")
     parser.add_argument("--targets", default="50,25,10")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--variant", default="llava")
+    parser.add_argument("--variant", default="llava", help="llava, qwen, or a folder that train scenes wrote")
+    parser.add_argument("--data", default="scenes", help="scenes or easy_vqa")
     parser.add_argument("--limit", type=int, default=256, help="test pictures, up to five questions each")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
@@ -45,7 +46,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     seeds = [int(seed) for seed in args.seeds.split(",")]
     methods = token_methods() if args.methods == "all" else args.methods.split(",")
-    settings = {"seeds": seeds, "variant": args.variant, "limit": args.limit}
+    settings = {"seeds": seeds, "variant": args.variant, "limit": args.limit, "data": args.data}
     kept = read(args.out, settings)
     jobs = [(None, "100%")] + [(m, f"{t}%") for t in args.targets.split(",") for m in methods]
     scores = []
@@ -55,7 +56,15 @@ def main() -> None:
             extra = {"tokenizer": scenes_tokenizer(), **OWN.get(method or "", {})} if method else {}
             try:
                 score = evaluate(
-                    method, target, args.variant, seeds, args.limit, args.batch, args.device, **extra
+                    method,
+                    target,
+                    args.variant,
+                    seeds,
+                    args.limit,
+                    args.batch,
+                    args.device,
+                    args.data,
+                    **extra,
                 )
             except Exception as error:  # noqa: BLE001  one broken method must not end the table
                 score = Score(method or "", target, args.variant, missing=f"{type(error).__name__}: {error}")

@@ -130,7 +130,11 @@ def accuracy(
             right[group.kind] = right.get(group.kind, 0) + hits
             asked[group.kind] = asked.get(group.kind, 0) + len(group.questions[rows])
             after()
-    return {kind: 100 * right[kind] / asked[kind] for kind in KINDS if kind in asked}
+    return {kind: 100 * right[kind] / asked[kind] for kind in sorted(asked, key=_order)}
+
+
+def _order(kind: str) -> int:
+    return KINDS.index(kind) if kind in KINDS else len(KINDS)
 
 
 def evaluate(
@@ -141,6 +145,7 @@ def evaluate(
     limit: int = 256,
     batch: int = 64,
     device: str | torch.device = "cpu",
+    data: str = "scenes",
     **options: Any,
 ) -> Score:
     """Accuracy of the trained models of `seeds` under a token method, by kind of question.
@@ -148,7 +153,8 @@ def evaluate(
     >>> evaluate("divprune", "25%", limit=64).accuracy  # doctest: +SKIP
     {'presence': [93.7, ...], 'colour': [...], ...}
 
-    method None: every token stays. limit: test pictures, each with up to five questions. options: what
+    method None: every token stays. variant: also a folder that `train scenes` wrote, for one seed. data: `scenes`, or
+    `easy_vqa`, for a model that was tuned on it. limit: test pictures, each with up to five questions. options: what
     `secateur.attach` takes. A method that needs what the models don't have gives a score with `missing` set.
     """
     import secateur
@@ -157,6 +163,10 @@ def evaluate(
     score = Score(method or "all tokens", str(target or "100%"), variant)
     begun = time.process_time()
     groups = test_set(limit)
+    if data == "easy_vqa":
+        from secateur.tasks.scenes_real import easy_vqa_test
+
+        groups = easy_vqa_test(limit)
     work = [0, 0, 0]
     for seed in seeds:
         model = load_scenes(variant, seed).to(device)
@@ -206,15 +216,16 @@ def table(scores: Sequence[Score]) -> str:
         mean, error = sum(values) / len(values), deviation(values)
         return f"{mean:.1f}" if math.isnan(error) else f"{mean:.1f} ± {error:.1f}"
 
+    kinds = next((list(score.accuracy) for score in scores if score.accuracy), list(KINDS))
     lines = [
-        f"| kept | method | tokens x layers | {' | '.join(KINDS)} | mean |",
-        "|---|---|---|" + "---|" * (len(KINDS) + 1),
+        f"| kept | method | tokens x layers | {' | '.join(kinds)} | mean |",
+        "|---|---|---|" + "---|" * (len(kinds) + 1),
     ]
     for score in scores:
         if score.missing:
-            lines.append(f"| {score.target} | {score.method} | {score.missing} |" + " |" * (len(KINDS) + 1))
+            lines.append(f"| {score.target} | {score.method} | {score.missing} |" + " |" * (len(kinds) + 1))
             continue
-        shares = [cell(score.accuracy.get(kind, [])) for kind in KINDS]
+        shares = [cell(score.accuracy.get(kind, [])) for kind in kinds]
         lines.append(
             f"| {score.target} | {score.method} | {score.tokens_layers:.0f} | {' | '.join(shares)} | {cell(score.mean)} |"
         )
