@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from secateur.method import register
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 from secateur.tokens.budget import strided_grid, top_per_row
 from secateur.tokens.method import Facts, Stage, TokenMethod
 from secateur.tokens.state import TokenSets
@@ -37,27 +37,7 @@ class Feather(TokenMethod):
     scope: ClassVar[str] = "image"
     positions: ClassVar[str] = "original"
 
-    info = MethodInfo(
-        title="FEATHER",
-        spec="feather",
-        objects="T",
-        granularity="token",
-        speedup="univ",
-        when="RT",
-        criteria="ATT+UNI",
-        order="iter",
-        data="input",
-        start="pre",
-        recovery="none",
-        decision="dyn",
-        scope="loc",
-        models="vlm",
-        budget_unit="token",
-        year=2024,
-        arxiv="2412.13180",
-        refs="markendo/FEATHER",
-        description="Attention without rotary positions plus a strided grid, then a stronger cut deeper.",
-    )
+    info = record("feather")
 
     def stages(self, facts: Facts) -> list[Stage]:
         first, second = facts.spread(self.layers, of=32)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from secateur.method import register
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 from secateur.tokens.budget import entropy_share, top_per_row
 from secateur.tokens.method import Facts, Stage, TokenMethod
 from secateur.tokens.state import Missing, TokenSets
@@ -61,27 +61,7 @@ class FlowCut(TokenMethod):
     scope: ClassVar[str] = "crop"
     positions: ClassVar[str] = "compact"
 
-    info = MethodInfo(
-        title="FlowCut",
-        spec="flowcut",
-        objects="T",
-        granularity="token",
-        speedup="univ",
-        when="RT",
-        criteria="ATT+VAL",
-        order="iter",
-        data="input",
-        start="pre",
-        recovery="none",
-        decision="dyn",
-        scope="loc",
-        models="vlm",
-        budget_unit="token",
-        year=2025,
-        arxiv="2505.19536",
-        refs="TungChintao/FlowCut",
-        description="Drops tokens inside the vision tower by an accumulated flow of information.",
-    )
+    info = record("flowcut")
 
     def stages(self, facts: Facts) -> list[Stage]:
         last = facts.block(facts.feature_block)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secateur.method import register
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 from secateur.tokens.budget import outliers
 from secateur.tokens.method import TokenMethod
 from secateur.tokens.state import Missing, Reduction, TokenSets
@@ -55,28 +55,7 @@ class RecoverableCompression(TokenMethod):
     records: ClassVar[tuple[str, ...]] = ("encoder:-2", "encoder:-1")
     adaptive: ClassVar[bool] = True
 
-    info = MethodInfo(
-        title="Recoverable Compression",
-        spec="recoverable-compression",
-        objects="T",
-        granularity="token",
-        speedup="univ",
-        when="RT",
-        criteria="ATT+TXT",
-        order="shot",
-        data="input",
-        start="pre",
-        recovery="none",
-        decision="dyn",
-        scope="loc",
-        fusion="merge",
-        models="vlm",
-        budget_unit="token",
-        year=2024,
-        arxiv="2409.01179",
-        refs="banjiuyufen/Recoverable-Compression",
-        description="Visual outliers, tokens the question brings back, cluster centres and a remainder.",
-    )
+    info = record("recoverable-compression")
 
     def select(self, sets: TokenSets) -> Reduction:
         query, keys = sets.queries("encoder:-1", cls=True), sets.keys("encoder:-1")

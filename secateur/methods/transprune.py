@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secateur.method import register
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 from secateur.tokens.budget import top_per_row
 from secateur.tokens.method import Facts, Stage, TokenMethod
 from secateur.tokens.state import TokenSets
@@ -53,27 +53,7 @@ class TransPrune(TokenMethod):
     scope: ClassVar[str] = "image"
     positions: ClassVar[str] = "compact"
 
-    info = MethodInfo(
-        title="TransPrune",
-        spec="transprune",
-        objects="T",
-        granularity="token",
-        speedup="univ",
-        when="RT",
-        criteria="ACT+ATT",
-        order="iter",
-        data="input",
-        start="pre",
-        recovery="none",
-        decision="dyn",
-        scope="loc",
-        models="vlm",
-        budget_unit="token",
-        year=2025,
-        arxiv="2507.20630",
-        refs="liaolea/TransPrune",
-        description="How much the modules change a token, and attention from the instruction, in three cuts.",
-    )
+    info = record("transprune")
 
     def stages(self, facts: Facts) -> list[Stage]:
         cuts = facts.spread(self.layers, of=32)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.method import register
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 from secateur.tokens.budget import last_ratio, top_per_row
 from secateur.tokens.method import Facts, Stage, TokenMethod
 from secateur.tokens.reduce import in_order, recycle_cells
@@ -80,28 +80,7 @@ class VFlowOpt(TokenMethod):
     scope: ClassVar[str] = "image"
     positions: ClassVar[str] = "original"
 
-    info = MethodInfo(
-        title="VFlowOpt",
-        spec="vflowopt",
-        objects="T",
-        granularity="token",
-        speedup="univ",
-        when="RT",
-        criteria="ATT+ENT",
-        order="iter",
-        data="calib",
-        start="pre",
-        recovery="none",
-        decision="dyn",
-        scope="loc",
-        fusion="merge,search",
-        models="vlm",
-        budget_unit="token",
-        year=2025,
-        arxiv="2508.05211",
-        refs="sihany077/VFlowOpt",
-        description="Importance with recycling before the LLM and two drops inside; settings found by search.",
-    )
+    info = record("vflowopt")
 
     def stages(self, facts: Facts) -> list[Stage]:
         second, third = facts.spread(self.layers, of=28)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.method import register
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 from secateur.tokens.budget import geometric, top_per_row
 from secateur.tokens.method import Facts, Stage, TokenMethod
 from secateur.tokens.reduce import in_order, merge_nearest, with_token
@@ -40,28 +40,7 @@ class VisionDrop(TokenMethod):
     scope: ClassVar[str] = "image"
     positions: ClassVar[str] = "compact"
 
-    info = MethodInfo(
-        title="VisionDrop",
-        spec="visiondrop",
-        objects="T",
-        granularity="token",
-        speedup="univ",
-        when="RT",
-        criteria="ATT",
-        order="iter",
-        data="input",
-        start="pre",
-        recovery="none",
-        decision="dyn",
-        scope="loc",
-        fusion="merge",
-        models="vlm",
-        budget_unit="token",
-        year=2025,
-        arxiv="2506.22283",
-        refs="Ruixxxx/VisionDrop",
-        description="Attention between image tokens, merging what leaves, at four depths.",
-    )
+    info = record("visiondrop")
 
     def stages(self, facts: Facts) -> list[Stage]:
         inside = [
