@@ -29,10 +29,11 @@ class ToDRE(TokenMethod):
     ...     vlm.generate(**inputs)
 
     The target is the share that enters the LLM; the removal comes on top, and is left out at 100%. It happens after layer
-    floor(depth x `depth`), counted from 1 (the base is a reconstruction), where the text after the image gives less
-    than `tau` of its attention to visual tokens. The paper also asks what visual tokens give to later text: nothing in
-    a causal decoder, so it isn't computed. With several crops the pivot is sought in the first, the thumbnail;
-    without CLS it is random. Position ids are counted anew before the LLM and stay as they are at the removal. criterion: "max_sum" (v2) or "k_center" (v1). removal: False for the first half alone.
+    floor(layers x depth), counted from 1 (the base is a reconstruction), where the text after the image gives less than
+    `tau` of its attention to visual tokens. The paper also asks what visual tokens give to later text: nothing in a
+    causal decoder, so it isn't computed. With several crops the pivot is sought in the first, the thumbnail; without
+    CLS it is random. Position ids are counted anew before the LLM and stay as they are at the removal.
+    criterion: "max_sum" (v2) or "k_center" (v1). removal: False for the first half alone.
     """
 
     criterion: str = field(default="max_sum", metadata={"choices": ("max_sum", "k_center")})
