@@ -301,9 +301,7 @@ class Attached:
     ) -> Any:
         cache = kwargs.get("past_key_values")
         if self.family.stacked and kwargs.get("mm_encoder_outputs"):
-            kwargs = (
-                {**kwargs, "mm_encoder_outputs": stacked(kwargs["mm_encoder_outputs"])} if turn else kwargs
-            )
+            kwargs = {**kwargs, "mm_encoder_outputs": stacked(kwargs["mm_encoder_outputs"])}
         if self.layers is not None:
             self.layers.begin(kwargs, call)
         with self.running(call), self._restoring() if call is not None else _nothing():

@@ -108,6 +108,12 @@ class LayerDriver:
     def begin(self, kwargs: Mapping[str, Any], call: Call | None) -> None:
         """Before a forward of the whole model."""
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if self.decoder.training and getattr(self.decoder, "gradient_checkpointing", False):
+            raise SecateurError(
+                "gradient checkpointing runs each layer twice, and tokens would leave twice",
+                where="layer drop",
+                fix="call model.gradient_checkpointing_disable()",
+            )
         past = int(cache.get_seq_length()) if cache is not None else 0
         held = getattr(cache, "_secateur_layers", None)
         if held is not None and (past == 0 or past < held.seen):

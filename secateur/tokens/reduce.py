@@ -111,6 +111,37 @@ def match_pairs(metric: Tensor, valid: Tensor, count: Tensor | int) -> tuple[Ten
     return even & (place < allowed) & best.isfinite(), into
 
 
+def first(scores: Tensor, count: int) -> Tensor:
+    """Positions of the `count` highest of [n] scores, best first, ties by position."""
+    return scores.argsort(descending=True, stable=True)[:count]
+
+
+def others(n: int, taken: Tensor) -> Tensor:
+    """Positions 0..n-1 that aren't in `taken`, ascending."""
+    return (
+        torch.ones(n, dtype=torch.bool, device=taken.device).index_fill(0, taken, False).nonzero().squeeze(1)
+    )
+
+
+def clusters(
+    x: Tensor, weights: Tensor, keys: Tensor, bonus: Tensor, count: int, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `count` heaviest tokens, each with the weighted sum of the `size` tokens nearest to it added.
+
+    x [n, C], weights [n], keys [n, d] (compared by cosine), bonus [n]: added to how near a token is. Gives the centres'
+    positions (heaviest first), the positions of all others (ascending) and the features [count, C] (arXiv 2409.01179).
+    """
+    centres = first(weights, min(count, len(x) - 1))
+    members = others(len(x), centres)
+    keys = F.normalize(keys.float(), dim=-1)
+    merged = []
+    for centre in centres:
+        around = torch.cat([centres[centres != centre], members])
+        near = around[first(keys[around] @ keys[centre] + bonus[around], size)]
+        merged.append(x[centre] + weights[near] @ x[near])
+    return centres, members, torch.stack(merged)
+
+
 def in_order(groups: Sequence[Tensor], features: Tensor) -> Reduction:
     """What stays, group after group, ascending within each: groups of disjoint masks [S, n], features [S, n, D] by place."""
     n = features.shape[1]

@@ -177,3 +177,43 @@ def cls_or_received(sets: TokenSets, site: str) -> Tensor:
         return sets.attention(site, rows="cls")
     except Missing:
         return sets.attention(site, rows="all")
+
+
+def likeness(
+    one: Tensor, others: Tensor, valid: Tensor, scaled: bool = False, itself: bool = False
+) -> Tensor:
+    """Softmax of the dot products of one vector a head, [S, H, d], with the tokens', [S, H, n, d]: mean over heads, [S, n].
+
+    scaled: by 1 / sqrt(d). itself: the vector's product with itself counts in the softmax.
+    """
+    tokens = torch.cat([one[:, :, None], others], 2).float()
+    dots = torch.einsum("shd,shnd->shn", one.float(), tokens)
+    dots = dots * others.shape[-1] ** -0.5 if scaled else dots
+    first = torch.full_like(valid[:, :1], itself)
+    return dots.masked_fill(~torch.cat([first, valid], 1)[:, None], -torch.inf).softmax(2).mean(1)[:, 1:]
+
+
+def over_crop(values: Tensor, crop: Tensor, valid: Tensor) -> Tensor:
+    """The sum over a token's crop, at every token: values, crop, valid [S, n] -> [S, n]."""
+    home = crop.clamp(min=0)
+    sums = torch.zeros(len(values), int(home.max()) + 1, device=values.device)
+    return sums.scatter_add_(1, home, values.float().masked_fill(~valid, 0)).gather(1, home).clamp(min=1e-30)
+
+
+def patch_entropy(pixels: Tensor) -> Tensor:
+    """Bits of the histogram of grey values 0..255 of each patch: [S, n, p] -> [S, n].
+
+    >>> patch_entropy(torch.tensor([[[0.0, 255.0]]]))
+    tensor([[1.]])
+    """
+    levels = pixels.round().clamp(0, 255).long()
+    share = torch.zeros(*levels.shape[:2], 256, device=pixels.device)
+    share.scatter_add_(2, levels, torch.ones(levels.shape, device=pixels.device))
+    share /= levels.shape[2]
+    return -(share * (share + 1e-10).log2()).sum(2)
+
+
+def normalised(scores: Tensor, valid: Tensor) -> Tensor:
+    """Scores [S, n] over their sum within the set."""
+    scores = scores.masked_fill(~valid, 0)
+    return scores / (scores.sum(1, keepdim=True) + 1e-8)

@@ -220,6 +220,10 @@ def make_sets(
     spans = (crop < 0)[:, None]
     wanted = target if keep is None else keep
     share = counts(total, wanted, table.image_id[first] if scope != "row" else None)
+    if scope == "row" and isinstance(wanted, int):
+        pairs = torch.stack([table.row[universe], table.image_id[universe]], 1).unique(dim=0)
+        images = torch.bincount(pairs[:, 0], minlength=table.rows)
+        share = torch.minimum(wanted * images[groups], total)
     member_or_none = torch.where(valid, member, -1)
     return TokenSets(
         features=features[safe].masked_fill(~valid[..., None], 0)

@@ -559,3 +559,43 @@ def test_lengths_that_count_the_prompt(llava: Any, inputs: dict[str, Any]) -> No
         assert torch.equal(out[:, :prompt], inputs["input_ids"])
         assert torch.equal(llava.generate(inputs["input_ids"], **{k: v for k, v in inputs.items() if k != "input_ids"},
                                           max_new_tokens=3, do_sample=False), out)  # fmt: skip
+
+
+def test_without_a_cache_a_stacked_family_is_given_its_tensor_at_every_step() -> None:
+    model, inputs = make("internvl"), inputs_for("internvl")
+    with attach(model, half, target="50%"):
+        expected = run(model, inputs)
+        tokens, logits = run(model, inputs, use_cache=False)
+    assert torch.equal(tokens, expected[0]) and torch.allclose(logits, expected[1], atol=1e-6)
+
+
+def test_a_count_is_per_image_in_every_scope(inputs: dict[str, Any]) -> None:
+    """Row 0 has two images, row 1 one; of tiles an image's count is divided."""
+    model = make("llava-clip")
+    for scope, per_set in (("image", [5, 5, 5]), ("crop", [5, 5, 5]), ("row", [10, 5])):
+        seen: list[list[int]] = []
+
+        def look(sets: TokenSets, seen: list[list[int]] = seen) -> Tensor:
+            seen.append(sets.keep.tolist())
+            return sets.valid
+
+        with torch.no_grad(), attach(model, look, target="tokens=5", scope=scope):
+            model(**inputs)
+        assert seen == [per_set]
+    tiles, seen = make("llava-next"), []
+    with torch.no_grad(), attach(tiles, look, target="tokens=9", scope="crop"):
+        look.__defaults__ = (seen,)
+        tiles(**inputs_for("llava-next"))
+    assert [sum(seen[0][i:j]) for i, j in ((0, 3), (3, 6), (6, 11))] == [9, 9, 9]
+
+
+def test_gradient_checkpointing_is_refused_between_layers(inputs: dict[str, Any]) -> None:
+    model = make("llava-clip")
+    model.train()
+    model.gradient_checkpointing_enable()
+    with attach(model, half, at="layer:2", target="50%"), pytest.raises(SecateurError, match="checkpointing"):
+        model(**inputs)
+    model.gradient_checkpointing_disable()
+    with attach(model, half, at="layer:2", target="50%"):
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert model.get_decoder().layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
