@@ -59,8 +59,7 @@ class FastV(TokenMethod):
     )
 
     def stages(self, facts: Facts) -> list[Stage]:
-        before = f"layer:{self.k - 1}"
-        return [Stage(at=f"layer:{self.k}", select=self.select, records=(before,))]
+        return [Stage(f"layer:{self.k}", self.select, (f"layer:{self.k - 1}",))]
 
     def select(self, sets: TokenSets) -> Tensor:
         keep = sets.keep

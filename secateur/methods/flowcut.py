@@ -18,6 +18,7 @@ from secateur.method import register
 from secateur.taxonomy import record
 from secateur.tokens.budget import entropy_share, top_per_row
 from secateur.tokens.method import Facts, Stage, TokenMethod
+from secateur.tokens.scores import likeness, normalised
 from secateur.tokens.state import Missing, TokenSets
 
 
@@ -25,7 +26,7 @@ def strength(relation: Tensor, semantic: Tensor | None, density: Tensor, valid: 
     """(relation / its sum + semantic / its sum) x density, all [S, n]; without `semantic`: relation x density."""
     if semantic is None:
         return relation * density
-    return sum(part / (part * valid).sum(1, keepdim=True) for part in (relation, semantic)) * density
+    return (normalised(relation, valid) + normalised(semantic, valid)) * density
 
 
 def removed(relation: Tensor, valid: Tensor, keep: Tensor, left: int) -> Tensor:
@@ -101,17 +102,3 @@ class FlowCut(TokenMethod):
         semantic = likeness(sets.values(site, cls=True), values, sets.valid, scaled=True)
         score = strength(relation, semantic, values.mean(1).abs().sum(-1), sets.valid)
         return top_per_row(score, sets.keep, sets.valid)
-
-
-def likeness(
-    one: Tensor, others: Tensor, valid: Tensor, scaled: bool = False, itself: bool = False
-) -> Tensor:
-    """Softmax of the dot products of one vector a head, [S, H, d], with the tokens', [S, H, n, d]: mean over heads, [S, n].
-
-    scaled: by 1 / sqrt(d). itself: the vector's product with itself counts in the softmax.
-    """
-    tokens = torch.cat([one[:, :, None], others], 2).float()
-    dots = torch.einsum("shd,shnd->shn", one.float(), tokens)
-    dots = dots * others.shape[-1] ** -0.5 if scaled else dots
-    first = torch.full_like(valid[:, :1], itself)
-    return dots.masked_fill(~torch.cat([first, valid], 1)[:, None], -torch.inf).softmax(2).mean(1)[:, 1:]

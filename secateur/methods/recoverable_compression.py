@@ -17,17 +17,8 @@ from secateur.method import register
 from secateur.taxonomy import record
 from secateur.tokens.budget import outliers
 from secateur.tokens.method import TokenMethod
+from secateur.tokens.reduce import clusters, first, others
 from secateur.tokens.state import Missing, Reduction, TokenSets
-
-
-def first(scores: Tensor, count: int) -> Tensor:
-    """Positions of the `count` highest of [n] scores, best first, ties by position."""
-    return scores.argsort(descending=True, stable=True)[:count]
-
-
-def merge(x: Tensor, weights: Tensor, centre: int, members: Tensor) -> Tensor:
-    """A centre and the weighted sum of its members: x [n, D], weights [n] -> [D]."""
-    return x[centre] + weights[members] @ x[members]
 
 
 @register
@@ -102,29 +93,23 @@ class RecoverableCompression(TokenMethod):
         if keep is None:
             main = self.main(attention, asked, visual, recovered)
             rest = others(n, main)
-            count = self.clusters(attention, rest, len(main))
+            count = self.count(attention, rest, len(main))
         else:
             ratio = visual / (visual + recovered) if visual + recovered else 1.0
             for size in (keep, *range(keep - 2, 0, -1), keep):
                 main = self.main(attention, asked, round(size * ratio), size - round(size * ratio))
                 rest = others(n, main)
                 count = keep - size - 1
-                if self.clusters(attention, rest, size) <= max(count, 0):
+                if self.count(attention, rest, size) <= max(count, 0):
                     break
         if count <= 0:
             return main, main[:0], x[:0]
-        leading = first(attention[rest], min(count, len(rest) - 1))
-        members = others(len(rest), leading)
-        keys = F.normalize((keys if self.compat == "code" else keys[rest]).float(), dim=-1)
-        merged = []
-        for centre in leading:
-            near_by = torch.cat([leading[leading != centre], members])
-            affinity = keys[near_by] @ keys[centre] + self.text_weight * asked[rest[near_by]]
-            merged.append(
-                merge(x, attention, int(rest[centre]), rest[near_by[first(affinity, self.cluster)]])
-            )
-        places = torch.cat([rest[leading], rest[members[:1]]])
-        return main, places, torch.stack([*merged, attention[rest[members]] @ x[rest[members]]])
+        keys = keys if self.compat == "code" else keys[rest]
+        centres, members, merged = clusters(
+            x[rest], attention[rest], keys, self.text_weight * asked[rest], count, self.cluster
+        )
+        remainder = attention[rest[members]] @ x[rest[members]]
+        return main, rest[torch.cat([centres, members[:1]])], torch.cat([merged, remainder[None]])
 
     def main(self, attention: Tensor, asked: Tensor, visual: int, recovered: int) -> Tensor:
         """The tokens that stay as they are, ascending; at least the one that CLS attends to most."""
@@ -132,13 +117,6 @@ class RecoverableCompression(TokenMethod):
         back = first(asked.index_fill(0, seen, -torch.inf), recovered)
         return torch.cat([seen, back]).sort().values
 
-    def clusters(self, attention: Tensor, rest: Tensor, main: int) -> int:
+    def count(self, attention: Tensor, rest: Tensor, main: int) -> int:
         """How many cluster tokens the remainder gets: the number of main tokens x the remainder's share of outliers."""
         return main * int(outliers(attention[rest][None], self.neighbours[1]).sum()) // max(len(rest), 1)
-
-
-def others(n: int, taken: Tensor) -> Tensor:
-    """Positions 0..n-1 that aren't in `taken`, ascending."""
-    return (
-        torch.ones(n, dtype=torch.bool, device=taken.device).index_fill(0, taken, False).nonzero().squeeze(1)
-    )

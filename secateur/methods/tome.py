@@ -73,7 +73,6 @@ class ToMe(TokenMethod):
         sources, into = match_pairs(sets.keys(f"encoder:{block - 1}").mean(1), sets.valid, leave)
         size = sets.carried.get("size", torch.ones_like(sets.valid, dtype=torch.float32)).nan_to_num(1.0)
         sums, mass = pour(sets.features, into, sources, size)
-        whole = size + mass
-        sets.carried["size"] = whole
+        whole = sets.carried["size"] = size + mass
         merged = (sets.features.float() * size[..., None] + sums) / whole[..., None]
         return in_order([sets.valid & ~sources], merged.to(sets.features.dtype))

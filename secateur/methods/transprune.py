@@ -19,6 +19,7 @@ from secateur.method import register
 from secateur.taxonomy import record
 from secateur.tokens.budget import top_per_row
 from secateur.tokens.method import Facts, Stage, TokenMethod
+from secateur.tokens.scores import normalised
 from secateur.tokens.state import TokenSets
 
 
@@ -81,9 +82,3 @@ class TransPrune(TokenMethod):
         score = normalised(change, sets.valid) + normalised(sets.attention(peek, rows="text"), sets.valid)
         last = sets.keep if self.share is None else (sets.total * self.share).long().clamp(min=1)
         return top_per_row(score, torch.maximum((sets.total * share).long(), last), sets.valid)
-
-
-def normalised(scores: Tensor, valid: Tensor) -> Tensor:
-    """Scores [S, n] over their sum within the set."""
-    scores = scores.masked_fill(~valid, 0)
-    return scores / (scores.sum(1, keepdim=True) + 1e-8)

@@ -21,6 +21,7 @@ from secateur.taxonomy import record
 from secateur.tokens.budget import last_ratio, top_per_row
 from secateur.tokens.method import Facts, Stage, TokenMethod
 from secateur.tokens.reduce import in_order, recycle_cells
+from secateur.tokens.scores import over_crop, patch_entropy
 from secateur.tokens.state import Reduction, TokenSets
 
 FOUND = {
@@ -31,30 +32,10 @@ FOUND = {
 """mean share -> t, a, R1, R2 that the authors' search found for LLaVA-OneVision-7B (alpha: 0)."""
 
 
-def patch_entropy(pixels: Tensor) -> Tensor:
-    """Bits of the histogram of grey values 0..255 of each patch: [S, n, p] -> [S, n].
-
-    >>> patch_entropy(torch.tensor([[[0.0, 255.0]]]))
-    tensor([[1.]])
-    """
-    levels = pixels.round().clamp(0, 255).long()
-    share = torch.zeros(*levels.shape[:2], 256, device=pixels.device)
-    share.scatter_add_(2, levels, torch.ones(levels.shape, device=pixels.device))
-    share /= levels.shape[2]
-    return -(share * (share + 1e-10).log2()).sum(2)
-
-
 def important(received: Tensor, crop: Tensor, valid: Tensor, t: Tensor | float) -> Tensor:
     """Weights of the query rows, [S, n]: 1 / |K| for K, what receives more than t times its crop's mean; 0 where K is empty."""
     chosen = valid & (received > t * over_crop(received, crop, valid) / over_crop(valid.float(), crop, valid))
     return chosen / over_crop(chosen.float(), crop, valid).clamp(min=1)
-
-
-def over_crop(values: Tensor, crop: Tensor, valid: Tensor) -> Tensor:
-    """The sum over a token's crop, at every token: values, crop, valid [S, n] -> [S, n]."""
-    home = crop.clamp(min=0)
-    sums = torch.zeros(len(values), int(home.max()) + 1, device=values.device)
-    return sums.scatter_add_(1, home, values.float().masked_fill(~valid, 0)).gather(1, home).clamp(min=1e-30)
 
 
 @register

@@ -8,11 +8,13 @@ import torch
 
 from secateur.errors import SecateurError
 from secateur.method import make_method
-from secateur.methods.flowcut import FlowCut, likeness, removed, strength
-from secateur.methods.recoverable_compression import RecoverableCompression, merge
+from secateur.methods.flowcut import FlowCut, removed, strength
+from secateur.methods.recoverable_compression import RecoverableCompression
 from secateur.methods.transprune import variation
-from secateur.methods.vflowopt import important, patch_entropy
+from secateur.methods.vflowopt import important
 from secateur.tokens.budget import last_ratio, outlier_factor, outliers
+from secateur.tokens.reduce import clusters
+from secateur.tokens.scores import likeness, patch_entropy
 from secateur.tokens.state import Facts, Missing, TokenSets
 
 
@@ -218,7 +220,10 @@ def test_recoverable_outliers():
 def test_recoverable_cluster():
     """Spec: recoverable-compression (a)."""
     x, v = torch.tensor([[1.0, 0], [0, 1], [2, 2]]), torch.tensor([0.3, 0.1, 0.05])
-    torch.testing.assert_close(merge(x, v, 0, torch.tensor([1, 2])), torch.tensor([1.1, 0.2]))
+    centres, members, merged = clusters(x, v, torch.ones(3, 2), torch.zeros(3), 1, 32)
+    assert centres.tolist() == [0] and members.tolist() == [1, 2]
+    torch.testing.assert_close(merged, torch.tensor([[1.1, 0.2]]))
+    torch.testing.assert_close(v[members] @ x[members], torch.tensor([0.1, 0.2]))
 
 
 def recoverable_sets(n=60, keep=12, **more):
