@@ -1,7 +1,8 @@
 """The recipe that trains a small vision-language model on `scenes`, on one processor or one accelerator.
 
-Four stages. See: the tower learns what is on each patch, and the CLS token what is in the picture. Align: the projector
+Stages. See: the tower learns what is on each patch, and the CLS token what is in the picture. Align: the projector
 learns to put that into word embeddings. Read: the language model learns to answer, the tower frozen. Joint: everything.
+Polish: the same once more, from a rate that has risen again.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from secateur.tasks.scenes_models import (
     tower_of,
 )
 
-STAGES = ("see", "align", "read", "joint")
+STAGES = ("see", "align", "read", "joint", "polish")
 CHUNK = 8  # batches of data drawn at a time
 LOG_EVERY = 100
 WORTH_COMPILING = 500  # steps
@@ -66,13 +67,15 @@ class Recipe:
     variant: str = "llava"
     seed: int = 0
     batch: int = 32
-    see: int = 700
-    align: int = 300
-    read: int = 5000
-    joint: int = 3000
+    see: int = 600
+    align: int = 250
+    read: int = 1800
+    joint: int = 1500
+    polish: int = 1500
     see_lr: float = 1.5e-3
     read_lr: float = 1.5e-3
     joint_lr: float = 5e-4
+    polish_lr: float = 4e-4
     tower_lr: float = 2e-4
     slots: tuple[str, ...] = (
         "presence",
@@ -241,7 +244,8 @@ def drop(batch: Batch, recipe: Recipe, generator: torch.Generator) -> tuple[Tens
     """Which visual tokens are seen in training, bool [B, 64], and whose positions close up, bool [B].
 
     A share `drop` of the pictures lose tokens: all but a share drawn from `least`..1. In a share `bias` of those, tokens
-    on objects are more likely to stay, so that the model also meets pictures without a background.
+    on objects are more likely to stay, so that the model also meets pictures without a background. Positions on a plane
+    (qwen) never close up.
     """
     count, device = len(batch.pictures), batch.pictures.device
 
@@ -257,7 +261,7 @@ def drop(batch: Batch, recipe: Recipe, generator: torch.Generator) -> tuple[Tens
     score = chance(count, TOKENS) + lift[:, None] * (batch.owner >= 0)
     rank = score.argsort(1, descending=True).argsort(1)
     kept = rank < (share * TOKENS).round().clamp(min=1)[:, None]
-    return kept, chance(count) < recipe.compact
+    return kept, (chance(count) < recipe.compact) & (recipe.variant == "llava")
 
 
 class Heads(nn.Module):
@@ -385,8 +389,9 @@ class Trainer:
             return [{"params": projector_of(model), "lr": recipe.see_lr}]
         if stage == "read":
             return [{"params": projector_of(model) + text + heads, "lr": recipe.read_lr}]
+        rate = recipe.joint_lr if stage == "joint" else recipe.polish_lr
         return [
-            {"params": projector_of(model) + text + heads, "lr": recipe.joint_lr},
+            {"params": projector_of(model) + text + heads, "lr": rate},
             {"params": tower_of(model), "lr": recipe.tower_lr},
         ]
 
@@ -425,7 +430,7 @@ class Trainer:
         batch, rows = self.batch()
         words = model.get_input_embeddings().weight
         with torch.autocast(self.device.type, torch.bfloat16):
-            with torch.set_grad_enabled(stage in ("see", "joint")):
+            with torch.set_grad_enabled(stage in ("see", "joint", "polish")):
                 hidden, pooled = see(model, pixels(batch.pictures, recipe.variant), self.eye_block)
             if stage == "see":
                 return see_loss(hidden, pooled, batch, self.heads)
@@ -435,7 +440,7 @@ class Trainer:
             loss, right, asked = self.answer(_rows(self.packed, rows), batch.slots, features)
             self.count(batch.slots, right, asked, self.kept[rows])
             loss = loss + 0.05 * align_loss(features, batch, words)
-            if stage == "joint":
+            if stage in ("joint", "polish"):
                 loss = loss + 0.2 * see_loss(hidden, pooled, batch, self.heads)
         return loss
 

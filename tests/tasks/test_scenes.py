@@ -233,7 +233,7 @@ def test_shares_that_are_dropped():
 
 
 def tiny(**changes) -> Recipe:
-    return Recipe(**{"batch": 2, "see": 2, "align": 1, "read": 3, "joint": 2, **changes})
+    return Recipe(**{"batch": 2, "see": 2, "align": 1, "read": 3, "joint": 2, "polish": 1, **changes})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -247,7 +247,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(variant, tmp_path):
     rest.run()
     for (name, a), b in zip(whole.model.state_dict().items(), rest.model.state_dict().values()):
         assert torch.equal(a, b), name
-    assert [line["stage"] for line in rest.log] == ["see", "align", "read", "joint"]
+    assert [line["stage"] for line in rest.log] == ["see", "align", "read", "joint", "polish"]
     other = Trainer(tiny(variant=variant, seed=1), compiled=False)
     with pytest.raises(SecateurError, match="another recipe"):
         other.load(tmp_path / "run.safetensors")
@@ -255,7 +255,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(variant, tmp_path):
 
 def test_the_tower_learns(monkeypatch):
     monkeypatch.setattr(scenes_train, "LOG_EVERY", 10)
-    trainer = Trainer(tiny(batch=8, see=50, align=0, read=0, joint=0), compiled=False)
+    trainer = Trainer(tiny(batch=8, see=50, align=0, read=0, joint=0, polish=0), compiled=False)
     trainer.run()
     losses = [line["loss"] for line in trainer.log]
     assert losses[-1] < 0.8 * losses[0]
@@ -372,10 +372,25 @@ def test_mistakes_are_one_line(wrong, says, capsys):
 
 def test_train_command(tmp_path, capsys):
     out = tmp_path / "model"
-    steps = ["--see", "1", "--align", "1", "--read", "1", "--joint", "1", "--batch", "2", "--limit", "4"]
+    steps = [
+        "--see",
+        "1",
+        "--align",
+        "1",
+        "--read",
+        "1",
+        "--joint",
+        "1",
+        "--polish",
+        "1",
+        "--batch",
+        "2",
+        "--limit",
+        "4",
+    ]
     assert main(["train", "scenes", "--seed", "5", *steps, "--out", str(out), "--json"]) == 0
     about = json.loads(capsys.readouterr().out)
-    assert about["recipe"]["seed"] == 5 and about["steps"] == 4 and set(about["accuracy"]) <= set(KINDS)
+    assert about["recipe"]["seed"] == 5 and about["steps"] == 5 and set(about["accuracy"]) <= set(KINDS)
     model = load_scenes(out)
     assert torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
     assert json.loads((out / "scenes.json").read_text())["recipe"]["read"] == 1
