@@ -91,7 +91,7 @@ class LayerDriver:
                 where="attach",
                 fix='load the model with attn_implementation="sdpa"',
             )
-        self.eager = base == "eager"
+        self.eager, self.flash = base == "eager", "flash" in base
         first = self.stages[0] if self.stages else len(layers)
         for number, layer in enumerate(layers):
             if number >= first or number in recorded:
@@ -349,8 +349,8 @@ class LayerDriver:
         self, run: Run, now: Stretch, number: int, layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]
     ) -> Tensor | None:
         given = kwargs.get("attention_mask")
-        if given is not None and given.dim() == 2:
-            return given.gather(1, now.columns) & now.valid
+        if self.flash or (given is not None and given.dim() == 2):
+            return None if bool(now.valid.all()) else now.valid.to(torch.int64)
         cache = kwargs.get("past_key_values")
         keys = now.columns.shape[1]
         window = getattr(attention_of(layer), "sliding_window", None)

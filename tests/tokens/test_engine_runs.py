@@ -599,3 +599,48 @@ def test_gradient_checkpointing_is_refused_between_layers(inputs: dict[str, Any]
     with attach(model, half, at="layer:2", target="50%"):
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert model.get_decoder().layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("at", DRIVERS)
+def test_attention_that_is_told_only_which_keys_are_padding(at: str) -> None:
+    """As flash attention is: a mask [B, keys] or none, causal by the order of what is left."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+    def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kw: Any) -> Any:
+        assert mask is None or mask.dim() == 2
+        groups = q.shape[1] // k.shape[1]
+        rows = []
+        for b in range(len(q)):
+            there = torch.ones(k.shape[2], dtype=torch.bool) if mask is None else mask[b].bool()
+            mine = there[-q.shape[2] :]
+            out = torch.zeros_like(q[b])
+            keys, values = (t[b][:, there].repeat_interleave(groups, 0) for t in (k, v))
+            n, m = int(mine.sum()), int(there.sum())
+            seen = torch.arange(m) <= torch.arange(n)[:, None] + m - n
+            logits = (q[b][:, mine] @ keys.transpose(-1, -2) * kw["scaling"]).masked_fill(~seen, -torch.inf)
+            out[:, mine] = logits.softmax(-1) @ values
+            rows.append(out.transpose(0, 1))
+        return torch.stack(rows), None
+
+    AttentionInterface.register("flash-by-hand", attention)
+    AttentionMaskInterface.register("flash-by-hand", flash_attention_mask)
+    model, inputs = make("llava-clip"), inputs_for("llava-clip")
+    gone = dropped(inputs, 0.5, 3)
+    with attach_drop(model, inputs, at, gone):
+        expected = run(model, inputs)
+    model.get_decoder().config._attn_implementation = "flash-by-hand"
+    with attach_drop(model, inputs, at, gone):
+        tokens, logits = run(model, inputs)
+        first = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+        ids = torch.cat([first.sequences, torch.tensor([[51, 52]] * 3)], 1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(3, 4).long()], 1)
+        again = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=first.past_key_values,
+            max_new_tokens=2,
+            do_sample=False,
+        )
+        assert again.shape[1] == ids.shape[1] + 2
+    assert torch.equal(tokens, expected[0]) and torch.allclose(logits, expected[1], atol=1e-6)
