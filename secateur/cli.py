@@ -50,7 +50,8 @@ from secateur.taxonomy import recommend as advise
 
 MISTAKE = 2
 MODEL = (
-    "smollm2, aidreams, a folder that transformers or secateur wrote, an .onnx or .pt2 file, or a hub name"
+    "smollm2, aidreams, a task or its network (cifar10, resnet56, vdsr, espnet, ...), a folder that transformers or"
+    " secateur wrote, an .onnx or .pt2 file, or a hub name"
 )
 TARGET = "what holds at the end: 50% (share kept), 'params<=100e6', 'macs<=50%', 'size<=200MB', 'latency<=8ms', 2:4"
 
@@ -77,8 +78,8 @@ TASKS = flag(
     "tasks",
     str | None,
     None,
-    "measure quality on these, separated by commas: texts (perplexity: wikitext2, ptb, a file) and sets of questions"
-    " (accuracy: piqa, arc_easy, ...)",
+    "measure quality on these, separated by commas: texts (perplexity: wikitext2, ptb, a file), sets of questions"
+    " (accuracy: piqa, arc_easy, ...) and of pictures (cifar10, digits, camvid; PSNR: set5, set14)",
 )
 LIMIT = flag("limit", int | None, None, "at most this many windows of a text and questions of a set")
 LATENCY = flag("latency", bool, False, "measure the time of a forward, and of a new token")
