@@ -71,7 +71,7 @@ class Recipe:
     align: int = 250
     read: int = 1800
     joint: int = 1500
-    polish: int = 1500
+    polish: int = 0
     see_lr: float = 1.5e-3
     read_lr: float = 1.5e-3
     joint_lr: float = 5e-4
