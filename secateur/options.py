@@ -35,6 +35,12 @@ class Options:
         default=True,
         metadata={"help": "check that the sliced model equals the masked one; failing groups are frozen"},
     )
+    prove_export: bool = field(
+        default=False,
+        metadata={
+            "help": "also check that torch.export takes the cut model if it took the whole one (seconds)"
+        },
+    )
 
     def check(self) -> None:
         if self.samples < 1 or self.seqlen < 2:

@@ -161,7 +161,7 @@ class Run:
 
     def _prove(self, graph: Graph, plan: Plan) -> dict[str, str]:
         assert self.inputs is not None
-        return prove(self.model, graph, plan.keep, self.inputs)
+        return prove(self.model, graph, plan.keep, self.inputs, export=self.options.prove_export)
 
 
 def plan_weights(method: WeightMethod, context: Context, run: Run) -> Plan:

@@ -654,20 +654,22 @@ def _same_numbers(model: nn.Module, cls: Any, config: Any, changes: Changes) -> 
 
 
 def prove(
-    model: nn.Module, graph: Graph, keep: Keep, inputs: Any, *, backward: bool = True
+    model: nn.Module, graph: Graph, keep: Keep, inputs: Any, *, backward: bool = True, export: bool = False
 ) -> dict[str, str]:
     """Cut a copy and check it; the groups whose cut is not provably right, with the reason (empty: all sound).
 
     >>> prove(model, graph, {"fc1:neurons": torch.arange(4)}, x)
     {}
 
-    Checked: the forward runs and has the same output shapes, all values are finite, gradients flow, the number of
-    parameters is the predicted one and, for groups where no norm or softmax mixes units, the cut model gives what the
-    masked one gives (1e-5 relative, in double precision where the model is small). The model is not changed.
+    Checked: the forward runs and has the same output shapes, with another batch size too (two examples instead of one,
+    or one instead of several) where the model takes it; all values are finite, gradients flow, the number of parameters
+    is the predicted one and, for groups where no norm or softmax mixes units, the cut model gives what the masked one
+    gives (1e-5 relative, in double precision where the model is small). With `export`, which takes seconds, a model that
+    `torch.export` takes must be taken by it afterwards. The model is not changed.
     """
     left = {g.name: kept for g, kept in graph._kept(keep)}
     bad: dict[str, str] = {}
-    expected = _forward(model, inputs)
+    expected = _expected(model, inputs, export)
     while left:
         why = _check(model, graph, left, inputs, expected, backward)
         if why is None:
@@ -676,6 +678,54 @@ def prove(
             bad[name] = why
             del left[name]
     return bad
+
+
+@dataclass
+class _Expected:
+    """What the dense model does: its outputs, inputs of another batch size with their output shapes, if exported."""
+
+    outputs: list[Tensor]
+    other: tuple[Any, list[tuple[int, ...]]] | None
+    exports: bool
+
+
+def _expected(model: nn.Module, inputs: Any, export: bool) -> _Expected:
+    outputs, other = _forward(model, inputs), None
+    batches = {t.shape[0] if t.dim() else 0 for t in flat_tensors(call_arguments(inputs))}
+    if len(batches) == 1 and batches != {0}:
+        fed = _rebatched(inputs)
+        try:
+            other = fed, [tuple(o.shape) for o in _forward(model, fed)]
+        except Exception:  # noqa: BLE001  a model made for one batch size
+            other = None
+    return _Expected(outputs, other, export and _exports(model, inputs) is None)
+
+
+def _rebatched(value: Any) -> Any:
+    """One example twice; of several the first."""
+    if isinstance(value, Tensor):
+        return value[:1] if len(value) > 1 else torch.cat([value, value])
+    if isinstance(value, Mapping):
+        return {k: _rebatched(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_rebatched(v) for v in value)
+    return value
+
+
+def _exports(model: nn.Module, inputs: Any) -> str | None:
+    """Why `torch.export` doesn't take the model; None if it does."""
+    args, kwargs = call_arguments(inputs)
+    was = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            torch.export.export(model, args, kwargs, strict=False)
+    except Exception as error:  # noqa: BLE001  any way an export can fail
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    finally:
+        for m in was:
+            m.training = True
+    return None
 
 
 def _forward(model: nn.Module, inputs: Any, grad: bool = False) -> list[Tensor]:
@@ -716,7 +766,7 @@ def _cast(value: Any) -> Any:
 
 
 def _check(
-    model: nn.Module, graph: Graph, keep: Keep, inputs: Any, expected: Sequence[Tensor], backward: bool
+    model: nn.Module, graph: Graph, keep: Keep, inputs: Any, expected: _Expected, backward: bool
 ) -> str | None:
     predicted = graph.params(keep)
     try:
@@ -726,16 +776,22 @@ def _check(
         if got != predicted:
             return f"{got} parameters where {predicted} were predicted"
         outputs = _forward(cut, inputs, grad=backward)
-        shapes, wanted = [tuple(o.shape) for o in outputs], [tuple(o.shape) for o in expected]
+        shapes, wanted = [tuple(o.shape) for o in outputs], [tuple(o.shape) for o in expected.outputs]
         if shapes != wanted:
             return f"output shapes {shapes} where the model had {wanted}"
-        for o, e in zip(outputs, expected, strict=True):
+        for o, e in zip(outputs, expected.outputs, strict=True):
             if not torch.isfinite(o).all() and torch.isfinite(e).all():
                 return "the output is not finite"
         if backward:
             loss = sum(o.float().sum() for o in outputs if o.requires_grad)
             if isinstance(loss, Tensor):
                 loss.backward()
+        if expected.other is not None:
+            fed, wanted = expected.other
+            if [tuple(o.shape) for o in _forward(cut, fed)] != wanted:
+                return "another batch size gives other output shapes"
+        if expected.exports and (why := _exports(cut, inputs)) is not None:
+            return f"torch.export no longer takes it: {why}"
         exact = {name: kept for name, kept in keep.items() if graph[name].exact}
         why = _differs(model, graph, exact, inputs) if exact else None
         return why or _order_matters(model, graph, [n for n in keep if n not in exact], inputs)
@@ -846,7 +902,7 @@ def _gap(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
 
 
 def _suspects(
-    model: nn.Module, graph: Graph, keep: Keep, inputs: Any, expected: Sequence[Tensor], backward: bool
+    model: nn.Module, graph: Graph, keep: Keep, inputs: Any, expected: _Expected, backward: bool
 ) -> list[str]:
     """The groups to give up: those at a size that no attribute can mend, else found by halving."""
     trouble = graph.troubled(keep)

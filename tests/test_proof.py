@@ -1,0 +1,78 @@
+"""What the proof asks of a cut model beyond its values: other batch sizes, and `torch.export`."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import secateur
+from secateur.graph import trace
+from secateur.surgery import cut_units, prove
+
+
+class Net(nn.Module):
+    """6 -> 8 -> 4. With more than one example it counts on 8 neurons."""
+
+    def __init__(self, counts: bool, when=lambda batch: batch > 1):
+        super().__init__()
+        self.a, self.c, self.counts, self.when = nn.Linear(6, 8), nn.Linear(8, 4), counts, when
+
+    def forward(self, x):
+        h = F.relu(self.a(x))
+        if self.counts and self.when(len(x)):
+            h = h.reshape(-1, h.shape[1])[:, : self.c.weight.shape[1]]
+            return self.c(h)[:, : 4 if h.shape[1] == 8 else 3]
+        return self.c(h)
+
+
+@pytest.mark.parametrize(("batch", "when"), [(1, lambda b: b > 1), (3, lambda b: b == 1)])
+def test_another_batch_size(batch, when):
+    x = torch.randn(batch, 6)
+    for counts in (False, True):
+        model = Net(counts, when)
+        graph = trace(model, x)
+        bad = prove(model, graph, {"a:neurons": torch.arange(4)}, x)
+        assert ("a:neurons" in bad) == counts
+        assert not counts or "another batch size" in bad["a:neurons"]
+
+
+class Exported(nn.Module):
+    """A network that `torch.export` takes as long as it has all eight neurons."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.c = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        h = F.relu(self.a(x))
+        if h.shape[1] < 8 and torch.compiler.is_compiling():
+            h = h * float(h.sum() * 0 + 1)
+        return self.c(h)
+
+
+def test_export_is_asked_for_on_request():
+    x = torch.randn(2, 6)
+    model = Exported()
+    graph = trace(model, x)
+    keep = {"a:neurons": torch.arange(4)}
+    assert prove(model, graph, keep, x) == {}
+    bad = prove(model, graph, keep, x, export=True)
+    assert "torch.export no longer takes it" in bad["a:neurons"]
+    plain = Net(False)
+    assert prove(plain, trace(plain, x), keep, x, export=True) == {}
+
+
+def test_a_pruned_model_is_exported():
+    x = torch.randn(2, 6)
+    result = secateur.prune(Net(False), x, method="group-magnitude", target="50%", prove_export=True)
+    program = torch.export.export(result.model, (x,), strict=False).module()
+    torch.testing.assert_close(program(x), result.model(x))
+
+
+def test_without_the_proof_anything_goes():
+    x = torch.randn(1, 6)
+    model = Net(True)
+    result = secateur.prune(model, x, method="group-magnitude", target="50%", prove=False)
+    assert result.model.a.out_features == 4
+    cut_units(model, trace(model, x), {"a:neurons": torch.arange(4)})
+    assert tuple(model(torch.randn(2, 6)).shape) == (2, 3)
