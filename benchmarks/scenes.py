@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -82,7 +83,8 @@ def main() -> None:
         for name, score in mine.items():
             if name != RANDOM:
                 gap, errors = above(score, mine[RANDOM])
-                print(f"  {name}: {gap:+.1f} points, {errors:+.1f} standard errors")
+                times = "" if math.isnan(errors) else f", {errors:+.1f} standard errors"
+                print(f"  {name}: {gap:+.1f} points{times}")
 
 
 def read(path: Path | None, settings: dict) -> dict[str, dict]:
