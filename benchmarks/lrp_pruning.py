@@ -125,13 +125,14 @@ def curve(
             if not gone[name][unit]
         )
         names = list(gone)
-        wanted = int(percent / 100 * total)
+        left = int(percent / 100 * total) - sum(int(out.sum()) for out in gone.values())
         for _, position, unit in ranked:
             out = gone[names[position]]
-            if sum(int(g.sum()) for g in gone.values()) >= wanted:
+            if left == 0:
                 break
             if len(out) - out.sum() > 1:
                 out[unit] = True
+                left -= 1
         if percent in removed:
             cut = copy.deepcopy(dense)
             cut_units(cut, graph, {name: (~out).nonzero().flatten() for name, out in gone.items()})
@@ -153,7 +154,7 @@ def main() -> None:
     parser.add_argument(
         "--plot", type=Path, default=Path(__file__).resolve().parents[1] / "docs" / "lrp-pruning.svg"
     )
-    parser.add_argument("--json", type=Path, help="where the numbers go")
+    parser.add_argument("--json", type=Path, help="where the numbers go; those that are there already stay")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
@@ -166,14 +167,20 @@ def main() -> None:
     print(f"{args.network}, {units} filters, {len(test[0])} test pictures, dense {base:.2%}")
     print(f"{'removed':18s} " + " ".join(f"{percent:13d}%" for percent in args.removed), flush=True)
     found: dict[str, list[dict[int, float]]] = {}
+    kept = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     agreement = {}
     for method in args.methods:
         ranks = []
         for seed in range(1 if method == "weight" else args.seeds):
-            data = references(*training, args.each, seed)
-            accuracies, scores = curve(method, dense, graph, args.removed, data, test, seed)
-            found.setdefault(method, []).append(accuracies)
-            ranks.append(torch.cat(list(scores.values())).double().numpy())
+            key = f"{method} {seed} {args.each} {args.test} {args.removed}"
+            if key not in kept:
+                data = references(*training, args.each, seed)
+                accuracies, scores = curve(method, dense, graph, args.removed, data, test, seed)
+                kept[key] = [accuracies, torch.cat(list(scores.values())).tolist()]
+                if args.json:
+                    args.json.write_text(json.dumps(kept))
+            found.setdefault(method, []).append({int(p): value for p, value in kept[key][0].items()})
+            ranks.append(kept[key][1])
         if len(ranks) > 1:
             pairs = [(a, b) for i, a in enumerate(ranks) for b in ranks[:i]]
             agreement[method] = statistics.mean(float(spearmanr(a, b).statistic) for a, b in pairs)
@@ -194,8 +201,6 @@ def main() -> None:
         m: {p: statistics.stdev(one[p] for one in runs) for p in args.removed} if len(runs) > 1 else {}
         for m, runs in found.items()
     }
-    if args.json:
-        args.json.write_text(json.dumps({"dense": base, "runs": found, "agreement": agreement}))
     title = f"{args.network} on cifar10, {args.each} pictures a class, no fine-tuning"
     args.plot.write_text(
         panels({title: means}, {m: CURVES[m] for m in args.methods}, "filters removed", {title: spread})
