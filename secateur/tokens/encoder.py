@@ -259,7 +259,7 @@ class EncoderDriver:
             raise SecateurError(
                 "the blocks of this tower take no mask, so sizes can't weigh in their attention",
                 where=placed.label,
-                fix="use the method without them (tome: proportional=False)",
+                fix="use the method without sizes",
             )
         patches = call.table.patches[state.units]
         slot = torch.where(patches >= 0, state.where[patches.clamp(min=0)], -1)

@@ -40,6 +40,8 @@ class Table:
     """[T, m] over all patches of the towers; -1 none."""
     grid: Tensor
     """[T, 2] of the token's crop."""
+    whole: Tensor
+    """[T, 2] place on the picture that the crops of its image make together."""
     column: Tensor
     """In the given input_ids."""
     visual: int
@@ -102,6 +104,9 @@ def make_table(layouts: dict[str, Layout], places: dict[str, tuple[Tensor, Tenso
             newline=layout.newline,
             patches=torch.cat([shifted, pad], 1),
             grid=layout.grid[layout.crop],
+            whole=torch.stack([layout.grid_row, layout.grid_col], 1)
+            if layout.whole is None
+            else layout.whole,
         )
         used = torch.zeros(layout.total_patches, dtype=torch.bool, device=device)
         used[layout.patches[layout.patches >= 0]] = True
@@ -129,6 +134,7 @@ def make_table(layouts: dict[str, Layout], places: dict[str, tuple[Tensor, Tenso
                         [(free + patches)[:, None], torch.full((len(free), width - 1), -1, device=device)], 1
                     ),
                     "grid": layout.grid[crop],
+                    "whole": torch.stack([inside // wide, inside % wide], 1),
                 }
             )
         crops += len(layout.grid)
@@ -224,6 +230,7 @@ def make_sets(
         pairs = torch.stack([table.row[universe], table.image_id[universe]], 1).unique(dim=0)
         images = torch.bincount(pairs[:, 0], minlength=table.rows)
         share = torch.minimum(wanted * images[groups], total)
+    apart = scope == "crop" or kind == "encoder"
     member_or_none = torch.where(valid, member, -1)
     return TokenSets(
         features=features[safe].masked_fill(~valid[..., None], 0)
@@ -237,8 +244,8 @@ def make_sets(
         image=single(table.image).masked_fill(single(table.image_id) < 0, -1),
         crop=torch.where(crop < 0, -1, table.crop[first]),
         frame=single(table.frame),
-        grid_row=token(table.grid_row),
-        grid_col=token(table.grid_col),
+        grid_row=token(table.grid_row if apart else table.whole[:, 0]),
+        grid_col=token(table.grid_col if apart else table.whole[:, 1]),
         image_of=token(table.image),
         crop_of=token(table.crop),
         newline=token(table.newline, False),

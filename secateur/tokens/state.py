@@ -91,7 +91,8 @@ class TokenSets:
     """[S] int64 batch row; image of the row, crop of the image, video frame (-1 where a set spans several)."""
     grid_row: Tensor
     grid_col: Tensor
-    """[S, n] int64 place on the grid of its crop."""
+    """[S, n] int64 place on the grid of its crop; where an image's crops compete together, tiles are placed on the picture
+    that they make (after unpadding; a newline stands behind the last column), the base crop on its own."""
     image_of: Tensor
     crop_of: Tensor
     """[S, n] int64 image of the row, crop of the image; -1 padding."""

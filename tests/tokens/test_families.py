@@ -359,3 +359,25 @@ def test_facts() -> None:
     llava = facts_of(make("llava-clip"), family_of(make("llava-clip")))
     assert llava.feature_block == -2 and llava.tokenwise_projector and llava.has_cls
     assert llava.layer(8, of=32) == 1 and llava.block(-2) == 2 and llava.layer(0.5) == 2
+
+
+def test_tiles_that_compete_together_lie_on_the_picture_they_make() -> None:
+    """30 x 16 pixels in two tiles: 4 x 8 patches, rows of 8 and a newline behind them; the base crop by itself."""
+    model, inputs = make("llava-next"), inputs_for("llava-next", rows=(1,))
+    seen: list[TokenSets] = []
+
+    def look(sets: TokenSets) -> Tensor:
+        seen.append(sets)
+        return sets.valid
+
+    with torch.no_grad():
+        chosen = attach(model, look, target="50%", scope="image")
+        chosen.method.newlines = "compete"  # type: ignore[misc]
+        with chosen:
+            model(**inputs)
+    (sets,) = seen
+    place = torch.stack([sets.grid_row[0], sets.grid_col[0]], 1)
+    assert place[:16].tolist() == [[r, c] for r in range(4) for c in range(4)]
+    assert place[16:].tolist() == [[r, c] for r in range(4) for c in range(9)]
+    assert sets.newline[0].nonzero()[:, 0].tolist() == [24, 33, 42, 51]
+    assert sets.crop_of[0, 16:24].tolist() == [1] * 4 + [2] * 4 and sets.grid.tolist() == [[0, 0]]

@@ -40,6 +40,16 @@ def _tiled(
     return torch.cat([base, torch.cat([whole, lines], 2).flatten()])
 
 
+def _place(tokens: Tensor, line: Tensor, base: int, side: int) -> Tensor:
+    """[n, 2] row and column: the base crop on its own grid, then the tiles, unpadded, with newlines as last column."""
+    small = torch.arange(base)
+    first = torch.stack([small // side, small % side], 1)
+    rest = line[base:]
+    width = int(rest.long().argmax()) + 1 if bool(rest.any()) else 1
+    number = torch.arange(len(rest))
+    return torch.cat([first, torch.stack([number // width, number % width], 1)])
+
+
 def layout(model: Any, inputs: Mapping[str, Any]) -> dict[str, Layout]:
     if inputs.get("pixel_values") is None:
         return {}
@@ -52,7 +62,8 @@ def layout(model: Any, inputs: Mapping[str, Any]) -> dict[str, Layout]:
     sizes = sizes.tolist() if isinstance(sizes, Tensor) else [list(map(int, size)) for size in sizes]
     batch = inputs.get("batch_num_images")
     tiled = [True] * len(sizes) if batch is None else [n == 1 for n in map(int, batch) for _ in range(n)]
-    parts: dict[str, list[Tensor]] = {k: [] for k in ("image", "crop", "row", "col", "line", "patches")}
+    names = ("image", "crop", "row", "col", "line", "patches", "whole")
+    parts: dict[str, list[Tensor]] = {k: [] for k in names}
     crop_image: list[int] = []
     for image, (size, tile) in enumerate(zip(sizes, tiled)):
         crops = tools.image_size_to_num_patches(size, config.image_grid_pinpoints, image_size) if tile else 1
@@ -69,6 +80,7 @@ def layout(model: Any, inputs: Mapping[str, Any]) -> dict[str, Layout]:
         parts["col"].append(torch.where(line, side, inside % side))
         parts["line"].append(line)
         parts["patches"].append(torch.where(line, -1, tokens + start * side**2)[:, None])
+        parts["whole"].append(_place(tokens, line, side**2, side))
         crop_image += [image] * crops
     joined = {k: torch.cat(v) for k, v in parts.items()}
     return {
@@ -83,6 +95,7 @@ def layout(model: Any, inputs: Mapping[str, Any]) -> dict[str, Layout]:
             grid=torch.tensor([[side, side]]).expand(len(crop_image), 2),
             crop_image=torch.tensor(crop_image),
             total_patches=len(crop_image) * side**2,
+            whole=joined["whole"],
         )
     }
 

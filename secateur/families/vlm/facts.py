@@ -107,6 +107,8 @@ class Layout:
     crop_image: Tensor
     """[crops] the image of each crop."""
     total_patches: int = 0
+    whole: Tensor | None = None
+    """[N, 2] row and column on the picture that the crops of an image make together; None: as in its crop."""
 
     def __len__(self) -> int:
         return len(self.image)
