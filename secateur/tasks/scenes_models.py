@@ -37,7 +37,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 TOKENS = GRID**2
 
 
-def build(variant: str = "llava", seed: int = 0) -> nn.Module:
+def build(variant: str = "llava", seed: int = 0) -> Any:
     """An untrained model, float32, in training mode.
 
     >>> type(build("llava")).__name__
@@ -70,7 +70,7 @@ def _text() -> dict:
     }
 
 
-def _llava() -> nn.Module:
+def _llava() -> Any:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
@@ -86,7 +86,7 @@ def _llava() -> nn.Module:
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=IMAGE,
+        image_token_index=IMAGE,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         image_seq_length=TOKENS,
@@ -94,7 +94,7 @@ def _llava() -> nn.Module:
     return LlavaForConditionalGeneration(config)
 
 
-def _qwen() -> nn.Module:
+def _qwen() -> Any:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
@@ -120,9 +120,9 @@ def _qwen() -> nn.Module:
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def variant_of(model: nn.Module) -> str:
+def variant_of(model: Any) -> str:
     """`llava` or `qwen`."""
-    return "llava" if model.config.model_type == "llava" else "qwen"  # type: ignore[union-attr]
+    return "llava" if model.config.model_type == "llava" else "qwen"
 
 
 def frame(variant: str) -> tuple[list[int], list[int]]:
@@ -160,7 +160,7 @@ def eye_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor, groups: int) -> T
 
 
 def see(
-    model: nn.Module, values: Tensor, run: Callable[..., Tensor] = eye_block
+    model: Any, values: Tensor, run: Callable[..., Tensor] = eye_block
 ) -> tuple[Tensor, Tensor | None]:
     """What the tower makes of `pixels`: hidden [B, 64, k, C] of each token's k patches, and the pooled CLS [B, C] or None.
 
@@ -190,7 +190,7 @@ def see(
     return x.unflatten(1, (TOKENS, MERGE**2))[:, order.argsort()], None
 
 
-def project(model: nn.Module, hidden: Tensor) -> Tensor:
+def project(model: Any, hidden: Tensor) -> Tensor:
     """The visual tokens [B, 64, 128] that the language model reads, of what `see` gives."""
     if variant_of(model) == "llava":
         return model.model.multi_modal_projector(hidden[:, :, 0])
@@ -198,14 +198,14 @@ def project(model: nn.Module, hidden: Tensor) -> Tensor:
     return merger.mlp(merger.ln_q(hidden).flatten(2))
 
 
-def tower_of(model: nn.Module) -> list[nn.Parameter]:
+def tower_of(model: Any) -> list[nn.Parameter]:
     """The parameters that `see` uses."""
     if variant_of(model) == "llava":
         return list(model.model.vision_tower.parameters())
     return [p for n, p in model.model.visual.named_parameters() if not n.startswith("merger")]
 
 
-def projector_of(model: nn.Module) -> list[nn.Parameter]:
+def projector_of(model: Any) -> list[nn.Parameter]:
     """The parameters that `project` uses."""
     inner = model.model
     return list(
@@ -213,7 +213,7 @@ def projector_of(model: nn.Module) -> list[nn.Parameter]:
     )
 
 
-def inputs(model: nn.Module, pictures: Tensor, questions: list[list[int]]) -> dict[str, Tensor]:
+def inputs(model: Any, pictures: Tensor, questions: list[list[int]]) -> dict[str, Tensor]:
     """What `model(**inputs)` and `model.generate(**inputs)` take: one row a picture (uint8 [B, 3, 64, 64]) and question.
 
     >>> given = inputs(build(), torch.zeros(2, 3, 64, 64, dtype=torch.uint8), [[10, 11], [10]])
@@ -242,14 +242,14 @@ def inputs(model: nn.Module, pictures: Tensor, questions: list[list[int]]) -> di
     }
 
 
-def save_scenes(model: nn.Module, folder: str | Path, about: dict[str, Any]) -> None:
+def save_scenes(model: Any, folder: str | Path, about: dict[str, Any]) -> None:
     """Writes the model as a transformers folder in float16, and `about` beside it as scenes.json."""
     with atomic_directory(folder) as partial:
         copy.deepcopy(model).half().save_pretrained(partial)
         atomic_write_json(partial / "scenes.json", about)
 
 
-def load_scenes(name: str | Path = "llava", seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_scenes(name: str | Path = "llava", seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """A trained model in eval mode: one that comes with the library, or a folder that `train scenes` wrote.
 
     >>> model = load_scenes("llava", seed=1)  # doctest: +SKIP
