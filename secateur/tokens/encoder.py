@@ -165,7 +165,8 @@ class EncoderDriver:
         call = attached.call
         assert call is not None
         if self.family.order is not None:
-            order = self.family.order(attached.model, call.inputs["image_grid_thw"])
+            kind = "image" if call.inputs.get("pixel_values") is not None else "video"
+            order = self.family.order(attached.model, call.inputs[f"{kind}_grid_thw"])
         prefix = attached.facts.prefix
         self.state = State(hidden, self.packed, prefix, order)
         total = int(call.table.patches.max()) + 1

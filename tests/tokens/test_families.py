@@ -136,41 +136,56 @@ def test_what_becomes_of_newlines(policy: str, count: int) -> None:
         assert len(attached.kept["input"][0]) == count
 
 
-def test_frames_and_video_tokens() -> None:
+@pytest.mark.parametrize(
+    ("family", "at", "image"),
+    [
+        ("qwen2-vl", "input", True),
+        ("qwen2-vl", "layer:2", True),
+        ("qwen3-vl", "input", True),
+        ("qwen2.5-vl", "layer:2", False),
+        ("qwen2.5-vl", "encoder:1", False),
+    ],
+)
+def test_frames_and_video_tokens(family: str, at: str, image: bool) -> None:
     """Two frames of 4 x 4 patches in a video, an image before it: both kinds lose tokens, each in its own grid."""
-    model = make("qwen2-vl")
+    model = make(family)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.tensor([[1, 20, 7, *[IMAGE] * 4, 8, 7, *[6] * 8, 8, 50, 51]])
+    still = [7, *[IMAGE] * 4, 8] if image else []
+    # in the third family's prompts a video's frames stand apart, with a time before each
+    moving = [7, *[6] * 4, 8, 60, 7, *[6] * 4, 8] if family == "qwen3-vl" else [7, *[6] * 8, 8]
+    ids = torch.tensor([[1, 20, *still, *moving, 50, 51]])
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.randn(16, 48, generator=generator, dtype=torch.float64),
-        "image_grid_thw": torch.tensor([[1, 4, 4]]),
         "pixel_values_videos": torch.randn(32, 48, generator=generator, dtype=torch.float64),
         "video_grid_thw": torch.tensor([[2, 4, 4]]),
         "mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == 6).long(),
     }
+    if image:
+        inputs["pixel_values"] = torch.randn(16, 48, generator=generator, dtype=torch.float64)
+        inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]])
     settings = {
         "max_new_tokens": 3,
         "do_sample": False,
         "output_logits": True,
         "return_dict_in_generate": True,
     }
-    expected = model.generate(**inputs, **settings)
-    with attach(model, lambda sets: sets.valid, target="50%"):
-        assert torch.equal(
-            torch.stack(model.generate(**inputs, **settings).logits), torch.stack(expected.logits)
-        )
-    with attach(model, lambda sets: sets.index % 2 == 0, target="50%") as attached:
+    expected = torch.stack(model.generate(**inputs, **settings).logits)
+    with attach(model, lambda sets: sets.valid, at=at, target="50%"):
+        assert torch.equal(torch.stack(model.generate(**inputs, **settings).logits), expected)
+    with attach(model, lambda sets: sets.index % 2 == 0, at=at, target="50%", scope="row") as attached:
         out = model.generate(**inputs, **settings)
-        assert attached.kept["input"][0].tolist() == [0, 2, 4, 6, 8, 10]
-        assert attached.coordinates("input")[0]["frame"].tolist() == [0, 0, 0, 0, 1, 1]
+        assert attached.kept[at][0].tolist() == list(range(0, 8 + 4 * image, 2))
+        assert attached.coordinates(at)[0]["frame"].tolist() == [0, 0] * image + [0, 0, 1, 1]
+    assert out.sequences[:, : ids.shape[1]].equal(ids)
+    if at.startswith("encoder"):
+        return
     from reference import generate
 
     gone = torch.zeros_like(ids, dtype=torch.bool)
     visual = ((ids == IMAGE) | (ids == 6)).nonzero()[:, 1]
     gone[0, visual[1::2]] = True
-    reference = generate(model, "qwen2-vl", inputs, {0: gone}, 1)[1]
+    reference = generate(model, family, inputs, {0 if at == "input" else 2: gone}, 1)[1]
     assert (out.logits[0] - reference[0]).abs().max() < 1e-6
 
 
