@@ -29,7 +29,7 @@ from secateur.graph.groups import KINDS
 from secateur.method import UnitMethod, register
 from secateur.plan import Plan
 from secateur.saliency.relevance import COMPOSITES, as_composite, in_float32, propagate
-from secateur.stats.record import as_batches, labels_in, run
+from secateur.stats.record import as_batches, evaluating, labels_in, run
 from secateur.stats.units import slice_scores
 from secateur.stats.windows import logits_of
 from secateur.taxonomy import record
@@ -74,7 +74,9 @@ class LrpPruning(UnitMethod):
 
     def plan(self, context: Context) -> Plan:
         scores = context.remember("scores", lambda: self.scores(context))
-        return context.make_plan(keep=context.allocate(scores))
+        missing = unseen(context.model, as_batches(context.require_data()))
+        notes = {"classes": f"no sample of {missing}: what only they need leaves first"} if missing else {}
+        return context.make_plan(keep=context.allocate(scores), notes=notes)
 
     def score(self, group: Group, context: Context) -> Tensor:
         return self.scores(context)[group.name]
@@ -172,6 +174,19 @@ def classes_of(model: nn.Module, batch: Any) -> Tensor:
     if labels.is_floating_point():
         raise SecateurError("the labels are no classes", where="data", fix="give class ids, integers")
     return labels
+
+
+def unseen(model: nn.Module, batches: Any) -> str:
+    """The classes of a classifier that no label names, in words; empty where all are there, and for language models."""
+    labels = [classes_of(model, batch) for batch in batches]
+    if labels[0].dim() != 1:
+        return ""
+    with torch.no_grad(), evaluating(model):
+        count = logits_of(run(model, _without_labels(model, batches[0]))).shape[-1]
+    named = {int(label) for some in labels for label in some.tolist()}
+    missing = [c for c in range(count) if c not in named]
+    few = f"{'class' if len(missing) == 1 else 'classes'} {', '.join(map(str, missing))}"
+    return "" if not missing else few if len(missing) <= 5 else f"{len(missing)} of {count} classes"
 
 
 def right_class(logits: Tensor, labels: Tensor, start: str = "one") -> Tensor:

@@ -132,6 +132,15 @@ def test_labels_that_are_none_are_named_and_the_model_stays(resnet, labels, matc
     assert all(torch.equal(before[n], t) for n, t in resnet.state_dict().items())
 
 
+def test_a_class_without_samples_is_told(resnet):
+    x, y = pictures(12)
+    settings = {"method": "lrp-pruning", "target": "90%"}
+    assert not secateur.prune(resnet, x[:1], data=(x, y), **settings).plan.notes
+    pruned = secateur.prune(resnet, x[:1], data=(x[:8], y[:8]), **settings)
+    assert "no sample of classes 8, 9" in pruned.plan.notes["classes"]
+    assert any("no sample of classes 8, 9" in note for note in pruned.report["notes"])
+
+
 def circles(count, generator):
     angle = torch.rand(2, count, generator=generator) * 2 * math.pi
     radius = torch.tensor([1.0, 0.3])[:, None]
