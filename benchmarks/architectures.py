@@ -284,8 +284,12 @@ def with_secateur(name: str, say: Callable[[dict[str, Any]], None]) -> None:
         return
     share = sum(p.numel() for p in pruned.model.parameters()) / before
     status, why = judge(pruned.model, inputs, shapes, dense, graph)
-    if not why and (frozen := [g for g in pruned.report["groups"] if g["kept"] == g["size"] > 1]):
-        why = "; ".join(dict.fromkeys(f"{g['name']}: {g['reason']}" for g in frozen[:3] if share > 0.45))
+    if not why and share > 0.45:
+        frozen = [
+            g for g in pruned.report["groups"] if g["kept"] == g["size"] and "doesn't cut" not in g["reason"]
+        ]
+        frozen.sort(key=lambda g: -g["size"])
+        why = "; ".join(f"{g['name']} ({g['size']}): {g['reason']}" for g in frozen[:3])
     say({"status": status, "share": round(share, 3), "reason": why})
 
 
