@@ -33,7 +33,7 @@ import torch
 
 import secateur
 from secateur.method import TrainMethod
-from secateur.methods.masksparsity import Sparsify, batchnorm_scales, coupled_scales, gammas
+from secateur.methods.masksparsity import MaskSparsity, Sparsify, batchnorm_scales, coupled_scales, gammas
 from secateur.plan import Plan
 from secateur.tasks import load_task
 from secateur.taxonomy import record
@@ -93,9 +93,8 @@ def one(network: str, method: str, seed: int, args: argparse.Namespace) -> dict[
     if args.device != "cpu":
         task = dataclasses.replace(task, train=tuple(part.to(args.device) for part in task.train))
     own = {"tune": args.tune_epochs / args.epochs, "tune_lr": args.tune_lr}
-    chosen: str | TrainMethod = "masksparsity"
     if method == "masksparsity":
-        own |= {"lam": args.lam, "mask": "uniform"}
+        chosen: TrainMethod = MaskSparsity(args.lam, mask="uniform", **own)
     elif method.startswith("slimming"):
         chosen = Rival(args.slim_lam, "scale", "global" if method.endswith("global") else "uniform", **own)
     else:
@@ -114,7 +113,6 @@ def one(network: str, method: str, seed: int, args: argparse.Namespace) -> dict[
         nesterov=True,
         clip=0.0,
         lr_schedule="cosine",
-        **(own if chosen == "masksparsity" else {}),
     )
     report, row = pruned.report, pruned.report["phases"][0]
     return {
