@@ -21,18 +21,19 @@ from secateur.tokens.state import Reduction, TokenSets
 @register
 @dataclass
 class ToMe(TokenMethod):
-    """Bipartite soft matching by keys between the tower's blocks; a token weighs as much as the patches in it.
+    """Bipartite soft matching by keys inside the tower's blocks; a token weighs as much as the patches in it.
 
     >>> with secateur.attach(vit, "tome", target="50%") as attached:  # doctest: +SKIP
     ...     vit(images)
 
     The target is the share of the tokens left at the end; every block merges equally many, at most half of what it has.
     Merged tokens are means over their patches, and count as many in the attention that follows (`proportional`).
-    The paper merges between a block's attention and its MLP; this merges between blocks, so in the block that made the
-    keys the MLP still sees every token.
+    The paper merges between a block's attention and its MLP (`exact`); merging between blocks instead lets the MLP of
+    the block that made the keys see every token.
     """
 
     proportional: bool = True
+    exact: bool = True
     scope: ClassVar[str] = "crop"
     positions: ClassVar[str] = "original"
 
@@ -62,15 +63,30 @@ class ToMe(TokenMethod):
     def stages(self, facts: Facts) -> list[Stage]:
         last = facts.block(facts.feature_block) if facts.layers else facts.blocks - 1
         bias = "size" if self.proportional else None
+        if self.exact:
+            return [
+                Stage(
+                    f"encoder:{block}:mlp",
+                    partial(self.merge, block, block + 1, last + 1),
+                    (f"encoder:{block}",),
+                    bias=bias,
+                )
+                for block in range(last + 1)
+            ]
         return [
-            Stage(f"encoder:{block}", partial(self.merge, block, last), (f"encoder:{block - 1}",), bias=bias)
+            Stage(
+                f"encoder:{block}",
+                partial(self.merge, block - 1, block, last),
+                (f"encoder:{block - 1}",),
+                bias=bias,
+            )
             for block in range(1, last + 1)
         ]
 
-    def merge(self, block: int, last: int, sets: TokenSets) -> Reduction:
-        left = sets.total - ((sets.total - sets.keep) * block / last).round().long()
+    def merge(self, block: int, step: int, steps: int, sets: TokenSets) -> Reduction:
+        left = sets.total - ((sets.total - sets.keep) * step / steps).round().long()
         leave = (sets.count - left).clamp(min=0)
-        sources, into = match_pairs(sets.keys(f"encoder:{block - 1}").mean(1), sets.valid, leave)
+        sources, into = match_pairs(sets.keys(f"encoder:{block}").mean(1), sets.valid, leave)
         size = sets.carried.get("size", torch.ones_like(sets.valid, dtype=torch.float32)).nan_to_num(1.0)
         sums, mass = pour(sets.features, into, sources, size)
         whole = sets.carried["size"] = size + mass

@@ -137,6 +137,8 @@ class Attached:
                 )
             return Placed(stage, "input", 0, "input")
         site = Site.parse(stage.at, facts.layers, facts.blocks)
+        if site.form == "mlp" and site.tower:
+            return Placed(stage, "inside", site.number, f"encoder:{site.number}:mlp")
         if site.form:
             raise SecateurError(
                 f"{stage.at!r} isn't a place for a stage", where=where, fix="input, layer:K or encoder:K"
@@ -170,6 +172,9 @@ class Attached:
         blocks: Any = self.family.blocks(tower) if self.facts.blocks else []
         layers = [] if self.plain else model.get_decoder().layers
         records = [text for p in self.placed for text in p.stage.records]
+        for text in records:
+            if text.endswith(":mlp"):
+                raise SecateurError(f"{text!r} isn't a record", where="tokens", fix="record the block")
         sites = {text: Site.parse(text, self.facts.layers, self.facts.blocks) for text in records}
         self.recorder_sites_tower = any(site.tower for site in sites.values())
         _ATTACHED[model] = self
@@ -177,7 +182,7 @@ class Attached:
         if sites:
             self.recorder = Recorder(self, sites, blocks, layers)
             self._undo.append(self.recorder.remove)
-        if self.recorder_sites_tower or any(p.kind == "encoder" for p in self.placed):
+        if self.recorder_sites_tower or any(p.kind in ("encoder", "inside") for p in self.placed):
             self.encoder = EncoderDriver(self, tower, blocks)
             self._undo.append(self.encoder.remove)
         if any(p.kind == "layer" for p in self.placed) or any(not s.tower for s in sites.values()):

@@ -7,7 +7,7 @@ a token that stayed. A vision transformer on its own gets nothing put back: its 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from secateur.errors import SecateurError
 from secateur.families.vlm.facts import each_patch, grids
 from secateur.tokens import account
 from secateur.tokens.call import Call, pack
-from secateur.tokens.record import Note, without_rotation
+from secateur.tokens.record import Note, attention_of, part, without_rotation
 from secateur.tokens.sets import make_table
 
 if TYPE_CHECKING:
@@ -91,9 +91,13 @@ class EncoderDriver:
         self.handles: list[Any] = []
         self.blocks = blocks
         self.names = list(inspect.signature(blocks[0].forward).parameters)
+        self.inner = sorted({p.number for p in attached.placed if p.kind == "inside"})
+        self.undo: list[Callable[[], None]] = []
         self._can_mask = not self.packed and self.family.masks and any(name in self.names for name in MASKS)
         for number, block in enumerate(blocks):
             self.handles.append(block.register_forward_pre_hook(self._hook(number), with_kwargs=True))
+        for number in self.inner:
+            self._split(number, blocks[number])
         if not attached.plain:
             for module in self.family.full_before(tower):
                 self.handles.append(module.register_forward_pre_hook(self._full))
@@ -101,6 +105,8 @@ class EncoderDriver:
                 self.handles.append(tower.register_forward_hook(self._exit))
 
     def remove(self) -> None:
+        while self.undo:
+            self.undo.pop()()
         while self.handles:
             self.handles.pop().remove()
         self.state = None
@@ -156,6 +162,54 @@ class EncoderDriver:
         if not state.shorter and state.bias is None:
             return None
         return (hidden,), now
+
+    def _split(self, number: int, block: nn.Module) -> None:
+        """Makes a block's forward two halves, with the stages between its attention and its MLP."""
+        own, original = block.__dict__.get("forward"), block.forward
+        attention, norm = attention_of(block), part(block, "norm2", "layer_norm2", "layernorm_after")
+
+        def halves(*args: Any, **kwargs: Any) -> Any:
+            if self.attached.call is None:
+                return original(*args, **kwargs)
+            given = dict(zip(self.names, args)) | kwargs
+            hidden: Tensor = given.pop(self.names[0])
+            seen: list[Any] = []
+            handles = (
+                attention.register_forward_hook(lambda module, args, out: seen.append(out)),
+                norm.register_forward_pre_hook(_caught),
+            )
+            try:
+                original(hidden, **given)
+            except _Middle as middle:
+                hidden = middle.hidden
+            finally:
+                for handle in handles:
+                    handle.remove()
+            hidden = self._inside(number, block, hidden, given)
+            with _silent(attention, isinstance(seen[0], tuple)):
+                return original(hidden, **given)
+
+        block.forward = halves
+
+        def restore() -> None:
+            if own is None:
+                del block.forward
+            else:
+                block.forward = own
+
+        self.undo.append(restore)
+
+    def _inside(self, number: int, block: nn.Module, hidden: Tensor, given: Mapping[str, Any]) -> Tensor:
+        attached, state = self.attached, self.state
+        call, recorder = attached.call, attached.recorder
+        assert call is not None and state is not None
+        for placed in attached.stages_at("inside", number):
+            hidden = self._stage(state, call, placed, -1, block, hidden, given)
+        state.history[number] = (state.place, state.valid)
+        call.tower[number + 1] = int(state.valid.sum())
+        if recorder is not None and ("encoder", number, "") in recorder.notes:
+            recorder.notes["encoder", number, ""].after = state.where
+        return hidden
 
     def _begin(self, hidden: Tensor) -> None:
         attached = self.attached
@@ -260,7 +314,7 @@ class EncoderDriver:
             raise SecateurError(
                 "the blocks of this tower take no mask, so sizes can't weigh in their attention",
                 where=placed.label,
-                fix="use the method without sizes",
+                fix="use the method without sizes (proportional=False)",
             )
         patches = call.table.patches[state.units]
         slot = torch.where(patches >= 0, state.where[patches.clamp(min=0)], -1)
@@ -471,6 +525,37 @@ class EncoderDriver:
             "before": {"visual_tokens": table.visual},
             "after": {"visual_tokens": len(table.alive)},
         }
+
+
+class _Middle(Exception):
+    """Raised before a block's second norm: the residual stream between its attention and its MLP."""
+
+    def __init__(self, hidden: Tensor):
+        self.hidden = hidden
+
+
+def _caught(module: nn.Module, args: tuple[Any, ...]) -> None:
+    raise _Middle(args[0])
+
+
+@contextmanager
+def _silent(attention: nn.Module, pair: bool) -> Iterator[None]:
+    """Inside, the module adds nothing."""
+    own = attention.__dict__.get("forward")
+
+    def nothing(*args: Any, **kwargs: Any) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        zero = torch.zeros_like(given)
+        return (zero, None) if pair else zero
+
+    attention.forward = nothing
+    try:
+        yield
+    finally:
+        if own is None:
+            del attention.forward
+        else:
+            attention.forward = own
 
 
 _Waiting: Any = object()

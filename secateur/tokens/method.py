@@ -23,7 +23,7 @@ class Stage:
     >>> Stage(at="layer:2", select=self.select, records=("layer:1",), keep=0.5)  # doctest: +SKIP
 
     `at`: "input" (projected features, before the language model), "layer:K" (before decoder layer K runs) or
-    "encoder:K" (before block K of the vision tower runs). `select`: `TokenSets` -> bool [S, n] of what stays, or a
+    "encoder:K" (before block K of the vision tower runs), or "encoder:K:mlp" (between its attention and its MLP). `select`: `TokenSets` -> bool [S, n] of what stays, or a
     `Reduction`. `records`: what the engine must note down for it. `scope`: who competes, None: the method's.
     `keep`: float, the share of the original count of each set; int, the count; None, what the target says.
     `bias`: in the tower, the name of a carried number whose log is added to a token's attention logits as a key in the

@@ -36,7 +36,7 @@ class Stopped(Exception):
 
 @dataclass
 class Site:
-    """A parsed record string: "encoder:-2", "layer:7", "layer:7:raw", "layer:7:modules", "layer:7:peek"."""
+    """A parsed place: "encoder:-2", "layer:7", "layer:7:raw", "layer:7:modules", "layer:7:peek"; for stages "encoder:3:mlp"."""
 
     tower: bool
     number: int
@@ -47,7 +47,7 @@ class Site:
         """Raises `SecateurError` for what isn't a site of this model."""
         parts = text.split(":")
         depth = {"encoder": blocks, "layer": layers}.get(parts[0], 0)
-        forms = {"", "raw", "modules", "peek"}
+        forms = {"", "raw", "modules", "peek", "mlp"}
         try:
             number = float(parts[1]) if "." in parts[1] else int(parts[1])
             form = parts[2] if len(parts) > 2 else ""
@@ -90,6 +90,8 @@ class Note:
     """[patches] flat slot of each patch; -1 where it has left (towers)."""
     states: Tensor | None = None
     """The block's output."""
+    after: Tensor | None = None
+    """`where` for the output, when tokens left inside the block (towers)."""
     modules: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def add(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: Any, causal: bool) -> None:
@@ -496,13 +498,14 @@ class Live:
 
     # -- tower --
 
-    def _pool(self, sets: TokenSets, note: Note, values: Tensor) -> Tensor:
+    def _pool(self, sets: TokenSets, note: Note, values: Tensor, where: Tensor | None = None) -> Tensor:
         """Per flat slot [F, ...] -> per token [S, n, ...], the mean over its patches; 0 where it has none."""
+        where = note.where if where is None else where
         members = sets.place.members
         patches = self.call.table.patches[members.clamp(min=0)]
         there = (patches >= 0) & (members >= 0)[..., None]
-        assert note.where is not None
-        slot = note.where[patches.clamp(min=0)]
+        assert where is not None
+        slot = where[patches.clamp(min=0)]
         there = there & (slot >= 0)
         if patches.shape[-1] == 1:
             found = values[slot[..., 0].clamp(min=0)]
@@ -589,7 +592,7 @@ class Live:
         out.scatter_add_(0, torch.where(there, slot, total).flatten(), each.float().flatten())
         return out[:total]
 
-    def _cls_rows(self, sets: TokenSets, note: Note) -> Tensor:
+    def _cls_rows(self, sets: TokenSets, length: int) -> Tensor:
         """[S] flat slot of the CLS token of each set's crop."""
         if not self.call.facts.prefix:
             raise Missing("CLS token", where="tokens", fix="the method's form without CLS")
@@ -597,7 +600,7 @@ class Live:
         crops = self.call.table.crop_id[members.clamp(min=0)]
         if bool(((crops != crops[:, :1]) & (members >= 0)).any()):
             raise Missing("one CLS token for a set of several crops", where="tokens", fix='scope "crop"')
-        return crops[:, 0] * note.q[0].shape[2]
+        return crops[:, 0] * length
 
     # -- what TokenSets asks for --
 
@@ -622,7 +625,7 @@ class Live:
             return found[:, :, 0] if cls else found
         flat = torch.cat([p.transpose(1, 2).flatten(0, 1) for p in parts])
         if cls:
-            return flat[self._cls_rows(sets, note)].float()
+            return flat[self._cls_rows(sets, note.q[0].shape[2])].float()
         return self._pool(sets, note, flat.float()).transpose(1, 2)
 
     def hidden(self, sets: TokenSets, site: str, cls: bool) -> Tensor:
@@ -636,8 +639,8 @@ class Live:
             return found.masked_fill((slots < 0)[..., None], 0)
         flat = note.states.flatten(0, -2)
         if cls:
-            return flat[self._cls_rows(sets, note)]
-        return self._pool(sets, note, flat)
+            return flat[self._cls_rows(sets, note.states.shape[-2])]
+        return self._pool(sets, note, flat, note.after)
 
     def transition(self, sets: TokenSets, site: str, module: str, whole: bool) -> tuple[Tensor, ...]:
         note = self.note(site, form="modules")
