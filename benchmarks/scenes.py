@@ -47,33 +47,21 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     seeds = [int(seed) for seed in args.seeds.split(",")]
     methods = token_methods() if args.methods == "all" else args.methods.split(",")
-    settings = {"seeds": seeds, "variant": args.variant, "limit": args.limit, "data": args.data}
+    settings = {"variant": args.variant, "limit": args.limit, "data": args.data}
     kept = read(args.out, settings)
     jobs = [(None, "100%")] + [(m, f"{t}%") for t in args.targets.split(",") for m in methods]
     scores = []
     for method, target in jobs:
-        key = f"{method or 'all tokens'} {target}"
-        if key not in kept:
-            extra = {"tokenizer": scenes_tokenizer(), **OWN.get(method or "", {})} if method else {}
-            try:
-                score = evaluate(
-                    method,
-                    target,
-                    args.variant,
-                    seeds,
-                    args.limit,
-                    args.batch,
-                    args.device,
-                    args.data,
-                    **extra,
-                )
-            except Exception as error:  # noqa: BLE001  one broken method must not end the table
-                score = Score(method or "", target, args.variant, missing=f"{type(error).__name__}: {error}")
-            kept[key] = score.row()
-            print(f"# {key}: {score.seconds:.1f} s {score.missing or ''}", flush=True)
-            if args.out and not score.missing:
-                atomic_write_json(args.out, {**settings, "scores": kept})
-        scores.append(Score(**kept[key]))
+        parts = []
+        for seed in seeds:
+            key = f"{method or 'all tokens'} {target} {seed}"
+            if key not in kept:
+                kept[key] = one(method, target, seed, args).row()
+                print(f"# {key}: {kept[key]['seconds']:.1f} s {kept[key]['missing'] or ''}", flush=True)
+                if args.out and not kept[key]["missing"]:
+                    atomic_write_json(args.out, {**settings, "scores": kept})
+            parts.append(Score(**kept[key]))
+        scores.append(joined(parts))
     print(f"\n{table(scores)}\n")
     for target in args.targets.split(","):
         mine = {s.method: s for s in scores if s.target == f"{target}%" and not s.missing}
@@ -85,6 +73,30 @@ def main() -> None:
                 gap, errors = above(score, mine[RANDOM])
                 times = "" if math.isnan(errors) else f", {errors:+.1f} standard errors"
                 print(f"  {name}: {gap:+.1f} points{times}")
+
+
+def one(method: str | None, target: str, seed: int, args: argparse.Namespace) -> Score:
+    """The score of one seed's model; what went wrong is its `missing`."""
+    extra = {"tokenizer": scenes_tokenizer(), **OWN.get(method or "", {})} if method else {}
+    where = (args.variant, [seed], args.limit, args.batch, args.device, args.data)
+    try:
+        return evaluate(method, target, *where, **extra)
+    except Exception as error:  # noqa: BLE001  one broken method must not end the table
+        return Score(method or "", target, args.variant, missing=f"{type(error).__name__}: {error}")
+
+
+def joined(parts: list[Score]) -> Score:
+    """One score of several seeds'."""
+    first = parts[0]
+    return Score(
+        first.method,
+        first.target,
+        first.variant,
+        {kind: [part.accuracy[kind][0] for part in parts if part.accuracy] for kind in first.accuracy},
+        sum(part.tokens_layers for part in parts) / len(parts),
+        sum(part.seconds for part in parts),
+        next((part.missing for part in parts if part.missing), None),
+    )
 
 
 def read(path: Path | None, settings: dict) -> dict[str, dict]:
