@@ -14,7 +14,7 @@ from secateur.families.vlm import Facts, Family
 from secateur.method import seeded
 from secateur.tokens.record import Live, Note
 from secateur.tokens.sets import Outcome, Table, make_sets, resolve, settle
-from secateur.tokens.state import Missing, Reduction, TokenSets
+from secateur.tokens.state import Missing, TokenSets
 
 if TYPE_CHECKING:
     from secateur.tokens.attach import Attached, Placed
@@ -208,6 +208,3 @@ def pack(keep: Tensor, right: bool = False) -> tuple[Tensor, Tensor]:
         order = order[:, keep.shape[1] - width :]
         valid = place >= width - count[:, None]
     return order.masked_fill(~valid, 0), valid
-
-
-__all__ = ["Call", "Missing", "Reduction", "pack"]

@@ -174,7 +174,6 @@ class Place:
     members: Tensor
     at: Tensor
     kind: str = "input"
-    extra: Any = None
 
 
 def make_sets(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from secateur.errors import SecateurError
 from secateur.tokens.call import Call, pack
 from secateur.tokens.sets import make_table
-from secateur.tokens.state import TokenSets
 
 if TYPE_CHECKING:
     from secateur.tokens.attach import Attached
@@ -151,9 +150,7 @@ def prepare(
         raise SecateurError("images and videos in one batch", where="encoder", fix="give them in two calls")
     table = make_table(layouts, places, len(ids))
     call = Call(attached, model, family, attached.facts, table, kwargs, ids, mask.bool())
-    with (
-        torch.no_grad() if generating else torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad()
-    ):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not generating):
         for kind in kinds:
             if mm.get(kind) is None:
                 with attached.running(call if kind in layouts else None):
@@ -348,6 +345,3 @@ def stacked(mm: Mapping[str, Any]) -> dict[str, Any]:
             new[kind] = copy.copy(output)
             new[kind].pooler_output = torch.cat(list(output.pooler_output))[None]
     return new
-
-
-Chooser = Callable[[TokenSets], Any]

@@ -644,3 +644,15 @@ def test_attention_that_is_told_only_which_keys_are_padding(at: str) -> None:
         )
         assert again.shape[1] == ids.shape[1] + 2
     assert torch.equal(tokens, expected[0]) and torch.allclose(logits, expected[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("at", [*DRIVERS, "encoder:1", "encoder:1:mlp"])
+def test_bfloat16_stays_bfloat16(at: str) -> None:
+    model, inputs = make("llava-clip", torch.bfloat16), inputs_for("llava-clip", torch.bfloat16)
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        with attach(model, half, at=at, target="50%", scope="crop", records=("encoder:0",)):
+            out = model(**inputs)
+            assert out.logits.dtype == torch.bfloat16 and torch.isfinite(out.logits[:, -1]).all()
+            assert not torch.equal(out.logits[:2, -1], dense[:2, -1])
+        assert torch.equal(model(**inputs).logits, dense)
