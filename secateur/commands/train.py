@@ -217,8 +217,8 @@ def _draw(report: Mapping[str, Any], console: Any) -> None:
         )
     console.print(made)
     if rows := [row for row in report["phases"] if "order_distance" in row]:
-        names = ("prune_distance", "prune_angle", "order_distance", "order_angle", "order_barrier")
-        names = tuple(name for name in names if name in rows[0])
+        known = ("prune_distance", "prune_angle", "order_distance", "order_angle", "order_barrier")
+        names = [name for name in known if name in rows[0]]
         made = table("stability", *(name.replace("_", " ") for name in names))
         for row in rows:
             made.add_row(f"{row['mask']} mask", *(f"{row[name]:.4g}" for name in names))

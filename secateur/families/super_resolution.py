@@ -50,6 +50,8 @@ class Vdsr(nn.Module):
 class MeanShift(nn.Module):
     """Adds a colour."""
 
+    shift: Tensor
+
     def __init__(self, sign: int):
         super().__init__()
         self.register_buffer("shift", sign * torch.tensor(RGB_MEAN)[:, None, None])

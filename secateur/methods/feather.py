@@ -42,11 +42,11 @@ class Feather(TokenMethod):
     def stages(self, facts: Facts) -> list[Stage]:
         first, second = facts.spread(self.layers, of=32)
         return [
-            Stage(f"layer:{first}", partial(self.select, first - 1, grid=True), (f"layer:{first - 1}:raw",)),
-            Stage(f"layer:{second}", partial(self.select, second - 1), (f"layer:{second - 1}:raw",)),
+            Stage(f"layer:{first}", partial(self.cut, first - 1, grid=True), (f"layer:{first - 1}:raw",)),
+            Stage(f"layer:{second}", partial(self.cut, second - 1), (f"layer:{second - 1}:raw",)),
         ]
 
-    def select(self, layer: int, sets: TokenSets, grid: bool = False) -> Tensor:
+    def cut(self, layer: int, sets: TokenSets, grid: bool = False) -> Tensor:
         scores = sets.attention(f"layer:{layer}:raw", rows="last", over="visual")
         share = self.share if self.share is not None else sets.keep.double() / sets.total
         count = sets.valid.sum(1) * (share if grid else share * share)

@@ -40,8 +40,6 @@ class RandomTokens(TokenMethod):
         speedup="univ",
         when="RT",
         criteria="none",
-        order="shot",
-        data="free",
         decision="dyn",
         models="vlm vit",
         budget_unit="tokens",

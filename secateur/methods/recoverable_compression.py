@@ -58,8 +58,8 @@ class RecoverableCompression(TokenMethod):
         found = []
         for i, count in enumerate(sets.count.tolist()):
             keep = None if self.share is self.tokens is None else int(sets.keep[i])
-            parts = (part[i, :count] for part in (hidden, flat, attention, likeness))
-            main, index, merged = self.compress(*parts, keep)
+            x, k, seen, asked = (part[i, :count] for part in (hidden, flat, attention, likeness))
+            main, index, merged = self.compress(x, k, seen, asked, keep)
             made = sets.project(merged.to(sets.hidden("encoder:-2").dtype)) if len(merged) else merged
             kept = sets.features[i, main]
             made = made.to(kept.dtype) if len(merged) else kept[:0]

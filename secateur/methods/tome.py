@@ -47,10 +47,7 @@ class ToMe(TokenMethod):
         criteria="DIV",
         order="iter",
         data="input",
-        start="pre",
-        recovery="none",
         decision="dyn",
-        scope="loc",
         fusion="merge",
         models="vit vlm",
         budget_unit="token",
@@ -62,29 +59,20 @@ class ToMe(TokenMethod):
 
     def stages(self, facts: Facts) -> list[Stage]:
         last = facts.block(facts.feature_block) if facts.layers else facts.blocks - 1
+        blocks = range(last + 1 if self.exact else last)
         bias = "size" if self.proportional else None
-        if self.exact:
-            return [
-                Stage(
-                    f"encoder:{block}:mlp",
-                    partial(self.merge, block, block + 1, last + 1),
-                    (f"encoder:{block}",),
-                    bias=bias,
-                )
-                for block in range(last + 1)
-            ]
         return [
             Stage(
-                f"encoder:{block}",
-                partial(self.merge, block - 1, block, last),
-                (f"encoder:{block - 1}",),
+                f"encoder:{block}:mlp" if self.exact else f"encoder:{block + 1}",
+                partial(self.merge, block, len(blocks)),
+                (f"encoder:{block}",),
                 bias=bias,
             )
-            for block in range(1, last + 1)
+            for block in blocks
         ]
 
-    def merge(self, block: int, step: int, steps: int, sets: TokenSets) -> Reduction:
-        left = sets.total - ((sets.total - sets.keep) * step / steps).round().long()
+    def merge(self, block: int, steps: int, sets: TokenSets) -> Reduction:
+        left = sets.total - ((sets.total - sets.keep) * (block + 1) / steps).round().long()
         leave = (sets.count - left).clamp(min=0)
         sources, into = match_pairs(sets.keys(f"encoder:{block}").mean(1), sets.valid, leave)
         size = sets.carried.get("size", torch.ones_like(sets.valid, dtype=torch.float32)).nan_to_num(1.0)

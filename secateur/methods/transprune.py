@@ -63,18 +63,19 @@ class TransPrune(TokenMethod):
         return [
             Stage(
                 f"layer:{cut}",
-                partial(self.select, list(range(start, cut)), f"layer:{cut}:peek", share),
+                partial(self.cut, list(range(start, cut)), f"layer:{cut}:peek", share),
                 (*(f"layer:{layer}:modules" for layer in range(start, cut)), f"layer:{cut}:peek"),
             )
             for start, cut, share in zip(starts, cuts, shares)
         ]
 
-    def select(self, layers: Sequence[int], peek: str, share: float, sets: TokenSets) -> Tensor:
+    def cut(self, layers: Sequence[int], peek: str, share: float, sets: TokenSets) -> Tensor:
         change = sets.carried.get("variation", torch.zeros_like(sets.valid, dtype=torch.float32))
         for layer in layers:
             for module in ("attention", "mlp"):
                 site = f"layer:{layer}"
-                ratio, turn = variation(*sets.transition(site, module), self.compat)
+                given, made = sets.transition(site, module)
+                ratio, turn = variation(given, made, self.compat)
                 given, made, real = sets.transition(site, module, whole=True)
                 around = (variation(given, made, self.compat)[1] * real).sum(1)
                 change = change + ratio * turn / around[sets.row, None]

@@ -114,7 +114,8 @@ class VFlowOpt(TokenMethod):
         best = top_per_row(scores, (count - leave - extra).clamp(min=1)[:, 0], sets.valid)
         low = sets.valid & ~best & alone & (leave > 0)
         cells = torch.stack(
-            [sets.crop_of, *((g / side).floor().long() for g in (sets.grid_row, sets.grid_col))], 2
+            [sets.crop_of.clamp(max=1), *((g / side).floor().long() for g in (sets.grid_row, sets.grid_col))],
+            2,
         )
         cells = cells.flatten(0, 1).unique(dim=0, return_inverse=True)[1].view_as(sets.crop_of)
         kept, merged = recycle_cells(sets.features, scores, cells, low)

@@ -149,7 +149,7 @@ def in_order(groups: Sequence[Tensor], features: Tensor) -> Reduction:
     order = torch.full_like(places, len(groups) * n)
     for number, mask in enumerate(groups):
         order = torch.where(mask, number * n + places, order)
-    count = sum(mask.sum(1) for mask in groups)
+    count = torch.stack([mask.sum(1) for mask in groups]).sum(0)
     index = order.argsort(dim=1)[:, : int(count.max())]
     real = places[:, : index.shape[1]] < count[:, None]
     return _reduction(index, real, features.gather(1, index[..., None].expand(-1, -1, features.shape[2])))

@@ -57,7 +57,7 @@ def test_feather_adds_a_grid_then_cuts_harder():
     first = TokenSets.from_tensors(
         torch.zeros(1, 16, 1), keep=8, attention={("layer:7:raw", "last", "visual"): FEATHER}
     )
-    stay = kept(method.select(7, first, grid=True))
+    stay = kept(method.cut(7, first, grid=True))
     assert stay == [0, 3, 4, 5, 7, 8, 9, 12, 13, 14, 15]
     scores = row(3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5)
     second = TokenSets.from_tensors(
@@ -66,7 +66,7 @@ def test_feather_adds_a_grid_then_cuts_harder():
         total=torch.tensor([16]),
         attention={("layer:15:raw", "last", "visual"): scores},
     )
-    assert [stay[i] for i in kept(method.select(15, second))] == [8, 12]
+    assert [stay[i] for i in kept(method.cut(15, second))] == [8, 12]
 
 
 def test_transprune_scores():
@@ -91,7 +91,7 @@ def test_transprune_scores():
         transition=changes,
         attention={("layer:7:peek", "text"): row(0.02, 0.01, 0.05, 0.04)},
     )
-    assert kept(make_method("transprune").select([6], "layer:7:peek", 0.0, sets)) == [2, 3]
+    assert kept(make_method("transprune").cut([6], "layer:7:peek", 0.0, sets)) == [2, 3]
     torch.testing.assert_close(
         sets.carried["variation"], row(0.268941, 0.463835, 1.213552, 0.393224), atol=1e-6, rtol=0
     )
