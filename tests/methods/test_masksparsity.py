@@ -245,7 +245,7 @@ def test_masked_scales_vanish_and_the_cut_costs_nothing_but_statistics(uniform):
     assert [g["kept"] for g in uniform.report["groups"] if g["reason"] is None] == [8, 16, 16]
 
 
-def test_accuracy_after_the_cut_is_above_that_of_global_slimming(uniform):
+def test_kept_scales_and_accuracy_after_the_cut_are_above_those_of_global_slimming(uniform):
     """Slimming with the same lambda to the same widths: every scale regularised, then the smallest half of each leaves."""
     slimmed = load_task("digits")
     model = slimmed.pretrained()
@@ -268,6 +268,8 @@ def test_accuracy_after_the_cut_is_above_that_of_global_slimming(uniform):
         if any(s.name in scales for s in g.slices)
     }
     secateur.surgery.cut_units(model, graph, keep)
+    for name, slim in batchnorm_scales(model).items():
+        assert uniform.model.get_parameter(name).abs().mean() > slim.abs().mean()
     reestimate_batchnorm(model, list(slimmed.train[0].split(64))[:16])
     assert uniform.report["phases"][0]["quality_after_the_cut"] > slimmed.quality(model)
 
