@@ -404,7 +404,8 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
         met = np.zeros(n, bool)
         met[classes[ids]] = True
         floors.append((met, int(met.sum()), len(ids), k))
-    stacked = {name for name, d in keys if flags[classes[t.ids[name, d]]].max() & EXPERT}
+    stacked = {key[0] for key, mine in zip(keys, members, strict=True) if flags[mine].max() & EXPERT}
+    ranks = {name: v.dim() for name, v in t.tensors("_parameters")}
     grains = []
     for ids, grain in t.grains:
         met = np.zeros(n, bool)
@@ -435,7 +436,7 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
         if reason is None and len(units) == 1:
             reason = "a single unit"
         bits = int(np.bitwise_or.reduce(flags[units]))
-        kind = _kind(slices, bits, int(shared[units].max()), t, stacked)
+        kind = _kind(slices, bits, int(shared[units].max()), ranks, stacked)
         least = max((-(-k * heads // size) for met, heads, size, k in floors if met[units].any()), default=1)
         if reason is None and least >= len(units):
             reason = f"the model picks {least} of {len(units)} units, which is all"
@@ -457,18 +458,15 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
         return group.reason is not None, late, min((rank.get(x, 10**9), position[x]) for x in names)
 
     ordered = sorted((g for _, g in groups), key=order_of)
-    shapes = {
-        name: tuple(v.shape)
-        for named in (t.model.named_parameters, t.model.named_buffers)
-        for name, v in named(remove_duplicate=False)
-    }
+    shapes = {name: tuple(v.shape) for kind in ("_parameters", "_buffers") for name, v in t.tensors(kind)}
+    distinct = {id(v): name for name, v in reversed(list(t.tensors("_parameters")))}
     graph = Graph(
         ordered,
         shapes,
         dict(t.aliases),
         dict(t.unknown),
         frozenset(t.normalised),
-        [name for name, _ in t.model.named_parameters() if name not in t.aliases],
+        [name for name, v in t.tensors("_parameters") if distinct[id(v)] == name and name not in t.aliases],
         classes,
         np.zeros(n, bool),
     )
@@ -680,7 +678,9 @@ def _varying(t: Tracer, axes: Axes, dims: Sequence[int]) -> Any:
     return None
 
 
-def _kind(slices: Sequence[Slice], bits: int, shared: int, t: Tracer, stacked: set[str]) -> str:
+def _kind(
+    slices: Sequence[Slice], bits: int, shared: int, ranks: Mapping[str, int], stacked: set[str]
+) -> str:
     makers = [s for s in slices if s.role == "out"]
     wide = any(s.index.shape[1] > 1 for s in makers)
     if bits & STEM:
@@ -689,9 +689,7 @@ def _kind(slices: Sequence[Slice], bits: int, shared: int, t: Tracer, stacked: s
         return "kv_groups" if shared > 1 else "heads"
     if bits & EXPERT and not bits & RESIDUAL:
         return "experts"
-    shapes = [
-        len(next(v.shape for v in [t.model.get_parameter(s.name)])) for s in makers if _is_param(t, s.name)
-    ]
+    shapes = [ranks[s.name] for s in makers if s.name in ranks]
     if shapes and all(rank > 2 for rank in shapes) and not any(s.name in stacked for s in makers):
         return "channels"
     if bits & RESIDUAL:
@@ -699,14 +697,6 @@ def _kind(slices: Sequence[Slice], bits: int, shared: int, t: Tracer, stacked: s
     if bits & INNER:
         return "head_dim"
     return "neurons"
-
-
-def _is_param(t: Tracer, name: str) -> bool:
-    try:
-        t.model.get_parameter(name)
-    except AttributeError:
-        return False
-    return True
 
 
 def _common(paths: Sequence[str]) -> str:
@@ -746,7 +736,7 @@ def _name(groups: Sequence[Group]) -> None:
 def _layers(t: Tracer, graph: Graph) -> list[Group]:
     """Blocks of a list that add to the residual stream: what goes in is tied to what comes out."""
     groups = []
-    for path, module in t.model.named_modules():
+    for path, module in t.unique():
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2 or path in t.experts:
             continue
         found = []
@@ -806,7 +796,7 @@ def _compile(t: Tracer, graph: Graph) -> None:
         graph._events.append((event.expr, packed, where, event.module))
         if isinstance(event.expr, Attribute):
             attributes[event.expr] = value
-    modules = dict(t.model.named_modules())
+    modules = dict(t.paths)
     for a in attributes:
         owner: Any = modules[a.module]
         for name in a.name.split("."):

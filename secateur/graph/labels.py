@@ -5,7 +5,7 @@ Spec: spa, "Finding the groups" (Structurally Prune Anything, arXiv 2403.18955).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -33,8 +33,9 @@ class Labels:
         self.flags = np.zeros(1024, np.uint16)
         self.shared = np.ones(1024, np.int32)
         self.reasons = [""]
+        self.codes: dict[str, int] = {}
 
-    def new(self, n: int, why: str | None = None) -> np.ndarray:
+    def new(self, n: int, why: object = None) -> np.ndarray:
         """n fresh labels; with `why` they are frozen from birth."""
         while self.count + n > len(self.parent):
             size = len(self.parent)
@@ -50,47 +51,66 @@ class Labels:
 
     def find(self, ids: np.ndarray) -> np.ndarray:
         """The representative of each label."""
-        root = first = self.parent[ids]
+        parent = self.parent
+        root = first = parent[ids]
         while True:
-            up = self.parent[root]
-            if (up == root).all():
+            up = parent[root]
+            if not np.count_nonzero(up != root):
                 break
             root = up
         if root is not first:
-            self.parent[ids] = root
+            parent[ids] = root
         return root
 
     def tie(self, a: np.ndarray, b: np.ndarray) -> None:
         """Merge elementwise after broadcasting."""
+        if a is b:
+            return
         if a.shape != b.shape:
             a, b = np.broadcast_arrays(a, b)
-        a, b = np.ravel(a), np.ravel(b)
+        a, b = self.find(a.ravel()), self.find(b.ravel())
         while True:
-            a, b = self.find(a), self.find(b)
             apart = a != b
-            if not apart.any():
+            if not np.count_nonzero(apart):
                 return
-            a, b = a[apart], b[apart]
-            np.minimum.at(self.parent, np.maximum(a, b), np.minimum(a, b))
+            low, high = np.minimum(a, b)[apart], np.maximum(a, b)[apart]
+            np.minimum.at(self.parent, high, low)
+            if not np.count_nonzero(self.parent[high] != low):
+                return
+            a, b = self.find(low), self.find(high)
 
-    def freeze(self, ids: np.ndarray, why: str) -> None:
-        """Refuse these labels; the first reason given stays."""
-        if why not in self.reasons[-64:]:
-            self.reasons.append(why)
-        code = len(self.reasons) - 1 - self.reasons[::-1].index(why)
-        ids = np.ravel(ids)
-        self.frozen[ids[self.frozen[ids] == 0]] = code
+    def freeze(self, ids: np.ndarray, why: object) -> None:
+        """Refuse these labels; the first reason given stays. `why` is only made a text where it is needed."""
+        ids = ids.ravel()
+        ids = ids[self.frozen[ids] == 0]
+        if not len(ids):
+            return
+        text = str(why)
+        if text not in self.codes:
+            self.codes[text] = len(self.reasons)
+            self.reasons.append(text)
+        self.frozen[ids] = self.codes[text]
 
     def flag(self, ids: np.ndarray, bit: int) -> None:
-        self.flags[np.ravel(ids)] |= bit
+        self.flags[ids.ravel()] |= bit
 
     def same(self, array: np.ndarray, axis: int) -> bool:
         """Are all labels along this axis one and the same?"""
+        start = [0] * array.ndim
+        first = self.root(array[tuple(start)])
+        start[axis] = -1
+        if self.root(array[tuple(start)]) != first:
+            return False
         found = self.find(array)
-        return bool((found == found.take([0], axis)).all())
+        return not np.count_nonzero(found != found.take([0], axis))
+
+    def root(self, label: int) -> int:
+        parent = self.parent
+        while (up := parent[label]) != label:
+            label = up
+        return label
 
 
-@dataclass(eq=False)
 class Axes:
     """What is known of one tensor: its shape and label arrays of the same rank, of size 1 on free axes.
 
@@ -98,16 +118,23 @@ class Axes:
     constant); None for activations. `picks`: the values are positions among these labels, as those of a `topk` are.
     """
 
-    shape: tuple[int, ...]
-    layers: list[np.ndarray] = field(default_factory=list)
-    params: frozenset[str] | None = None
-    picks: np.ndarray | None = None
+    __slots__ = ("layers", "params", "picks", "shape")
 
-    def __post_init__(self) -> None:
-        self.layers = [layer for layer in self.layers if layer.size > 1]
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        layers: Iterable[np.ndarray] = (),
+        params: frozenset[str] | None = None,
+        picks: np.ndarray | None = None,
+    ):
+        self.shape, self.params, self.picks = shape, params, picks
+        self.layers = [layer for layer in layers if layer.size > 1]
 
     def has(self, axis: int) -> bool:
-        return any(layer.shape[axis] > 1 for layer in self.layers)
+        for layer in self.layers:
+            if layer.shape[axis] > 1:
+                return True
+        return False
 
 
 def axes_of(layer: np.ndarray) -> list[int]:

@@ -765,7 +765,7 @@ def attention(t: Tracer, c: Call) -> Axes:
         t.labels.flag(inner, INNER)
         if c.args.get("scale") is None:
             rows = [layer for layer in rows if layer.size == len(inner) * (q.shape[-3] if rank >= 4 else 1)]
-            t.rescaled.append((inner, rows, t.reason("the width of a head sets the scale of attention")))
+            t.rescaled.append((inner, rows, str(t.reason("the width of a head sets the scale of attention"))))
     width = vector(t, v, -1)
     layers = []
     if rank >= 4:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import linecache
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
@@ -19,7 +20,6 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from secateur.errors import SecateurError
 from secateur.graph.groups import Graph, build_graph
@@ -112,8 +112,61 @@ class Part:
 class Event:
     """A size that was passed to an operation, and what it has to be."""
 
-    def __init__(self, expr: Any, part: Part, where: str, module: str):
-        self.expr, self.part, self.where, self.module = expr, part, where, module
+    def __init__(self, expr: Any, part: Part, place: tuple[str, int], module: str):
+        self.expr, self.part, self.place, self.module = expr, part, place, module
+
+    @property
+    def where(self) -> str:
+        return line(*self.place)
+
+
+class Known:
+    """What is known of each living tensor: a dictionary by identity that forgets tensors when they are freed."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, tuple[Axes, weakref.ref]] = {}
+        found = self.found
+
+        def forget(ref: weakref.ref) -> None:
+            found.pop(ref.key, None)  # type: ignore[attr-defined]
+
+        self.forget = forget
+
+    def get(self, tensor: torch.Tensor) -> Axes | None:
+        pair = self.found.get(id(tensor))
+        return None if pair is None else pair[0]
+
+    def __setitem__(self, tensor: torch.Tensor, axes: Axes) -> None:
+        key = id(tensor)
+        pair = self.found.get(key)
+        self.found[key] = (axes, Key(tensor, self.forget) if pair is None else pair[1])
+
+
+class Key(weakref.ref):
+    """A weak reference that knows the identity of what it refers to."""
+
+    __slots__ = ("key",)
+
+    def __new__(cls, tensor: torch.Tensor, forget: Any) -> Self:
+        self = super().__new__(cls, tensor, forget)
+        self.key = id(tensor)
+        return self
+
+    def __init__(self, tensor: torch.Tensor, forget: Any):
+        super().__init__(tensor, forget)
+
+
+class Reason:
+    """Why the running operation freezes labels; the text, with the line of the model's code, is made when asked for."""
+
+    __slots__ = ("text", "tracer")
+
+    def __init__(self, tracer: Tracer, text: str):
+        self.tracer, self.text = tracer, text
+
+    def __str__(self) -> str:
+        module = self.tracer.stack[-1]
+        return f"{self.text} ({self.tracer.op}{' in ' + module if module else ''}, {source_line()})"
 
 
 class Tracer:
@@ -126,13 +179,14 @@ class Tracer:
         self.whole_groups = whole_groups
         self.grouped: dict[str, np.ndarray] = {}
         self.labels = Labels()
-        self.env = WeakTensorKeyDictionary()
+        self.env = Known()
         self.splits: list[np.ndarray] = []
         self.rigids: list[tuple[np.ndarray, int, str]] = []
         self.events: list[Event] = []
         self.costs: list[tuple[str, list[Any]]] = []
         self.roles: dict[tuple[str, int], str] = {}
         self.ids: dict[tuple[str, int], np.ndarray] = {}
+        self.own: dict[str, Axes] = {}
         self.aliases: dict[str, str] = {}
         self.calls: dict[str, list[tuple[Axes | None, Axes | None]]] = {}
         self.stack: list[str] = [""]
@@ -148,9 +202,11 @@ class Tracer:
         self.numbered: list[tuple[np.ndarray, int | None, str]] = []
         self.last_number: tuple[np.ndarray, int] | None = None
         self.experts: dict[str, np.ndarray] = {}
+        self.paths = list(module_paths(model))
+        self.modules = {id(item[1]): item for item in reversed(self.paths)}
         self.places = {
             f"{path}.{name}".lstrip("."): (path, n, len(module))
-            for path, module in model.named_modules()
+            for path, module in self.unique()
             if isinstance(module, nn.ModuleList) and len(module) > 1
             for n, name in enumerate(module._modules)
         }
@@ -159,13 +215,24 @@ class Tracer:
 
     # --- parameters
 
+    def unique(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every module once, by its first path, in the order of `named_modules`."""
+        return (item for item in self.paths if self.modules[id(item[1])] is item)
+
+    def tensors(self, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Named parameters or buffers (`_parameters`, `_buffers`), shared ones by all their names."""
+        for path, module in self.paths:
+            start = path + "." if path else ""
+            for name, tensor in getattr(module, kind).items():
+                if tensor is not None:
+                    yield start + name, tensor
+
     def _label_parameters(self) -> None:
         by_storage: dict[tuple, str] = {}
-        named: list[Any] = list(self.model.named_parameters(remove_duplicate=False))
-        named += list(self.model.named_buffers(remove_duplicate=False))
+        named = [*self.tensors("_parameters"), *self.tensors("_buffers")]
         self.by_storage: dict[tuple, Axes] = {}
         for name, tensor in named:
-            if tensor is None or not tensor.is_floating_point():
+            if not tensor.is_floating_point():
                 continue
             key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.device)
             if tensor.numel() and key in by_storage:
@@ -177,7 +244,7 @@ class Tracer:
                 if n > 1:
                     self.ids[name, d] = self.labels.new(n)
                     layers.append(along(self.ids[name, d], len(shape), d))
-            axes = Axes(shape, layers, frozenset([name]))
+            axes = self.own[name] = Axes(shape, layers, frozenset([name]))
             self.env[tensor] = axes
             if tensor.numel():
                 by_storage[key] = name
@@ -197,16 +264,23 @@ class Tracer:
 
     # --- what rules call
 
-    def reason(self, text: str) -> str:
-        module = self.stack[-1]
-        return f"{text} ({self.op}{' in ' + module if module else ''}, {source_line()})"
+    def reason(self, text: str) -> Reason:
+        return Reason(self, text)
 
-    def freeze(self, ids: np.ndarray, why: str) -> None:
+    def freeze(self, ids: np.ndarray, why: object) -> None:
         self.labels.freeze(ids, why)
 
     def weight(self, x: Axes, outs: Sequence[int], ins: Sequence[int]) -> None:
         """A value made of parameters only is used as a weight: note the role of their dims."""
         if not x.params:
+            return
+        name = next(iter(x.params))
+        if self.own.get(name) is x:
+            for role, dims in (("out", outs), ("in", ins)):
+                for d in dims:
+                    key = (name, d if d >= 0 else d + len(x.shape))
+                    if key in self.ids:
+                        self.roles.setdefault(key, role)
             return
         names = [key for key in self.ids if key[0] in x.params and key not in self.roles] if len(x.params) > 1 else [
             (name, d) for name in x.params for d in range(8) if (name, d) in self.ids and (name, d) not in self.roles
@@ -231,8 +305,8 @@ class Tracer:
             names |= x.params
         return names
 
-    def rigid(self, layer: np.ndarray, axis: int, why: str) -> None:
-        self.rigids.append((layer, axis, why))
+    def rigid(self, layer: np.ndarray, axis: int, why: object) -> None:
+        self.rigids.append((layer, axis, str(why)))
 
     def choice(self, name: str, layer: np.ndarray) -> None:
         """Units compete here (softmax, topk): a masked model must leave the removed ones out."""
@@ -242,12 +316,14 @@ class Tracer:
         """An operation was given the size of this axis of its result."""
         if isinstance(value, Size):
             part = Part(axes, axis, 0, axes.shape[axis])
-            self.events.append(Event(value.expr, part, source_line(), self.stack[-1]))
+            self.events.append(Event(value.expr, part, source_place(), self.stack[-1]))
 
     def told(self, ids: np.ndarray, value: int, alone: bool = False) -> None:
         """The code treats one unit by its number: sound where it does so to all, as a loop over expert modules does."""
         ids = ids[[n for n in range(len(ids)) if n not in self.beyond(ids)]]
-        self.numbered.append((ids, None if alone else value, self.reason("units are told apart by number")))
+        self.numbered.append(
+            (ids, None if alone else value, str(self.reason("units are told apart by number")))
+        )
         self.last_number = (ids, value)
 
     def called(self, path: str) -> None:
@@ -281,7 +357,7 @@ class Tracer:
         size = x.shape[d]
         sizes = [v for v in flat_ints(self.current[1]) if isinstance(v, Size)]
         settable = [v for v in sizes if any(isinstance(leaf, Attribute) for leaf in leaves(v.expr))]
-        where = source_line()
+        where = source_place()
         if settable and step == 1:
             single = len(parts) == 1
             for a, b in parts:
@@ -313,20 +389,20 @@ class Tracer:
 
     def run(self, inputs: Any) -> list[Axes]:
         args, kwargs = call_arguments(inputs)
-        training = [m for m in self.model.modules() if m.training]
+        modules = list(self.unique())
+        training = [m for _, m in modules if m.training]
         for value in flat_tensors((args, kwargs)):
             self.env[value] = Axes(tuple(value.shape), [], None)
         with ExitStack() as stack:
             for m in training:
                 stack.callback(setattr, m, "training", True)
-            self.model.eval()
-            forget_caches(self.model)
-            stack.callback(forget_caches, self.model)
+            if training:
+                self.model.eval()
+            stack.enter_context(without_stale(modules))
             stack.enter_context(torch.no_grad())
-            stack.enter_context(watched_sizes(self.model))
+            stack.enter_context(watched_sizes(modules))
             stack.enter_context(without_cache(self.model))
-            for handle in self._hooks():
-                stack.callback(handle.remove)
+            stack.enter_context(self._hooked(modules))
             stack.enter_context(Dispatch(self))
             stack.enter_context(Functions(self))
             try:
@@ -341,38 +417,45 @@ class Tracer:
                 ) from error
         return [self.axes(value) for value in flat_tensors(output)]
 
-    def _hooks(self) -> Iterator[Any]:
-        for path, module in self.model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
+    @contextmanager
+    def _hooked(self, modules: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
+        """Know which module runs, and what goes in and comes out."""
+        handles = []
+        for path, module in modules:
+            if not isinstance(module, torch.jit.ScriptModule):
+                enter, leave = functools.partial(self._enter, path), functools.partial(self._leave, path)
+                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+                handles.append(module.register_forward_hook(leave))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
-            def enter(m: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-                self.stack.append(path)
-                self.off += 1
-                seen = [self.axes(v) for v in flat_tensors((args, kwargs))]
-                self.off -= 1
-                self.calls.setdefault(path, []).append((seen, None))  # type: ignore[arg-type]
-                self.called(path)
+    def _enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.stack.append(path)
+        self.off += 1
+        seen = [self.axes(v) for v in _flat(kwargs, _flat(args, []))]
+        self.off -= 1
+        self.calls.setdefault(path, []).append((seen, None))  # type: ignore[arg-type]
+        self.called(path)
 
-            def leave(m: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
-                self.stack.pop()
-                calls = self.calls[path]
-                first = next(iter(flat_tensors(output)), None)
-                if first is None:
-                    return
-                self.off += 1
-                out = self.axes(first)
-                self.off -= 1
-                seen: Any = calls[-1][0]
-                if isinstance(seen, list):
-                    calls[-1] = (next((x for x in seen if x.shape == out.shape), None), out)
-
-            yield module.register_forward_pre_hook(enter, with_kwargs=True)
-            yield module.register_forward_hook(leave, with_kwargs=True)
+    def _leave(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
+        self.stack.pop()
+        calls = self.calls[path]
+        first = output if isinstance(output, torch.Tensor) else next(iter(_flat(output, [])), None)
+        if first is None:
+            return
+        self.off += 1
+        out = self.axes(first)
+        self.off -= 1
+        seen: Any = calls[-1][0]
+        if isinstance(seen, list):
+            calls[-1] = (next((x for x in seen if x.shape == out.shape), None), out)
 
     def apply(self, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """Label the results of one operation."""
-        full = op._schema.name.split("::")[1]
+        full, name, in_place, is_pointwise = described(op)
         self.op = full
         named = bind(op, args, kwargs)
         tensors: dict[str, Any] = {}
@@ -391,10 +474,6 @@ class Tracer:
             ):
                 self.freeze(first.picks, self.reason("units are told apart by number"))
             return
-        in_place = full.endswith("_") and not full.endswith("__")
-        name = full.rstrip("_") if in_place else full
-        if name in ("__and__", "__or__", "__xor__", "__iand__", "__ior__"):
-            name = "bitwise"
         shapes = [tuple(o.shape) for o in outs]
         call = Call(name, named, tensors, shapes)
         xs = call.tensors()
@@ -402,7 +481,7 @@ class Tracer:
             if any(x.layers or x.picks is not None for x in xs):
                 if name in RULES:
                     made = RULES[name](self, call)
-                elif torch.Tag.pointwise in op.tags or name == "bitwise":
+                elif is_pointwise:
                     made = pointwise(self, call)
                 else:
                     raise NoRule
@@ -418,7 +497,7 @@ class Tracer:
             AssertionError,
         ) as error:
             told = "" if isinstance(error, NoRule) else f": {type(error).__name__} {error}"
-            why = self.reason(f"no rule for this {name}{told}")
+            why = str(self.reason(f"no rule for this {name}{told}"))
             self.unknown.setdefault(name, why)
             for x in xs:
                 for layer in [*x.layers, *([] if x.picks is None else [x.picks])]:
@@ -469,7 +548,7 @@ class Tracer:
             ints = list(ints[0])
         if len(ints) != axes_rank(axes):
             return
-        where = source_line()
+        where = source_place()
         if name == "expand":
             self.expanded(args[0], out, ints)
             axes = self.axes(out)
@@ -505,7 +584,7 @@ class Tracer:
                 layers.append(along(self.labels.new(int(value)), rank, k))
             if isinstance(value, Size):
                 part = Part(Axes(tuple(result.shape), layers), k, 0, int(value))
-                self.events.append(Event(value.expr, part, source_line(), self.stack[-1]))
+                self.events.append(Event(value.expr, part, source_place(), self.stack[-1]))
         if layers:
             self.env[result] = Axes(tuple(result.shape), layers, frozenset())
 
@@ -609,7 +688,7 @@ def packed(args: Sequence[Any]) -> bool:
 def grouped(t: Tracer, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Groups that equal the channels shrink with them; normalised shapes follow the tensor."""
     x = t.axes(args[0])
-    where, module = source_line(), t.stack[-1]
+    where, module = source_place(), t.stack[-1]
     if name in ("layer_norm", "rms_norm"):
         shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
         for k, value in enumerate(shape):
@@ -648,35 +727,63 @@ def grouped(t: Tracer, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 # --- small helpers
 
 
+def module_paths(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` with every path of a shared module, without a generator for each level."""
+    stack = [(path, module)]
+    while stack:
+        path, module = stack.pop()
+        yield path, module
+        start = path + "." if path else ""
+        stack += [
+            (start + name, child) for name, child in reversed(module._modules.items()) if child is not None
+        ]
+
+
 def bind(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by the names of an operation's schema, defaults filled in."""
-    out = {}
-    for n, (name, has_default, default) in enumerate(arguments(op)):
-        if n < len(args):
-            out[name] = args[n]
-        elif name in kwargs:
+    names, defaults = arguments(op)
+    out = dict(zip(names, args, strict=False))
+    for name in names[len(args) :]:
+        if name in kwargs:
             out[name] = kwargs[name]
-        elif has_default:
-            out[name] = default
+        elif name in defaults:
+            out[name] = defaults[name]
     return out
 
 
 @functools.cache
-def arguments(op: Any) -> list[tuple[str, bool, Any]]:
-    """(name, has a default, default) of an operation's arguments."""
-    return [(a.name, a.has_default_value(), a.default_value) for a in op._schema.arguments]
+def arguments(op: Any) -> tuple[list[str], dict[str, Any]]:
+    """Names of an operation's arguments, and the defaults of those that have one."""
+    known = op._schema.arguments
+    return [a.name for a in known], {a.name: a.default_value for a in known if a.has_default_value()}
+
+
+@functools.cache
+def described(op: Any) -> tuple[str, str, bool, bool]:
+    """Name, name of its rule, whether it works in place, whether it is elementwise."""
+    full = op._schema.name.split("::")[1]
+    in_place = full.endswith("_") and not full.endswith("__")
+    name = full.rstrip("_") if in_place else full
+    if name in ("__and__", "__or__", "__xor__", "__iand__", "__ior__"):
+        name = "bitwise"
+    return full, name, in_place, name == "bitwise" or torch.Tag.pointwise in op.tags
 
 
 def flat_tensors(value: Any) -> Iterator[torch.Tensor]:
     """All tensors in nested tuples, lists, dicts and dataclasses; other objects (caches) are passed over."""
+    return iter(_flat(value, []))
+
+
+def _flat(value: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for v in value.values():
-            yield from flat_tensors(v)
+        found.append(value)
     elif isinstance(value, (list, tuple)):
         for v in value:
-            yield from flat_tensors(v)
+            _flat(v, found)
+    elif isinstance(value, Mapping):
+        for v in value.values():
+            _flat(v, found)
+    return found
 
 
 def flat_items(value: Any) -> Iterator[Any]:
@@ -755,37 +862,55 @@ def call_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 SKIP = ("/torch/", "/secateur/graph/", "/contextlib.py")
 
 
-def source_line() -> str:
-    """The line of the model's code that is running: `file.py:12: code`."""
-    frame = sys._getframe(1)
-    last = frame
+@functools.cache
+def passed_over(name: str) -> bool:
+    """Is this file no part of the model's code?"""
+    return any(part in name for part in SKIP)
+
+
+def source_place() -> tuple[str, int]:
+    """File and line of the model's code that is running."""
+    frame = last = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not any(part in name for part in SKIP):
-            text = linecache.getline(name, frame.f_lineno).strip()
-            return f"{name.rsplit('/', 1)[-1]}:{frame.f_lineno}: {text[:100]}"
+        if not passed_over(name):
+            return name, frame.f_lineno
         last, frame = frame, frame.f_back  # type: ignore[assignment]
-    return f"{last.f_code.co_filename}:{last.f_lineno}"
+    return last.f_code.co_filename, last.f_lineno
+
+
+def source_line() -> str:
+    """The line of the model's code that is running: `file.py:12: code`."""
+    return line(*source_place())
+
+
+def line(name: str, number: int) -> str:
+    """`file.py:12: code`."""
+    if passed_over(name):
+        return f"{name}:{number}"
+    return f"{name.rsplit('/', 1)[-1]}:{number}: {linecache.getline(name, number).strip()[:100]}"
 
 
 INTERNAL = {"training", "call_super_init", "dump_patches", "padding_idx", "_version"}
 
 
 @contextmanager
-def watched_sizes(model: nn.Module) -> Iterator[None]:
+def watched_sizes(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
     """Replace integer attributes by Sizes while the model runs."""
     undo: list[tuple[dict, str, Any]] = []
     seen: set[int] = set()
 
     def watch(owner: dict, module: str, prefix: str) -> None:
         for key, value in list(owner.items()):
-            if key in INTERNAL:
-                continue
-            new: Any = None
-            if type(value) is int and value > 1:
-                new = Size(value, Attribute(module, prefix + key))
-            elif type(value) in (tuple, list) and value and all(type(v) is int for v in value):
-                new = type(value)(
+            kind = type(value)
+            if kind is int:
+                if value < 2 or key in INTERNAL:
+                    continue
+                new: Any = Size(value, Attribute(module, prefix + key))
+            elif kind is tuple or kind is list:
+                if not value or key in INTERNAL or not all(type(v) is int for v in value):
+                    continue
+                new = kind(
                     Size(v, Attribute(module, prefix + key, n)) if v > 1 else v for n, v in enumerate(value)
                 )
             elif key == "config" and hasattr(value, "__dict__") and not isinstance(value, nn.Module):
@@ -793,11 +918,12 @@ def watched_sizes(model: nn.Module) -> Iterator[None]:
                     seen.add(id(value))
                     watch(value.__dict__, module, prefix + key + ".")
                 continue
-            if new is not None:
-                undo.append((owner, key, value))
-                owner[key] = new
+            else:
+                continue
+            undo.append((owner, key, value))
+            owner[key] = new
 
-    for path, module in model.named_modules():
+    for path, module in modules:
         if not isinstance(module, torch.jit.ScriptModule):
             watch(module.__dict__, path, "")
     try:
@@ -807,16 +933,35 @@ def watched_sizes(model: nn.Module) -> Iterator[None]:
             owner[key] = value
 
 
+def caches(modules: Iterable[nn.Module]) -> list[dict]:
+    """Dictionaries that modules fill with tensors while running (such as position biases by device)."""
+    return [
+        value
+        for module in modules
+        for name, value in module.__dict__.items()
+        if type(value) is dict and "cache" in name
+    ]
+
+
 def forget_caches(model: nn.Module) -> None:
-    """Empty dictionaries of tensors that modules fill while running (such as position biases by device)."""
-    for module in model.modules():
-        for name, value in module.__dict__.items():
-            if (
-                type(value) is dict
-                and "cache" in name
-                and all(isinstance(v, torch.Tensor) for v in value.values())
-            ):
-                value.clear()
+    """Empty the dictionaries of tensors that modules fill while running."""
+    empty(caches(model.modules()))
+
+
+def empty(found: Sequence[dict]) -> None:
+    for value in found:
+        if all(isinstance(v, torch.Tensor) for v in value.values()):
+            value.clear()
+
+
+@contextmanager
+def without_stale(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
+    """Caches of tensors are empty before and after."""
+    empty(caches(module for _, module in modules))
+    try:
+        yield
+    finally:
+        empty(caches(module for _, module in modules))
 
 
 @contextmanager
