@@ -201,7 +201,7 @@ def main() -> None:
         m: {p: statistics.stdev(one[p] for one in runs) for p in args.removed} if len(runs) > 1 else {}
         for m, runs in found.items()
     }
-    title = f"{args.network} on cifar10, {args.each} pictures a class, no fine-tuning"
+    title = f"{args.network} on cifar10, {args.each} pictures a class"
     args.plot.write_text(
         panels({title: means}, {m: CURVES[m] for m in args.methods}, "filters removed", {title: spread})
     )

@@ -48,7 +48,7 @@ class LrpPruning(UnitMethod):
     Ten samples of each class are enough. Every layer receives the same total, so layers compare without normalisation.
     Data: pairs (inputs, class ids); token ids for language models, whose classes are the next tokens. Made for
     moderate cuts: beyond some 40 % of the units at once, units that only inhibit leave together and the network falls.
-    `composite="epsilon-plus"` is the published choice for ResNets.
+    `composite="epsilon-plus"` is the published choice for ResNets; `epsilon` did better on one (docs/results.md).
     """
 
     composite: str = field(
