@@ -257,9 +257,12 @@ class Graph:
             found = None
             for layer in axes.layers:
                 if layer.shape[axis] > 1:
-                    rows = self._class[np.moveaxis(layer, axis, 0).reshape(layer.shape[axis], -1)]
-                    if (rows == rows[:, :1]).all():
-                        rows = rows[:, :1]
+                    if layer.size == layer.shape[axis]:
+                        rows = self._class[layer.reshape(-1, 1)]
+                    else:
+                        rows = self._class[np.moveaxis(layer, axis, 0).reshape(layer.shape[axis], -1)]
+                        if (rows == rows[:, :1]).all():
+                            rows = rows[:, :1]
                     if self._open[rows].any():
                         found = rows
                     break
@@ -370,9 +373,10 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
     _settle(t)
     queries = _queries(t)
     _link(t)
-    ids = np.arange(labels.count)
-    roots, classes = np.unique(labels.find(ids), return_inverse=True)
-    n = len(roots)
+    classes = labels.find(np.arange(labels.count))
+    root = classes == np.arange(labels.count)
+    classes = (np.cumsum(root) - 1)[classes]
+    n = int(np.count_nonzero(root))
     code = np.zeros(n, np.int32)
     flags = np.zeros(n, np.uint16)
     shared = np.ones(n, np.int32)
@@ -380,21 +384,23 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
     known = frozen > 0
     order = np.flatnonzero(known)[::-1]
     code[classes[order]] = frozen[order]
-    np.bitwise_or.at(flags, classes, labels.flags[: labels.count])
-    np.maximum.at(shared, classes, labels.shared[: labels.count])
+    marked = np.flatnonzero(labels.flags[: labels.count])
+    np.bitwise_or.at(flags, classes[marked], labels.flags[marked])
+    marked = np.flatnonzero(labels.shared[: labels.count] > 1)
+    np.maximum.at(shared, classes[marked], labels.shared[marked])
 
     keys = list(t.ids)
-    members, places, owner = [], [], []
-    for k, key in enumerate(keys):
-        members.append(classes[t.ids[key]])
-        places.append(np.arange(len(t.ids[key])))
-        owner.append(np.full(len(t.ids[key]), k))
+    sizes = [len(ids) for ids in t.ids.values()]
+    ends = np.cumsum(sizes, dtype=int)
+    cls = classes[np.concatenate([*t.ids.values(), np.zeros(0, int)])]
+    members = [cls[end - size : end] for end, size in zip(ends.tolist(), sizes, strict=True)]
     made = np.zeros(n, bool)
-    for k, key in enumerate(keys):
+    for key, mine in zip(keys, members, strict=True):
         if t.roles.get(key) == "out":
-            made[members[k]] = True
-    cls, place, own = (np.concatenate(v) if v else np.zeros(0, int) for v in (members, places, owner))
-    order = np.lexsort((place, own, cls))
+            made[mine] = True
+    own = np.repeat(np.arange(len(keys)), sizes)
+    place = np.arange(len(cls)) - np.repeat(ends - sizes, sizes)
+    order = np.argsort(cls, kind="stable")
     cls, place, own = cls[order], place[order], own[order]
     bounds = np.flatnonzero(np.r_[True, cls[1:] != cls[:-1], True]) if len(cls) else np.zeros(1, int)
     buckets = _alike(bounds, own, code[cls[bounds[:-1]]])
@@ -404,7 +410,9 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
         met = np.zeros(n, bool)
         met[classes[ids]] = True
         floors.append((met, int(met.sum()), len(ids), k))
-    stacked = {key[0] for key, mine in zip(keys, members, strict=True) if flags[mine].max() & EXPERT}
+    stacked: set[str] = set()
+    if np.count_nonzero(flags & EXPERT):
+        stacked = {key[0] for key, mine in zip(keys, members, strict=True) if flags[mine].max() & EXPERT}
     ranks = {name: v.dim() for name, v in t.tensors("_parameters")}
     grains = []
     for ids, grain in t.grains:
@@ -492,8 +500,12 @@ def _alike(bounds: np.ndarray, own: np.ndarray, code: np.ndarray) -> list[tuple[
     for width in dict.fromkeys(sizes.tolist()):
         here = np.flatnonzero(sizes == width)
         keys = np.column_stack([code[here], own[starts[here][:, None] + np.arange(width)]])
-        keys = np.ascontiguousarray(keys).view(np.dtype((np.void, keys.dtype.itemsize * (width + 1)))).ravel()
-        _, which = np.unique(keys, return_inverse=True)
+        new = np.r_[
+            True, (keys[1:] != keys[:-1]).any(1)
+        ]  # runs of equal rows: few rows are left to be sorted
+        rows = np.ascontiguousarray(keys[new])
+        rows = rows.view(np.dtype((np.void, rows.dtype.itemsize * (width + 1)))).ravel()
+        which = np.unique(rows, return_inverse=True)[1][np.cumsum(new) - 1]
         order = np.argsort(which, kind="stable")
         for part in np.split(order, np.cumsum(np.bincount(which))[:-1]):
             found.append((int(here[part[0]]), int(code[here[part[0]]]), width, starts[here[part]]))
@@ -609,7 +621,8 @@ def _link(t: Tracer) -> None:
     """
     labels = t.labels
     flags = np.zeros(labels.count, np.uint16)
-    np.bitwise_or.at(flags, labels.find(np.arange(labels.count)), labels.flags[: labels.count])
+    marked = np.flatnonzero(labels.flags[: labels.count])
+    np.bitwise_or.at(flags, labels.find(marked), labels.flags[marked])
     shared: dict[Attribute, list[tuple[np.ndarray | None, Any]]] = defaultdict(list)
     for event in t.events:
         part, expr = event.part, event.expr

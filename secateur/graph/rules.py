@@ -85,6 +85,8 @@ def collapse(t: Tracer, layer: np.ndarray, axis: int) -> np.ndarray:
 
 def fix(t: Tracer, x: Axes, axis: int, why: str) -> Axes:
     """The axis cannot shrink: tie along it where another axis is labelled too, else freeze."""
+    if x.picks is None and not x.has(axis):
+        return x
     layers = []
     for layer in x.layers:
         if layer.shape[axis] == 1:
@@ -115,7 +117,7 @@ def rect_heads(t: Tracer, x: Axes) -> Axes:
 
 def rect(t: Tracer, x: Axes) -> Axes:
     """Only the outermost labelled axis of every layer stays (whole heads, not parts of them)."""
-    layers = []
+    layers: list[np.ndarray] = []
     for layer in x.layers:
         layer = canon(t, layer)
         for k in axes_of(layer)[1:]:
@@ -148,6 +150,9 @@ def join(t: Tracer, a: np.ndarray | None, b: np.ndarray | None, why: str) -> np.
 def elementwise(t: Tracer, operands: Sequence[Axes], shape: tuple[int, ...]) -> Axes:
     """Right-align, tie where both are labelled, fix where the partner is full-size and unlabelled."""
     rank = len(shape)
+    usual = one_axis(t, operands, rank)
+    if usual is not None:
+        return Axes(shape, usual, t.origin(operands))
     xs = []
     for x in operands:
         pad = (1,) * (rank - len(x.shape))
@@ -181,6 +186,31 @@ def elementwise(t: Tracer, operands: Sequence[Axes], shape: tuple[int, ...]) -> 
             else:
                 layers.append(layer)
     return Axes(shape, [canon(t, layer) for layer in layers], t.origin(operands))
+
+
+def one_axis(t: Tracer, operands: Sequence[Axes], rank: int) -> list[np.ndarray] | None:
+    """`elementwise` in the usual case: all labels lie along one axis, which no operand without labels fills."""
+    place, found = 0, []
+    for x in operands:
+        for layer in x.layers:
+            size, shape = layer.size, layer.shape
+            if size not in shape:
+                return None
+            k = shape.index(size) - len(shape)
+            if place not in (0, k):
+                return None
+            place = k
+            found.append(layer.ravel())
+    if not found:
+        return []
+    for x in operands:
+        if not x.layers and len(x.shape) >= -place and x.shape[place] > 1:
+            return None
+    if len(found) == 2:
+        t.labels.tie(found[0], found[1])
+    elif len(found) > 2:
+        t.labels.tie(np.concatenate(found[1:]).reshape(len(found) - 1, -1), found[0])
+    return [canon(t, along(found[0], rank, place))]
 
 
 def drop_axes(x: Axes, dims: Sequence[int], shape: tuple[int, ...]) -> list[np.ndarray]:
@@ -292,9 +322,13 @@ def as_strided(t: Tracer, c: Call) -> Axes:
 def pointwise(t: Tracer, c: Call) -> Axes:
     xs = c.tensors()
     values = [x for x in xs if x.layers and x.params is None]
-    before = [np.unique(t.labels.find(np.ravel(x.layers[0]))) for x in values] if c.name == "add" else []
+    before = [t.labels.find(x.layers[0].ravel()) for x in values[:2]] if c.name == "add" else []
     out = elementwise(t, xs, c.out)
-    if len(before) > 1 and not np.array_equal(before[0], before[1]):
+    if (
+        len(before) > 1
+        and not np.array_equal(before[0], before[1])
+        and not np.array_equal(np.unique(before[0]), np.unique(before[1]))
+    ):
         for layer in out.layers:
             t.labels.flag(layer, RESIDUAL)
     return out
@@ -629,9 +663,9 @@ def convolution(t: Tracer, c: Call) -> Axes:
     groups, transposed = int(c.args.get("groups", 1)), bool(c.args.get("transposed", False))
     rank, channel = len(x.shape), len(x.shape) - (len(w.shape) - 2) - 1
     why = t.reason("a spatial axis of a convolution")
+    t.weight(w, [1 if transposed else 0], [0 if transposed else 1])
     for k in range(2, len(w.shape)):
         w = fix(t, w, k, why)
-    t.weight(w, [1 if transposed else 0], [0 if transposed else 1])
     w = rect(t, w)
     for k in range(channel + 1, rank):
         x = fix(t, x, k, why)
