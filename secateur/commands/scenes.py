@@ -15,7 +15,7 @@ from secateur.tasks.scenes_train import Recipe
 
 TEXT = """Train a small vision-language model that answers five kinds of question about synthetic pictures.
 
-A run that was stopped goes on where it was: give the same command again. Half an hour to an hour on two cores."""
+A run that was stopped goes on where it was: give the same command again. A quarter of an hour on one core."""
 
 
 def parameters(json: inspect.Parameter) -> list[inspect.Parameter]:
