@@ -159,9 +159,7 @@ def eye_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor, groups: int) -> T
     return x + block.mlp(block.norm2(x))
 
 
-def see(
-    model: Any, values: Tensor, run: Callable[..., Tensor] = eye_block
-) -> tuple[Tensor, Tensor | None]:
+def see(model: Any, values: Tensor, run: Callable[..., Tensor] = eye_block) -> tuple[Tensor, Tensor | None]:
     """What the tower makes of `pixels`: hidden [B, 64, k, C] of each token's k patches, and the pooled CLS [B, C] or None.
 
     The same numbers as the class's own forward, for a batch of equal pictures without a loop over windows. run: a
