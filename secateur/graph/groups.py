@@ -369,11 +369,13 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
     for out in outputs:
         for layer in out.layers:
             labels.freeze(layer, "it is an output of the model")
+        if out.picks is not None:
+            labels.freeze(out.picks, "its numbers are an output of the model")
     containers = _experts(t)
     _settle(t)
     queries = _queries(t)
     _link(t)
-    classes = labels.find(np.arange(labels.count))
+    classes = labels.roots()
     root = classes == np.arange(labels.count)
     classes = (np.cumsum(root) - 1)[classes]
     n = int(np.count_nonzero(root))
@@ -392,14 +394,14 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
     keys = list(t.ids)
     sizes = [len(ids) for ids in t.ids.values()]
     ends = np.cumsum(sizes, dtype=int)
-    cls = classes[np.concatenate([*t.ids.values(), np.zeros(0, int)])]
+    cls = classes.astype(np.int32)[np.concatenate([*t.ids.values(), np.zeros(0, int)])]
     members = [cls[end - size : end] for end, size in zip(ends.tolist(), sizes, strict=True)]
     made = np.zeros(n, bool)
     for key, mine in zip(keys, members, strict=True):
         if t.roles.get(key) == "out":
             made[mine] = True
-    own = np.repeat(np.arange(len(keys)), sizes)
-    place = np.arange(len(cls)) - np.repeat(ends - sizes, sizes)
+    own = np.repeat(np.arange(len(keys), dtype=np.int32), sizes)
+    place = np.concatenate([*(np.arange(size, dtype=np.int32) for size in sizes), np.zeros(0, np.int32)])
     order = np.argsort(cls, kind="stable")
     cls, place, own = cls[order], place[order], own[order]
     bounds = np.flatnonzero(np.r_[True, cls[1:] != cls[:-1], True]) if len(cls) else np.zeros(1, int)
@@ -430,10 +432,10 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
         slices, at = [], 0
         for k, count in Counter(owners.tolist()).items():
             name, dim = keys[k]
-            index = torch.from_numpy(np.ascontiguousarray(rows[:, at : at + count]))
+            index = torch.from_numpy(np.array(rows[:, at : at + count], np.int64))
             slices.append(Slice(name, dim, index, t.roles.get(keys[k], "vector")))
             at += count
-        units = cls[starts]
+        units = cls[starts].astype(int)
         reason = labels.reasons[why] if why else None
         if reason is not None and reason.startswith("a spatial axis of a convolution"):
             continue

@@ -26,12 +26,12 @@ class Labels:
     True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: int = 1024) -> None:
         self.count = 0
-        self.parent = np.arange(1024)
-        self.frozen = np.zeros(1024, np.int32)
-        self.flags = np.zeros(1024, np.uint16)
-        self.shared = np.ones(1024, np.int32)
+        self.parent = np.arange(capacity)
+        self.frozen = np.zeros(capacity, np.int32)
+        self.flags = np.zeros(capacity, np.uint16)
+        self.shared = np.ones(capacity, np.int32)
         self.reasons = [""]
         self.codes: dict[str, int] = {}
 
@@ -61,6 +61,14 @@ class Labels:
         if root is not first:
             parent[ids] = root
         return root
+
+    def roots(self) -> np.ndarray:
+        """The representative of every label."""
+        root = self.parent[: self.count]
+        while np.count_nonzero((up := self.parent[root]) != root):
+            root = up
+        self.parent[: self.count] = up
+        return up
 
     def tie(self, a: np.ndarray, b: np.ndarray) -> None:
         """Merge elementwise after broadcasting."""

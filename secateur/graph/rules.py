@@ -319,16 +319,19 @@ def as_strided(t: Tracer, c: Call) -> Axes:
     return x
 
 
+def differ(a: np.ndarray, b: np.ndarray) -> bool:
+    """Are these other sets of labels?"""
+    if a.min() != b.min() or a.max() != b.max():
+        return True
+    return not np.array_equal(a, b) and not np.array_equal(np.unique(a), np.unique(b))
+
+
 def pointwise(t: Tracer, c: Call) -> Axes:
     xs = c.tensors()
     values = [x for x in xs if x.layers and x.params is None]
     before = [t.labels.find(x.layers[0].ravel()) for x in values[:2]] if c.name == "add" else []
     out = elementwise(t, xs, c.out)
-    if (
-        len(before) > 1
-        and not np.array_equal(before[0], before[1])
-        and not np.array_equal(np.unique(before[0]), np.unique(before[1]))
-    ):
+    if len(before) > 1 and differ(*before):
         for layer in out.layers:
             t.labels.flag(layer, RESIDUAL)
     return out

@@ -178,7 +178,6 @@ class Tracer:
         self.rescaled: list[tuple[np.ndarray, list[np.ndarray], str]] = []
         self.whole_groups = whole_groups
         self.grouped: dict[str, np.ndarray] = {}
-        self.labels = Labels()
         self.env = Known()
         self.splits: list[np.ndarray] = []
         self.rigids: list[tuple[np.ndarray, int, str]] = []
@@ -230,6 +229,7 @@ class Tracer:
     def _label_parameters(self) -> None:
         by_storage: dict[tuple, str] = {}
         named = [*self.tensors("_parameters"), *self.tensors("_buffers")]
+        self.labels = Labels(1024 + sum(sum(v.shape) for _, v in named if v.is_floating_point()))
         self.by_storage: dict[tuple, Axes] = {}
         for name, tensor in named:
             if not tensor.is_floating_point():

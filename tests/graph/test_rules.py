@@ -473,3 +473,25 @@ def test_no_model_name_in_the_graph_or_the_surgery():
     text = " ".join(p.read_text().lower() for p in [*(root / "graph").glob("*.py"), root / "surgery.py"])
     names = "llama qwen gpt bert mistral mixtral gemma opt_ vit_ swin resnet convnext mamba whisper wav2vec clip deit"
     assert [name for name in names.split() if name in text] == []
+
+
+@pytest.mark.parametrize(
+    "pick", [lambda y: y.argmax(-1), lambda y: y.topk(2, -1)[1], lambda y: y.max(-1)[1] * 2]
+)
+def test_numbers_of_classes_as_the_output_keep_the_classes(pick):
+    """A class that leaves would renumber those after it: 3 neurons can be cut, the 5 classes cannot."""
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(3, 5)
+
+        def forward(self, x):
+            return pick(self.b(F.relu(self.a(x))))
+
+    model = randomised(Classifier())
+    graph = trace(model, torch.randn(6, 4))
+    expect(graph, (3, {"a.w.0": 1, "a.b.0": 1, "b.w.1": 1}))
+    (classes,) = (g for g in graph.groups if g.size == 5)
+    assert [(s.name, s.dim) for s in classes.slices] == [("b.weight", 0), ("b.bias", 0)]
+    assert "number" in classes.reason
