@@ -83,7 +83,7 @@ def collapse(t: Tracer, layer: np.ndarray, axis: int) -> np.ndarray:
     return first
 
 
-def fix(t: Tracer, x: Axes, axis: int, why: str) -> Axes:
+def fix(t: Tracer, x: Axes, axis: int, why: object) -> Axes:
     """The axis cannot shrink: tie along it where another axis is labelled too, else freeze."""
     if x.picks is None and not x.has(axis):
         return x
@@ -137,7 +137,7 @@ def vector(t: Tracer, x: Axes | None, axis: int) -> np.ndarray | None:
     return found[0].reshape(-1) if found else None
 
 
-def join(t: Tracer, a: np.ndarray | None, b: np.ndarray | None, why: str) -> np.ndarray | None:
+def join(t: Tracer, a: np.ndarray | None, b: np.ndarray | None, why: object) -> np.ndarray | None:
     """Tie two label vectors; a missing partner freezes the other."""
     if a is not None and b is not None:
         t.labels.tie(a, b)

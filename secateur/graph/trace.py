@@ -146,14 +146,12 @@ class Key(weakref.ref):
     """A weak reference that knows the identity of what it refers to."""
 
     __slots__ = ("key",)
+    key: int
 
     def __new__(cls, tensor: torch.Tensor, forget: Any) -> Self:
         self = super().__new__(cls, tensor, forget)
         self.key = id(tensor)
         return self
-
-    def __init__(self, tensor: torch.Tensor, forget: Any):
-        super().__init__(tensor, forget)
 
 
 class Reason:
