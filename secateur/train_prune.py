@@ -51,6 +51,7 @@ def train_prune(
     device: str | torch.device | None = None,
     resume: str | Path | None = None,
     every: int = 100,
+    clean: bool = True,
     **settings: Any,
 ) -> Pruned:
     """Train a network and prune it on the way.
@@ -66,7 +67,8 @@ def train_prune(
     quality: what is measured before and after, where the task is a network.
     recipe: optimiser, rate, batch and schedule; None: the task's. device: where to train; None: where the network is.
     resume: a directory for what is needed to go on after a kill: the same call goes on there, and ends with the same
-        bits. It is removed at the end. `every`: steps between checkpoints.
+        bits. It is removed at the end, unless `clean=False` (so that the result can be written first). `every`: steps
+        between checkpoints.
     settings: hyperparameters of the method, fields of `Recipe`, and of `Options` (floor, round_to, kinds, prove,
         allocation, uniform).
 
@@ -139,7 +141,7 @@ def train_prune(
         "seconds": time.perf_counter() - started,
     }
     parallel.barrier(size)
-    if directory and rank == 0:
+    if directory and clean and rank == 0:
         shutil.rmtree(directory, ignore_errors=True)
     graph = job._graph or ((lambda: trace(model, example)) if example is not None else None)
     return Pruned(model=model, plan=plan, report=report, changes=job.changes, _graph=graph)

@@ -9,7 +9,7 @@ from secateur.errors import SecateurError
 from secateur.method import list_methods, method_class
 from secateur.taxonomy import RECORDS, MethodInfo, filter_records, notation, parse, recommend, record, render
 
-BASELINE_SHEETS = {"weight-baselines", "fastv"}
+BASELINE_SHEETS = {"weight-baselines", "fastv", "none"}
 
 
 def info(**changes: object) -> MethodInfo:

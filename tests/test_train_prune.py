@@ -28,7 +28,7 @@ RUN = [
     "--target",
     "20%",
     "--steps",
-    "12",
+    "60",
     "--batch",
     "32",
 ]
@@ -57,7 +57,7 @@ def test_killed_at_a_random_step_and_resumed_gives_the_same_bits(
     victim = subprocess.Popen(
         command, env=ENVIRONMENT, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
     )
-    deadline, wait = time.time() + 200, random.Random().uniform(0, 0.3)
+    deadline, wait = time.time() + 200, random.Random().uniform(0, 0.2)
     while not list(work.glob("*level-*.safetensors")):
         assert victim.poll() is None and time.time() < deadline
         time.sleep(0.002)

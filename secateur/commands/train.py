@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import shlex
+import shutil
 import sys
 import typing
 from collections.abc import Mapping
@@ -112,6 +113,8 @@ def run(task: str, **given: Any) -> None:
         report |= {"model": task, "out": out, "command": shlex.join(["secateur", *_argv])}
         if is_main():
             _write(pruned, out, page)
+            if work:
+                shutil.rmtree(work, ignore_errors=True)
     if is_main():
         show(report, given["json"], lambda console: _draw(report, console))
 
@@ -138,6 +141,7 @@ def _train(task: Any, cls: Any, settings: dict[str, Any], given: Mapping[str, An
         device=given["device"],
         resume=work,
         every=given["every"],
+        clean=False,
         **settings,
     )
 

@@ -39,7 +39,7 @@ class ToMe(TokenMethod):
 
     info = MethodInfo(
         title="ToMe",
-        spec="-",
+        spec="none",
         objects="T",
         granularity="token",
         speedup="univ",
