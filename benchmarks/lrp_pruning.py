@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.graph import Graph, Group
-from secateur.methods.lrp_pruning import filter_relevance
+from secateur.saliency.filters import filter_relevance
 from secateur.surgery import cut_units, mask_units
 from secateur.tasks import vision
 

@@ -33,11 +33,12 @@ import torch
 
 import secateur
 from secateur.method import TrainMethod
-from secateur.methods.masksparsity import MaskSparsity, Sparsify, batchnorm_scales, coupled_scales, gammas
+from secateur.methods.masksparsity import MaskSparsity
 from secateur.plan import Plan
 from secateur.tasks import load_task
 from secateur.taxonomy import record
 from secateur.training.job import Job
+from secateur.training.scales import Sparsify, batchnorm_scales, coupled_scales, gammas
 from secateur.training.task import Task
 
 METHODS = ("random", "l1-direct", "l1", "slimming", "slimming-global", "masksparsity")

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from plot import panels
 from torch import Tensor
 
 import secateur
@@ -89,57 +90,6 @@ def curves(
     return found
 
 
-def draw(all_found: dict[str, dict[str, dict[int, float]]]) -> str:
-    """A panel for each network and allocation, accuracy over the share of multiply-adds removed, as SVG."""
-    width, height, left, top = 360, 250, 48, 34
-    panels = []
-    for index, (name, found) in enumerate(all_found.items()):
-        targets = sorted(next(iter(found.values())))
-        low = min(min(curve.values()) for curve in found.values())
-        high = max(max(curve.values()) for curve in found.values())
-        low, high = int(low * 10) / 10, min(1.0, (int(high * 10) + 1) / 10)
-
-        def at(
-            target: int, value: float, most: int = max(targets), low: float = low, high: float = high
-        ) -> tuple[float, float]:
-            across = left + (width - left - 16) * target / most
-            return across, top + (height - top - 36) * (high - value) / (high - low)
-
-        parts = [f'<text x="{left}" y="18" class="t">{name}</text>']
-        for tick in range(round(low * 10), round(high * 10) + 1, 1 if high - low <= 0.5 else 2):
-            _, down = at(0, tick / 10)
-            parts.append(f'<path d="M{left} {down:.1f}H{width - 16}" class="g"/>')
-            parts.append(f'<text x="{left - 6}" y="{down + 4:.1f}" class="y">{tick * 10}%</text>')
-        for target in targets:
-            across, _ = at(target, low)
-            parts.append(f'<text x="{across:.1f}" y="{height - 18}" class="x">{target}%</text>')
-        middle = (left + width) / 2
-        parts.append(f'<text x="{middle}" y="{height - 2}" class="x">multiply-adds removed</text>')
-        for curve, color in CURVES.items():
-            points = [at(target, value) for target, value in sorted(found[curve].items())]
-            line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
-            parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{color}"/>' for a, b in points]
-        panels.append(
-            f'<g transform="translate({index % 2 * width},{index // 2 * height})">{"".join(parts)}</g>'
-        )
-    down_to = height * -(-len(all_found) // 2)
-    keys = "".join(
-        f'<g transform="translate({48 + 138 * index},{down_to + 16})"><rect width="12" height="4" y="-6" fill="{color}"/>'
-        f'<text x="17" class="k">{name}</text></g>'
-        for index, (name, color) in enumerate(CURVES.items())
-    )
-    style = (
-        "text{font:12px system-ui,sans-serif;fill:#5b6670}.t{font-weight:600;font-size:11px}.y{text-anchor:end}.x{text-anchor:middle}"
-        ".g{stroke:#8884;stroke-width:1}"
-    )
-    size = f"{width * min(2, len(all_found))} {down_to + 28}"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" role="img" '
-        f'aria-label="Accuracy over multiply-adds removed"><style>{style}</style>{"".join(panels)}{keys}</svg>\n'
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -168,7 +118,7 @@ def main() -> None:
             found[name] = curves(network, args.removed, args.calibration, args.test, allocation)
     if args.json:
         args.json.write_text(json.dumps(found))
-    args.plot.write_text(draw(found))
+    args.plot.write_text(panels(found, CURVES, "multiply-adds removed"))
     print(f"\n{time.perf_counter() - start:.0f} s, {args.plot}")
 
 

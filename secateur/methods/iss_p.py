@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.method import TrainMethod, register, seeded
 from secateur.plan import Plan
-from secateur.select import top_k, top_k_rows
+from secateur.select import top_k
 from secateur.taxonomy import record
 from secateur.training.fit import State
 from secateur.training.job import Job
+from secateur.training.masks import below_sampled_threshold, fit_pattern, smallest_of_groups
 
 MOST = 0.995
 """No layer loses more than this share of its weights."""
@@ -40,43 +41,6 @@ def smallest(weight: Tensor, ratio: float) -> Tensor:
     """
     count = min(math.ceil(ratio * weight.numel() - 1e-9), math.floor(MOST * weight.numel() + 1e-9))
     return top_k(-weight.detach().abs(), count)
-
-
-def smallest_of_groups(weight: Tensor, n: int, m: int) -> Tensor:
-    """Mask of the n weights of least magnitude in each run of m consecutive ones of the flattened tensor; ties by index.
-
-    >>> smallest_of_groups(torch.tensor([0.9, 0.1, 0.2, 0.3]), 2, 4)
-    tensor([False,  True,  True, False])
-    """
-    return top_k_rows(-weight.detach().abs().reshape(-1, m), n).reshape(weight.shape)
-
-
-def below_sampled_threshold(weight: Tensor, ratio: float, sample: int, generator: torch.Generator) -> Tensor:
-    """Mask of the weights below the ceil(ratio * sample)-th smallest of `sample` entries drawn with replacement."""
-    sizes = weight.detach().abs().flatten()
-    drawn = sizes[torch.randint(len(sizes), (sample,), generator=generator).to(sizes.device)]
-    threshold = drawn.sort().values[max(0, min(math.ceil(ratio * sample - 1e-9), sample) - 1)]
-    return weight.detach().abs() < threshold
-
-
-def fit_pattern(n: int, m: int, sizes: list[int]) -> tuple[int, int]:
-    """(n, m) of n of m that leave, both raised by one until m divides the number of weights of every layer.
-
-    >>> fit_pattern(19, 20, [576, 5760]), fit_pattern(19, 20, [10800])
-    ((23, 24), (19, 20))
-
-    Raises `SecateurError` where the layers' sizes have no common divisor above m.
-    """
-    common = math.gcd(*sizes)
-    if common <= m:
-        raise SecateurError(
-            f"the numbers of weights of the layers have {common} as their greatest common divisor",
-            where=f"iss-p, groups of {m}",
-            fix="give a share such as 10%, or leave out layers with skip",
-        )
-    while common % m:
-        n, m = n + 1, m + 1
-    return n, m
 
 
 @dataclass

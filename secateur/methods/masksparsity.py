@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,88 +24,23 @@ from secateur.graph import Group
 from secateur.method import TrainMethod, register
 from secateur.plan import Plan
 from secateur.recover import reestimate_batchnorm
+from secateur.stats.record import inputs_of
 from secateur.taxonomy import record
 from secateur.training.batches import Draw
-from secateur.training.fit import State
 from secateur.training.job import Job
-
-PENALTIES = ("l1", "l2", "smooth-l1")
-
-
-@torch.no_grad()
-def penalty_gradient(gamma: Tensor, kind: str = "l1", lr_lambda: float = 0.0) -> Tensor:
-    """The derivative of the penalty on BatchNorm scales [C]: sign(gamma), gamma, or gamma where |gamma| < lr_lambda.
-
-    >>> penalty_gradient(torch.tensor([0.9, -0.02, 0.0]))
-    tensor([ 1., -1.,  0.])
-    """
-    if kind == "l2":
-        return gamma.clone()
-    if kind == "smooth-l1":
-        return torch.where(gamma.abs() < lr_lambda, gamma, gamma.sign())
-    return gamma.sign()
-
-
-@dataclass
-class Sparsify:
-    """A hook on the gradients: lambda times the penalty's derivative joins them for the scales that will leave."""
-
-    scales: Mapping[str, nn.Parameter]
-    keep: Mapping[str, Tensor]
-    """Bool [C] by name; a name that is missing keeps every channel."""
-    lam: float
-    kind: str = "l1"
-
-    @torch.no_grad()
-    def __call__(self, state: State) -> None:
-        for name, gamma in self.scales.items():
-            if name not in self.keep or gamma.grad is None:
-                continue
-            leaves = (~self.keep[name]).to(gamma.device, gamma.dtype)
-            gamma.grad.add_(self.lam * penalty_gradient(gamma, self.kind, state.lr * self.lam) * leaves)
-
-
-def ot_threshold(gamma: Tensor, share: float = 1e-4, least: float = 1e-3) -> float:
-    """The "OT" threshold of a layer: as many of the smallest |gamma| [C] leave as hold `share` of the sum of squares.
-
-    >>> round(ot_threshold(torch.tensor([0.001, 0.002, 0.004, 0.5, 0.8, 0.9])), 3)
-    0.252
-
-    The mean of the last that leaves and the first that stays; 0 where none may, 1 where the largest is below `least`.
-    """
-    sizes = gamma.detach().abs().double().clamp_min(1e-18).sort().values
-    if sizes[-1] < least:
-        return 1.0
-    removed = int((sizes.square().cumsum(0) <= share * sizes.square().sum()).sum())
-    return ((sizes[removed - 1] + sizes[removed]) / 2).item() if removed else 0.0
-
-
-def above(gamma: Tensor, threshold: float) -> Tensor:
-    """Which channels stay, bool [C]: |gamma| above the threshold, and at least the (first) largest."""
-    sizes = gamma.detach().abs()
-    keep = sizes > threshold
-    keep[sizes.argmax()] = True
-    return keep
-
-
-def vote(keep: Tensor, gammas: Tensor | None = None) -> Tensor:
-    """The mask that members of a coupled group share, bool [C], from their own, bool [members, C].
-
-    >>> vote(torch.tensor([[1, 1, 0, 0, 1], [1, 0, 0, 1, 1], [1, 0, 0, 0, 1]]).bool()).int()
-    tensor([1, 0, 0, 0, 1], dtype=torch.int32)
-
-    Those channels leave on which most members agree, as many members as leave no fewer channels than the member that
-    gives up fewest. Where all would leave, the one with the fewest votes stays, then of the largest |gamma| [members, C].
-    """
-    counts = (~keep).sum(0)
-    least = int((~keep).sum(1).min())
-    agreed = next(i for i in range(len(keep), -1, -1) if i == 0 or int((counts >= i).sum()) >= least)
-    gone = counts >= max(agreed, 1) if least else torch.zeros_like(keep[0])
-    if gone.all():
-        sizes = gammas.detach().abs().double().sum(0) if gammas is not None else torch.zeros(len(gone))
-        fewest = counts == counts.min()
-        gone[sizes.masked_fill(~fewest, -1.0).argmax()] = False
-    return ~gone
+from secateur.training.scales import (
+    PENALTIES,
+    Sparsify,
+    above,
+    as_masks,
+    batchnorm_scales,
+    coupled_scales,
+    gammas,
+    of_layers,
+    ot_threshold,
+    separation,
+    vote,
+)
 
 
 @register
@@ -173,16 +108,18 @@ class MaskSparsity(TrainMethod):
             job.train("mask", after_backward=[Sparsify(scales, none, self.lam, self.penalty)])
         units = self.choose(context, members, scales)
         job.restore(baseline)
-        regularised = Sparsify(scales, of_layers(members, units, scales), self.lam, self.penalty)
-        job.train("sparse", after_backward=[regularised])
+        layers = of_layers(members, units, scales)
+        job.train("sparse", after_backward=[Sparsify(scales, layers, self.lam, self.penalty)])
         if self.select != "mask":
             units = {name: self.fallen(group, scales) for name, group in members.items()}
-        job.note(quality=job.quality(), **separation(regularised))
+        job.note(quality=job.quality(), **separation(scales, layers))
         job.cut({name: keep.nonzero().flatten().cpu() for name, keep in units.items()})
         if self.reestimate:
             draw = Draw(job.task.train, job.recipe.batch, job.seed)
             with torch.no_grad():
-                reestimate_batchnorm(job.model, map(inputs_of_batch, map(draw, range(self.reestimate))))
+                reestimate_batchnorm(
+                    job.model, (inputs_of(job.model, draw(step)) for step in range(self.reestimate))
+                )
         job.note(quality_after_the_cut=job.quality())
         if steps := round(self.tune * job.steps):
             job.train("tune", steps=steps, lr=self.tune_lr)
@@ -201,93 +138,10 @@ class MaskSparsity(TrainMethod):
         kept = context.allocate(
             scores, context.allocation or ("global" if self.mask == "global" else "uniform")
         )
-        units = {}
-        for name, group in members.items():
-            units[name] = torch.ones(group.size, dtype=torch.bool)
-            if name in kept:
-                units[name].fill_(False)[kept[name].cpu()] = True
-        return units
+        return as_masks(members, kept)
 
     def fallen(self, group: Group, scales: Mapping[str, nn.Parameter], how: str | None = None) -> Tensor:
         """Which units of a group stay by the scales as they are, bool [units]."""
         found = gammas(group, scales)
         own = [above(g, ot_threshold(g) if (how or self.select) == "ot" else self.threshold) for g in found]
         return vote(torch.stack(own), found)
-
-
-def inputs_of_batch(batch: Any) -> Any:
-    """What the model reads of a pair (x, y), or of another batch."""
-    return batch[0] if isinstance(batch, tuple) else batch
-
-
-def batchnorm_scales(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The scale of every BatchNorm that has one, by parameter name.
-
-    Raises `SecateurError` where there is none.
-    """
-    scales = {
-        f"{path}.weight".lstrip("."): module.weight
-        for path, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine
-    }
-    if not scales:
-        raise SecateurError(
-            "it has no BatchNorm with scales",
-            where=f"masksparsity, {type(model).__name__}",
-            fix="use another method, such as lottery-ticket or group-magnitude",
-        )
-    return scales
-
-
-def coupled_scales(context: Context, scales: Mapping[str, nn.Parameter]) -> dict[str, Group]:
-    """The groups that can be cut and have BatchNorm scales.
-
-    Raises `SecateurError` where there is none.
-    """
-    found = {g.name: g for g in context.groups if any(s.name in scales for s in g.slices)}
-    if not found:
-        raise SecateurError(
-            "no BatchNorm's channels can be cut", where="masksparsity", fix="see secateur inspect"
-        )
-    return found
-
-
-def gammas(group: Group, scales: Mapping[str, nn.Parameter]) -> Tensor:
-    """|gamma| of each BatchNorm of a group, [members, units]; the largest, where a unit has several channels."""
-    rows = [
-        scales[s.name].detach().abs().float()[s.index.to(scales[s.name].device)].amax(1)
-        for s in group.slices
-        if s.name in scales
-    ]
-    return torch.stack(rows)
-
-
-def of_layers(
-    members: Mapping[str, Group], units: Mapping[str, Tensor], scales: Mapping[str, nn.Parameter]
-) -> dict[str, Tensor]:
-    """The mask of each BatchNorm, bool [C], from those of the groups; a layer that loses nothing has none."""
-    keep: dict[str, Tensor] = {}
-    for name, group in members.items():
-        gone = ~units[name].cpu()
-        for part in group.slices:
-            if part.name in scales and gone.any():
-                mask = keep.setdefault(part.name, torch.ones(len(scales[part.name]), dtype=torch.bool))
-                mask[part.index[gone].flatten()] = False
-    return {name: mask.to(scales[name].device) for name, mask in keep.items()}
-
-
-def separation(hook: Sparsify, below: float = 0.01) -> dict[str, float]:
-    """How well the scales have parted: the largest |gamma| that leaves, the smallest that stays, the share below 0.01."""
-    gone = [hook.scales[name].detach()[~mask].abs() for name, mask in hook.keep.items()]
-    stay = [
-        gamma.detach()[hook.keep[name]].abs() if name in hook.keep else gamma.detach().abs()
-        for name, gamma in hook.scales.items()
-    ]
-    if not gone:
-        return {}
-    leaving, staying = torch.cat(gone), torch.cat(stay)
-    return {
-        "largest_gamma_that_leaves": leaving.max().item(),
-        "leaving_below_0.01": (leaving < below).double().mean().item(),
-        "smallest_gamma_that_stays": staying.min().item(),
-    }

@@ -236,7 +236,7 @@ class Kind:
 
     def draw(self, model: nn.Module, image: Tensor, target: Any) -> Found:
         """image: [N, C, H, W]."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define draw")
 
 
 @dataclass

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.select import top_k_rows
 
 if TYPE_CHECKING:
     from secateur.training.fit import State
@@ -156,3 +157,40 @@ def shuffled(masks: Mapping[str, Tensor], generator: torch.Generator, scope: str
 def density(masks: Mapping[str, Tensor]) -> float:
     """The share of the weights that stay."""
     return sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+
+
+def smallest_of_groups(weight: Tensor, n: int, m: int) -> Tensor:
+    """Mask of the n weights of least magnitude in each run of m consecutive ones of the flattened tensor; ties by index.
+
+    >>> smallest_of_groups(torch.tensor([0.9, 0.1, 0.2, 0.3]), 2, 4)
+    tensor([False,  True,  True, False])
+    """
+    return top_k_rows(-weight.detach().abs().reshape(-1, m), n).reshape(weight.shape)
+
+
+def below_sampled_threshold(weight: Tensor, ratio: float, sample: int, generator: torch.Generator) -> Tensor:
+    """Mask of the weights below the ceil(ratio * sample)-th smallest of `sample` entries drawn with replacement."""
+    sizes = weight.detach().abs().flatten()
+    drawn = sizes[torch.randint(len(sizes), (sample,), generator=generator).to(sizes.device)]
+    threshold = drawn.sort().values[max(0, min(math.ceil(ratio * sample - 1e-9), sample) - 1)]
+    return weight.detach().abs() < threshold
+
+
+def fit_pattern(n: int, m: int, sizes: list[int]) -> tuple[int, int]:
+    """(n, m) of n of m that leave, both raised by one until m divides the number of weights of every layer.
+
+    >>> fit_pattern(19, 20, [576, 5760]), fit_pattern(19, 20, [10800])
+    ((23, 24), (19, 20))
+
+    Raises `SecateurError` where the layers' sizes have no common divisor above m.
+    """
+    common = math.gcd(*sizes)
+    if common <= m:
+        raise SecateurError(
+            f"the numbers of weights of the layers have {common} as their greatest common divisor",
+            where=f"groups of {m}",
+            fix="give a share such as 10%, or leave out layers with skip",
+        )
+    while common % m:
+        n, m = n + 1, m + 1
+    return n, m

@@ -10,15 +10,9 @@ from torch import nn
 
 import secateur
 from secateur import SecateurError
-from secateur.methods.iss_p import (
-    IssP,
-    Shrink,
-    below_sampled_threshold,
-    fit_pattern,
-    smallest,
-    smallest_of_groups,
-)
+from secateur.methods.iss_p import IssP, Shrink, smallest
 from secateur.training import fit
+from secateur.training.masks import below_sampled_threshold, fit_pattern, smallest_of_groups
 from secateur.training.recipe import Recipe
 
 W = [0.9, -0.02, 0.3, 0.05, -0.6, 0.01, 0.2, -0.08, 0.4, 0.03]

@@ -11,7 +11,7 @@ from torch import nn
 import secateur
 from secateur import SecateurError
 from secateur.families.cifar_resnet import CifarResNet
-from secateur.methods.lrp_pruning import filter_relevance, right_class
+from secateur.saliency.filters import filter_relevance, right_class
 
 
 def toy():

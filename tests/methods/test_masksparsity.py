@@ -10,7 +10,11 @@ import secateur
 from secateur import SecateurError
 from secateur.measure.vision import predictions
 from secateur.method import make_method
-from secateur.methods.masksparsity import (
+from secateur.recover import reestimate_batchnorm
+from secateur.tasks import load_task
+from secateur.training import fit
+from secateur.training.recipe import Recipe
+from secateur.training.scales import (
     Sparsify,
     above,
     batchnorm_scales,
@@ -20,10 +24,6 @@ from secateur.methods.masksparsity import (
     penalty_gradient,
     vote,
 )
-from secateur.recover import reestimate_batchnorm
-from secateur.tasks import load_task
-from secateur.training import fit
-from secateur.training.recipe import Recipe
 
 GAMMA, GRADIENT, KEEP = [0.9, -0.02, 0.3, 0.05], [0.1, 0.2, -0.1, 0.0], [1, 0, 1, 0]
 
