@@ -7,18 +7,17 @@ Spec: lottery-rewinding.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
-from secateur.method import TrainMethod, register
+from secateur.method import register
 from secateur.plan import Plan
 from secateur.taxonomy import MethodInfo
 from secateur.training.job import Job
-from secateur.training.tickets import find_ticket
+from secateur.training.tickets import TicketMethod
 
 
 @register
 @dataclass
-class LotteryRewinding(TrainMethod):
+class LotteryRewinding(TicketMethod):
     """`lottery-ticket`, with the survivors put back to step `rewind`; schedule and data go on from that step.
 
     >>> secateur.train_prune(task, method="lottery-rewinding", target="20%", rewind="500it")  # doctest: +SKIP
@@ -34,32 +33,11 @@ class LotteryRewinding(TrainMethod):
         default="1.7%",
         metadata={"help": "the step survivors go back to: 500it, 1.4ep, or a share such as 1.7%"},
     )
-    rate: float = field(default=0.2, metadata={"help": "largest share of the survivors that a round removes"})
-    rounds: int | None = field(default=None, metadata={"help": "rounds; default: as many as rate needs"})
-    scope: str = field(
-        default="global",
-        metadata={"help": "where weights compete: global or layer", "choices": ("global", "layer")},
-    )
-    output_rate: float = field(
-        default=0.5, metadata={"help": "with scope layer, the last layer's rate as a share of the others'"}
-    )
-    skip: tuple[str, ...] = field(
-        default=(), metadata={"help": "weights that stay whole, such as linear.weight"}
-    )
     restore_moments: bool = field(
         default=False, metadata={"help": "rewind the optimiser's state too; default: it starts afresh"}
     )
-    controls: tuple[str, ...] = field(
-        default=(), metadata={"help": "trained beside it: reinit, shuffle, shuffle-global, keep"}
-    )
     stability: int = field(default=0, metadata={"help": "pairs of runs whose distance is measured"})
 
-    watch: int = field(
-        default=0,
-        metadata={"help": "steps between measurements while a level trains; the report names the best step"},
-    )
-
-    starts: ClassVar[str] = "init"
     info = MethodInfo(
         title="Lottery tickets with rewinding",
         spec="lottery-rewinding",
@@ -83,17 +61,10 @@ class LotteryRewinding(TrainMethod):
     )
 
     def prune(self, job: Job) -> Plan:
-        masks = find_ticket(
+        masks = self.ticket(
             job,
-            rate=self.rate,
-            rounds=self.rounds,
-            scope=self.scope,
-            output_rate=self.output_rate,
-            skip=self.skip,
             rewind=job.step_of(self.rewind),
             restore_moments=self.restore_moments,
-            controls=self.controls,
-            watch=self.watch,
             pairs=self.stability,
         )
         return job.plan(masks=masks)

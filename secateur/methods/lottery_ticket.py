@@ -10,18 +10,17 @@ the last round ends on it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
-from secateur.method import TrainMethod, register
+from secateur.method import register
 from secateur.plan import Plan
 from secateur.taxonomy import MethodInfo
 from secateur.training.job import Job
-from secateur.training.tickets import find_ticket
+from secateur.training.tickets import TicketMethod
 
 
 @register
 @dataclass
-class LotteryTicket(TrainMethod):
+class LotteryTicket(TicketMethod):
     """Train, remove the smallest surviving weights, put the rest back to initialisation, again; train what is left.
 
     >>> secateur.train_prune(task, method="lottery-ticket", target="20%", epochs=20)  # doctest: +SKIP
@@ -32,32 +31,11 @@ class LotteryTicket(TrainMethod):
     weights in each layer, at random places), `shuffle-global`, `keep` (its mask, trained values kept).
     """
 
-    rate: float = field(default=0.2, metadata={"help": "largest share of the survivors that a round removes"})
-    rounds: int | None = field(default=None, metadata={"help": "rounds; default: as many as rate needs"})
-    scope: str = field(
-        default="global",
-        metadata={"help": "where weights compete: global or layer", "choices": ("global", "layer")},
-    )
-    output_rate: float = field(
-        default=0.5, metadata={"help": "with scope layer, the last layer's rate as a share of the others'"}
-    )
-    skip: tuple[str, ...] = field(
-        default=(), metadata={"help": "weights that stay whole, such as linear.weight"}
-    )
     reset: bool = field(
         default=True,
         metadata={"help": "reset between rounds (strategy 1); off: only before the last training"},
     )
-    controls: tuple[str, ...] = field(
-        default=(), metadata={"help": "trained beside it: reinit, shuffle, shuffle-global, keep"}
-    )
 
-    watch: int = field(
-        default=0,
-        metadata={"help": "steps between measurements while a level trains; the report names the best step"},
-    )
-
-    starts: ClassVar[str] = "init"
     info = MethodInfo(
         title="Lottery tickets (IMP)",
         spec="lottery-ticket",
@@ -81,15 +59,4 @@ class LotteryTicket(TrainMethod):
     )
 
     def prune(self, job: Job) -> Plan:
-        masks = find_ticket(
-            job,
-            rate=self.rate,
-            rounds=self.rounds,
-            scope=self.scope,
-            output_rate=self.output_rate,
-            skip=self.skip,
-            reset=self.reset,
-            controls=self.controls,
-            watch=self.watch,
-        )
-        return job.plan(masks=masks)
+        return job.plan(masks=self.ticket(job, reset=self.reset))

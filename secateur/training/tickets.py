@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from secateur.budget import divide
 from secateur.errors import SecateurError
+from secateur.method import TrainMethod
 from secateur.training.checkpoint import Moments
 from secateur.training.fit import Hook
 from secateur.training.history import History
@@ -22,6 +25,38 @@ from secateur.training.stability import angle, barrier, distance
 
 CONTROLS = ("reinit", "shuffle", "shuffle-global", "keep")
 Level = dict[str, int] | int
+
+
+@dataclass
+class TicketMethod(TrainMethod):
+    """The hyperparameters of iterative magnitude pruning, wherever the survivors go back to."""
+
+    rate: float = field(default=0.2, metadata={"help": "largest share of the survivors that a round removes"})
+    rounds: int | None = field(default=None, metadata={"help": "rounds; default: as many as rate needs"})
+    scope: str = field(
+        default="global",
+        metadata={"help": "where weights compete: global or layer", "choices": ("global", "layer")},
+    )
+    output_rate: float = field(
+        default=0.5, metadata={"help": "with scope layer, the last layer's rate as a share of the others'"}
+    )
+    skip: tuple[str, ...] = field(
+        default=(), metadata={"help": "weights that stay whole, such as linear.weight"}
+    )
+    controls: tuple[str, ...] = field(
+        default=(), metadata={"help": "trained beside it: reinit, shuffle, shuffle-global, keep"}
+    )
+    watch: int = field(
+        default=0,
+        metadata={"help": "steps between measurements while a level trains; the report names the best step"},
+    )
+
+    starts: ClassVar[str] = "init"
+
+    def ticket(self, job: Job, **more: Any) -> Masks:
+        """`find_ticket` with these."""
+        shared = {item.name: getattr(self, item.name) for item in fields(TicketMethod)}
+        return find_ticket(job, **shared, **more)
 
 
 def weights_kept(job: Job) -> int:
