@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--targets", default="50,25,10")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--variant", default="llava", help="llava, qwen, or a folder that train scenes wrote")
-    parser.add_argument("--data", default="scenes", help="scenes or easy_vqa")
+    parser.add_argument("--data", default="scenes", help="scenes, easy_vqa or nlvr")
     parser.add_argument("--limit", type=int, default=256, help="test pictures, up to five questions each")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)

@@ -27,9 +27,9 @@ def parameters(json: inspect.Parameter) -> list[inspect.Parameter]:
         flag("seed", int, 0, "of the weights and of the pictures"),
         flag(
             "data",
-            Literal["scenes", "easy_vqa"],
+            Literal["scenes", "easy_vqa", "nlvr"],
             "scenes",
-            "easy_vqa: tune the model that comes with the library on real files of SECATEUR_DATA",
+            "easy_vqa, nlvr: tune the model that comes with the library on real files of SECATEUR_DATA",
         ),
         flag("device", str, "cpu", "cpu, cuda, cuda:1, mps, ..."),
         flag("threads", int | None, None, "threads of the processor; default: as many as there are cores"),
@@ -60,10 +60,11 @@ def run(**given: Any) -> None:
     if given["threads"]:
         torch.set_num_threads(given["threads"])
     with quiet_stdout():
-        if given["data"] == "easy_vqa":
-            from secateur.tasks.scenes_real import train_easy_vqa
+        if given["data"] != "scenes":
+            from secateur.tasks.scenes_real import train_real
 
-            model, about = train_easy_vqa(recipe, given["device"], work, given["every"], given["resume"])
+            place = (given["device"], work, given["every"], given["resume"])
+            model, about = train_real(given["data"], recipe, *place)
         else:
             from secateur.tasks.scenes_train import train_scenes
 

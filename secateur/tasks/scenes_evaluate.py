@@ -154,7 +154,7 @@ def evaluate(
     {'presence': [93.7, ...], 'colour': [...], ...}
 
     method None: every token stays. variant: also a folder that `train scenes` wrote, for one seed. data: `scenes`, or
-    `easy_vqa`, for a model that was tuned on it. limit: test pictures, each with up to five questions. options: what
+    `easy_vqa` or `nlvr`, for a model that was tuned on it. limit: test pictures, each with up to five questions. options: what
     `secateur.attach` takes. A method that needs what the models don't have gives a score with `missing` set.
     """
     import secateur
@@ -163,10 +163,10 @@ def evaluate(
     score = Score(method or "all tokens", str(target or "100%"), variant)
     begun = time.process_time()
     groups = test_set(limit)
-    if data == "easy_vqa":
-        from secateur.tasks.scenes_real import easy_vqa_test
+    if data != "scenes":
+        from secateur.tasks.scenes_real import real_test
 
-        groups = easy_vqa_test(limit)
+        groups = real_test(data, limit)
     work = [0, 0, 0]
     for seed in seeds:
         model = load_scenes(variant, seed).to(device)

@@ -214,6 +214,8 @@ def projector_of(model: Any) -> list[nn.Parameter]:
 def inputs(model: Any, pictures: Tensor, questions: list[list[int]]) -> dict[str, Tensor]:
     """What `model(**inputs)` and `model.generate(**inputs)` take: one row a picture (uint8 [B, 3, 64, 64]) and question.
 
+    Pictures [B, P, 3, 64, 64] are P a row, one behind the other.
+
     >>> given = inputs(build(), torch.zeros(2, 3, 64, 64, dtype=torch.uint8), [[10, 11], [10]])
     >>> given["input_ids"].shape, given["attention_mask"].sum(1).tolist()
     (torch.Size([2, 67]), [67, 66])
@@ -223,7 +225,9 @@ def inputs(model: Any, pictures: Tensor, questions: list[list[int]]) -> dict[str
     variant = variant_of(model)
     device = next(model.parameters()).device
     before, after = frame(variant)
-    rows = [[*before, *[IMAGE] * TOKENS, *after, *question] for question in questions]
+    each = 1 if pictures.dim() == 4 else pictures.shape[1]
+    pictures = pictures.reshape(-1, *pictures.shape[-3:])
+    rows = [[*[*before, *[IMAGE] * TOKENS, *after] * each, *question] for question in questions]
     longest = max(map(len, rows))
     ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows], device=device)
     made = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
@@ -235,7 +239,7 @@ def inputs(model: Any, pictures: Tensor, questions: list[list[int]]) -> dict[str
         "input_ids": ids,
         "attention_mask": made,
         "pixel_values": values.flatten(0, 1),
-        "image_grid_thw": torch.tensor([[1, side, side]] * len(rows), device=device),
+        "image_grid_thw": torch.tensor([[1, side, side]] * len(pictures), device=device),
         "mm_token_type_ids": (ids == IMAGE).int(),
     }
 
