@@ -29,6 +29,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from secateur.compat import is_cache
 from secateur.errors import SecateurError
 from secateur.files import atomic_directory, atomic_write_json, atomic_write_text
 from secateur.inputs import call, default_inputs, from_description, map_tensors
@@ -550,7 +551,7 @@ def _example(model: Any, plan: Plan | None) -> Any:
 
 def _floats(output: Any) -> list[Tensor]:
     found: list[Tensor] = []
-    wanted = {key: value for key, value in output.items() if key != "past_key_values"}
+    wanted = {key: value for key, value in output.items() if not is_cache(value)}
     map_tensors(wanted, lambda tensor: found.append(tensor) if tensor.is_floating_point() else None)
     return found
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur.compat import cache_name, cache_of
 from secateur.errors import SecateurError
 from secateur.files import require_data
 from secateur.progress import track
@@ -165,10 +166,10 @@ def sample_from(
 def _write(
     model: nn.Module, ids: torch.Tensor, seqlen: int, device: torch.device, generator: torch.Generator
 ) -> torch.Tensor:
-    cache, step = None, ids
+    name, cache, step = cache_name(model.forward), None, ids
     while ids.shape[1] < seqlen:
-        out = model(input_ids=step.to(device), past_key_values=cache, use_cache=True)
-        cache = getattr(out, "past_key_values", None)
+        out = model(input_ids=step.to(device), **({} if name is None else {name: cache, "use_cache": True}))
+        cache = cache_of(out)
         probabilities = out.logits[:, -1].float().softmax(-1).cpu()
         token = torch.multinomial(probabilities, 1, generator=generator)
         ids = torch.cat([ids, token], 1)

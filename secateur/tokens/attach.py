@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.budget import parse_target
+from secateur.compat import cache_in, cache_of
 from secateur.errors import SecateurError
 from secateur.families.vlm import facts_of, family_of
 from secateur.method import Method, make_method
@@ -304,14 +305,14 @@ class Attached:
     def _run_forward(
         self, original: Callable[..., Any], kwargs: dict[str, Any], call: Call | None, turn: Turn | None
     ) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if self.family.stacked and kwargs.get("mm_encoder_outputs"):
             kwargs = {**kwargs, "mm_encoder_outputs": stacked(kwargs["mm_encoder_outputs"])}
         if self.layers is not None:
             self.layers.begin(kwargs, call)
         with self.running(call), self._restoring() if call is not None else _nothing():
             out = original(**kwargs)
-        cache = cache if cache is not None else getattr(out, "past_key_values", None)
+        cache = cache if cache is not None else cache_of(out)
         if turn is not None and cache is not None:
             cache._secateur_turn = turn
         if call is not None and self._run is not None:
@@ -337,8 +338,9 @@ class Attached:
         finally:
             self._depth -= 1
             self._pending = None
-        if call is not None and turn is not None and getattr(out, "past_key_values", None) is not None:
-            out.past_key_values._secateur_turn = turn
+        cache = cache_of(out)
+        if call is not None and turn is not None and cache is not None:
+            cache._secateur_turn = turn
         return (
             self._with_prompt(out, ids, short) if removed and ids is not None and short is not None else out
         )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from secateur.compat import cache_in, without_cache
 from secateur.errors import SecateurError
 from secateur.tokens.call import Call, pack
 from secateur.tokens.record import Note, attention_of, without_rotation
@@ -107,7 +108,7 @@ class LayerDriver:
 
     def begin(self, kwargs: Mapping[str, Any], call: Call | None) -> None:
         """Before a forward of the whole model."""
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
         if self.decoder.training and getattr(self.decoder, "gradient_checkpointing", False):
             raise SecateurError(
                 "gradient checkpointing runs each layer twice, and tokens would leave twice",
@@ -179,7 +180,7 @@ class LayerDriver:
     def _stage(
         self, run: Run, number: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         self._check(cache, number)
         before = self._now(run, number - 1)
         held = run.held.stretches.get(number) if run.held is not None else None
@@ -351,7 +352,7 @@ class LayerDriver:
         given = kwargs.get("attention_mask")
         if self.flash or (given is not None and given.dim() == 2):
             return None if bool(now.valid.all()) else now.valid.to(torch.int64)
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         keys = now.columns.shape[1]
         window = getattr(attention_of(layer), "sliding_window", None)
         if cache is not None and number < len(cache.layers):
@@ -439,8 +440,7 @@ class LayerDriver:
     ) -> Note:
         recorder = self.attached.recorder
         assert recorder is not None
-        given = without_rotation(kwargs) if raw else dict(kwargs)
-        given |= {"past_key_values": None, "use_cache": False}
+        given = without_cache(without_rotation(kwargs) if raw else kwargs)
         given.pop("hidden_states", None)
         with torch.no_grad(), recorder.peeking(key) as note:
             layer.forward(hidden, **given)

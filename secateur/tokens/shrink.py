@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from secateur.compat import cache_in, cache_name
 from secateur.errors import SecateurError
 from secateur.tokens.call import Call, pack
 from secateur.tokens.sets import make_table
@@ -96,7 +97,7 @@ def prepare(
     model, family = attached.model, attached.family
     ids = kwargs.get("input_ids")
     mask = kwargs.get("attention_mask")
-    turn = getattr(kwargs.get("past_key_values"), "_secateur_turn", None)
+    turn = getattr(cache_in(kwargs), "_secateur_turn", None)
     mm = dict(kwargs.get("mm_encoder_outputs") or {})
     kinds = [k for k, name in KINDS.items() if kwargs.get(name) is not None or mm.get(k) is not None]
     if not kinds:
@@ -118,11 +119,11 @@ def prepare(
         eos = model.generation_config.eos_token_id
         unpadded = pad is None or not generating or pad in (eos if isinstance(eos, list) else [eos])
         mask = torch.ones_like(ids) if unpadded else (ids != pad).long()
-    if turn is not None or _length(kwargs.get("past_key_values")):
+    if turn is not None or _length(cache_in(kwargs)):
         raise SecateurError(
             "new pictures came with a cache that holds an earlier turn",
             where="attach",
-            fix="give the whole conversation without past_key_values",
+            fix="give the whole conversation without the cache",
         )
     places, layouts = {}, family.layout(model, kwargs) if family.layout else {}
     for kind in kinds:
@@ -203,7 +204,7 @@ def positions_of(attached: Attached, kwargs: Mapping[str, Any], mask: Tensor, ge
             video_grid_thw=kwargs.get("video_grid_thw"),
             inputs_embeds=model.get_input_embeddings()(ids),
             attention_mask=kwargs.get("attention_mask"),
-            past_key_values=None,
+            **{cache_name(model.model.compute_3d_position_ids) or "past_key_values": None},
             **(
                 {"second_per_grid_ts": kwargs.get("second_per_grid_ts")}
                 if "second_per_grid_ts" in inspect.signature(model.model.compute_3d_position_ids).parameters
@@ -320,7 +321,7 @@ def _continue(attached: Attached, kwargs: dict[str, Any], turn: Turn, generating
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
     given = ids if ids is not None else kwargs["inputs_embeds"]
     turn = turn.rows(len(given))
-    past = _length(kwargs["past_key_values"])
+    past = _length(cache_in(kwargs))
     cached = turn.columns.shape[1]
     whole = mask is not None and mask.shape[1] == given.shape[1] or mask is None and generating
     length = given.shape[1] if whole else turn.seen + past - cached + given.shape[1]
