@@ -341,8 +341,9 @@ def prune(model: str, **given: Any) -> None:
             report["cut"], report["after"] = report["after"], run_measure(pruned.model, **measured)
         if given["latency"]:
             times["after"] = _times(pruned.model, inputs, settings["seqlen"])
-            for when, figures in times.items():
-                report[when]["latency"] = figures
+            for when, (seconds, reasons) in times.items():
+                report[when]["latency"] = seconds
+                report[when]["not_measured"] |= reasons
         report |= {"model": model, "out": out, "command": shlex.join(["secateur", *_argv])}
         report["versions"] = library_versions()
         if out:
@@ -418,10 +419,11 @@ def check_target(text: str) -> None:
     parse_target(text)
 
 
-def _times(model: Any, inputs: Any, seqlen: int) -> dict[str, float]:
+def _times(model: Any, inputs: Any, seqlen: int) -> tuple[dict[str, float], dict[str, str]]:
     from secateur.measure import measure as run
 
-    return run(model, latency=True, seqlen=seqlen, inputs=inputs)["latency"]
+    figures = run(model, latency=True, seqlen=seqlen, inputs=inputs)
+    return figures["latency"], figures["not_measured"]
 
 
 def measure(model: str, **given: Any) -> None:

@@ -280,6 +280,14 @@ def compare(asked: Asked, cls: Any, name: str, given: Mapping[str, Any]) -> dict
         counted = report.get(side) or {}
         found[side] = {"answer": answer} | {key: counted.get(key) for key in figures}
         found[side] |= dict(zip(("seconds_to_first_token", "seconds_per_token"), times))
+    found["not_measured"] = {
+        key: "the answer is a single token"
+        if key == "seconds_per_token"
+        else f"{type(asked.model).__name__} counts none"
+        for side in ("before", "after")
+        for key, value in found[side].items()
+        if value is None
+    }
     if given["out"]:
         draw(asked.picture, stages, shape, Path(given["out"]).expanduser())
     return found

@@ -57,8 +57,8 @@ def measure(
 
     Keys: params, params_nonzero, macs, size_bytes, peak_memory_bytes (macs and this are None without inputs),
     perplexity {task: x} (None where it is not finite), accuracy {task: {"acc", "acc_norm", "miou"}}, psnr {task: dB}, seconds (of all of
-    this), latency {"forward_seconds", and for language models "decode_seconds_per_token"}, and what was measured
-    on: inputs (shapes), seqlen, limit, dtype, device, threads.
+    this), latency {"forward_seconds", and for language models "decode_seconds_per_token"}, not_measured {key: why}
+    for every figure that is missing, and what was measured on: inputs (shapes), seqlen, limit, dtype, device, threads.
     Raises SecateurError for an unknown task or missing data, before any work, and for tasks without a tokenizer.
     """
     start = time.perf_counter()
@@ -76,7 +76,8 @@ def measure(
         "perplexity": {},
         "accuracy": {},
         "psnr": {},
-        "latency": _latency(model, inputs) if latency else {},
+        "latency": {},
+        "not_measured": {} if inputs is not None else dict.fromkeys(("macs", "peak_memory_bytes"), NO_INPUTS),
         "inputs": None if inputs is None else describe(inputs),
         "seqlen": seqlen,
         "limit": limit,
@@ -84,9 +85,14 @@ def measure(
         "device": str(first.device),
         "threads": torch.get_num_threads(),
     }
+    if latency:
+        result["latency"], reasons = _latency(model, inputs)
+        result["not_measured"] |= reasons
     for name, ids in texts.items():
         value = perplexity(model, ids, seqlen, batch, limit)
         result["perplexity"][name] = value if math.isfinite(value) else None
+        if not math.isfinite(value):
+            result["not_measured"][f"perplexity, {name}"] = f"it is {value}"
     for name, items in questions.items():
         result["accuracy"][name] = accuracy(model, tokenizer, items, batch * seqlen)
     for name, look in shown.items():
@@ -95,6 +101,7 @@ def measure(
     return result | {"seconds": time.perf_counter() - start}
 
 
+NO_INPUTS = "no example inputs were given"
 SEEN = (*pictures.SETS, "digits", "camvid", *super_resolution.SETS)
 """Sets of pictures that `measure` knows."""
 
@@ -152,13 +159,19 @@ def _token_inputs(model: nn.Module, seqlen: int, device: torch.device) -> dict[s
     return {"input_ids": torch.arange(seqlen, device=device)[None] % size}
 
 
-def _latency(model: nn.Module, inputs: Inputs | None) -> dict[str, float]:
+def _latency(model: nn.Module, inputs: Inputs | None) -> tuple[dict[str, float], dict[str, str]]:
+    """Seconds of a forward and, for what generates, of a new token; and why one is missing."""
     if inputs is None:
         raise SecateurError(
             "latency needs inputs", where="measure", fix="give inputs, such as a batch of pictures"
         )
-    result = {"forward_seconds": timing.latency(model, inputs)}
-    generates = getattr(model, "can_generate", bool)() and accepts(model, "past_key_values")
-    if generates and isinstance(inputs, Mapping) and set(inputs) == {"input_ids"}:
-        result["decode_seconds_per_token"] = timing.decode_latency(model, inputs["input_ids"])
-    return result
+    seconds = {"forward_seconds": timing.latency(model, inputs)}
+    key = "decode_seconds_per_token"
+    if not getattr(model, "can_generate", bool)():
+        return seconds, {}
+    if not isinstance(inputs, Mapping) or set(inputs) != {"input_ids"}:
+        return seconds, {key: "a token is timed after token ids alone, and the inputs hold more"}
+    try:
+        return seconds | {key: timing.decode_latency(model, inputs["input_ids"])}, {}
+    except SecateurError as error:
+        return seconds, {key: str(error)}

@@ -6,6 +6,7 @@ import time
 import torch
 from torch import nn
 
+from secateur.compat import cache_name, cache_of
 from secateur.data.text import context
 from secateur.errors import SecateurError
 from secateur.inputs import Inputs
@@ -57,14 +58,15 @@ def decode_latency(model: nn.Module, prompt: torch.Tensor, steps: int = 16, warm
     device, seconds, longest = _device(model), [], context(model)
     if longest:
         prompt = prompt[:, : max(1, longest - warmup - steps)]
+    name = cache_name(model.forward)
     with evaluating(model), torch.no_grad():
         out = model(input_ids=prompt, use_cache=True)
         for _ in range(warmup + steps):
-            cache = getattr(out, "past_key_values", None)
-            if cache is None:
+            cache = cache_of(out)
+            if name is None or cache is None:
                 raise SecateurError("gives no cache, so a token cannot be timed", where=type(model).__name__)
             token = out.logits[:, -1:].argmax(-1)
             start = _now(device)
-            out = model(input_ids=token, past_key_values=cache, use_cache=True)
+            out = model(input_ids=token, use_cache=True, **{name: cache})
             seconds.append(_now(device) - start)
     return statistics.median(seconds[warmup:])

@@ -106,12 +106,16 @@ def figure(key: str, value: float | None) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the before/after table. `ratio` is after / before; `change` is what to print of it."""
+    """One line of the before/after table. `ratio` is after / before; `change` is what to print of it.
+
+    `reason`: why a side is missing.
+    """
 
     key: str
     label: str
     before: float | None
     after: float | None
+    reason: str | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -126,7 +130,7 @@ class Row:
         if self.key == "psnr" and self.before is not None and self.after is not None:
             return f"{self.after - self.before:+.2f} dB"
         if self.ratio is None:
-            return ""
+            return "" if self.reason is None else "not measured"
         if self.ratio == 1:
             return "same"
         if self.key == "perplexity":
@@ -139,14 +143,16 @@ class Row:
 
 
 def rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row]:
-    """The before/after table: every single figure that either side has, then quality by task."""
+    """The before/after table: every single figure that either side has or says why not, then quality by task."""
     left, right = single(before), single(after)
+    why = {**(before.get("not_measured") or {}), **(after.get("not_measured") or {})}
     labels = {**FIGURES, "macs": FIGURES["macs"] + _tokens(before)}
-    found = [Row(key, label, left[key], right[key]) for key, label in labels.items()]
+    found = [Row(key, label, left[key], right[key], why.get(key)) for key, label in labels.items()]
     first, last = by_task(before), by_task(after)
-    found = [row for row in found if row.before is not None or row.after is not None]
+    found = [row for row in found if row.before is not None or row.after is not None or row.reason]
     for kind, task in dict.fromkeys([*first, *last]):
-        found.append(Row(kind, f"{kind}, {task}", first.get((kind, task)), last.get((kind, task))))
+        label = f"{kind}, {task}"
+        found.append(Row(kind, label, first.get((kind, task)), last.get((kind, task)), why.get(label)))
     return found
 
 
@@ -173,6 +179,8 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     for row in rows(before, after):
         if row.key == "perplexity" and row.before and row.after is None:
             found.append(f"{row.label} is no longer finite: what is left does not work")
+        elif row.reason:
+            found.append(f"{row.label} was not measured: {row.reason}")
         if row.key == "perplexity" and row.ratio and row.ratio > 10:
             found.append(f"{row.label} is {row.ratio:,.0f} times what it was: what is left hardly works")
     if trained := report.get("recovery"):

@@ -108,10 +108,12 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
 def print_measurement(figures: Mapping[str, Any], console: Console | None = None, title: str = "") -> None:
     """One model's figures."""
     console = console or Console()
-    made = table(title, "value", right=("value",))
+    made = table(title, "value", "", right=("value",))
     for row in rows(figures, {}):
-        made.add_row(row.label, row.texts[1])
+        made.add_row(row.label, row.texts[1], row.change if row.before is None else "")
     console.print(made)
+    for note in notes({"before": figures}):
+        console.print(Text(f"note: {note}", style="yellow"))
 
 
 def print_graph(found: Mapping[str, Any], console: Console, full: bool = False) -> None:

@@ -111,20 +111,23 @@ def print_tokens(found: Mapping[str, Any], console: Console) -> None:
     console.print(f"[bold]{found['model']}[/]  {found['method']}  target {found['target']}")
     console.print(f"{found['prompt']}", style="italic", markup=False)
     shown = table("", "all tokens", "kept", "kept/all", right=("all tokens", "kept", "kept/all"))
+    why = found.get("not_measured") or {}
     for title, key, scale in ROWS:
         before, after = found["before"].get(key), found["after"].get(key)
-        if before is None and after is None:
-            continue
         if scale is None:
             shown.add_row(title, str(before), str(after), "")
             continue
         unit = UNITS.get(key, "")
         texts = [
-            "-" if value is None else (f"{value:,}" if scale == 1 else f"{value / scale:,.2f} {unit}")
+            "–" if value is None else (f"{value:,}" if scale == 1 else f"{value / scale:,.2f} {unit}")
             for value in (before, after)
         ]
-        shown.add_row(title, *texts, f"{after / before:.2f}" if before and after is not None else "")
+        ratio = f"{after / before:.2f}" if before and after is not None else ""
+        shown.add_row(title, *texts, "not measured" if key in why else ratio)
     console.print(shown)
+    for title, key, _ in ROWS:
+        if key in why:
+            console.print(f"note: {title} was not measured: {why[key]}", style="yellow", markup=False)
     for stage, count in found["kept"].items():
         console.print(f"{stage}: {len(count)} kept", markup=False)
     if found.get("expected"):

@@ -15,6 +15,7 @@ from secateur.data.text import sample_from
 from secateur.errors import SecateurError
 from secateur.measure import accuracy, measure, perplexity
 from secateur.measure.quality import encode_pairs, loglikelihood
+from secateur.report.summary import notes, rows
 
 
 class Letters:
@@ -227,7 +228,16 @@ def test_measure_of_other_language_models(kind: str) -> None:
         given["decoder_input_ids"] = given["input_ids"]
     result = measure(model, inputs=given, latency=True)
     assert result["macs"] > 0
-    assert ("decode_seconds_per_token" in result["latency"]) == (kind == "gpt2")
+    timed, why = result["latency"].get("decode_seconds_per_token"), result["not_measured"]
+    if kind == "bert":
+        assert timed is None and not why
+    elif kind == "t5":
+        assert timed is None and "the inputs hold more" in why["decode_seconds_per_token"]
+    else:
+        # older Mamba calls its cache by a name of its own: then the row says so
+        assert timed or (kind == "mamba" and "cache" in why["decode_seconds_per_token"])
+    labels = [row.label for row in rows(result, {})]
+    assert ("time per new token" in labels) == (kind != "bert")
 
 
 def test_measure_of_a_vision_model_needs_only_inputs() -> None:
@@ -236,7 +246,11 @@ def test_measure_of_a_vision_model_needs_only_inputs() -> None:
     assert result["macs"] == 36 * 4 * 27 + 4 * 36 * 5
     assert result["params"] == 4 * 27 + 4 + 4 * 36 * 5 + 5
     assert list(result["latency"]) == ["forward_seconds"]
-    assert measure(model)["macs"] is None
+    bare = measure(model)
+    assert bare["macs"] is None and set(bare["not_measured"]) == {"macs", "peak_memory_bytes"}
+    [row] = [row for row in rows(bare, {}) if row.key == "macs"]
+    assert row.texts == ("multiply-adds", "–", "–", "not measured")
+    assert "multiply-adds was not measured: no example inputs were given" in notes({"before": bare})
     with pytest.raises(SecateurError, match="needs inputs"):
         measure(model, latency=True)
 

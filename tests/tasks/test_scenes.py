@@ -329,6 +329,15 @@ def test_tokens_command(tmp_path, capsys):
     assert image.width > 2 * 384 and image.height > 384
 
 
+def test_a_time_that_cannot_be_measured_keeps_its_row(capsys):
+    flags = ["--method", "random-tokens", "--target", "25%", "--repeats", "1", "--max-new-tokens", "1"]
+    assert main(["tokens", "scenes", "--image", "3", *flags]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    [row] = [line for line in lines if line.startswith("time per token")]
+    assert row.endswith("not measured")
+    assert "note: time per token was not measured: the answer is a single token" in lines
+
+
 def test_tokens_command_on_any_model(tmp_path, capsys):
     from PIL import Image
     from transformers import CLIPImageProcessor, LlavaProcessor
