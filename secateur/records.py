@@ -1,4 +1,4 @@
-"""The records of the 50 published systems, as two tables joined by `spec`. Read by `secateur.taxonomy`.
+"""The records of the 50 published systems, as two tables joined by `spec`, and of the baselines beside them, by name.
 
 Notation: `-` not applicable, `a/b` alternatives, `a+b` combined, `either` both and `any` all members of an axis.
 `exact`: the method meets its budget to the unit, rather than through a threshold, a penalty or a learned count.
@@ -115,4 +115,26 @@ DETAILS = """
 | adatoken-3d | 2025 | 2505.12782 | 1 | unsupervised | vlm | no | tokens | - | Gates out spatial tokens by attention flow, with a layer schedule from a profile of the model. |
 | yopo | 2024 | 2410.06169 | 1 | supervised/unsupervised | vlm | yes | heads | ZhangAIPI/YOPO_MLLM_Pruning | Removes attention, heads, neurons and layers from the computation of visual tokens only. |
 | salient-relevance | 2017 | 1712.08268 | 1 | unsupervised | cnn | - | - | Hey1Li/Salient-Relevance-Propagation | Runs context-aware saliency detection on the relevance map of a class. |
+"""
+
+BASELINES = r"""
+| name | title (short) | spec | object | granularity | speed-up | when | how | order | data | start | recovery | task | decision | scope | fusion | stages | supervision | models | exact | unit | year | arXiv | code | description |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| downsample | Downsample | none | T | token | univ | RT | UNI | shot | free | pre | none | orig | stat | loc | merge | 1 | unsupervised | vit vlm | no | tokens | - | - | - | Features averaged over the cells of a coarser grid. |
+| fastv | FastV | fastv | T | token | univ | RT | ATT | shot | input | pre | none | orig | dyn | loc | - | 1 | unsupervised | vlm | yes | token | 2024 | 2403.06764 | pkunlp-icler/FastV | Image tokens the last prompt token attends to, after K layers. |
+| flap | FLAP | weight-baselines | N H | struct | univ | PAT-PT | ACT | shot | calib | pre | none | orig | stat | glob | - | 1 | unsupervised | llm | yes | params | 2024 | 2312.11983 | CASIA-IVA-Lab/FLAP | Fluctuation of the inputs, ranked globally, with a bias for what left. |
+| group-magnitude | Grouped magnitude | weight-baselines | N F C H | struct | univ | PAT+PAT-PT | NORM | either | free | pre | none | orig | stat | loc/glob | - | 1 | unsupervised | mlp cnn vit ssm bert llm | yes | units | 2023 | 2301.12900 | VainF/Torch-Pruning | L2 norm of the coupled slices that leave together. |
+| magnitude | Magnitude | weight-baselines | W | unstr/N:M | spec | any | MAG | shot | free | either | none | orig | stat | loc/glob | - | 1 | unsupervised | mlp cnn vit ssm bert llm | yes | weight | 2015 | 1506.02626 | - | Small absolute values leave first. No data. |
+| obspa | OBSPA | spa | C | struct | univ | PAT-PT | LOSS | shot | free/calib | pre | none | orig | stat | glob | - | 1 | unsupervised | mlp cnn vit bert llm | yes | units | 2024 | 2403.18955 | - | Optimal Brain Surgeon over coupled channels, with the layers that read them solved for again. |
+| owl | OWL | weight-baselines | W | unstr | spec | PAT-PT | MAG+ACT | shot | calib | pre | none | orig | stat | loc | - | 1 | unsupervised | vit ssm bert llm | yes | weight | 2023 | 2310.05175 | luuyin/OWL | Wanda's scores; blocks with more outliers keep more. |
+| random | Random weights | weight-baselines | W | unstr/N:M | spec | any | none | shot | free | either | none | orig | stat | loc | - | 1 | unsupervised | mlp cnn vit ssm bert llm | yes | weight | - | - | - | Single weights in random order: the control. |
+| random-structured | Random units | weight-baselines | N H | struct | univ | any | none | shot | free | either | none | orig | stat | loc | - | 1 | unsupervised | vit bert llm | yes | params | - | - | - | Heads and neurons in random order: the control. |
+| random-tokens | Random tokens | none | T | token | univ | RT | none | shot | free | pre | none | orig | dyn | loc | - | 1 | unsupervised | vit vlm | yes | tokens | - | - | - | A random choice of tokens: the control. |
+| ria | RIA | weight-baselines | W | unstr/N:M | spec | PAT-PT | MAG+ACT | shot | calib | pre | none | orig | stat | loc | - | 1 | unsupervised | cnn vit ssm bert llm | yes | weight | 2024 | - | biomedical-cybernetics/Relative-importance-and-activation-pruning | Relative weight in its row and column, times input norm to the power a. |
+| shortgpt | ShortGPT | weight-baselines | L | struct | univ | PAT-PT | ACT | shot | calib | pre | none | orig | stat | glob | - | 1 | unsupervised | llm | yes | layers | 2024 | 2403.03853 | sramshetty/ShortGPT | Blocks whose output points the way of their input leave whole. |
+| sparsegpt | SparseGPT | weight-baselines | W | unstr/N:M | spec | PAT-PT | LOSS | shot | calib | pre | none | orig | stat | loc | - | 1 | unsupervised | cnn vit ssm bert llm | yes | weight | 2023 | 2301.00774 | IST-DASLab/sparsegpt | Second-order scores, and an update of the weights that stay. |
+| taylor | LLM-Pruner | weight-baselines | N H | struct | univ | PAT-PT | LOSS | shot | calib | pre | none/LoRA | orig | stat | loc | - | 1 | unsupervised | llm | yes | params | 2023 | 2305.11627 | horseee/LLM-Pruner | Taylor importance of coupled heads and neurons, ranked within each layer. |
+| tome | ToMe | none | T | token | univ | RT | DIV | iter | input | pre | none | orig | dyn | loc | merge | 1 | unsupervised | vit vlm | yes | token | 2023 | 2210.09461 | facebookresearch/ToMe | Merges the most alike tokens in every block of the vision tower. |
+| uniform-grid | Uniform grid | none | T | token | univ | RT | UNI | shot | free | pre | none | orig | stat | loc | - | 1 | unsupervised | vit vlm | yes | tokens | - | - | - | Tokens at even distances: the control that looks at nothing. |
+| wanda | Wanda | weight-baselines | W | unstr/N:M | spec | PAT-PT | MAG+ACT | shot | calib | pre | none | orig | stat | loc | - | 1 | unsupervised | cnn vit ssm bert llm | yes | weight | 2023 | 2306.11695 | locuslab/wanda | Weight magnitude times input norm, per output row. |
 """

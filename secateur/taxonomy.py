@@ -444,26 +444,31 @@ RECORDS: tuple[MethodInfo, ...] = tuple(_published().values())
 """The 50 published systems, in the order of the sheet."""
 
 
+@functools.cache
+def _baselines() -> dict[str, MethodInfo]:
+    return {info.name: info for info in map(_record, _rows(_tables.BASELINES))}
+
+
 def record(spec: str, **overrides: Any) -> MethodInfo:
-    """The record of a published system, for a method file to adopt or adapt.
+    """The record of a published system or of a baseline, for a method file to adopt or adapt.
 
     >>> record("nirvana").training_free
     True
     >>> record("spa", recovery="none", when="PAT-PT").training_free
     True
 
-    Raises `SecateurError` with the nearest names when no system has this spec.
+    Raises `SecateurError` with the nearest names when there is none.
     """
-    published = _published()
-    if spec not in published:
-        near = difflib.get_close_matches(spec, published, n=3, cutoff=0.4)
+    known = {**_published(), **_baselines()}
+    if spec not in known:
+        near = difflib.get_close_matches(spec, known, n=3, cutoff=0.4)
         hint = (
             f"did you mean {' or '.join(near)}?"
             if near
             else "write MethodInfo(...) for a method outside the survey"
         )
         raise SecateurError(f"there is no record {spec!r}", where="taxonomy", fix=hint)
-    return dataclasses.replace(published[spec], **overrides)
+    return dataclasses.replace(known[spec], **overrides)
 
 
 # ---------------------------------------------------------------- queries

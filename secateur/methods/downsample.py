@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 
 from secateur.method import register
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 from secateur.tokens.budget import rectangle
 from secateur.tokens.method import TokenMethod
 from secateur.tokens.reduce import best_of_cell, pour
@@ -34,20 +34,7 @@ class Downsample(TokenMethod):
     scope: ClassVar[str] = "crop"
     newlines: ClassVar[str] = "drop"
 
-    info = MethodInfo(
-        title="Downsample",
-        spec="none",
-        objects="T",
-        granularity="token",
-        speedup="univ",
-        when="RT",
-        criteria="UNI",
-        fusion="merge",
-        models="vlm vit",
-        budget_exact=False,
-        budget_unit="tokens",
-        description="Features averaged over the cells of a coarser grid.",
-    )
+    info = record("downsample")
 
     def select(self, sets: TokenSets) -> Reduction:
         cells, centre = torch.zeros_like(sets.index), torch.zeros(sets.valid.shape, device=sets.device)

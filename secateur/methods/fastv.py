@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from secateur.method import register
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 from secateur.tokens.budget import top_per_row
 from secateur.tokens.method import Facts, Stage, TokenMethod
 from secateur.tokens.state import TokenSets
@@ -36,23 +36,7 @@ class FastV(TokenMethod):
     scope: ClassVar[str] = "image"
     positions: ClassVar[str] = "original"
 
-    info = MethodInfo(
-        title="FastV",
-        spec="fastv",
-        objects="T",
-        granularity="token",
-        speedup="univ",
-        when="RT",
-        criteria="ATT",
-        data="input",
-        decision="dyn",
-        models="vlm",
-        budget_unit="token",
-        year=2024,
-        arxiv="2403.06764",
-        refs="pkunlp-icler/FastV",
-        description="Image tokens the last prompt token attends to, after K layers.",
-    )
+    info = record("fastv")
 
     def stages(self, facts: Facts) -> list[Stage]:
         return [Stage(f"layer:{self.k}", self.select, (f"layer:{self.k - 1}",))]

@@ -25,7 +25,7 @@ from secateur.errors import SecateurError
 from secateur.graph import Group, Slice
 from secateur.method import UnitMethod, register
 from secateur.plan import Plan
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 
 
 def wifv(weight: Tensor, variance: Tensor) -> Tensor:
@@ -71,23 +71,7 @@ class Flap(UnitMethod):
     needs: ClassVar[frozenset[str]] = frozenset({"input_mean", "input_var"})
     allocation: ClassVar[str] = "global"
     share_of: ClassVar[str] = "weights"
-    info = MethodInfo(
-        title="FLAP",
-        spec="weight-baselines",
-        objects="H N",
-        granularity="struct",
-        speedup="univ",
-        when="PAT-PT",
-        criteria="ACT",
-        data="calib",
-        scope="glob",
-        models="llm",
-        budget_unit="params",
-        year=2024,
-        arxiv="2312.11983",
-        refs=("CASIA-IVA-Lab/FLAP",),
-        description="Fluctuation of the inputs, ranked globally, with a bias for what left.",
-    )
+    info = record("flap")
 
     def plan(self, context: Context) -> Plan:
         scores = context.remember("scores", partial(self.scores, context))

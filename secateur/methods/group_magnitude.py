@@ -14,7 +14,7 @@ from torch import Tensor
 from secateur.context import Context
 from secateur.graph import Group
 from secateur.method import UnitMethod, register
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 
 
 @register
@@ -39,23 +39,7 @@ class GroupMagnitude(UnitMethod):
         "experts",
     )
     share_of: ClassVar[str] = "units"
-    info = MethodInfo(
-        title="Grouped magnitude",
-        spec="weight-baselines",
-        objects="F C N H",
-        granularity="struct",
-        speedup="univ",
-        when="PAT/PAT-PT",
-        criteria="NORM",
-        order="either",
-        scope="loc/glob",
-        models="mlp cnn vit ssm bert llm",
-        budget_unit="units",
-        year=2023,
-        arxiv="2301.12900",
-        refs=("VainF/Torch-Pruning",),
-        description="L2 norm of the coupled slices that leave together.",
-    )
+    info = record("group-magnitude")
 
     def score(self, group: Group, context: Context) -> Tensor:
         parameters = dict(context.model.named_parameters(remove_duplicate=False))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from secateur.method import register
 from secateur.plan import Plan
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 from secateur.training.job import Job
 from secateur.training.tickets import TicketMethod
 
@@ -38,27 +38,7 @@ class LotteryRewinding(TicketMethod):
     )
     stability: int = field(default=0, metadata={"help": "pairs of runs whose distance is measured"})
 
-    info = MethodInfo(
-        title="Lottery tickets with rewinding",
-        spec="lottery-rewinding",
-        objects="W",
-        granularity="unstr",
-        speedup="spec",
-        when="PAT",
-        criteria="MAG",
-        order="iter",
-        data="free",
-        start="early",
-        recovery="train",
-        scope="glob",
-        supervision="supervised",
-        models="cnn",
-        budget_unit="weights",
-        year=2019,
-        arxiv="1903.01611",
-        refs=("facebookresearch/open_lth",),
-        description="Iterative magnitude pruning that returns survivors to their values early in training.",
-    )
+    info = record("lottery-rewinding", title="Lottery tickets with rewinding")
 
     def prune(self, job: Job) -> Plan:
         masks = self.ticket(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from secateur.method import register
 from secateur.plan import Plan
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 from secateur.training.job import Job
 from secateur.training.tickets import TicketMethod
 
@@ -36,27 +36,7 @@ class LotteryTicket(TicketMethod):
         metadata={"help": "reset between rounds (strategy 1); off: only before the last training"},
     )
 
-    info = MethodInfo(
-        title="Lottery tickets (IMP)",
-        spec="lottery-ticket",
-        objects="W",
-        granularity="unstr",
-        speedup="spec",
-        when="PAT",
-        criteria="MAG",
-        order="iter",
-        data="free",
-        start="init",
-        recovery="train",
-        scope="loc/glob",
-        supervision="supervised",
-        models="mlp cnn",
-        budget_unit="weights",
-        year=2019,
-        arxiv="1803.03635",
-        refs=("google-research/lottery-ticket-hypothesis", "facebookresearch/open_lth"),
-        description="Iterative magnitude pruning that resets the survivors to their initial values and trains them again.",
-    )
+    info = record("lottery-ticket", title="Lottery tickets (IMP)")
 
     def prune(self, job: Job) -> Plan:
         return job.plan(masks=self.ticket(job, reset=self.reset))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur.method import WeightMethod, register
 from secateur.stats.layer import LayerStats
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 
 
 @register
@@ -25,24 +25,7 @@ class Magnitude(WeightMethod):
 
     scope: str = field(default="layer", metadata={"help": "where weights compete: layer, global or row"})  # type: ignore[misc]
 
-    info = MethodInfo(
-        title="Magnitude",
-        spec="weight-baselines",
-        objects="W",
-        granularity="unstr/N:M",
-        speedup="spec",
-        when="any",
-        criteria="MAG",
-        order="shot",
-        data="free",
-        start="either",
-        scope="loc/glob",
-        models="mlp cnn vit bert llm ssm",
-        budget_unit="weight",
-        year=2015,
-        arxiv="1506.02626",
-        description="Small absolute values leave first. No data.",
-    )
+    info = record("magnitude")
 
     def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
         return weight.abs()

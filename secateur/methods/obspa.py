@@ -27,7 +27,7 @@ from secateur.methods.spa import Spa
 from secateur.recover import least_squares
 from secateur.stats.hessians import every_matrix, hessians, readers
 from secateur.stats.record import as_batches
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 
 CALIBRATIONS = ("data", "noise")
 
@@ -57,25 +57,7 @@ class Obspa(Spa):
     noise_std: float = field(default=0.225, metadata={"help": "as pictures are normalised"})
 
     kinds: ClassVar[tuple[str, ...] | None] = Spa.kinds
-    info = MethodInfo(
-        title="OBSPA",
-        spec="spa",
-        objects="C",
-        granularity="struct",
-        speedup="univ",
-        when="PAT-PT",
-        criteria="LOSS",
-        order="shot",
-        data="free/calib",
-        start="pre",
-        recovery="none",
-        scope="glob",
-        models="mlp cnn vit bert llm",
-        budget_unit="units",
-        year=2024,
-        arxiv="2403.18955",
-        description="Optimal Brain Surgeon over coupled channels, with the layers that read them solved for again.",
-    )
+    info = record("obspa")
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
     def __post_init__(self) -> None:

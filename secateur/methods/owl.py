@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secateur.method import register
 from secateur.methods.wanda import Wanda
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 
 
 @register
@@ -32,25 +32,7 @@ class OWL(Wanda):
 
     allocation: ClassVar[str] = "owl"
 
-    info = MethodInfo(
-        title="OWL",
-        spec="weight-baselines",
-        objects="W",
-        granularity="unstr",
-        speedup="spec",
-        when="PAT-PT",
-        criteria="MAG+ACT",
-        order="shot",
-        data="calib",
-        start="pre",
-        scope="loc",
-        models="vit bert llm ssm",
-        budget_unit="weight",
-        year=2023,
-        arxiv="2310.05175",
-        refs="luuyin/OWL",
-        description="Wanda's scores; blocks with more outliers keep more.",
-    )
+    info = record("owl")
 
     def outliers(self, scores: Iterable[Tensor]) -> float:
         """Percent of a block's scores, over all its matrices, that are above M times their mean.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur.method import WeightMethod, register, seeded
 from secateur.stats.layer import LayerStats
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 
 
 @register
@@ -25,22 +25,7 @@ class Random(WeightMethod):
 
     seed: int | None = field(default=None, metadata={"help": "None: the run's seed"})
 
-    info = MethodInfo(
-        title="Random weights",
-        spec="weight-baselines",
-        objects="W",
-        granularity="unstr/N:M",
-        speedup="spec",
-        when="any",
-        criteria="none",
-        order="shot",
-        data="free",
-        start="either",
-        scope="loc",
-        models="mlp cnn vit bert llm ssm",
-        budget_unit="weight",
-        description="Single weights in random order: the control.",
-    )
+    info = record("random")
 
     def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
         return torch.rand(weight.shape, generator=seeded(self.seed or 0, "random", stats.name)).to(

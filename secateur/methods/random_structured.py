@@ -14,7 +14,7 @@ from torch import Tensor
 from secateur.context import Context
 from secateur.graph import Group
 from secateur.method import UnitMethod, register
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 
 
 @register
@@ -27,23 +27,7 @@ class RandomStructured(UnitMethod):
 
     kinds: ClassVar[tuple[str, ...] | None] = ("heads", "kv_groups", "neurons")
     share_of: ClassVar[str] = "weights"
-    info = MethodInfo(
-        title="Random units",
-        spec="weight-baselines",
-        objects="H N",
-        granularity="struct",
-        speedup="univ",
-        when="any",
-        criteria="none",
-        order="shot",
-        data="free",
-        start="either",
-        recovery="none",
-        scope="loc",
-        models="llm vit bert",
-        budget_unit="params",
-        description="Heads and neurons in random order: the control.",
-    )
+    info = record("random-structured")
 
     def score(self, group: Group, context: Context) -> Tensor:
         return torch.rand(group.size, generator=context.generator(group.name))

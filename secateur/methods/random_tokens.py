@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.method import register
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 from secateur.tokens.budget import top_per_row
 from secateur.tokens.method import TokenMethod
 from secateur.tokens.state import TokenSets
@@ -32,19 +32,7 @@ class RandomTokens(TokenMethod):
 
     newlines: ClassVar[str] = "drop"
 
-    info = MethodInfo(
-        title="Random tokens",
-        spec="none",
-        objects="T",
-        granularity="token",
-        speedup="univ",
-        when="RT",
-        criteria="none",
-        decision="dyn",
-        models="vlm vit",
-        budget_unit="tokens",
-        description="A random choice of tokens: the control.",
-    )
+    info = record("random-tokens")
 
     def select(self, sets: TokenSets) -> Tensor:
         scores = torch.zeros(sets.valid.shape)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from secateur.method import WeightMethod, register
 from secateur.stats.layer import LayerStats
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 
 
 @register
@@ -32,24 +32,7 @@ class RIA(WeightMethod):
 
     needs: ClassVar[frozenset[str]] = frozenset({"input_norm"})
 
-    info = MethodInfo(
-        title="RIA",
-        spec="weight-baselines",
-        objects="W",
-        granularity="unstr/N:M",
-        speedup="spec",
-        when="PAT-PT",
-        criteria="MAG+ACT",
-        order="shot",
-        data="calib",
-        start="pre",
-        scope="loc",
-        models="cnn vit bert llm ssm",
-        budget_unit="weight",
-        year=2024,
-        refs="biomedical-cybernetics/Relative-importance-and-activation-pruning",
-        description="Relative weight in its row and column, times input norm to the power a.",
-    )
+    info = record("ria")
 
     def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
         size = weight.abs().float()

@@ -15,7 +15,7 @@ from secateur.context import Context
 from secateur.graph import Group
 from secateur.method import UnitMethod, register
 from secateur.stats.influence import block_influence
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 
 
 @register
@@ -31,26 +31,7 @@ class ShortGPT(UnitMethod):
     kinds: ClassVar[tuple[str, ...] | None] = ("layers",)
     needs: ClassVar[frozenset[str]] = frozenset({"block_influence"})
     share_of: ClassVar[str] = "weights"
-    info = MethodInfo(
-        title="ShortGPT",
-        spec="weight-baselines",
-        objects="L",
-        granularity="struct",
-        speedup="univ",
-        when="PAT-PT",
-        criteria="ACT",
-        order="shot",
-        data="calib",
-        start="pre",
-        recovery="none",
-        scope="glob",
-        models="llm",
-        budget_unit="layers",
-        year=2024,
-        arxiv="2403.03853",
-        refs=("sramshetty/ShortGPT",),
-        description="Blocks whose output points the way of their input leave whole.",
-    )
+    info = record("shortgpt")
 
     def score(self, group: Group, context: Context) -> Tensor:
         return block_influence(

@@ -20,7 +20,7 @@ from secateur.select import Pattern
 from secateur.stats.layer import InputStats, LayerStats
 from secateur.stats.stream import Block
 from secateur.stats.sweep import sweep
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 
 
 @register
@@ -46,25 +46,7 @@ class SparseGPT(WeightMethod):
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     scope: ClassVar[str] = "layer"
 
-    info = MethodInfo(
-        title="SparseGPT",
-        spec="weight-baselines",
-        objects="W",
-        granularity="unstr/N:M",
-        speedup="spec",
-        when="PAT-PT",
-        criteria="LOSS",
-        order="shot",
-        data="calib",
-        start="pre",
-        scope="loc",
-        models="cnn vit bert llm ssm",
-        budget_unit="weight",
-        year=2023,
-        arxiv="2301.00774",
-        refs="IST-DASLab/sparsegpt",
-        description="Second-order scores, and an update of the weights that stay.",
-    )
+    info = record("sparsegpt")
 
     def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
         """w² / U_jj² before any update, for allocations that rank the dense model."""

@@ -21,7 +21,7 @@ from secateur.graph import Slice
 from secateur.method import UnitMethod, register
 from secateur.plan import Plan
 from secateur.stats.units import AGGREGATIONS, aggregate, slice_scores
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 
 ELEMENTS = ("param_first", "param_second", "param_mix", "vectorize", "square", "gate")
 
@@ -74,23 +74,7 @@ class Taylor(UnitMethod):
     kinds: ClassVar[tuple[str, ...] | None] = ("heads", "kv_groups", "neurons")
     needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
     share_of: ClassVar[str] = "weights"
-    info = MethodInfo(
-        title="LLM-Pruner",
-        spec="weight-baselines",
-        objects="H N",
-        granularity="struct",
-        speedup="univ",
-        when="PAT-PT",
-        criteria="LOSS",
-        data="calib",
-        recovery="none/LoRA",
-        models="llm",
-        budget_unit="params",
-        year=2023,
-        arxiv="2305.11627",
-        refs=("horseee/LLM-Pruner",),
-        description="Taylor importance of coupled heads and neurons, ranked within each layer.",
-    )
+    info = record("taylor")
 
     def plan(self, context: Context) -> Plan:
         context.skip_blocks = (self.spare_first, self.spare_last)

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 
 from secateur.method import register
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 from secateur.tokens.method import Facts, Stage, TokenMethod
 from secateur.tokens.reduce import in_order, match_pairs, pour
 from secateur.tokens.state import Reduction, TokenSets
@@ -37,25 +37,7 @@ class ToMe(TokenMethod):
     scope: ClassVar[str] = "crop"
     positions: ClassVar[str] = "original"
 
-    info = MethodInfo(
-        title="ToMe",
-        spec="none",
-        objects="T",
-        granularity="token",
-        speedup="univ",
-        when="RT",
-        criteria="DIV",
-        order="iter",
-        data="input",
-        decision="dyn",
-        fusion="merge",
-        models="vit vlm",
-        budget_unit="token",
-        year=2023,
-        arxiv="2210.09461",
-        refs="facebookresearch/ToMe",
-        description="Merges the most alike tokens in every block of the vision tower.",
-    )
+    info = record("tome")
 
     def stages(self, facts: Facts) -> list[Stage]:
         last = facts.block(facts.feature_block) if facts.layers else facts.blocks - 1

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.method import register
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 from secateur.tokens.budget import even_grid, rectangle
 from secateur.tokens.method import TokenMethod
 from secateur.tokens.state import TokenSets
@@ -33,18 +33,7 @@ class UniformGrid(TokenMethod):
     scope: ClassVar[str] = "crop"
     newlines: ClassVar[str] = "drop"
 
-    info = MethodInfo(
-        title="Uniform grid",
-        spec="none",
-        objects="T",
-        granularity="token",
-        speedup="univ",
-        when="RT",
-        criteria="UNI",
-        models="vlm vit",
-        budget_unit="tokens",
-        description="Tokens at even distances: the control that looks at nothing.",
-    )
+    info = record("uniform-grid")
 
     def select(self, sets: TokenSets) -> Tensor:
         mask = torch.zeros_like(sets.valid)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.method import WeightMethod, register
 from secateur.stats.layer import LayerStats
-from secateur.taxonomy import MethodInfo
+from secateur.taxonomy import record
 
 
 @register
@@ -29,25 +29,7 @@ class Wanda(WeightMethod):
     needs: ClassVar[frozenset[str]] = frozenset({"input_norm"})
     scope: ClassVar[str] = "row"
 
-    info = MethodInfo(
-        title="Wanda",
-        spec="weight-baselines",
-        objects="W",
-        granularity="unstr/N:M",
-        speedup="spec",
-        when="PAT-PT",
-        criteria="MAG+ACT",
-        order="shot",
-        data="calib",
-        start="pre",
-        scope="loc",
-        models="cnn vit bert llm ssm",
-        budget_unit="weight",
-        year=2023,
-        arxiv="2306.11695",
-        refs="locuslab/wanda",
-        description="Weight magnitude times input norm, per output row.",
-    )
+    info = record("wanda")
 
     def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
         return weight.abs().float() * stats.input_norm
