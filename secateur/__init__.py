@@ -1,7 +1,8 @@
 """secateur: saliency-driven pruning. Find what is redundant in a network, cut it out, repair what is left, prove it."""
 
 from secateur.artefact import load
-from secateur.errors import SecateurError
+from secateur.doctor import doctor
+from secateur.errors import SecateurError, SecateurWarning
 from secateur.exchange import export
 from secateur.graph import Graph, Group, trace
 from secateur.measure import measure
@@ -26,11 +27,13 @@ __all__ = [
     "Plan",
     "Pruned",
     "SecateurError",
+    "SecateurWarning",
     "TrainMethod",
     "UnitMethod",
     "WeightMethod",
     "apply_plan",
     "attach",
+    "doctor",
     "export",
     "list_methods",
     "load",

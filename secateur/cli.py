@@ -1,7 +1,7 @@
 """The command line. Flags and their help are the dataclasses and signatures of the Python API.
 
 Results go to stdout (with `--json` one JSON object and nothing else), progress and messages to stderr. A user's mistake
-is one line and exit code 2; a bug keeps its traceback.
+is one line and exit code 2; a check of `doctor` that failed is exit code 1; a bug keeps its traceback.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import cyclopts
 from cyclopts import App, Group
 
 from secateur import __version__
-from secateur.commands import saliency, scenes, train
+from secateur.commands import doctor, saliency, scenes, train
 from secateur.commands import tokens as visual_tokens
 from secateur.errors import SecateurError
 from secateur.flags import (
@@ -638,6 +638,7 @@ def build(argv: Sequence[str]) -> tuple[App, list[str]]:
     )
     text = "Methods that fit, best first, with reasons."
     app.command(command([*_advice(), JSON], recommend, text), name="recommend")
+    app.command(command(doctor.parameters(JSON), doctor.run, doctor.TEXT), name="doctor")
     plans = App(name="plan", help="Show, compare and apply plans: what is kept, as data.")
     full = flag("full", bool, False, "every group in a row of its own")
     where = "a folder that holds a plan.json, or the file"
@@ -704,7 +705,7 @@ def quiet_stdout() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; gives the exit code: 0, or 2 for anything that the user can mend.
+    """Run one command line; gives the exit code: 0, 1 where `doctor` found a failure, or 2 for anything that the user can mend.
 
     >>> main(["methods", "--when", "PAT-PT", "--json"])  # doctest: +SKIP
     """
@@ -713,8 +714,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app, tokens = build(given)
-        app(tokens, exit_on_error=False, print_error=False)
-        return 0
+        return app(tokens, exit_on_error=False, print_error=False) or 0
     except cyclopts.CycloptsError as error:
         return _fail(_explain(error))
     except SecateurError as error:

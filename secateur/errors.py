@@ -14,3 +14,7 @@ class SecateurError(Exception):
         self.what, self.where, self.fix = what, where, fix
         text = f"{where}: {what}" if where else what
         super().__init__(f"{text}; {fix}" if fix else text)
+
+
+class SecateurWarning(UserWarning):
+    """What a user should know before trusting a result, such as a library version that was never tested."""

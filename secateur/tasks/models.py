@@ -103,6 +103,11 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
+def smollm2_cached() -> Path:
+    """Where that folder is or will be."""
+    return cache_dir() / f"smollm2-135m-instruct-{VERSION}"
+
+
 def smollm2_folder() -> Path:
     """The transformers folder of SmolLM2-135M-Instruct (Apache-2.0) in the cache; made at the first call.
 
@@ -110,7 +115,7 @@ def smollm2_folder() -> Path:
     exactly the dequantised values, read without a cast. bfloat16 would halve the file and round every weight.
     Two processes may do this at once: each converts in a folder of its own, and the first to finish wins.
     """
-    folder = cache_dir() / f"smollm2-135m-instruct-{VERSION}"
+    folder = smollm2_cached()
     if (folder / "config.json").is_file():
         return folder
     with tempfile.TemporaryDirectory() as scratch, quiet():
