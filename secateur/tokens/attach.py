@@ -29,6 +29,7 @@ from secateur.tokens.method import Chosen, Select, Stage, TokenMethod
 from secateur.tokens.record import Recorder, Site
 from secateur.tokens.sets import SCOPES, Table
 from secateur.tokens.shrink import KINDS, Turn, prepare, stacked
+from secateur.versions import warn_outside_tested
 
 FLOOR = (5, 18)
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attached] = weakref.WeakKeyDictionary()
@@ -457,6 +458,7 @@ def _check_transformers(plain: bool) -> None:
             where="attach",
             fix=f"install transformers {FLOOR[0]}.{FLOOR[1]} or later",
         )
+    warn_outside_tested("transformers")
 
 
 def _amount(target: Any) -> float | int:
