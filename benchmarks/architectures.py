@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from secateur.files import atomic_write_text
+from secateur.utils.files import atomic_write_text
 
 FIELDS = ["model", "status", "share", "trace_s", "total_s", "reason"]
 FIELDS += ["tp_status", "tp_share", "tp_graph_s", "tp_groups_s", "tp_total_s", "tp_reason"]

@@ -31,9 +31,9 @@ def status(field: str) -> int:
 def measure(method_name: str, count: int, samples: int, length: int) -> None:
     import torch
 
-    from secateur.families.blocks import find_matrices
+    from secateur.graph.blocks import find_matrices
     from secateur.method import make_method
-    from secateur.select import Pattern
+    from secateur.pruning.select import Pattern
     from secateur.stats.memory import estimate
     from secateur.stats.stream import stream
     from secateur.tasks import load_model

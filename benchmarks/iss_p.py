@@ -29,12 +29,12 @@ import torch
 import secateur
 from secateur.data.super_resolution import load_pairs, patches
 from secateur.measure.vision import psnr
-from secateur.method import TrainMethod
 from secateur.methods.iss_p import IssP, smallest
-from secateur.plan import Plan
+from secateur.pruning.plan import Plan
 from secateur.tasks import load_task
 from secateur.taxonomy import record
 from secateur.training.job import Job
+from secateur.training.method import TrainMethod
 from secateur.training.task import Task
 
 METHODS = ("dense", "random", "one-shot", "iht", "iss-p")

@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.data.pictures import load_pictures
-from secateur.families.blocks import find_matrices
-from secateur.families.cifar_resnet import CifarResNet
-from secateur.recover import reestimate_batchnorm
+from secateur.graph.blocks import find_matrices
+from secateur.solvers.batchnorm import reestimate_batchnorm
+from secateur.tasks.networks.cifar_resnet import CifarResNet
 from secateur.training.masks import Masks, density, full_masks, prune_smallest, shuffled
 from secateur.training.recipe import Recipe
 from secateur.training.stability import angle, barrier, distance

@@ -32,12 +32,12 @@ from typing import ClassVar
 import torch
 
 import secateur
-from secateur.method import TrainMethod
 from secateur.methods.masksparsity import MaskSparsity
-from secateur.plan import Plan
+from secateur.pruning.plan import Plan
 from secateur.tasks import load_task
 from secateur.taxonomy import record
 from secateur.training.job import Job
+from secateur.training.method import TrainMethod
 from secateur.training.scales import Sparsify, batchnorm_scales, coupled_scales, gammas
 from secateur.training.task import Task
 

@@ -22,9 +22,9 @@ from plot import panels
 from torch import Tensor
 
 import secateur
-from secateur.context import Context
 from secateur.methods.obspa import Obspa
 from secateur.methods.spa import Spa
+from secateur.pruning.context import Context
 from secateur.tasks import vision
 
 DATA = {"resnet56": "cifar10", "efficientnet-lite0": "imagenet-sample"}

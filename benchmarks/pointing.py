@@ -25,11 +25,11 @@ from torch import Tensor
 
 import secateur
 from secateur.data.pictures import normalise
-from secateur.files import require_data
 from secateur.saliency import class_sensitivity
 from secateur.saliency.maps import cam, combine, contribution_map, resize
 from secateur.saliency.record import record
 from secateur.tasks.vision import load_network
+from secateur.utils.files import require_data
 
 SIZE, REACH = 224, 15
 CELLS = {

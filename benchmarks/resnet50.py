@@ -23,10 +23,11 @@ import timm
 import torch
 
 import secateur
-from secateur.budget import parse_target
-from secateur.context import Context
 from secateur.measure import macs
-from secateur.method import UnitMethod, make_method
+from secateur.method import make_method
+from secateur.pruning.context import Context
+from secateur.pruning.method import UnitMethod
+from secateur.pruning.target import parse_target
 from secateur.surgery import cut_units, prove
 
 

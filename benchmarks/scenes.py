@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from secateur.files import atomic_write_json
 from secateur.method import list_methods, method_class
-from secateur.tasks.scenes_evaluate import Score, above, evaluate, table
-from secateur.tasks.scenes_models import scenes_tokenizer
+from secateur.tasks.scenes.evaluate import Score, above, evaluate, table
+from secateur.tasks.scenes.models import scenes_tokenizer
 from secateur.tokens.method import TokenMethod
+from secateur.utils.files import atomic_write_json
 
 RANDOM = "random-tokens"
 OWN = {"recoverable-compression": {"text": "embeddings"}}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from secateur.methods.sparsegpt import SparseGPT
-from secateur.select import Pattern
+from secateur.pruning.select import Pattern
 from secateur.stats.layer import InputStats, LayerStats
 
 SHAPES = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)} | {

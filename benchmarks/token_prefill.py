@@ -20,7 +20,7 @@ import torch
 import transformers as tf
 
 import secateur
-from secateur.tokens.shrink import flat
+from secateur.tokens.input import flat
 
 SIDE, KEEP, TEXT = 24, 64, 64
 

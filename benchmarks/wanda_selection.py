@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from secateur.select import top_k_rows
+from secateur.pruning.select import top_k_rows
 
 SHAPES = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)} | {
     "gate": (1536, 576),

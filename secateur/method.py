@@ -10,24 +10,12 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
-
-import torch
-from torch import Tensor
+from collections.abc import Iterable
+from typing import Any, ClassVar, TypeVar
 
 from secateur.errors import SecateurError
 from secateur.taxonomy import MethodInfo, filter_records
 from secateur.taxonomy import recommend as advise
-
-if TYPE_CHECKING:
-    from secateur.context import Context
-    from secateur.graph.groups import Group
-    from secateur.plan import Plan
-    from secateur.select import Pattern
-    from secateur.stats.layer import LayerStats
-    from secateur.stats.stream import Block
-    from secateur.training.job import Job
 
 
 @dataclasses.dataclass
@@ -56,92 +44,6 @@ class Method:
     @property
     def hyperparameters(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-@dataclasses.dataclass
-class WeightMethod(Method):
-    """Removes single weights: a mask over every prunable matrix, unstructured or N:M.
-
-    Write `score`; override `solve` when choosing and repairing happen together, as in SparseGPT.
-    """
-
-    scope: ClassVar[str] = "row"
-    """Where weights compete: in their output row, in their layer, or globally."""
-    propagate: ClassVar[bool] = True
-    """Whether a block's statistics are gathered after the blocks before it were pruned."""
-
-    def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
-        """[out, in] -> [out, in], higher = keep."""
-        raise TypeError(f"{type(self).__name__} must define score")
-
-    def scores(self, weight: Tensor, stats: LayerStats) -> Tensor:
-        """`score`, part by part where rows have inputs of their own: experts, convolution groups."""
-        return torch.cat([self.score(rows, own) for rows, own in stats.split(weight)])
-
-    def solve(self, weight: Tensor, stats: LayerStats, pattern: Pattern) -> tuple[Tensor, Tensor]:
-        """(new weight, kept mask), both [out, in]; the mask satisfies `pattern` exactly."""
-        mask = pattern.select(self.scores(weight, stats))
-        return weight.masked_fill(~mask, 0), mask
-
-    def solve_block(self, block: Block, patterns: Mapping[str, Pattern]) -> dict[str, tuple[Tensor, Tensor]]:
-        """`solve` for the matrices of one block, by name; override it to solve several at once."""
-        return {
-            name: self.solve(block.matrices[name].weight(), block.stats[name], pattern)
-            for name, pattern in patterns.items()
-        }
-
-
-@dataclasses.dataclass
-class UnitMethod(Method):
-    """Removes whole units (heads, neurons, channels, layers): smaller dense tensors.
-
-    Write `score` (or `scores`, when one pass gives those of all groups), and `repair` when what is left is corrected in
-    closed form; override `plan` when the method divides the budget itself.
-    """
-
-    kinds: ClassVar[tuple[str, ...] | None] = None
-    """The kinds of unit it cuts; None: every kind the graph has."""
-    share_of: ClassVar[str] = "units"
-    """What a bare percentage counts: "units" of every prunable group, or the "weights" inside a language model's blocks."""
-
-    def score(self, group: Group, context: Context) -> Tensor:
-        """[units], higher = keep."""
-        raise TypeError(f"{type(self).__name__} must define score")
-
-    def scores(self, context: Context) -> dict[str, Tensor]:
-        """`score` by group name."""
-        return {group.name: self.score(group, context) for group in context.groups}
-
-    def repair(self, context: Context, keep: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Tensors (at their dense shape, by name) that replace the model's before the cut."""
-        return {}
-
-    def plan(self, context: Context) -> Plan:
-        """Scores -> budget -> kept units -> repaired tensors."""
-        keep = context.allocate(self.scores(context))
-        return context.make_plan(keep=keep, values=self.repair(context, keep))
-
-
-@dataclasses.dataclass
-class TrainMethod(Method):
-    """Prunes while the network is trained, on a task's data: `secateur.train_prune`.
-
-    Write `prune`: phases of training (`job.train`), what is removed between or during them, and the plan at the end.
-    """
-
-    starts: ClassVar[str] = "init"
-    """What the first phase begins with: "init", untrained weights, or "trained" ones."""
-    removes: ClassVar[str] = "weights"
-    """Single "weights" (zeros) or whole "units" (smaller tensors)."""
-    kinds: ClassVar[tuple[str, ...] | None] = None
-    """The kinds of unit it cuts, where it removes units; None: every kind the graph has."""
-    share_of: ClassVar[str] = "units"
-    """What a bare percentage counts, where it removes units: as for `UnitMethod`."""
-
-    def prune(self, job: Job) -> Plan:
-        """Trains `job.model` in phases and gives the plan. It is run again from its top when a run is resumed: finished
-        phases are then read, so what lies between them must be a function of the model, the job and the seed."""
-        raise TypeError(f"{type(self).__name__} must define prune")
 
 
 _REGISTRY: dict[str, type[Method]] = {}
@@ -250,15 +152,3 @@ def recommend(**situation: Any) -> list[tuple[MethodInfo, str]]:
     The questions and the advice are the survey's (`secateur.taxonomy.recommend`).
     """
     return advise([cls.info for cls in _load_all().values()], **situation)
-
-
-def seeded(seed: int, *parts: object) -> torch.Generator:
-    """A CPU generator for one place in a run: the same seed and parts give the same numbers on every machine."""
-    import hashlib
-
-    digest = hashlib.sha256("/".join(map(str, (seed, *parts))).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-
-
-Objective = Callable[[torch.nn.Module, Any], Tensor]
-"""A scalar of a model and a batch: the loss, or what a method differentiates in its place."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from secateur.errors import SecateurError
-from secateur.files import data_dir
+from secateur.utils.files import data_dir
 
 torch.set_num_threads(1)
 

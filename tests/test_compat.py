@@ -8,8 +8,8 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicCache
 
-from secateur import compat
 from secateur.measure import decode_latency
+from secateur.utils import versions as compat
 
 
 def old(hidden_states, past_key_values=None, use_cache=None):

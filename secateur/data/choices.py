@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any
 
 from secateur.errors import SecateurError
-from secateur.files import require_data
+from secateur.utils.files import require_data
 
 
 @dataclass(frozen=True)

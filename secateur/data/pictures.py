@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.files import require_data
+from secateur.utils.files import require_data
 
 SETS = ("cifar10", "imagenet-sample")
 TRAIN = tuple(f"train_{i}" for i in range(4))

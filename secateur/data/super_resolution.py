@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.files import require_data
+from secateur.utils.files import require_data
 
 SETS = ("set5", "set14")
 HELD_OUT = 2

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.compat import cache_name, cache_of
 from secateur.errors import SecateurError
-from secateur.files import require_data
-from secateur.progress import track
+from secateur.utils.files import require_data
+from secateur.utils.progress import track
+from secateur.utils.versions import cache_name, cache_of
 
 SETS = {
     "wikitext2": "wikitext2_valid.txt.xz",

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from secateur.errors import SecateurError
-from secateur.versions import (
+from secateur.utils.tested import (
     compare_versions,
     installed_versions,
     requirement,
@@ -43,7 +43,7 @@ def doctor(model: Any = None, progress: Callable[..., Iterable] | None = None) -
 
     model: a folder, a name, a module or a transformers config. The checks that apply then run on a tiny random model of
     its class too: same layers, positions and switches, fewer and narrower; its own code is never run, and no network used.
-    progress: `secateur.progress.track` for a bar.
+    progress: `secateur.utils.progress.track` for a bar.
 
     Rows of `versions`: package, installed, oldest and newest (tested), state. Rows of `checks`: check, model, `state`
     ("ok", "failed", "not run"), the largest `error` and what is `allowed`, seconds and, where it isn't ok, `reason`,
@@ -129,7 +129,10 @@ def _row(check: Check | None, subject: Subject | str, name: str) -> dict[str, An
             own = replace(subject, model=copy.deepcopy(subject.model))
             row["error"], row["allowed"] = check.run(own)
             if not row["error"] <= row["allowed"]:
-                row |= {"state": "failed", "reason": f"off by {row['error']:.2g}, where {row['allowed']:g} is allowed"}
+                row |= {
+                    "state": "failed",
+                    "reason": f"off by {row['error']:.2g}, where {row['allowed']:g} is allowed",
+                }
         except SecateurError as error:
             # what secateur refuses of its own models is broken here; of the user's it may be beyond it
             row |= {"state": "not run" if subject.own else "failed", "reason": str(error)}
@@ -149,13 +152,15 @@ def _fix(check: Check) -> str:
     strange = untested(check.packages)
     if strange:
         return "pip install " + " ".join(f'"{requirement(package)}"' for package in strange)
-    return "the versions here are tested ones, so please report this with the output of `secateur doctor --json`"
+    return (
+        "the versions here are tested ones, so please report this with the output of `secateur doctor --json`"
+    )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Nothing that other libraries have to say about tiny models reaches the screen."""
-    from secateur.artefact import quiet
+    from secateur.io.transformers import quiet
 
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

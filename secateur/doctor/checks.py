@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def apart(found: Tensor, expected: Tensor) -> float:
     if torch.equal(found, expected):
         return 0.0
     gap = float((found.double() - expected.double()).abs().max())
-    return gap if gap == gap else float("inf")
+    return float("inf") if math.isnan(gap) else gap
 
 
 def written(s: Subject) -> tuple[Tensor, Tensor]:
@@ -139,7 +140,11 @@ def against_generate(s: Subject, attached: Any, gone_at: Callable[[Any], dict[in
         tokens, logits = written(s)
         gone = gone_at(running)
     expected, wanted = reference.generate(s.model, s.inputs, gone, STEPS, s.special)
-    return apart(logits, wanted) if torch.equal(tokens, expected) else max(apart(logits, wanted), s.tolerance * 10)
+    return (
+        apart(logits, wanted)
+        if torch.equal(tokens, expected)
+        else max(apart(logits, wanted), s.tolerance * 10)
+    )
 
 
 def keep_all(s: Subject) -> tuple[float, float]:
@@ -167,7 +172,9 @@ def keep_all(s: Subject) -> tuple[float, float]:
 def drop_at_input(s: Subject) -> tuple[float, float]:
     gone = chance(s, s.inputs, 3)
     found = against_forward(s, s.inputs, dropping(s, s.inputs, "input", gone), lambda _: {0: gone})
-    return max(found, against_generate(s, dropping(s, s.inputs, "input", gone), lambda _: {0: gone})), s.tolerance
+    return max(
+        found, against_generate(s, dropping(s, s.inputs, "input", gone), lambda _: {0: gone})
+    ), s.tolerance
 
 
 def drop_left(s: Subject) -> tuple[float, float]:
@@ -245,7 +252,9 @@ def attention(s: Subject) -> tuple[float, float]:
         return sets.valid
 
     records = (f"layer:{layer}:peek", f"layer:{layer - 1}")
-    attached = secateur.attach(s.model, select, target="50%", at=f"layer:{layer}", records=records, scope="row")
+    attached = secateur.attach(
+        s.model, select, target="50%", at=f"layer:{layer}", records=records, scope="row"
+    )
     with torch.no_grad(), attached:
         s.model(**s.inputs)
     return worst, 1e-4
@@ -255,8 +264,8 @@ def attention(s: Subject) -> tuple[float, float]:
 
 
 def outputs(model: Any, inputs: Any) -> list[Tensor]:
-    from secateur.graph.trace import flat_tensors
-    from secateur.inputs import call
+    from secateur.utils.inputs import call
+    from secateur.utils.running import flat_tensors
 
     config = getattr(model, "config", None)
     if config is not None and getattr(config, "use_cache", None):
@@ -314,14 +323,18 @@ def saved_is_loaded(s: Subject) -> tuple[float, float]:
         worst = gap(outputs(loaded, s.inputs), expected)
         if (folder / "config.json").is_file() and not (folder / "modeling_pruned.py").is_file():
             plain: Any = type(model)
-            worst = max(worst, gap(outputs(plain.from_pretrained(folder, dtype="auto").eval(), s.inputs), expected))
+            worst = max(
+                worst, gap(outputs(plain.from_pretrained(folder, dtype="auto").eval(), s.inputs), expected)
+            )
         elif not s.own and ours:
             raise AssertionError("a model cut alike in every layer isn't a plain folder")
     return worst, EXACT
 
 
 TOKENS = (
-    Check("keep all: bit-identical", keep_all, "an attached model isn't the model, even where every token stays"),
+    Check(
+        "keep all: bit-identical", keep_all, "an attached model isn't the model, even where every token stays"
+    ),
     Check("drop at the input", drop_at_input, "answers after dropping visual tokens at the input are wrong"),
     Check("drop between layers, left padding", drop_left, "answers after dropping between layers are wrong"),
     Check(
@@ -334,8 +347,16 @@ TOKENS = (
         drop_and_write,
         "text generated after dropping between layers is wrong from its second token on",
     ),
-    Check("attention read at a layer", attention, "methods that rank tokens by attention rank them by something else"),
-    Check("feather (reads raw attention)", by_method("feather", "40%"), "answers with feather and its like are wrong"),
+    Check(
+        "attention read at a layer",
+        attention,
+        "methods that rank tokens by attention rank them by something else",
+    ),
+    Check(
+        "feather (reads raw attention)",
+        by_method("feather", "40%"),
+        "answers with feather and its like are wrong",
+    ),
     Check(
         "transprune (peeks at layers)",
         by_method("transprune", "25%"),

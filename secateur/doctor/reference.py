@@ -64,16 +64,17 @@ def without(model: Any, gone_at: Mapping[int, Tensor]) -> Iterator[None]:
         before = [k for k in gone_at if k <= number]
         if not before:
             continue
+        columns = gone_at[max(before)]
 
-        def run(
-            *args: Any, forward: Any = layer.forward, gone: Tensor = gone_at[max(before)], **kwargs: Any
-        ) -> Any:
+        def run(*args: Any, forward: Any = layer.forward, gone: Tensor = columns, **kwargs: Any) -> Any:
             if not eager:
                 with Masked(gone):
                     return forward(*args, **kwargs)
             mask = kwargs["attention_mask"]
             hidden = gone[:, None, None, :] & ~torch.eye(gone.shape[1], dtype=torch.bool)
-            return forward(*args, **{**kwargs, "attention_mask": mask.masked_fill(hidden, torch.finfo(mask.dtype).min)})
+            return forward(
+                *args, **{**kwargs, "attention_mask": mask.masked_fill(hidden, torch.finfo(mask.dtype).min)}
+            )
 
         layer.forward = run
         changed.append(layer)
@@ -116,7 +117,11 @@ def generate(
         choice[:, never] = -torch.inf
         new = choice.argmax(-1, keepdim=True)
         tokens.append(new)
-        more = {"input_ids": new, "attention_mask": torch.ones_like(new), "mm_token_type_ids": torch.zeros_like(new)}
+        more = {
+            "input_ids": new,
+            "attention_mask": torch.ones_like(new),
+            "mm_token_type_ids": torch.zeros_like(new),
+        }
         more["token_type_ids"] = torch.full_like(new, 1 if family.position_offset else 0)
         given |= {name: torch.cat([given[name], more[name]], 1) for name in more if name in given}
         positions = torch.cat([positions, positions[..., -1:] + 1], -1)
@@ -140,7 +145,9 @@ def last_row(model: Any, inputs: Mapping[str, Tensor], layer: int) -> Tensor:
     finally:
         del module.forward
     if not found.calls:
-        raise SecateurError("its attention isn't torch's, so no independent code can read it", where=type(model).__name__)
+        raise SecateurError(
+            "its attention isn't torch's, so no independent code can read it", where=type(model).__name__
+        )
     q, k, scale = found.calls[0]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = (q[:, :, -1:] @ k.transpose(2, 3))[:, :, 0] * scale  # [B, H, L]

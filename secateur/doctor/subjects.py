@@ -39,7 +39,9 @@ def own_subject(model: Any) -> Subject:
         cls, config = _class_for(found), found
     else:
         raise SecateurError(
-            f"{type(found).__name__} isn't a model", where="doctor", fix="give a name, a folder, a module or a config"
+            f"{type(found).__name__} isn't a model",
+            where="doctor",
+            fix="give a name, a folder, a module or a config",
         )
     try:
         small = tiny.fill(cls(tiny.shrink(config)))
@@ -48,7 +50,7 @@ def own_subject(model: Any) -> Subject:
             small(**inputs)
     except SecateurError as error:
         raise Unfit(str(error)) from error
-    except Exception as error:  # noqa: BLE001  any way in which a class can refuse small sizes
+    except Exception as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise Unfit(f"{cls.__name__} can't be made small automatically ({told})") from error
     return Subject(cls.__name__, small, inputs, own=True)
@@ -63,21 +65,25 @@ def is_vlm(model: Any) -> bool:
 def _as_it_is(model: nn.Module) -> Subject:
     import copy
 
-    from secateur.inputs import default_inputs, map_tensors
+    from secateur.utils.inputs import default_inputs, map_tensors
 
     name, size = type(model).__name__, sum(p.numel() for p in model.parameters())
     if size > SMALL_ENOUGH:
-        raise Unfit(f"{name} has no config to make a tiny one from, and {size:,} parameters are too many to check")
+        raise Unfit(
+            f"{name} has no config to make a tiny one from, and {size:,} parameters are too many to check"
+        )
     model = copy.deepcopy(model).cpu().double().eval()
     try:
         inputs = default_inputs(model)
     except SecateurError as error:
         raise Unfit(f"{name}: {error.what}") from error
-    return Subject(name, model, map_tensors(inputs, lambda t: t.double() if t.is_floating_point() else t), own=True)
+    return Subject(
+        name, model, map_tensors(inputs, lambda t: t.double() if t.is_floating_point() else t), own=True
+    )
 
 
 def _class_of(model: Any) -> tuple[Any, Any]:
-    from secateur.artefact import _dense_config, _transformers_class
+    from secateur.io.transformers import _dense_config, _transformers_class
 
     return _transformers_class(model) or type(model), _dense_config(model.config)
 
@@ -100,7 +106,7 @@ def _class_for(config: Any) -> Any:
 def _find(name: str | Path) -> Any:
     """A (class, config), or a module, of a name or a folder."""
     from secateur.tasks import models
-    from secateur.tasks.scenes_models import VARIANTS, build
+    from secateur.tasks.scenes.models import VARIANTS, build
 
     text, path = str(name), Path(name).expanduser()
     if text.partition(":")[0] == "scenes" and not path.is_dir():
@@ -109,7 +115,9 @@ def _find(name: str | Path) -> Any:
     if text == "smollm2":
         path = models.smollm2_cached()
         if not (path / "config.json").is_file():
-            raise Unfit("smollm2 isn't in the cache, and this uses no network; `secateur inspect smollm2` fetches it")
+            raise Unfit(
+                "smollm2 isn't in the cache, and this uses no network; `secateur inspect smollm2` fetches it"
+            )
     elif text in models.NAMES:
         try:
             return models.load_model(text)[0]
@@ -121,7 +129,7 @@ def _find(name: str | Path) -> Any:
         path = _on_this_machine(text)
     if (path / "config.json").is_file():
         return _from_folder(path)
-    from secateur.artefact import load
+    from secateur.io.artefact import load
 
     try:
         return load(path)[0]
@@ -149,7 +157,7 @@ def _on_this_machine(name: str) -> Path:
 def _from_folder(path: Path) -> tuple[Any, Any]:
     import transformers
 
-    from secateur.artefact import _dense_config, _trusted_classes
+    from secateur.io.transformers import _dense_config, _trusted_classes
 
     try:
         document = json.loads((path / "config.json").read_text(encoding="utf-8"))

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from secateur.data import camvid, choices, digits, pictures, super_resolution, text
 from secateur.errors import SecateurError
-from secateur.inputs import Inputs, describe
 from secateur.measure import timing, vision
 from secateur.measure.cost import accepts, macs, params, params_nonzero, peak_memory, size_bytes
 from secateur.measure.quality import accuracy, perplexity
 from secateur.measure.timing import decode_latency, latency
+from secateur.utils.inputs import Inputs, describe
 
 __all__ = [
     "accuracy",

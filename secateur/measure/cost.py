@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.errors import SecateurError
-from secateur.inputs import Inputs, call
+from secateur.utils.inputs import Inputs, call
 
 
 def run(model: nn.Module, inputs: Inputs) -> Any:

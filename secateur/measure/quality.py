@@ -12,7 +12,7 @@ from secateur.data.choices import Item
 from secateur.data.text import context
 from secateur.errors import SecateurError
 from secateur.measure.cost import accepts, evaluating
-from secateur.progress import bar
+from secateur.utils.progress import bar
 
 Progress = Callable[[int, int], None]
 

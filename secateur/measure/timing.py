@@ -6,11 +6,11 @@ import time
 import torch
 from torch import nn
 
-from secateur.compat import cache_name, cache_of
 from secateur.data.text import context
 from secateur.errors import SecateurError
-from secateur.inputs import Inputs
 from secateur.measure.cost import evaluating, run
+from secateur.utils.inputs import Inputs
+from secateur.utils.versions import cache_name, cache_of
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -19,12 +19,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from secateur.budget import at_least, build_path, cut_at
-from secateur.context import Context, Matrix
 from secateur.errors import SecateurError
 from secateur.graph import Group, Slice
-from secateur.method import UnitMethod, register
-from secateur.plan import Plan
+from secateur.method import register
+from secateur.pruning.allocate import at_least, build_path, cut_at
+from secateur.pruning.context import Context, Matrix
+from secateur.pruning.method import UnitMethod
+from secateur.pruning.plan import Plan
 from secateur.taxonomy import record
 
 

@@ -11,9 +11,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from secateur.context import Context
 from secateur.graph import Group
-from secateur.method import UnitMethod, register
+from secateur.method import register
+from secateur.pruning.context import Context
+from secateur.pruning.method import UnitMethod
 from secateur.taxonomy import record
 
 

@@ -21,13 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.method import TrainMethod, register, seeded
-from secateur.plan import Plan
-from secateur.select import top_k
+from secateur.method import register
+from secateur.pruning.plan import Plan
+from secateur.pruning.select import top_k
 from secateur.taxonomy import record
-from secateur.training.fit import State
 from secateur.training.job import Job
 from secateur.training.masks import below_sampled_threshold, fit_pattern, smallest_of_groups
+from secateur.training.method import TrainMethod
+from secateur.training.state import State
+from secateur.utils.random import seeded
 
 MOST = 0.995
 """No layer loses more than this share of its weights."""

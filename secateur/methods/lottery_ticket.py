@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from secateur.method import register
-from secateur.plan import Plan
+from secateur.pruning.plan import Plan
 from secateur.taxonomy import record
 from secateur.training.job import Job
 from secateur.training.tickets import TicketMethod

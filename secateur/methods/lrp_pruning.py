@@ -19,16 +19,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from secateur.context import Context
 from secateur.errors import SecateurError
 from secateur.graph import Group
 from secateur.graph.groups import KINDS
-from secateur.method import UnitMethod, register
-from secateur.plan import Plan
+from secateur.method import register
+from secateur.pruning.context import Context
+from secateur.pruning.method import UnitMethod
+from secateur.pruning.plan import Plan
 from secateur.saliency.filters import filter_relevance, unit_relevance, unseen
 from secateur.saliency.relevance import COMPOSITES
-from secateur.stats.record import as_batches
 from secateur.taxonomy import record
+from secateur.utils.batches import as_batches
 
 START = ("one", "logit")
 NORMALISE = ("none", "sum")

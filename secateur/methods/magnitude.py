@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from secateur.method import WeightMethod, register
+from secateur.method import register
+from secateur.pruning.method import WeightMethod
 from secateur.stats.layer import LayerStats
 from secateur.taxonomy import record
 

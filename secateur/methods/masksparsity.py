@@ -18,16 +18,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from secateur.context import Context
 from secateur.errors import SecateurError
 from secateur.graph import Group
-from secateur.method import TrainMethod, register
-from secateur.plan import Plan
-from secateur.recover import reestimate_batchnorm
-from secateur.stats.record import inputs_of
+from secateur.method import register
+from secateur.pruning.context import Context
+from secateur.pruning.plan import Plan
+from secateur.solvers.batchnorm import reestimate_batchnorm
 from secateur.taxonomy import record
 from secateur.training.batches import Draw
 from secateur.training.job import Job
+from secateur.training.method import TrainMethod
 from secateur.training.scales import (
     PENALTIES,
     Sparsify,
@@ -41,6 +41,7 @@ from secateur.training.scales import (
     separation,
     vote,
 )
+from secateur.utils.batches import inputs_of
 
 
 @register

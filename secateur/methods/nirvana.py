@@ -21,14 +21,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from secateur.budget import Competitor, Step, lowest, paced_path, spare_last, spare_to_multiple
-from secateur.context import Context
 from secateur.errors import SecateurError
-from secateur.method import UnitMethod, register
-from secateur.plan import Plan
-from secateur.stats.record import run, token_mask
+from secateur.method import register
+from secateur.pruning.allocate import Competitor, Step, lowest, paced_path, spare_last, spare_to_multiple
+from secateur.pruning.context import Context
+from secateur.pruning.method import UnitMethod
+from secateur.pruning.plan import Plan
 from secateur.stats.windows import logits_of, masked_divergence
 from secateur.taxonomy import record
+from secateur.utils.batches import token_mask
+from secateur.utils.running import run
 
 
 def peak_logits(model: nn.Module, batch: Any) -> Tensor:

@@ -18,16 +18,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from secateur.context import Context
-from secateur.criteria import CRITERIA
 from secateur.errors import SecateurError
-from secateur.inputs import noise_like
 from secateur.method import register
 from secateur.methods.spa import Spa
-from secateur.recover import least_squares
+from secateur.pruning.context import Context
+from secateur.scores.criteria import CRITERIA
+from secateur.solvers.least_squares import least_squares
 from secateur.stats.hessians import every_matrix, hessians, readers
-from secateur.stats.record import as_batches
 from secateur.taxonomy import record
+from secateur.utils.batches import as_batches
+from secateur.utils.inputs import noise_like
 
 CALIBRATIONS = ("data", "noise")
 

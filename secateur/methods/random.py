@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from secateur.method import WeightMethod, register, seeded
+from secateur.method import register
+from secateur.pruning.method import WeightMethod
 from secateur.stats.layer import LayerStats
 from secateur.taxonomy import record
+from secateur.utils.random import seeded
 
 
 @register

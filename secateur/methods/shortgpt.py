@@ -11,10 +11,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from secateur.context import Context
 from secateur.graph import Group
-from secateur.method import UnitMethod, register
-from secateur.stats.influence import block_influence
+from secateur.method import register
+from secateur.pruning.context import Context
+from secateur.pruning.method import UnitMethod
+from secateur.scores.influence import block_influence
 from secateur.taxonomy import record
 
 

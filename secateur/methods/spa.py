@@ -16,17 +16,18 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from secateur.context import Context
-from secateur.criteria import CRITERIA, NORMALISE, OF_INPUTS, OF_LOSS, normalise
-from secateur.elements import of_elements
 from secateur.errors import SecateurError
 from secateur.graph import Group
 from secateur.graph.groups import HOW, KINDS
-from secateur.method import UnitMethod, register
-from secateur.plan import Plan
-from secateur.recover import batchnorm_after
-from secateur.stats.record import as_batches
+from secateur.method import register
+from secateur.pruning.context import Context
+from secateur.pruning.method import UnitMethod
+from secateur.pruning.plan import Plan
+from secateur.scores.criteria import CRITERIA, NORMALISE, OF_INPUTS, OF_LOSS, normalise
+from secateur.scores.lift import of_elements
+from secateur.solvers.batchnorm import batchnorm_after
 from secateur.taxonomy import record
+from secateur.utils.batches import as_batches
 
 BATCHNORM = ("keep", "new", "shift")
 

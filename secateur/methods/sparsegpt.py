@@ -13,13 +13,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from secateur.budget import divide
 from secateur.errors import SecateurError
-from secateur.method import WeightMethod, register
-from secateur.select import Pattern
+from secateur.method import register
+from secateur.pruning.allocate import divide
+from secateur.pruning.method import WeightMethod
+from secateur.pruning.select import Pattern
+from secateur.solvers.sweep import sweep
 from secateur.stats.layer import InputStats, LayerStats
 from secateur.stats.stream import Block
-from secateur.stats.sweep import sweep
 from secateur.taxonomy import record
 
 

@@ -16,11 +16,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from secateur.context import Context, Matrix
 from secateur.graph import Slice
-from secateur.method import UnitMethod, register
-from secateur.plan import Plan
-from secateur.stats.units import AGGREGATIONS, aggregate, slice_scores
+from secateur.method import register
+from secateur.pruning.context import Context, Matrix
+from secateur.pruning.method import UnitMethod
+from secateur.pruning.plan import Plan
+from secateur.scores.lift import AGGREGATIONS, aggregate, slice_scores
 from secateur.taxonomy import record
 
 ELEMENTS = ("param_first", "param_second", "param_mix", "vectorize", "square", "gate")

@@ -22,13 +22,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from secateur.context import COARSE, Context
 from secateur.errors import SecateurError
-from secateur.method import UnitMethod, register
-from secateur.plan import Plan
-from secateur.search import Space, Stage, draw_tokens, evolve
-from secateur.stats.obs import Removal, select
-from secateur.stats.supernet import Candidates, Sublayer, Supernet, even_base, find_sublayers, ranges
+from secateur.method import register
+from secateur.pruning.context import COARSE, Context
+from secateur.pruning.method import UnitMethod
+from secateur.pruning.plan import Plan
+from secateur.solvers.evolution import Space, Stage, draw_tokens, evolve
+from secateur.solvers.obs import Removal, select
+from secateur.solvers.supernet import Candidates, Sublayer, Supernet, even_base, find_sublayers, ranges
 from secateur.taxonomy import record
 
 PAPER: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """VFlowOpt: importance from the tokens that matter, recycling of what leaves, two plain drops deeper, found by search.
 
 Yang et al. 2025, "VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided Optimization",
-https://arxiv.org/abs/2508.05211. Spec: vflowopt. `secateur.tokens.calibrate` has the search.
+https://arxiv.org/abs/2508.05211. Spec: vflowopt. `secateur.tokens.search` has the search.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from secateur.method import WeightMethod, register
+from secateur.method import register
+from secateur.pruning.method import WeightMethod
 from secateur.stats.layer import LayerStats
 from secateur.taxonomy import record
 

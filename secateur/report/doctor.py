@@ -29,7 +29,9 @@ def print_doctor(found: Mapping[str, Any], console: Console) -> None:
     for row in found["checks"]:
         if row["state"] == "ok":
             continue
-        console.print(Text.assemble(f"{row['check']} ({row['model']}): ", _styled(row["state"]), f", {row['reason']}"))
+        console.print(
+            Text.assemble(f"{row['check']} ({row['model']}): ", _styled(row["state"]), f", {row['reason']}")
+        )
         if row["means"]:
             console.print(f"  this means: {row['means']}", markup=False)
         if row["fix"] and row["fix"] not in said:

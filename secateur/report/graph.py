@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from secateur.files import atomic_write_text
 from secateur.graph import Graph, Group
 from secateur.report.html import HERE, _fill, _json, _kind, reason_html
 from secateur.report.summary import number
 from secateur.report.terminal import merge_alike
+from secateur.utils.files import atomic_write_text
 
 Tensors = dict[str, tuple[int, ...]]
 CROWD = 9

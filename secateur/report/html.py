@@ -15,10 +15,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from secateur.files import atomic_write_text
-from secateur.plan import Plan, to_ranges
+from secateur.pruning.plan import Plan, to_ranges
 from secateur.report.summary import command_line, figure, in_seconds, notes, rows, single
 from secateur.report.terminal import kept_by_kind, merge_alike
+from secateur.utils.files import atomic_write_text
 
 HERE = Path(__file__).parent
 Figure = dict[str, Any]

@@ -14,10 +14,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from secateur.errors import SecateurError
-from secateur.files import atomic_write_text
-from secateur.method import Method, TrainMethod, UnitMethod, WeightMethod, list_methods, method_class
-from secateur.taxonomy import AXES, MEANING, RECORDS, MethodInfo, notation
+from secateur.method import Method, list_methods, method_class
+from secateur.pruning.method import UnitMethod, WeightMethod
+from secateur.taxonomy import MethodInfo
+from secateur.taxonomy.axes import AXES, MEANING, RECORDS, notation
 from secateur.tokens.method import TokenMethod
+from secateur.training.method import TrainMethod
+from secateur.utils.files import atomic_write_text
 
 GENERATED = (
     "<!-- written by `python -m secateur.report.pages docs/methods`; edit the method's file instead -->"

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from secateur.plan import to_ranges
+from secateur.pruning.plan import to_ranges
 from secateur.report.summary import in_seconds, notes, number, rows
-from secateur.taxonomy import AXES, MEANING, MethodInfo, notation
+from secateur.taxonomy import MethodInfo
+from secateur.taxonomy.axes import AXES, MEANING, notation
 
 
 def table(*headings: str, right: Iterable[str] = (), title: str | None = None) -> Table:

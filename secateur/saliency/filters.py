@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.graph import Group
 from secateur.saliency.relevance import as_composite, in_float32, propagate
-from secateur.stats.record import evaluating, inputs_of, labels_in, run
-from secateur.stats.units import slice_scores
+from secateur.scores.lift import slice_scores
 from secateur.stats.windows import logits_of
+from secateur.utils.batches import inputs_of, labels_in
+from secateur.utils.running import evaluating, run
 
 
 def filter_relevance(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.files import atomic_write_bytes
+from secateur.utils.files import atomic_write_bytes
 
 WARM = (
     (0.0, (30, 15, 60)),

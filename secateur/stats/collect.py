@@ -12,21 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.families.blocks import Matrix, check_weights
-from secateur.inputs import Inputs, as_call, map_tensors
+from secateur.graph.blocks import Matrix, check_weights
 from secateur.stats.layer import OF_GRADIENTS, OF_INPUTS, LayerStats, check_needs
-from secateur.stats.record import (
-    NotShared,
-    Recorder,
-    as_batches,
-    device_of,
-    evaluating,
-    labels_in,
-    run,
-    sequences_in,
-    token_mask,
-)
+from secateur.stats.record import NotShared, Recorder
 from secateur.stats.windows import logits_of
+from secateur.utils.batches import as_batches, labels_in, sequences_in, token_mask
+from secateur.utils.inputs import Inputs, as_call, map_tensors
+from secateur.utils.running import device_of, evaluating, run
 
 Loss = Callable[[nn.Module, Any], Tensor]
 

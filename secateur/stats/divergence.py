@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.search import Batch
-from secateur.stats.record import TOKENS_PER_BATCH, run
+from secateur.solvers.evolution import Batch
+from secateur.stats.record import TOKENS_PER_BATCH
+from secateur.utils.running import run
 
 
 def topk_kl(values: Tensor, candidate: Tensor) -> Tensor:

@@ -8,20 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.families.blocks import Matrix, every_matrix
 from secateur.graph import Graph
-from secateur.inputs import map_tensors
+from secateur.graph.blocks import Matrix, every_matrix
 from secateur.stats.layer import LayerStats
-from secateur.stats.record import (
-    NotShared,
-    Recorder,
-    as_batches,
-    device_of,
-    evaluating,
-    run,
-    sequences_in,
-    token_mask,
-)
+from secateur.stats.record import NotShared, Recorder
+from secateur.utils.batches import as_batches, sequences_in, token_mask
+from secateur.utils.inputs import map_tensors
+from secateur.utils.running import device_of, evaluating, run
 
 __all__ = ["every_matrix", "hessians", "readers"]
 

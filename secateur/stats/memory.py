@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from secateur.families.blocks import Matrix, find_blocks, find_matrices
+from secateur.graph.blocks import Matrix, find_blocks, find_matrices
 from secateur.stats.layer import OF_INPUTS, LayerStats, check_needs
-from secateur.stats.record import as_batches, batch_numel
 from secateur.stats.stream import Flow
+from secateur.utils.batches import as_batches, batch_numel
 
 SWEPT = 128
 """Columns in work at once while weights are repaired."""

@@ -16,18 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.families.blocks import Matrix, check_weights, find_blocks
+from secateur.graph.blocks import Matrix, check_weights, find_blocks
 from secateur.stats.layer import OF_GRADIENTS, LayerStats, check_needs
-from secateur.stats.record import (
-    NotShared,
-    Recorder,
-    as_batches,
-    batch_numel,
-    evaluating,
-    run,
-    sequences_in,
-    token_mask,
-)
+from secateur.stats.record import NotShared, Recorder
+from secateur.utils.batches import as_batches, batch_numel, sequences_in, token_mask
+from secateur.utils.running import evaluating, run
 
 
 @dataclass
@@ -66,7 +59,7 @@ def stream(
     matrices: as `find_matrices` gives them.
     propagate: a block's inputs come from the blocks before it as the caller left them; else from the dense model.
     skip: blocks already done: run forward, without statistics, and not given.
-    progress: `secateur.progress.track` or alike: (iterable, description, total) -> iterable.
+    progress: `secateur.utils.progress.track` or alike: (iterable, description, total) -> iterable.
     batch_size: samples a forward; None: about 2048 tokens.
 
     The model is untouched between blocks, and after the last one, also when the generator is closed early.

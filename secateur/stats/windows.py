@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.graph import Graph
-from secateur.stats.record import as_batches, evaluating, run
 from secateur.surgery import mask_units
+from secateur.utils.batches import as_batches
+from secateur.utils.running import evaluating, run
 
 TEXTS = ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids")
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from secateur.data.camvid import CLASSES, load_camvid
-from secateur.families.espnet import EspNet
-from secateur.files import require_data
 from secateur.measure.vision import segmentation
 from secateur.tasks.augment import mirror
+from secateur.tasks.networks.espnet import EspNet
 from secateur.training.recipe import Recipe
 from secateur.training.task import Task
+from secateur.utils.files import require_data
 
 FILE = "pretrained/espnet_p_2_q_8_camvid.pth"
 

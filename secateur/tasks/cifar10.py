@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from secateur.data.pictures import IMAGENET_MEAN, IMAGENET_STD, load_pictures
-from secateur.families.cifar_resnet import CifarResNet
 from secateur.measure.vision import accuracy
 from secateur.tasks.augment import Batch, shift
+from secateur.tasks.networks.cifar_resnet import CifarResNet
 from secateur.tasks.vision import load_network
 from secateur.training.recipe import Recipe
 from secateur.training.task import Task

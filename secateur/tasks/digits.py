@@ -8,13 +8,13 @@ from torch import nn
 
 from secateur.data.digits import MEAN, STD, load_digits
 from secateur.errors import SecateurError
-from secateur.families.digits_cnn import DigitsCnn
-from secateur.files import atomic_directory, cache_dir
 from secateur.measure.vision import accuracy
 from secateur.tasks.augment import Batch, shift
+from secateur.tasks.networks.digits_cnn import DigitsCnn
 from secateur.training import fit
 from secateur.training.recipe import Recipe
 from secateur.training.task import Task
+from secateur.utils.files import atomic_directory, cache_dir
 
 BLACK = -MEAN / STD
 RECIPE = Recipe(optimizer="adamw", lr=1e-2, batch=64, weight_decay=1e-3, warmup=0.1)

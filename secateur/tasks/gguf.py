@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from secateur.errors import SecateurError
-from secateur.progress import track
+from secateur.utils.progress import track
 
 BLOCK = {
     "attn_q": "self_attn.q_proj",

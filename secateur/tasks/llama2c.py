@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from secateur.errors import SecateurError
-from secateur.files import require_data
 from secateur.tasks.gguf import rotary_to_halves
+from secateur.utils.files import require_data
 
 
 def load_aidreams() -> tuple[nn.Module, Any]:

@@ -9,13 +9,13 @@ import psutil
 import torch
 from torch import nn
 
-from secateur import artefact
-from secateur.artefact import quiet
 from secateur.errors import SecateurError
-from secateur.exchange import is_exchange, load_file
-from secateur.files import atomic_directory, cache_dir
+from secateur.io import artefact
+from secateur.io.exchange import is_exchange, load_file
+from secateur.io.transformers import quiet
 from secateur.tasks import gguf, llama2c, registry, vision
 from secateur.tasks.wheels import from_wheel
+from secateur.utils.files import atomic_directory, cache_dir
 
 NAMES = ("smollm2", "aidreams", vision.LITE, *registry.TASKS, *registry.OWNERS)
 SAVED = "give a folder that save_pretrained wrote"

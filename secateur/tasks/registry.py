@@ -60,7 +60,7 @@ def load_task(
         raise SecateurError(f"there is no split {split!r}", where=name, fix="test or val")
     made = _module(wanted).task(network, split, train, test)
     if device is not None:
-        from secateur.inputs import map_tensors
+        from secateur.utils.inputs import map_tensors
 
         made.train = map_tensors(made.train, lambda tensor: tensor.to(device))
     return made

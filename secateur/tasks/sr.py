@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.data.super_resolution import HELD_OUT, load_pairs, patches
-from secateur.families.super_resolution import CarnM, Rfdn, Vdsr
-from secateur.files import require_data
 from secateur.measure.vision import psnr
 from secateur.tasks.augment import turn
+from secateur.tasks.networks.super_resolution import CarnM, Rfdn, Vdsr
 from secateur.training.recipe import Recipe
 from secateur.training.task import Task
+from secateur.utils.files import require_data
 
 KINDS: dict[str, tuple[Any, str, tuple[int, ...]]] = {
     "carn-m": (CarnM, "carn_m.pth", (2, 3, 4)),

@@ -21,27 +21,66 @@ PAD = 0
 
 SMALL = {
     **dict.fromkeys(
-        "hidden_size d_model n_embd dim embed_dim embedding_size out_hidden_size projection_dim word_embed_proj_dim".split(),
+        [
+            "hidden_size",
+            "d_model",
+            "n_embd",
+            "dim",
+            "embed_dim",
+            "embedding_size",
+            "out_hidden_size",
+            "projection_dim",
+            "word_embed_proj_dim",
+        ],
         WIDTH,
     ),
     **dict.fromkeys(
-        "intermediate_size ffn_dim n_inner d_ff encoder_ffn_dim decoder_ffn_dim moe_intermediate_size"
-        " shared_expert_intermediate_size".split(),
+        [
+            "intermediate_size",
+            "ffn_dim",
+            "n_inner",
+            "d_ff",
+            "encoder_ffn_dim",
+            "decoder_ffn_dim",
+            "moe_intermediate_size",
+            "shared_expert_intermediate_size",
+        ],
         INNER,
     ),
     **dict.fromkeys(
-        "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers depth".split(),
+        [
+            "num_hidden_layers",
+            "n_layer",
+            "n_layers",
+            "num_layers",
+            "encoder_layers",
+            "decoder_layers",
+            "num_decoder_layers",
+            "depth",
+        ],
         DEPTH,
     ),
     **dict.fromkeys(
-        "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"
-        " num_local_experts num_experts n_routed_experts".split(),
+        [
+            "num_attention_heads",
+            "n_head",
+            "n_heads",
+            "num_heads",
+            "encoder_attention_heads",
+            "decoder_attention_heads",
+            "num_local_experts",
+            "num_experts",
+            "n_routed_experts",
+        ],
         HEADS,
     ),
-    **dict.fromkeys("head_dim d_kv qk_rope_head_dim qk_nope_head_dim v_head_dim query_pre_attn_scalar".split(), HEAD),
-    **dict.fromkeys("q_lora_rank kv_lora_rank".split(), 2 * HEAD),
-    **dict.fromkeys("num_experts_per_tok moe_topk scale_factor".split(), 2),
-    **dict.fromkeys("n_group topk_group first_k_dense_replace n_shared_experts".split(), 1),
+    **dict.fromkeys(
+        ["head_dim", "d_kv", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "query_pre_attn_scalar"],
+        HEAD,
+    ),
+    **dict.fromkeys(["q_lora_rank", "kv_lora_rank"], 2 * HEAD),
+    **dict.fromkeys(["num_experts_per_tok", "moe_topk", "scale_factor"], 2),
+    **dict.fromkeys(["n_group", "topk_group", "first_k_dense_replace", "n_shared_experts"], 1),
     "vocab_size": WORDS,
     "image_size": SIDE,
     "patch_size": PATCH,
@@ -52,7 +91,14 @@ SMALL = {
 }
 """The most that stays of these fields of a config, whatever model it is of; all others are kept as they are."""
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
-UNWANTED = ("quantization_config", "auto_map", "_name_or_path", "dtype", "torch_dtype", "transformers_version")
+UNWANTED = (
+    "quantization_config",
+    "auto_map",
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+)
 
 
 def shrink(config: Any) -> Any:

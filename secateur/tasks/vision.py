@@ -12,10 +12,10 @@ from torch import nn
 
 from secateur.data.pictures import SETS, as_pairs, load_pictures
 from secateur.errors import SecateurError
-from secateur.families.cifar_resnet import CifarResNet
-from secateur.files import atomic_directory, cache_dir, require_data
 from secateur.measure.vision import accuracy, predictions
+from secateur.tasks.networks.cifar_resnet import CifarResNet
 from secateur.tasks.wheels import from_wheel
+from secateur.utils.files import atomic_directory, cache_dir, require_data
 
 __all__ = ["NAMES", "SETS", "accuracy", "as_pairs", "load_network", "load_pictures", "predictions"]
 

@@ -10,48 +10,30 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from secateur.budget import parse_target
-from secateur.compat import cache_in, cache_of
 from secateur.errors import SecateurError
 from secateur.families.vlm import facts_of, family_of
 from secateur.method import Method, make_method
-from secateur.tokens import account
+from secateur.pruning.target import parse_target
+from secateur.tokens import cost as account
 from secateur.tokens.call import Call
-from secateur.tokens.encoder import EncoderDriver
-from secateur.tokens.layers import LayerDriver
+from secateur.tokens.decoder import LayerDriver
+from secateur.tokens.input import KINDS, Turn, prepare, stacked
 from secateur.tokens.method import Chosen, Select, Stage, TokenMethod
-from secateur.tokens.record import Recorder, Site
+from secateur.tokens.record import Recorder
 from secateur.tokens.sets import SCOPES, Table
-from secateur.tokens.shrink import KINDS, Turn, prepare, stacked
-from secateur.versions import warn_outside_tested
+from secateur.tokens.setup import Kept, Placed
+from secateur.tokens.site import Site
+from secateur.tokens.tower import EncoderDriver
+from secateur.utils.tested import warn_outside_tested
+from secateur.utils.versions import cache_in, cache_of
 
 FLOOR = (5, 18)
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attached] = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A stage and where it stands in this model."""
-
-    stage: Stage
-    kind: str
-    number: int
-    label: str
-
-
-class Kept(dict[str, list[Tensor]]):
-    """What stayed, by stage ("input", "layer:2", or its number) and row."""
-
-    def __missing__(self, key: Any) -> list[Tensor]:
-        if isinstance(key, int) and -len(self) <= key < len(self):
-            return list(self.values())[key]
-        raise KeyError(key)
 
 
 class Attached:

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.families.vlm import Facts, Family
-from secateur.method import seeded
-from secateur.tokens.record import Live, Note
+from secateur.tokens.live import Live
+from secateur.tokens.record import Note
 from secateur.tokens.sets import Outcome, Table, make_sets, resolve, settle
 from secateur.tokens.state import Missing, TokenSets
+from secateur.utils.random import seeded
 
 if TYPE_CHECKING:
-    from secateur.tokens.attach import Attached, Placed
+    from secateur.tokens.attach import Attached
+    from secateur.tokens.setup import Placed
 
 
 @dataclass(eq=False)

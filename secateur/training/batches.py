@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.inputs import map_tensors
+from secateur.utils.inputs import map_tensors
 
 Augment = Callable[[Any, torch.Generator], Any]
 """A batch (on the model's device) and a seeded CPU generator -> the batch, changed."""

@@ -13,10 +13,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.files import atomic_write_bytes
+from secateur.utils.files import atomic_write_bytes
 
 if TYPE_CHECKING:
-    from secateur.training.fit import State
+    from secateur.training.state import State
 
 Moments = Mapping[int, Mapping[str, Any]]
 """An optimiser's state by parameter index, as `optimizer.state_dict()["state"]` gives it."""

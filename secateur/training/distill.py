@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.inputs import call
-from secateur.method import Objective
 from secateur.training.fit import logits_of, next_token_loss
+from secateur.utils.inputs import call
+from secateur.utils.types import Objective
 
 
 def distillation(

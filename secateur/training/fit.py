@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.inputs import map_tensors
-from secateur.method import Objective
-from secateur.progress import bar
 from secateur.training import parallel
 from secateur.training.batches import Augment, Draw, digest, step_seed
 from secateur.training.checkpoint import Moments, load_moments, read_checkpoint, write_checkpoint
 from secateur.training.finite import Watch
 from secateur.training.losses import checked_loss, default_loss, logits_of, next_token_loss
 from secateur.training.recipe import RECIPE, Recipe, autocast, schedule
+from secateur.training.state import Hook, State
+from secateur.utils.inputs import map_tensors
+from secateur.utils.progress import bar
+from secateur.utils.types import Objective
 
 __all__ = ["Draw", "Hook", "State", "default_loss", "fit", "logits_of", "next_token_loss", "schedule"]
-
-
-@dataclass
-class State:
-    """What a hook sees, and may change. `losses` holds one number a step; `lr` is the rate of this step."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    steps: int
-    step: int = 0
-    batch: Any = None
-    loss: float = math.nan
-    losses: list[float] = field(default_factory=list)
-    lr: float = math.nan
-
-
-Hook = Callable[[State], None]
 
 
 def fit(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from secateur.errors import SecateurError
-from secateur.training.fit import State
+from secateur.training.state import State
 
 
 class History:

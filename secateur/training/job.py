@@ -12,23 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.budget import Target
-from secateur.context import Context
 from secateur.errors import SecateurError
-from secateur.families.blocks import find_matrices
 from secateur.graph import Graph
-from secateur.inputs import Inputs, describe
-from secateur.method import Objective, TrainMethod, seeded
-from secateur.options import Options
-from secateur.plan import Plan
-from secateur.planning import DENSE_NOTE
+from secateur.graph.blocks import find_matrices
+from secateur.pruning.context import Context
+from secateur.pruning.options import Options
+from secateur.pruning.plan import DENSE_NOTE, Plan
+from secateur.pruning.target import Target
 from secateur.surgery import cut_units, prove
 from secateur.training.batches import length
 from secateur.training.checkpoint import Moments, copy_moments
-from secateur.training.fit import Hook, State, fit
+from secateur.training.fit import fit
 from secateur.training.masks import Masked
+from secateur.training.method import TrainMethod
 from secateur.training.recipe import Recipe
+from secateur.training.state import Hook, State
 from secateur.training.task import Task
+from secateur.utils.inputs import Inputs, describe
+from secateur.utils.random import seeded
+from secateur.utils.types import Objective
 
 
 @dataclass

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.inputs import call
-from secateur.method import Objective
+from secateur.utils.inputs import call
+from secateur.utils.types import Objective
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.select import top_k_rows
+from secateur.pruning.select import top_k_rows
 
 if TYPE_CHECKING:
-    from secateur.training.fit import State
+    from secateur.training.state import State
 
 Masks = dict[str, Tensor]
 """Bool masks by parameter name; True stays."""

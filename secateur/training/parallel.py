@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from secateur.errors import SecateurError
-from secateur.inputs import map_tensors
+from secateur.utils.inputs import map_tensors
 
 
 def join(device: torch.device) -> tuple[int, int]:

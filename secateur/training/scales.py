@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from secateur.context import Context
 from secateur.errors import SecateurError
 from secateur.graph import Group
-from secateur.training.fit import State
+from secateur.pruning.context import Context
+from secateur.training.state import State
 
 PENALTIES = ("l1", "l2", "smooth-l1")
 

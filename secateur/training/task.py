@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from secateur.method import Objective
 from secateur.training.batches import Augment
 from secateur.training.recipe import Recipe
+from secateur.utils.types import Objective
 
 
 @dataclass

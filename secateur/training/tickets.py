@@ -13,15 +13,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from secateur.budget import divide
 from secateur.errors import SecateurError
-from secateur.method import TrainMethod
+from secateur.pruning.allocate import divide
 from secateur.training.checkpoint import Moments
-from secateur.training.fit import Hook
 from secateur.training.history import History
 from secateur.training.job import Job
 from secateur.training.masks import Masks, density, full_masks, prune_smallest, shuffled
+from secateur.training.method import TrainMethod
 from secateur.training.stability import angle, barrier, distance
+from secateur.training.state import Hook
 
 CONTROLS = ("reinit", "shuffle", "shuffle-global", "keep")
 Level = dict[str, int] | int

@@ -9,7 +9,7 @@ from torch import nn
 
 import secateur
 from secateur.graph import trace
-from secateur.plan import Plan
+from secateur.pruning.plan import Plan
 from secateur.surgery import apply_changes, cut_units, mask_units, prove
 
 

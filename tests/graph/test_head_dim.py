@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import secateur
 from secateur.graph import trace
-from secateur.plan import Plan
+from secateur.pruning.plan import Plan
 from secateur.surgery import cut_units, mask_units, prove
 
 IDS = {"input_ids": torch.arange(32).reshape(2, 16)}

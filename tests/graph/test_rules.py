@@ -470,7 +470,9 @@ def test_no_model_name_in_the_graph_or_the_surgery():
     import secateur
 
     root = Path(secateur.__file__).parent
-    text = " ".join(p.read_text().lower() for p in [*(root / "graph").glob("*.py"), root / "surgery.py"])
+    text = " ".join(
+        p.read_text().lower() for p in [*(root / "graph").rglob("*.py"), *(root / "surgery").glob("*.py")]
+    )
     names = "llama qwen gpt bert mistral mixtral gemma opt_ vit_ swin resnet convnext mamba whisper wav2vec clip deit"
     assert [name for name in names.split() if name in text] == []
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.budget import parse_target
-from secateur.context import Context
 from secateur.method import make_method
-from secateur.plan import Plan
+from secateur.pruning.context import Context
+from secateur.pruning.plan import Plan
+from secateur.pruning.target import parse_target
 
 
 @pytest.fixture

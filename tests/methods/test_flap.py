@@ -6,8 +6,8 @@ from torch import nn
 
 import secateur
 from secateur import SecateurError
-from secateur.budget import cut_at
 from secateur.methods.flap import Flap, compensation, standardise, unit_metric, wifv
+from secateur.pruning.allocate import cut_at
 
 W = torch.tensor([[1.0, -2.0, 0.9, 3.0], [-0.4, 0.3, 2.0, -1.0]])
 X = torch.tensor([[1.0, 0, 2, -1], [0, 1, 1, 1], [2, 1, 0, 0], [1, -1, 4, 0]])

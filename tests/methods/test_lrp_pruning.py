@@ -10,8 +10,8 @@ from torch import nn
 
 import secateur
 from secateur import SecateurError
-from secateur.families.cifar_resnet import CifarResNet
 from secateur.saliency.filters import filter_relevance, right_class
+from secateur.tasks.networks.cifar_resnet import CifarResNet
 
 
 def toy():

@@ -10,7 +10,7 @@ import secateur
 from secateur import SecateurError
 from secateur.measure.vision import predictions
 from secateur.method import make_method
-from secateur.recover import reestimate_batchnorm
+from secateur.solvers.batchnorm import reestimate_batchnorm
 from secateur.tasks import load_task
 from secateur.training import fit
 from secateur.training.recipe import Recipe

@@ -7,7 +7,6 @@ import torch
 
 import secateur
 from secateur import SecateurError
-from secateur.budget import Competitor, lowest, spare_last, spare_to_multiple
 from secateur.graph import Group, Slice
 from secateur.methods.nirvana import (
     Nirvana,
@@ -15,6 +14,7 @@ from secateur.methods.nirvana import (
     ratio_path,
     unit_budget,
 )
+from secateur.pruning.allocate import Competitor, lowest, spare_last, spare_to_multiple
 from secateur.stats.windows import draw_windows, kl_divergence
 from secateur.surgery import mask_units
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import secateur
-from secateur.stats.influence import block_influence, cosine_change
+from secateur.scores.influence import block_influence, cosine_change
 
 
 def test_the_influence_of_the_sheet():

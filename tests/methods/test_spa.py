@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import secateur
-from secateur import SecateurError, criteria
-from secateur.criteria import normalise
-from secateur.inputs import noise_like
+from secateur import SecateurError
+from secateur.scores import criteria
+from secateur.scores.criteria import normalise
+from secateur.utils.inputs import noise_like
 
 
 def two_layers(first, second):

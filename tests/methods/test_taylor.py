@@ -7,7 +7,7 @@ from torch import nn
 import secateur
 from secateur import SecateurError
 from secateur.methods.taylor import ELEMENTS, Taylor, element_scores
-from secateur.stats.units import AGGREGATIONS, aggregate, slice_scores
+from secateur.scores.lift import AGGREGATIONS, aggregate, slice_scores
 
 
 def two_layers():

@@ -146,8 +146,8 @@ class TestDivPrune:
 
     def test_published_cost_at_the_published_share(self):
         """Eleven prompts, 56 of 576 tokens left: mean 3.22796 and 0.51225 TFLOPs, mean ratio 15.6303 %."""
-        from secateur.tokens.account import layer_flops
         from secateur.tokens.budget import counts
+        from secateur.tokens.cost import layer_flops
 
         left = int(counts(torch.tensor([576]), 0.098))
         texts = (15, 15, 23, 83, 25, 113, 15, 39, 21, 91, 57)

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 import secateur
-from secateur.budget import parse_target
-from secateur.checkpoint import Checkpoint
-from secateur.context import Context
 from secateur.errors import SecateurError
-from secateur.inputs import default_inputs
 from secateur.methods.tyr import PAPER, Tyr
-from secateur.search import reach_of
+from secateur.pruning.context import Context
+from secateur.pruning.resume import Checkpoint
+from secateur.pruning.target import parse_target
+from secateur.solvers.evolution import reach_of
+from secateur.solvers.supernet import Candidates, Supernet, even_base, find_sublayers
 from secateur.stats.divergence import TopKDivergence, topk_kl
-from secateur.stats.supernet import Candidates, Supernet, even_base, find_sublayers
+from secateur.utils.inputs import default_inputs
 
 QUICK: dict[str, Any] = {"rounds": 2, "generations": 3, "offspring": 6, "topk": 32}
 
@@ -299,8 +299,8 @@ def test_bad_settings_are_refused() -> None:
 def test_search_and_refit_pay_on_a_trained_model(aidreams: tuple[nn.Module, Any]) -> None:
     """On text the model wrote itself: fresh text for the refit, the text it searched on for the search."""
     from secateur.data.text import sample_from
-    from secateur.planning import set_values
     from secateur.surgery import mask_units
+    from secateur.surgery.changes import set_values
 
     model, _ = aidreams
     data, fresh = sample_from(model, 32, 96, seed=1), sample_from(model, 32, 96, seed=2)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.budget import owl_shares
-from secateur.families.blocks import find_matrices
+from secateur.graph.blocks import find_matrices
 from secateur.method import make_method
-from secateur.select import Pattern
+from secateur.pruning.allocate import owl_shares
+from secateur.pruning.select import Pattern
+from secateur.solvers.sweep import sweep
 from secateur.stats.layer import InputStats, LayerStats
 from secateur.stats.stream import stream
-from secateur.stats.sweep import sweep
 
 W = torch.tensor([[1, -2, 0.9, 3], [-0.4, 0.3, 2, -1]])
 TOKENS = torch.tensor([[1.0, 0, 2, -1], [0, 1, 1, 1], [2, 1, 0, 0], [1, -1, 4, 0]])

@@ -8,7 +8,8 @@ import pytest
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.method import WeightMethod, list_methods
+from secateur.method import list_methods
+from secateur.pruning.method import WeightMethod
 from secateur.report import pages
 from secateur.taxonomy import MethodInfo
 

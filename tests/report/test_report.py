@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from secateur.plan import Plan
+from secateur.pruning.plan import Plan
 from secateur.report import html, summary, terminal
 
 

@@ -9,10 +9,10 @@ from torch import nn
 
 import secateur
 from secateur import SecateurError
-from secateur.families.cifar_resnet import CifarResNet
 from secateur.saliency import MAPS, class_sensitivity
 from secateur.saliency.maps import cam, combine, contribution_map, unit_range
 from secateur.saliency.record import record
+from secateur.tasks.networks.cifar_resnet import CifarResNet
 
 X = torch.tensor([[1.0, 0, 2], [2, 1, -1]])[None, :, None]
 G = torch.tensor([[0.5, 1, -1], [-1, 0, 2]])[None, :, None]
@@ -338,7 +338,7 @@ def test_a_class_that_nothing_speaks_for_is_named(vgg):
 
 def test_networks_read_from_files_have_the_same_maps(tmp_path):
     """Their convolutions are operations, not modules."""
-    from secateur.exchange import load_file
+    from secateur.io.exchange import load_file
 
     torch.manual_seed(0)
     net = nn.Sequential(

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from secateur.errors import SecateurError
-from secateur.families.cifar_resnet import CifarResNet
 from secateur.saliency.relevance import COMPOSITES, Composite, layer_relevance, propagate
+from secateur.tasks.networks.cifar_resnet import CifarResNet
 
 
 def one_hot(classes):

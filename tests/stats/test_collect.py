@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from secateur import SecateurError
-from secateur.families.blocks import find_matrices
+from secateur.graph.blocks import find_matrices
 from secateur.stats.collect import collect
 
 

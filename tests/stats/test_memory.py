@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from secateur.families.blocks import find_matrices
+from secateur.graph.blocks import find_matrices
 from secateur.method import make_method
-from secateur.select import Pattern
+from secateur.pruning.select import Pattern
 from secateur.stats.memory import estimate
 from secateur.stats.stream import stream
 

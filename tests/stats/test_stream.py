@@ -8,7 +8,7 @@ import transformers as hf
 from torch import nn
 
 from secateur import SecateurError
-from secateur.families.blocks import find_blocks, find_matrices
+from secateur.graph.blocks import find_blocks, find_matrices
 from secateur.stats.collect import collect
 from secateur.stats.stream import stream
 

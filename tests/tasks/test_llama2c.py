@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from secateur.errors import SecateurError
-from secateur.files import require_data
 from secateur.tasks.llama2c import load_tokenizer, load_weights
+from secateur.utils.files import require_data
 
 
 def write_weights(path: Path, kv_heads: int, tied: bool) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from torch import nn
 
 from secateur.data.text import encode, load_text
 from secateur.errors import SecateurError
-from secateur.files import require_data
 from secateur.measure import perplexity
 from secateur.tasks import load_model, models
+from secateur.utils.files import require_data
 
 
 @pytest.mark.slow

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from secateur.cli import main
+from secateur.cli.main import main
 from secateur.errors import SecateurError
 from secateur.report.tokens import draw_kept
-from secateur.tasks import scenes_train
-from secateur.tasks.scenes import (
+from secateur.tasks.scenes import train as scenes_train
+from secateur.tasks.scenes.draw import (
     COLOURS,
     ID,
     IMAGE,
@@ -25,8 +25,8 @@ from secateur.tasks.scenes import (
     encode,
     render,
 )
-from secateur.tasks.scenes_evaluate import above, accuracy, deviation, evaluate, picture, table, test_set
-from secateur.tasks.scenes_models import (
+from secateur.tasks.scenes.evaluate import above, accuracy, deviation, evaluate, picture, table, test_set
+from secateur.tasks.scenes.models import (
     VARIANTS,
     WEIGHTS,
     build,
@@ -38,7 +38,7 @@ from secateur.tasks.scenes_models import (
     scenes_tokenizer,
     see,
 )
-from secateur.tasks.scenes_train import Recipe, Trainer, draw, drop, pack
+from secateur.tasks.scenes.train import Recipe, Trainer, draw, drop, pack
 
 SHIPPED = sorted(path.name.removeprefix("scenes-") for path in WEIGHTS.glob("scenes-*"))
 test_set.__test__ = False  # type: ignore[attr-defined]

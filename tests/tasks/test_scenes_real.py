@@ -7,12 +7,12 @@ import torch
 
 import secateur
 from secateur import SecateurError
-from secateur.files import require_data
-from secateur.tasks.scenes import ID, WORDS
-from secateur.tasks.scenes_evaluate import accuracy
-from secateur.tasks.scenes_models import IMAGE, TOKENS, inputs, load_scenes
-from secateur.tasks.scenes_real import REAL, answer_loss, real_test, train_real
-from secateur.tasks.scenes_train import Recipe
+from secateur.tasks.scenes.draw import ID, WORDS
+from secateur.tasks.scenes.evaluate import accuracy
+from secateur.tasks.scenes.models import IMAGE, TOKENS, inputs, load_scenes
+from secateur.tasks.scenes.real import REAL, answer_loss, real_test, train_real
+from secateur.tasks.scenes.train import Recipe
+from secateur.utils.files import require_data
 
 
 @pytest.mark.needs_data
@@ -58,7 +58,7 @@ def test_several_pictures_a_question(variant):
 
 @pytest.mark.needs_data
 def test_new_words_are_learned_and_saved(tmp_path):
-    from secateur.tasks.scenes_models import save_scenes
+    from secateur.tasks.scenes.models import save_scenes
 
     recipe = Recipe(joint=2, batch=2)
     model, about = train_real("nlvr", recipe)

@@ -9,12 +9,12 @@ from torch import nn
 
 from secateur import SecateurError
 from secateur.data import camvid, digits, pictures, super_resolution
-from secateur.families.espnet import EspNet
-from secateur.families.super_resolution import CarnM, Rfdn, Vdsr
 from secateur.measure import measure
 from secateur.measure.vision import psnr, segmentation
 from secateur.tasks import TASKS, load_model, load_task
 from secateur.tasks.augment import mirror, shift, turn
+from secateur.tasks.networks.espnet import EspNet
+from secateur.tasks.networks.super_resolution import CarnM, Rfdn, Vdsr
 from secateur.tasks.registry import NETWORKS
 from secateur.training import fit
 

@@ -11,10 +11,10 @@ import secateur
 from secateur import SecateurError
 from secateur.data import calibration_batches
 from secateur.data.pictures import normalise
-from secateur.families.cifar_resnet import CifarResNet
-from secateur.files import cache_dir
 from secateur.measure import measure
 from secateur.tasks import load_model, vision
+from secateur.tasks.networks.cifar_resnet import CifarResNet
+from secateur.utils.files import cache_dir
 
 
 def test_normalising_by_hand():

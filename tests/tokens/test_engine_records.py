@@ -52,7 +52,7 @@ def inputs() -> dict[str, Any]:
 @pytest.mark.parametrize("family", ["llava-clip", "llava-siglip", "qwen2.5-vl", "gemma3", "paligemma"])
 def test_rows_of_a_decoder_layer(family: str, chunk: int, monkeypatch: Any) -> None:
     """Grouped queries, left padding, two images in one row, masks that see both ways; few rows and many."""
-    monkeypatch.setattr("secateur.tokens.record.CHUNK", chunk)
+    monkeypatch.setattr("secateur.tokens.live.CHUNK", chunk)
     model, inputs = make(family, torch.float32), inputs_for(family, torch.float32)
     ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
     whole = attentions(family, inputs)[1]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.families.vlm import facts_of, family_of
 from secateur.tokens.attach import attach
-from secateur.tokens.shrink import encode, flat
+from secateur.tokens.input import encode, flat
 from secateur.tokens.state import TokenSets
 
 

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.training.fit import Draw, Hook, State, default_loss, fit, next_token_loss, schedule
+from secateur.training.fit import Draw, default_loss, fit, next_token_loss, schedule
+from secateur.training.state import Hook, State
 
 KILLED = """
 import os, signal, sys

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.errors import SecateurError
-from secateur.method import TrainMethod
-from secateur.plan import Plan
+from secateur.pruning.plan import Plan
 from secateur.taxonomy import MethodInfo
 from secateur.training.job import Job
 from secateur.training.losses import default_loss
+from secateur.training.method import TrainMethod
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Files: pruned models that load without secateur, ONNX files and exported programs."""

@@ -1,0 +1,1 @@
+"""Pruning a trained model: targets, budgets, plans, and the two kinds of method."""

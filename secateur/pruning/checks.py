@@ -1,0 +1,111 @@
+"""What is checked of a model before it is pruned: that it runs on its example inputs, and does the same each time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.utils.inputs import Inputs, call
+from secateur.utils.running import flat_tensors, without_cache
+
+SEEDS = 5
+"""Runs of a model that draws random numbers in evaluation mode."""
+
+
+def check_forward(model: nn.Module, inputs: Inputs, steady: bool = True) -> None:
+    """Run the model, in evaluation mode, without gradients; the global random state stays as it was.
+
+    >>> check_forward(nn.Linear(4, 2), torch.ones(1, 3))
+    Traceback (most recent call last):
+    secateur.errors.SecateurError: inputs: Linear fails on them (RuntimeError: mat1 and mat2 shapes cannot be multiplied ...
+
+    steady: run it again, and five times where it draws random numbers, and compare.
+
+    Raises `SecateurError` where the model fails, returns no tensor, or gives other outputs for the same inputs.
+    """
+    with _random_state(model) as drew, without_cache(model), torch.no_grad():
+        first = _run(model, inputs)
+        if not any(tensor.numel() for tensor in first):
+            raise SecateurError(
+                f"{type(model).__name__} returns no {'values' if first else 'tensor'} on them",
+                where="inputs",
+                fix="give at least one example" if first else "wrap it so that it returns what it computes",
+            )
+        for seed in range(1, SEEDS if steady and drew() else 1 + steady):
+            torch.manual_seed(seed)
+            if (why := _apart(first, _run(model, inputs))) is not None:
+                raise SecateurError(
+                    f"{type(model).__name__} gives other outputs for the same inputs: {why}",
+                    where="model",
+                    fix="fix its random numbers and its state, or cut it without a proof (prove=False, --prove off)",
+                )
+
+
+class Buffers:
+    """The buffers of a model as they are now: running a model may change them (counters, caches), `restore` undoes it."""
+
+    def __init__(self, model: nn.Module):
+        self.saved = [
+            (module._buffers, name, tensor, tensor.clone())
+            for module in model.modules()
+            for name, tensor in module._buffers.items()
+            if tensor is not None
+        ]
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for owner, name, tensor, value in self.saved:
+                if tensor.shape == value.shape:
+                    tensor.copy_(value)
+                owner[name] = tensor
+
+
+@contextmanager
+def _random_state(model: nn.Module) -> Iterator:
+    """Gives whether random numbers were drawn since; all generators are put back at the end."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+
+        def drew() -> bool:
+            now = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+            return not all(torch.equal(a, b) for a, b in zip(states, now))
+
+        yield drew
+
+
+def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    try:
+        outputs = call(model, inputs)
+    except (SecateurError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        told = " ".join(str(error).split())[:200]
+        raise SecateurError(
+            f"{type(model).__name__} fails on them ({type(error).__name__}: {told})",
+            where="inputs",
+            fix="pass what its forward takes: a tensor, a tuple or a dict of keywords",
+        ) from error
+    return list(flat_tensors(outputs))
+
+
+def _apart(first: list[Tensor], again: list[Tensor]) -> str | None:
+    shapes = [[tuple(t.shape) for t in outputs] for outputs in (first, again)]
+    if shapes[0] != shapes[1]:
+        return f"shapes {shapes[0]}, then {shapes[1]}"
+    for a, b in zip(first, again):
+        if not a.numel():
+            continue
+        if not a.is_floating_point():
+            if (share := float((a != b).float().mean())) > 0.01:
+                return f"{share:.0%} of its whole numbers differ"
+            continue
+        gap = (a - b).abs().nan_to_num().max()
+        if gap > 1e-2 * a.abs().nan_to_num().max():
+            return f"they differ by {float(gap):.2g}"
+    return None

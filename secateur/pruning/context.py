@@ -1,0 +1,397 @@
+"""What a method sees while it plans: the model, its groups, the data, and the engines that gather and divide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import lcm, prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.graph import Graph, Group, Slice, trace
+from secateur.graph.blocks import Matrix, find_matrices
+from secateur.method import Method
+from secateur.pruning.allocate import Competitor, Step, build_path, follow
+from secateur.pruning.plan import Plan
+from secateur.pruning.resume import Checkpoint
+from secateur.pruning.target import Target
+from secateur.stats.collect import collect
+from secateur.stats.layer import LayerStats
+from secateur.stats.stream import Block, stream
+from secateur.stats.windows import draw_windows
+from secateur.utils.inputs import Inputs, call, describe
+from secateur.utils.random import seeded
+from secateur.utils.types import Objective
+
+COARSE = ("heads", "kv_groups", "experts", "layers")
+"""Kinds whose units are few and large: `round_to` leaves them alone."""
+
+
+@dataclass
+class Context:
+    """One planning run. Methods read `model`, `groups`, `share`, `seed`; they gather with `stats`, `stream` and divide
+    with `allocate`."""
+
+    model: nn.Module
+    method: Method
+    target: Target
+    inputs: Inputs | None
+    data: Any = None
+    seed: int = 0
+    allocation: str | None = None
+    floor: float = 0.0
+    round_to: int = 1
+    kinds: tuple[str, ...] | None = None
+    loss: Objective | None = None
+    uniform: bool = False
+    skip_blocks: tuple[int, int] = (0, 0)
+    """Leading and final blocks that are left whole; a method may set it."""
+    options: dict[str, Any] = field(default_factory=dict)
+    progress: Callable[..., Iterable] | None = None
+    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(None))
+    round: int = 0
+    gone: dict[str, Tensor] = field(default_factory=dict)
+    """Units that an earlier round of an iterative schedule removed (bool per unit); they leave first."""
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    """The scores that the budget was divided by, for the report."""
+    limit: float | None = None
+    """Seconds that a latency target came to."""
+
+    @cached_property
+    def graph(self) -> Graph:
+        return trace(self.model, self.example, inner="head_dim" in (self.kinds or ()))
+
+    @property
+    def example(self) -> Inputs:
+        """The example inputs; raises `SecateurError` when there are none."""
+        if self.inputs is None:
+            raise SecateurError("it needs example inputs", where=self.method.name, fix="pass inputs=")
+        return self.inputs
+
+    @cached_property
+    def matrices(self) -> dict[str, Matrix]:
+        """What a share of weights counts, by parameter name."""
+        return find_matrices(self.model)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The groups the method may cut.
+
+        Raises `SecateurError` with the reasons when there are none.
+        """
+        kinds = self.kinds or getattr(self.method, "kinds", None)
+        groups = self.graph.prunable(kinds)
+        if not groups:
+            frozen = [g for g in self.graph.groups if g.reason and (not kinds or g.kind in kinds)]
+            reasons = "; ".join(dict.fromkeys(f"{g.name}: {g.reason}" for g in frozen[:8])) or (
+                f"the graph holds only {', '.join(sorted({g.kind for g in self.graph.groups})) or 'no groups'}"
+            )
+            others = sorted({g.kind for g in self.graph.prunable()})
+            raise SecateurError(
+                f"nothing can be cut ({reasons})",
+                where=type(self.model).__name__,
+                fix=f"its {', '.join(others)} can be: pass kinds= or take another method"
+                if others
+                else "`secateur inspect` shows every group",
+            )
+        return groups
+
+    @property
+    def share(self) -> float:
+        """The share kept, where the target is one."""
+        if self.target.kind != "share":
+            raise SecateurError(
+                f"{self.method.name} needs a share", where=f"target {self.target}", fix="such as 50%"
+            )
+        return self.target.value
+
+    def generator(self, *parts: object) -> torch.Generator:
+        return seeded(self.seed, self.method.name, *parts)
+
+    def require_data(self) -> Any:
+        if self.data is None or len(self.data) == 0:
+            raise SecateurError(
+                "it needs calibration data and there is none",
+                where=f"method {self.method.name}",
+                fix="pass data= (token ids [samples, length], or a list of model inputs)",
+            )
+        return self.data
+
+    @cached_property
+    def _collected(self) -> dict[frozenset[str], dict[str, LayerStats]]:
+        return {}
+
+    def stats(
+        self, needs: Iterable[str] | None = None, *, data: Any = None, loss: Objective | None = None
+    ) -> dict[str, LayerStats]:
+        """Statistics of every matrix of the dense model, gathered once: parameter name -> LayerStats.
+
+        With `data` they are those of these inputs, gathered anew; `loss` is then differentiated instead of the run's.
+        """
+        wanted = frozenset(needs if needs is not None else self.method.needs)
+        if data is not None:
+            return collect(
+                self.model, data, wanted, self.matrices, loss=loss or self.loss, progress=self.progress
+            )
+        if wanted not in self._collected:
+            self._collected[wanted] = self.stats(wanted, data=self.require_data())
+        return self._collected[wanted]
+
+    def draw(self, count: int, length: int, *parts: object) -> Any:
+        """`count` windows of `length` tokens of the calibration data (`draw_windows`); `parts` name the draw."""
+        return draw_windows(self.require_data(), count, length, self.generator(*parts))
+
+    def stream(
+        self, needs: Iterable[str] | None = None, *, propagate: bool = True, skip: int = 0
+    ) -> Iterator[Block]:
+        """Blocks in order with their statistics; with `propagate`, each sees what was done to those before it."""
+        wanted = frozenset(needs if needs is not None else self.method.needs)
+        return stream(
+            self.model,
+            self.require_data() if wanted else self.data,
+            wanted,
+            self.matrices,
+            propagate=propagate,
+            skip=skip,
+            progress=self.progress,
+        )
+
+    def remember(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors of a finished step, from disk where an earlier, killed run got that far."""
+        return self.checkpoint.remember(f"round-{self.round}-{key}", compute)
+
+    # What units are made of
+
+    def coupled(
+        self, group: Group, roles: tuple[str, ...] = ("out", "in"), kinds: tuple[str, ...] | None = None
+    ) -> list[tuple[Slice, Matrix]]:
+        """The group's slices of weight matrices, each with its matrix (of these kinds); biases and norms are none."""
+        found = [
+            (s, self.matrices[s.name]) for s in group.slices if s.role in roles and s.name in self.matrices
+        ]
+        return [(s, matrix) for s, matrix in found if kinds is None or matrix.kind in kinds]
+
+    def all_coupled(self) -> dict[str, list[tuple[Slice, Matrix]]]:
+        """`coupled` by group name; groups without matrices are left out.
+
+        Raises `SecateurError` when no group has any.
+        """
+        found = {group.name: pairs for group in self.groups if (pairs := self.coupled(group))}
+        if not found:
+            raise SecateurError("no weight matrix leaves with its units", where=self.groups[0].name)
+        return found
+
+    def unit_weights(self, group: Group) -> int:
+        """How many weights leave with one unit (biases and norms not counted)."""
+        shapes = self.graph.shapes
+        counted = [s for s in group.slices if s.role in ("out", "in")]
+        return sum(s.index.shape[1] * prod(shapes[s.name]) // shapes[s.name][s.dim] for s in counted)
+
+    # Dividing a budget over units
+
+    def floor_of(self, group: Group) -> int:
+        return max(group.least, int(group.size * self.floor))
+
+    def competitors(self, scores: Mapping[str, Tensor]) -> list[Competitor]:
+        """The groups that have scores, as the allocator sees them."""
+        first, last = self.skip_blocks
+        blocks = sorted({b for g in self.groups if (b := self.block_of(g.name)) is not None})
+        spared = {*blocks[:first], *blocks[len(blocks) - last :]} if first or last else set()
+        return [
+            Competitor(
+                name=group.name,
+                kind=group.kind,
+                scores=self._finite(group, scores[group.name]),
+                floor=group.size if self.block_of(group.name) in spared else self.floor_of(group),
+                round_to=lcm(1 if group.kind in COARSE else self.round_to, group.multiple),
+            )
+            for group in self.groups
+            if group.name in scores
+        ]
+
+    def _finite(self, group: Group, scores: Tensor) -> Tensor:
+        scores = scores.detach().double().cpu()
+        if scores.shape != (group.size,):
+            raise SecateurError(
+                f"the scores have shape {tuple(scores.shape)}, the group has {group.size} units",
+                where=f"{self.method.name}, {group.name}",
+            )
+        if torch.isnan(scores).any():
+            raise SecateurError(
+                "a score isn't a number",
+                where=f"{self.method.name}, {group.name}",
+                fix="check weights and data for NaN",
+            )
+        if group.name in self.gone:
+            scores = scores.masked_fill(self.gone[group.name], -torch.inf)
+        return scores
+
+    def block_of(self, name: str) -> int | None:
+        """The index of the repeated block a group or parameter lies in."""
+        return block_index(name, self._block_path)
+
+    @cached_property
+    def _block_path(self) -> str | None:
+        paths = {m.block_path for m in self.matrices.values()}
+        return next(iter(paths)) if len(paths) == 1 else None
+
+    def cost(self) -> tuple[Callable[[Mapping[str, Tensor]], float], float]:
+        """(what the target bounds as a function of the kept units, its limit)."""
+        kind, graph = self.target.kind, self.graph
+        if kind == "share":
+            names = list(self.matrices)
+            dense = graph.params({}, names=names)
+            return lambda keep: graph.params(keep, names=names), self.target.limit(dense) + 1e-6
+        if kind == "params":
+            return lambda keep: graph.params(keep), self.target.limit(graph.params({}))
+        if kind == "macs":
+            return lambda keep: graph.macs(keep), self.target.limit(graph.macs({}))
+        if kind == "size":
+            from secateur.measure import size_bytes
+
+            dense_bytes, dense = size_bytes(self.model), graph.params({})
+            each = next(p.element_size() for p in self.model.parameters())
+            return lambda keep: dense_bytes - (dense - graph.params(keep)) * each, self.target.limit(
+                dense_bytes
+            )
+        if kind == "latency":
+            self.limit = self.target.limit(self._latency({}))
+            return self._latency, self.limit
+        raise SecateurError(
+            f"{self.method.name} removes whole units",
+            where=f"target {self.target}",
+            fix="give a share, params, macs, size or latency",
+        )
+
+    def _latency(self, keep: Mapping[str, Tensor]) -> float:
+        """Median seconds of one forward of the really cut model on the example inputs."""
+        from copy import deepcopy
+
+        from secateur.measure import latency
+        from secateur.surgery import cut_units
+
+        model = deepcopy(self.model)
+        if keep:
+            cut_units(model, self.graph, keep)
+        return latency(model, self.example)
+
+    def allocate(self, scores: Mapping[str, Tensor], allocation: str | None = None) -> dict[str, Tensor]:
+        """Kept units per group: the scores' order, divided so that the target is met exactly and never exceeded."""
+        groups = self.competitors(scores)
+        self.scores.update({group.name: scores[group.name].detach().float().cpu() for group in groups})
+        method = self.method
+        if self.target.kind == "share" and getattr(method, "share_of", None) == "units":
+            return self._share_of_units(groups, allocation)
+        path = build_path(groups, allocation or self.allocation or method.allocation)
+        return self.follow(groups, path)
+
+    def follow(
+        self,
+        groups: Sequence[Competitor],
+        path: Sequence[Step],
+        new: Callable[[Mapping[str, Tensor]], int] | None = None,
+    ) -> dict[str, Tensor]:
+        """Kept units where a path of the method's own first meets the target (`budget.follow`).
+
+        new: how many parameters the method adds, given the kept units; they count where the target bounds parameters
+        or bytes.
+        """
+        cost, limit = self.cost()
+        each = {"params": 1, "size": next(self.model.parameters()).element_size()}.get(self.target.kind, 0)
+
+        def with_new(keep: Mapping[str, Tensor]) -> float:
+            return cost(keep) + each * new(keep) if new and each else cost(keep)
+
+        return follow(
+            groups, path, with_new, limit, refill=self.target.kind != "latency", describe=self._describe
+        )
+
+    def _share_of_units(self, groups: list[Competitor], allocation: str | None) -> dict[str, Tensor]:
+        how = allocation or self.allocation or self.method.allocation
+        if how == "uniform":
+            return {
+                name: kept
+                for group in groups
+                for name, kept in follow(
+                    [group],
+                    build_path([group]),
+                    lambda keep: max(len(units) for units in keep.values()),
+                    max(int(self.target.value * group.size + 1e-9), self._smallest(group)),
+                ).items()
+            }
+        path = build_path(groups, how)
+        limit = max(
+            int(self.target.value * sum(g.size for g in groups) + 1e-9), sum(map(self._smallest, groups))
+        )
+        return follow(groups, path, lambda keep: sum(map(len, keep.values())), limit, describe=self._describe)
+
+    def keeps_share(self, keep: Mapping[str, Tensor]) -> bool:
+        """Whether no more is kept than the share asked for (a group can't go below its floor)."""
+        method = self.method
+        if getattr(method, "share_of", None) == "weights":
+            cost, limit = self.cost()
+            return cost(keep) <= limit
+        kept = sum(len(keep[group.name]) if group.name in keep else group.size for group in self.groups)
+        return kept <= sum(max(self.share * group.size, self.floor_of(group)) for group in self.groups) + 1e-6
+
+    @staticmethod
+    def _smallest(group: Competitor) -> int:
+        return group.size - sum(len(grain) for grain in group.grains())
+
+    def _describe(self, value: float) -> str:
+        kind = self.target.kind
+        if kind == "latency":
+            return f"{value * 1e3:.2f} ms"
+        if kind == "size":
+            return f"{value / 1e6:,.2f} MB"
+        if kind == "share":
+            return f"{value:,.0f} units or weights"
+        return f"{value:,.0f} {kind}"
+
+    # Outputs
+
+    def forward(self, inputs: Inputs | None = None) -> Any:
+        with torch.no_grad():
+            return call(self.model, self.example if inputs is None else inputs)
+
+    def make_plan(
+        self,
+        *,
+        keep: Mapping[str, Tensor] | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+        values: Mapping[str, Tensor] | None = None,
+        notes: Mapping[str, str] | None = None,
+    ) -> Plan:
+        kept = {
+            name: units.cpu() for name, units in (keep or {}).items() if len(units) < self.graph[name].size
+        }
+        return Plan(
+            method=self.method.name,
+            target=str(self.target),
+            seed=self.seed,
+            hyperparameters=self.method.hyperparameters,
+            options=self.options,
+            inputs=describe(self.inputs),
+            keep=kept,
+            sizes={name: self.graph[name].size for name in kept},
+            kinds={name: self.graph[name].kind for name in kept},
+            masks={name: mask.cpu() for name, mask in (masks or {}).items()},
+            values={name: value.detach().cpu() for name, value in (values or {}).items()},
+            notes=dict(notes or {}),
+        )
+
+
+def block_index(name: str, block_path: str | None) -> int | None:
+    """The number after the blocks' path in a dotted name.
+
+    >>> block_index("model.layers.12.mlp:neurons", "model.layers")
+    12
+    """
+    if not block_path or not name.startswith(block_path + "."):
+        return None
+    head = name[len(block_path) + 1 :].split(".")[0].split(":")[0]
+    return int(head) if head.isdigit() else None

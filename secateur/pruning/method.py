@@ -1,0 +1,84 @@
+"""The kinds of method that prune a trained model: single weights, or whole units."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.method import Method
+
+if TYPE_CHECKING:
+    from secateur.graph.groups import Group
+    from secateur.pruning.context import Context
+    from secateur.pruning.plan import Plan
+    from secateur.pruning.select import Pattern
+    from secateur.stats.layer import LayerStats
+    from secateur.stats.stream import Block
+
+
+@dataclasses.dataclass
+class WeightMethod(Method):
+    """Removes single weights: a mask over every prunable matrix, unstructured or N:M.
+
+    Write `score`; override `solve` when choosing and repairing happen together, as in SparseGPT.
+    """
+
+    scope: ClassVar[str] = "row"
+    """Where weights compete: in their output row, in their layer, or globally."""
+    propagate: ClassVar[bool] = True
+    """Whether a block's statistics are gathered after the blocks before it were pruned."""
+
+    def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
+        """[out, in] -> [out, in], higher = keep."""
+        raise TypeError(f"{type(self).__name__} must define score")
+
+    def scores(self, weight: Tensor, stats: LayerStats) -> Tensor:
+        """`score`, part by part where rows have inputs of their own: experts, convolution groups."""
+        return torch.cat([self.score(rows, own) for rows, own in stats.split(weight)])
+
+    def solve(self, weight: Tensor, stats: LayerStats, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        """(new weight, kept mask), both [out, in]; the mask satisfies `pattern` exactly."""
+        mask = pattern.select(self.scores(weight, stats))
+        return weight.masked_fill(~mask, 0), mask
+
+    def solve_block(self, block: Block, patterns: Mapping[str, Pattern]) -> dict[str, tuple[Tensor, Tensor]]:
+        """`solve` for the matrices of one block, by name; override it to solve several at once."""
+        return {
+            name: self.solve(block.matrices[name].weight(), block.stats[name], pattern)
+            for name, pattern in patterns.items()
+        }
+
+
+@dataclasses.dataclass
+class UnitMethod(Method):
+    """Removes whole units (heads, neurons, channels, layers): smaller dense tensors.
+
+    Write `score` (or `scores`, when one pass gives those of all groups), and `repair` when what is left is corrected in
+    closed form; override `plan` when the method divides the budget itself.
+    """
+
+    kinds: ClassVar[tuple[str, ...] | None] = None
+    """The kinds of unit it cuts; None: every kind the graph has."""
+    share_of: ClassVar[str] = "units"
+    """What a bare percentage counts: "units" of every prunable group, or the "weights" inside a language model's blocks."""
+
+    def score(self, group: Group, context: Context) -> Tensor:
+        """[units], higher = keep."""
+        raise TypeError(f"{type(self).__name__} must define score")
+
+    def scores(self, context: Context) -> dict[str, Tensor]:
+        """`score` by group name."""
+        return {group.name: self.score(group, context) for group in context.groups}
+
+    def repair(self, context: Context, keep: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Tensors (at their dense shape, by name) that replace the model's before the cut."""
+        return {}
+
+    def plan(self, context: Context) -> Plan:
+        """Scores -> budget -> kept units -> repaired tensors."""
+        keep = context.allocate(self.scores(context))
+        return context.make_plan(keep=keep, values=self.repair(context, keep))

@@ -1,0 +1,290 @@
+"""A plan: what is kept, as data. It can be read, edited, compared, and applied again to a fresh model.
+
+On disk a plan is two files: `plan.json` (what stays of every group, as ranges a person can edit) and
+`plan.safetensors` (masks packed to bits, and tensors that a repair changed).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from secateur.errors import SecateurError
+from secateur.utils.files import atomic_write_bytes, atomic_write_text
+
+DENSE_NOTE = "same size and speed without sparse kernels: the zeros are stored in dense tensors"
+
+FORMAT = "secateur-plan"
+
+
+class Masks(MutableMapping[str, Tensor]):
+    """Bool masks by name, held as bits: a 32nd of the memory of float32 weights."""
+
+    def __init__(self, masks: Mapping[str, Tensor] | None = None):
+        self._bits: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
+        self.update(masks or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        bits, shape = self._bits[name]
+        return unpack(bits, shape)
+
+    def __setitem__(self, name: str, mask: Tensor) -> None:
+        self._bits[name] = (pack(mask), tuple(mask.shape))
+
+    def __delitem__(self, name: str) -> None:
+        del self._bits[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bits)
+
+    def __len__(self) -> int:
+        return len(self._bits)
+
+
+@dataclass
+class Plan:
+    """What a method decided.
+
+    `keep` holds the kept unit indices per group, `masks` the kept weights per tensor (True stays), `values` the
+    tensors, at their dense shape, that a repair replaced. `inputs` describes the example inputs the groups were traced
+    with; `notes` is free text by key.
+    """
+
+    method: str
+    target: str
+    seed: int = 0
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    inputs: Any = None
+    keep: dict[str, Tensor] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+    masks: MutableMapping[str, Tensor] = field(default_factory=Masks)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.masks, Masks):
+            self.masks = Masks(self.masks)
+        # as JSON gives them back, so that a loaded plan equals the one that was saved
+        for name in ("hyperparameters", "options", "inputs", "notes"):
+            setattr(self, name, json.loads(json.dumps(getattr(self, name))))
+
+    @property
+    def structured(self) -> bool:
+        return bool(self.keep)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return NotImplemented
+        plain = (
+            "method",
+            "target",
+            "seed",
+            "hyperparameters",
+            "options",
+            "inputs",
+            "sizes",
+            "kinds",
+            "notes",
+        )
+        return all(getattr(self, name) == getattr(other, name) for name in plain) and all(
+            _same(getattr(self, name), getattr(other, name)) for name in ("keep", "masks", "values")
+        )
+
+    def save(self, directory: str | Path) -> None:
+        """Write `plan.json` and `plan.safetensors` into an existing directory."""
+        directory = Path(directory)
+        tensors = {f"mask/{name}": pack(mask) for name, mask in self.masks.items()}
+        tensors |= {f"value/{name}": value.detach().cpu().contiguous() for name, value in self.values.items()}
+        document = {
+            "format": FORMAT,
+            "version": 1,
+            "method": self.method,
+            "target": self.target,
+            "seed": self.seed,
+            "hyperparameters": self.hyperparameters,
+            "options": self.options,
+            "inputs": self.inputs,
+            "groups": {
+                name: {
+                    "kind": self.kinds.get(name, ""),
+                    "size": self.sizes[name],
+                    "keep": to_ranges(units.tolist()),
+                }
+                for name, units in self.keep.items()
+            },
+            "masks": {
+                name: {"shape": list(mask.shape), "kept": int(mask.sum())}
+                for name, mask in self.masks.items()
+            },
+            "notes": self.notes,
+        }
+        if tensors:
+            atomic_write_bytes(directory / "plan.safetensors", save(tensors))
+        atomic_write_text(directory / "plan.json", json.dumps(document, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """The plan in a directory, or of a `plan.json`.
+
+        Raises `SecateurError` when it is missing, damaged, or an edit made it impossible.
+        """
+        path = Path(path)
+        path = path / "plan.json" if path.is_dir() else path
+        try:
+            document = json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise SecateurError(
+                "there is no plan", where=str(path), fix="give a directory that holds plan.json"
+            ) from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise SecateurError(f"it isn't JSON ({error})", where=str(path)) from error
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise SecateurError(
+                "it isn't a plan", where=str(path), fix="give a plan.json that secateur wrote"
+            )
+        try:
+            keep, sizes, kinds = {}, {}, {}
+            for name, group in document["groups"].items():
+                units = from_ranges(group["keep"], where=f"{path}, group {name}")
+                if not units or units[-1] >= group["size"]:
+                    raise SecateurError(
+                        f"it keeps units {group['keep']!r} of {group['size']}",
+                        where=f"{path}, group {name}",
+                        fix="keep at least one, all below the size",
+                    )
+                keep[name] = torch.tensor(units, dtype=torch.int64)
+                sizes[name], kinds[name] = group["size"], group["kind"]
+            tensors: dict[str, Tensor] = {}
+            if (beside := path.with_name("plan.safetensors")).exists():
+                tensors = load_file(beside)
+            masks = Masks(
+                {
+                    name: unpack(tensors[f"mask/{name}"], entry["shape"])
+                    for name, entry in document["masks"].items()
+                }
+            )
+            return cls(
+                method=document["method"],
+                target=document["target"],
+                seed=document["seed"],
+                hyperparameters=document["hyperparameters"],
+                options=document["options"],
+                inputs=document["inputs"],
+                keep=keep,
+                sizes=sizes,
+                kinds=kinds,
+                masks=masks,
+                values={n.removeprefix("value/"): t for n, t in tensors.items() if n.startswith("value/")},
+                notes=document["notes"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+            raise SecateurError(
+                f"it is damaged ({type(error).__name__}: {error})",
+                where=str(path),
+                fix="write the plan again",
+            ) from error
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row per group or masked tensor: name, kind, size, kept."""
+        rows = [
+            {"name": n, "kind": self.kinds.get(n, ""), "size": self.sizes[n], "kept": len(units)}
+            for n, units in self.keep.items()
+        ]
+        rows += [
+            {"name": n, "kind": "weights", "size": mask.numel(), "kept": int(mask.sum())}
+            for n, mask in self.masks.items()
+        ]
+        return rows
+
+
+def diff(first: Plan, second: Plan) -> list[dict[str, Any]]:
+    """Rows where two plans differ: name, kept in each, and the share of the union that both keep (1.0 = the same)."""
+    rows = []
+    for attribute in ("keep", "masks"):
+        a, b = getattr(first, attribute), getattr(second, attribute)
+        for name in dict.fromkeys([*a, *b]):
+            left, right = _kept(first, attribute, name), _kept(second, attribute, name)
+            if left is None or right is None or not np.array_equal(left, right):
+                both = union = 0
+                if left is not None and right is not None:
+                    both, union = len(np.intersect1d(left, right)), len(np.union1d(left, right))
+                rows.append(
+                    {
+                        "name": name,
+                        "first": None if left is None else len(left),
+                        "second": None if right is None else len(right),
+                        "agree": both / union if union else 0.0,
+                    }
+                )
+    return rows
+
+
+def _kept(plan: Plan, attribute: str, name: str) -> np.ndarray | None:
+    tensor = getattr(plan, attribute).get(name)
+    if tensor is None:
+        return None
+    return tensor.numpy() if attribute == "keep" else tensor.flatten().nonzero().squeeze(1).numpy()
+
+
+def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A bool tensor as bits (uint8)."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
+
+
+def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    count = int(np.prod(shape))
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count).astype(bool)).reshape(tuple(shape))
+
+
+def to_ranges(units: Sequence[int]) -> str:
+    """Sorted indices as ranges.
+
+    >>> to_ranges([0, 1, 2, 5, 7, 8])
+    '0-2,5,7-8'
+    """
+    parts: list[str] = []
+    start = previous = None
+    for unit in [*units, None]:
+        if previous is not None and unit == previous + 1:
+            previous = unit
+            continue
+        if start is not None:
+            parts.append(f"{start}" if start == previous else f"{start}-{previous}")
+        start = previous = unit
+    return ",".join(parts)
+
+
+def from_ranges(text: str, where: str = "ranges") -> list[int]:
+    """Ranges back to sorted indices.
+
+    >>> from_ranges("0-2,5")
+    [0, 1, 2, 5]
+    """
+    units: set[int] = set()
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        first, dash, last = part.partition("-")
+        try:
+            low, high = int(first), int(last) if dash else int(first)
+        except ValueError:
+            raise SecateurError(
+                f"{part!r} isn't a range", where=where, fix="write ranges such as 0-2,5"
+            ) from None
+        if high < low:
+            raise SecateurError(f"{part!r} runs backwards", where=where, fix="write ranges such as 0-2,5")
+        units.update(range(low, high + 1))
+    return sorted(units)

@@ -1,0 +1,1 @@
+"""Scores of weights and inputs, and their sums over coupled units."""

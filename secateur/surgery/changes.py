@@ -1,0 +1,121 @@
+"""What a cut changes beside the tensors' sizes, and changes made again on a fresh model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.graph.groups import Group
+
+
+def set_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Write repaired tensors, in the model's dtype and place; one the model lacks (a new bias) becomes a parameter."""
+    for name, value in values.items():
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        present = getattr(module, attribute, None)
+        if present is None:
+            like = next(module.parameters())
+            module.register_parameter(attribute, nn.Parameter(value.to(like.device, like.dtype)))
+            continue
+        with torch.no_grad():
+            present.copy_(value)
+
+
+Keep = Mapping[str, Tensor]
+
+
+@dataclass
+class Changes:
+    """What a cut changed, enough to repeat it on a freshly built dense model (see `apply_changes`).
+
+    `shapes`: new shape of every parameter and buffer that was cut; `attributes`: module path -> attribute -> value;
+    `config`: field of the model's config (dots for nested ones) -> value; `layers`: path of a list of blocks -> the
+    positions that stay. Paths are those after blocks were taken out. `uniform`: the config alone rebuilds the model.
+    """
+
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    layers: dict[str, list[int]] = field(default_factory=dict)
+    uniform: bool = False
+
+
+def apply_changes(model: nn.Module, changes: Changes) -> None:
+    """Give a freshly built dense model the structure of a cut one; its cut tensors are then left uninitialised.
+
+    >>> fresh = type(model)(dense_config)
+    >>> apply_changes(fresh, changes)
+    >>> fresh.load_state_dict(cut_model.state_dict())
+    """
+    for path, kept in changes.layers.items():
+        container = model.get_submodule(path) if path else model
+        _renumber(container, [name for n, name in enumerate(container._modules) if n in set(kept)])
+    done: dict[int, Tensor] = {}
+    for name, shape in changes.shapes.items():
+        old = _tensor(model, name)
+        if id(old) not in done:
+            new = old.new_zeros(shape)
+            done[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        _put(model, name, done[id(old)])
+    for path, values in changes.attributes.items():
+        module = model.get_submodule(path)
+        for name, value in values.items():
+            setattr(module, name, value)
+    for field_name, value in changes.config.items():
+        _set_config(model.config, field_name, value)
+    for module in model.modules():
+        _refresh(module)
+
+
+# --- tensors
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf)
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    (module._parameters if leaf in module._parameters else module._buffers)[leaf] = value  # type: ignore[assignment]
+
+
+def _gone(group: Group, kept: Tensor) -> Tensor:
+    gone = torch.ones(group.size, dtype=torch.bool)
+    gone[kept] = False
+    return gone
+
+
+def _removed_blocks(group: Group, kept: Tensor) -> list[str]:
+    stay = set(kept.tolist())
+    return [path for u, path in enumerate(group.modules) if u not in stay]
+
+
+def _refresh(m: nn.Module) -> None:
+    if isinstance(m, nn.RNNBase):
+        m._flat_weights = [getattr(m, name) for name in m._flat_weights_names]
+        m.flatten_parameters()
+
+
+def _renumber(container: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Keep only these children; numbered ones are numbered afresh. Old name -> new name."""
+    digits = all(name.isdigit() for name in container._modules)
+    kept = {name: container._modules[name] for name in names}
+    moved = {name: str(n) if digits else name for n, name in enumerate(names)}
+    container._modules.clear()
+    for name, child in kept.items():
+        container._modules[moved[name]] = child
+    return moved
+
+
+def _set_config(config: Any, name: str, value: Any) -> None:
+    *path, leaf = name.split(".")
+    for part in path:
+        config = getattr(config, part)
+    setattr(config, leaf, value)

@@ -1,0 +1,268 @@
+"""Remove units from a model: as zeros (`mask_units`) or for real (`cut_units`), and prove that both agree.
+
+>>> graph = trace(model, inputs)
+>>> keep = {g.name: torch.arange(g.size // 2) for g in graph.prunable("neurons")}
+>>> prove(model, graph, keep, inputs)      # group name -> reason, empty when all cuts are sound
+{}
+>>> changes = cut_units(model, graph, keep)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.graph.groups import Graph, Group
+from secateur.surgery.changes import Changes, Keep, _gone, _put, _refresh, _removed_blocks, _renumber, _tensor
+from secateur.surgery.config import _fit_config
+from secateur.surgery.mask import unmask_units
+from secateur.utils.running import forget_caches
+
+
+def cut_units(model: nn.Module, graph: Graph, keep: Keep) -> Changes:
+    """Make the removed units really absent, in place: smaller tensors, attributes and config put right.
+
+    >>> changes = cut_units(model, graph, {"model.layers.0.mlp:neurons": torch.arange(12)})
+    >>> changes.attributes["model.layers.0.mlp.gate_proj"]
+    {'out_features': 12}
+
+    Tied parameters stay tied, dtype, device and requires_grad stay. Raises SecateurError for unknown or frozen groups
+    and for unit numbers out of range; the model is then untouched.
+    """
+    changes = _cut(model, graph, keep)
+    _fit_config(model, graph, graph._kept(keep), changes)
+    return changes
+
+
+def _cut(model: nn.Module, graph: Graph, keep: Keep) -> Changes:
+    """Everything but the config of a transformers model."""
+    pairs = graph._kept(keep)
+    attributes, _ = graph.assign(keep)
+    changes = Changes()
+    forget_caches(model)
+    unmask_units(model)
+    before = {path: _own_sizes(m) for path, m in model.named_modules()}
+    _rescale(model, graph, keep)
+    touched = _cut_tensors(model, graph, pairs, changes)
+    modules = dict(model.named_modules())
+    for a, number in attributes.items():
+        owner: Any = modules[a.module]
+        value: Any = number
+        *steps, name = a.name.split(".")
+        for step in steps:
+            owner = getattr(owner, step)
+        if a.place is not None:
+            old = getattr(owner, name)
+            value = type(old)(value if n == a.place else v for n, v in enumerate(old))
+        if steps:
+            setattr(owner, name, value)
+            changes.config[".".join([*steps[1:], name])] = value
+        else:
+            _set(changes, a.module, owner, name, value)
+    for path in touched:
+        for name, value in _standard_sizes(modules[path], before[path]).items():
+            _set(changes, path, modules[path], name, value)
+    _set_head_counts(graph, pairs, modules, changes)
+    _set_expert_counts(graph, pairs, modules, changes)
+    for group, kept in pairs:
+        if group.modules:
+            _drop_blocks(model, group, kept, changes)
+    return changes
+
+
+def _rescale(model: nn.Module, graph: Graph, keep: Keep) -> None:
+    """Attention that divides by the root of its width takes queries that make up for it."""
+    alive = graph._alive(keep)
+    for classes, rows in graph._rescaled:
+        share = float(alive[classes].mean())
+        for name, dim, place in rows if share < 1 else ():
+            tensor = _tensor(model, name)
+            index = torch.from_numpy(place).to(tensor.device)
+            with torch.no_grad():
+                tensor.index_copy_(dim, index, tensor.index_select(dim, index) * share**0.5)
+
+
+def _cut_tensors(
+    model: nn.Module, graph: Graph, pairs: Sequence[tuple[Group, Tensor]], changes: Changes
+) -> list[str]:
+    leave: dict[tuple[str, int], list[Tensor]] = {}
+    for group, kept in pairs:
+        gone = _gone(group, kept)
+        if group.kind != "layers" and gone.any():
+            for s in group.slices:
+                leave.setdefault((s.name, s.dim), []).append(s.index[gone].reshape(-1))
+    names: dict[int, list[str]] = {}
+    named = itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+    for name, tensor in named:
+        names.setdefault(id(tensor), []).append(name)
+    by_name: dict[str, dict[int, Tensor]] = {}
+    for (name, dim), parts in leave.items():
+        by_name.setdefault(name, {})[dim] = torch.cat(parts)
+    extra: dict[str, list[str]] = {}
+    for name, first in graph.aliases.items():
+        extra.setdefault(first, []).append(name)
+    touched: dict[str, None] = {}
+    for name, dims in by_name.items():
+        old = _tensor(model, name)
+        new = old.detach()
+        for dim, gone in dims.items():
+            stay = torch.ones(new.shape[dim], dtype=torch.bool)
+            stay[gone] = False
+            new = new.index_select(dim, stay.nonzero().reshape(-1).to(new.device))
+        new = new.contiguous()
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        for alias in dict.fromkeys([*names[id(old)], *extra.get(name, ())]):
+            _put(model, alias, new)
+            changes.shapes[alias] = tuple(new.shape)
+            touched[alias.rpartition(".")[0]] = None
+    return list(touched)
+
+
+# --- attributes
+
+
+def _set(changes: Changes, path: str, module: nn.Module, name: str, value: Any) -> None:
+    if getattr(module, name) != value:
+        setattr(module, name, value)
+        changes.attributes.setdefault(path, {})[name] = value
+
+
+def _own_sizes(module: nn.Module) -> dict[str, int]:
+    return {k: v for k, v in module.__dict__.items() if type(v) is int}
+
+
+def _standard_sizes(m: nn.Module, before: Mapping[str, int]) -> dict[str, Any]:
+    """Sizes that PyTorch's own layers keep beside their tensors."""
+    out: dict[str, Any] = {}
+    weight: Any = getattr(m, "weight", None)
+    w: Any = weight
+    if isinstance(m, nn.Linear):
+        out = {"in_features": weight.shape[1], "out_features": weight.shape[0]}
+    elif isinstance(m, nn.modules.conv._ConvNd):
+        if m.transposed:
+            out = {"in_channels": w.shape[0], "out_channels": w.shape[1] * m.groups}
+        else:
+            depthwise = before["groups"] > 1 and before["groups"] == before["in_channels"]
+            if depthwise:
+                out["groups"] = w.shape[0] * before["in_channels"] // before["out_channels"]
+            groups = out.get("groups", m.groups)
+            out |= {"in_channels": w.shape[1] * groups, "out_channels": w.shape[0]}
+    elif isinstance(m, nn.Embedding):
+        out = {"embedding_dim": m.weight.shape[1]}
+    elif isinstance(m, (nn.LayerNorm, nn.RMSNorm)) and weight is not None:
+        out = {"normalized_shape": tuple(weight.shape)}
+    elif isinstance(m, nn.modules.batchnorm._NormBase):
+        known = next((v for v in (m.weight, m.running_mean) if v is not None), None)
+        out = {} if known is None else {"num_features": len(known)}
+    elif isinstance(m, nn.GroupNorm) and weight is not None:
+        out = {"num_channels": len(weight)}
+        if before["num_groups"] == before["num_channels"]:
+            out["num_groups"] = len(weight)
+    elif isinstance(m, nn.PReLU):
+        out = {"num_parameters": len(m.weight)}
+    elif isinstance(m, nn.RNNBase):
+        gates = {"LSTM": 4, "GRU": 3}.get(m.mode, 1)
+        w = dict(m.named_parameters(recurse=False))
+        out = {"input_size": w["weight_ih_l0"].shape[1], "hidden_size": w["weight_hh_l0"].shape[0] // gates}
+        if m.proj_size:
+            out["proj_size"] = w["weight_hr_l0"].shape[0]
+    elif isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None:
+        heads = m.in_proj_weight.shape[0] // 3 // m.head_dim
+        out = {"embed_dim": m.in_proj_weight.shape[1], "num_heads": heads}
+        out |= {"kdim": out["embed_dim"], "vdim": out["embed_dim"]}
+    _refresh(m)
+    return out
+
+
+def _set_head_counts(
+    graph: Graph, pairs: Sequence[tuple[Group, Tensor]], modules: Mapping[str, nn.Module], changes: Changes
+) -> None:
+    """Counts of heads that no operation reads but that others rely on: they shrink in proportion."""
+    fixed = {(a.module, a.name) for a in graph._attributes}
+    for group, kept in pairs:
+        if group.kind not in ("heads", "kv_groups"):
+            continue
+        path = group.name.partition(":")[0]
+        module = modules.get(path)
+        if module is None:
+            continue
+        for name, value in _own_sizes(module).items():
+            count = "head" in name and "dim" not in name or group._alone and "group" in name
+            if count and (path, name) not in fixed and value % group.size == 0:
+                _set(changes, path, module, name, value // group.size * len(kept))
+
+
+def _set_expert_counts(
+    graph: Graph, pairs: Sequence[tuple[Group, Tensor]], modules: Mapping[str, nn.Module], changes: Changes
+) -> None:
+    """Counts of experts that no operation reads, in the modules between the group's path and its tensors."""
+    fixed = {(a.module, a.name) for a in graph._attributes}
+    for group, kept in pairs:
+        if group.kind != "experts":
+            continue
+        sizes = {graph.shapes[s.name][s.dim] for s in group.slices}
+        path = group.name.partition(":")[0]
+        path = path.rpartition(".")[0] if group.modules else path
+        owners = {s.name.rpartition(".")[0] for s in group.slices}
+        for name, module in modules.items():
+            inside = not path or name == path or name.startswith(path + ".")
+            if not inside or not any(o == name or o.startswith(name + ".") or not name for o in owners):
+                continue
+            for key, value in _own_sizes(module).items():
+                if (
+                    "expert" in key
+                    and "per_" not in key
+                    and "shared" not in key
+                    and value in sizes
+                    and (name, key) not in fixed
+                ):
+                    _set(changes, name, module, key, value // group.size * len(kept))
+
+
+def _drop_blocks(model: nn.Module, group: Group, kept: Tensor, changes: Changes) -> None:
+    gone = set(_removed_blocks(group, kept))
+    if not gone:
+        return
+    path = group.modules[0].rpartition(".")[0]
+    container = model.get_submodule(path)
+    names = list(container._modules)
+    prefix = f"{path}." if path else ""
+    counters = _counters(container)
+    stay = [n for n, name in enumerate(names) if f"{prefix}{name}" not in gone]
+    moved = _renumber(container, [names[n] for n in stay])
+    changes.layers[path] = stay
+
+    def renamed(name: str) -> str | None:
+        if not name.startswith(prefix) or name == path:
+            return name
+        child, dot, rest = name[len(prefix) :].partition(".")
+        return f"{prefix}{moved[child]}{dot}{rest}" if child in moved else (None if child in names else name)
+
+    changes.shapes = {new: s for name, s in changes.shapes.items() if (new := renamed(name))}
+    changes.attributes = {new: a for name, a in changes.attributes.items() if (new := renamed(name))}
+    for n, child in enumerate(container.children()):
+        for inside, name in counters:
+            try:
+                module = child.get_submodule(inside)
+            except AttributeError:
+                continue
+            if type(getattr(module, name, None)) is int:
+                full = ".".join(part for part in (path, list(container._modules)[n], inside) if part)
+                _set(changes, full, module, name, n)
+
+
+def _counters(container: nn.Module) -> list[tuple[str, str]]:
+    """(path inside a block, attribute) that holds the block's own position in every block that has it."""
+    seen: dict[tuple[str, str], list[bool]] = {}
+    for n, child in enumerate(container.children()):
+        for inside, module in child.named_modules():
+            for name, value in _own_sizes(module).items():
+                seen.setdefault((inside, name), []).append(value == n)
+    return [key for key, hits in seen.items() if len(hits) > 1 and all(hits)]

@@ -1,0 +1,130 @@
+"""Units as zeros: `mask_units` and `unmask_units`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from secateur.graph.groups import Graph
+from secateur.graph.run import Functions
+from secateur.surgery.changes import Keep, _gone, _removed_blocks, _tensor
+from secateur.utils.running import flat_tensors
+
+
+def mask_units(model: nn.Module, graph: Graph, keep: Keep) -> None:
+    """Zero everything the removed units own, in place; removed blocks pass their input through.
+
+    Units that compete for being picked (experts, by a router's softmax and top-k) take no part any more: their
+    logits are minus infinity.
+
+    >>> mask_units(model, graph, {"fc1:neurons": torch.tensor([0, 2])})
+
+    Raises SecateurError for unknown or frozen groups and for unit numbers out of range.
+    """
+    for group, kept in graph._kept(keep):
+        if group.kind == "layers":
+            for path in _removed_blocks(group, kept):
+                model.get_submodule(path).register_forward_hook(_pass_through, with_kwargs=True)
+            continue
+        gone = _gone(group, kept)
+        with torch.no_grad():
+            for s in group.slices:
+                if s.name in graph.normalised:
+                    continue
+                tensor = _tensor(model, s.name)
+                tensor.index_fill_(s.dim, s.index[gone].reshape(-1).to(tensor.device), 0)
+    _exclude(model, graph, keep)
+
+
+def unmask_units(model: nn.Module) -> None:
+    """Take away what `mask_units` added to a model beside zeros: blocks run again, routers may pick any expert.
+
+    >>> unmask_units(model)  # before the tensors are put back, or the units really leave
+    """
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, _Enter | _Leave) or hook is _pass_through:
+                    module._forward_hooks_with_kwargs.pop(key, None)
+                    module._forward_hooks_always_called.pop(key, None)
+                    del hooks[key]
+
+
+# --- units that are picked
+
+
+class _Without(TorchFunctionMode):
+    """While a module runs, removed units get minus infinity where its units compete."""
+
+    def __init__(self, masks: Sequence[tuple[str, Tensor]]):
+        super().__init__()
+        self.masks = masks
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        for known, gone in self.masks:
+            if name != known or not args or not _fits(gone, args[0]):
+                continue
+            args = (args[0].masked_fill(gone.to(args[0].device), -torch.inf), *args[1:])
+            break
+        return func(*args, **(kwargs or {}))
+
+
+def _fits(gone: Tensor, value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.dim() == gone.dim()
+        and all(n in (1, m) for n, m in zip(gone.shape, value.shape, strict=True))
+    )
+
+
+class _Enter:
+    def __init__(self, masks: Sequence[tuple[str, Tensor]]):
+        self.masks = masks
+        self.modes: list[_Without | None] = []
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        tracing = any(isinstance(mode, Functions) for mode in _get_current_function_mode_stack())
+        self.modes.append(None if tracing else _Without(self.masks))
+        if self.modes[-1] is not None:
+            self.modes[-1].__enter__()
+
+
+class _Leave:
+    def __init__(self, enter: _Enter):
+        self.enter = enter
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        mode = self.enter.modes.pop() if self.enter.modes else None
+        if mode is not None:
+            mode.__exit__(None, None, None)
+
+
+def _exclude(model: nn.Module, graph: Graph, keep: Keep) -> None:
+    gone = ~graph._alive(keep)
+    masks: dict[str, list[tuple[str, Tensor]]] = {}
+    for path, name, classes in graph._choices:
+        if gone[classes].any():
+            masks.setdefault(path, []).append((name, torch.from_numpy(np.ascontiguousarray(gone[classes]))))
+    for path, found in masks.items():
+        module = model.get_submodule(path)
+        enter = _Enter(found)
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(_Leave(enter), always_call=True)
+
+
+# --- blocks
+
+
+def _pass_through(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    first = next(flat_tensors(output))
+    value = next(v for v in flat_tensors((args, kwargs)) if v.shape == first.shape)
+    if isinstance(output, tuple):
+        return (value, *output[1:])
+    return value

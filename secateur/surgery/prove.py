@@ -1,0 +1,296 @@
+"""The proof that a cut model computes what the masked one does."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from secateur.errors import SecateurError
+from secateur.graph.groups import Graph
+from secateur.surgery.changes import Keep, _tensor
+from secateur.surgery.cut import _cut
+from secateur.surgery.mask import mask_units
+from secateur.utils.running import call_arguments, flat_tensors
+
+# --- proof
+
+
+def prove(
+    model: nn.Module, graph: Graph, keep: Keep, inputs: Any, *, backward: bool = True, export: bool = False
+) -> dict[str, str]:
+    """Cut a copy and check it; the groups whose cut is not provably right, with the reason (empty: all sound).
+
+    >>> prove(model, graph, {"fc1:neurons": torch.arange(4)}, x)
+    {}
+
+    Checked: the forward runs and has the same output shapes, with another batch size too (two examples instead of one,
+    or one instead of several) where the model takes it; all values are finite, gradients flow, the number of parameters
+    is the predicted one and, for groups where no norm or softmax mixes units, the cut model gives what the masked one
+    gives (1e-5 relative, in double precision where the model is small). With `export`, which takes seconds, a model that
+    `torch.export` takes must be taken by it afterwards. The model is not changed.
+    """
+    left = {g.name: kept for g, kept in graph._kept(keep)}
+    bad: dict[str, str] = {}
+    expected = _expected(model, inputs, export)
+    while left:
+        why = _check(model, graph, left, inputs, expected, backward)
+        if why is None:
+            return bad
+        for name in _suspects(model, graph, left, inputs, expected, backward):
+            bad[name] = why
+            del left[name]
+    return bad
+
+
+@dataclass
+class _Expected:
+    """What the dense model does: its outputs, inputs of another batch size with their output shapes, if exported."""
+
+    outputs: list[Tensor]
+    other: tuple[Any, list[tuple[int, ...]]] | None
+    exports: bool
+
+
+def _expected(model: nn.Module, inputs: Any, export: bool) -> _Expected:
+    outputs, other = _forward(model, inputs), None
+    batches = {t.shape[0] if t.dim() else 0 for t in flat_tensors(call_arguments(inputs))}
+    if len(batches) == 1 and batches != {0}:
+        fed = _rebatched(inputs)
+        try:
+            other = fed, [tuple(o.shape) for o in _forward(model, fed)]
+        except Exception:  # noqa: BLE001  a model made for one batch size
+            other = None
+    return _Expected(outputs, other, export and _exports(model, inputs) is None)
+
+
+def _rebatched(value: Any) -> Any:
+    """One example twice; of several the first."""
+    if isinstance(value, Tensor):
+        return value[:1] if len(value) > 1 else torch.cat([value, value])
+    if isinstance(value, Mapping):
+        return {k: _rebatched(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_rebatched(v) for v in value)
+    return value
+
+
+def _exports(model: nn.Module, inputs: Any) -> str | None:
+    """Why `torch.export` doesn't take the model; None if it does."""
+    args, kwargs = call_arguments(inputs)
+    was = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            torch.export.export(model, args, kwargs, strict=False)
+    except Exception as error:  # noqa: BLE001  any way an export can fail
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    finally:
+        for m in was:
+            m.training = True
+    return None
+
+
+def _forward(model: nn.Module, inputs: Any, grad: bool = False) -> list[Tensor]:
+    args, kwargs = call_arguments(inputs)
+    was = [m for m in model.modules() if m.training]
+    model.eval()
+    config: Any = getattr(model, "config", None)
+    cached = getattr(config, "use_cache", None)
+    if cached:
+        config.use_cache = False
+    try:
+        with torch.set_grad_enabled(grad):
+            return list(flat_tensors(model(*args, **kwargs)))
+    finally:
+        if cached:
+            config.use_cache = cached
+        for m in was:
+            m.training = True
+
+
+def _double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
+    """A copy, in double precision when that is cheap."""
+    clone = copy.deepcopy(model)
+    types = {p.dtype for p in clone.parameters()}
+    if types == {torch.float32} and sum(p.numel() for p in clone.parameters()) < 5e7:
+        return clone.double(), _cast(inputs)
+    return clone, inputs
+
+
+def _cast(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {k: _cast(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_cast(v) for v in value)
+    return value
+
+
+def _check(
+    model: nn.Module, graph: Graph, keep: Keep, inputs: Any, expected: _Expected, backward: bool
+) -> str | None:
+    predicted = graph.params(keep)
+    try:
+        cut = copy.deepcopy(model)
+        _cut(cut, graph, keep)
+        got = sum(p.numel() for p in cut.parameters())
+        if got != predicted:
+            return f"{got} parameters where {predicted} were predicted"
+        outputs = _forward(cut, inputs, grad=backward)
+        shapes, wanted = [tuple(o.shape) for o in outputs], [tuple(o.shape) for o in expected.outputs]
+        if shapes != wanted:
+            return f"output shapes {shapes} where the model had {wanted}"
+        for o, e in zip(outputs, expected.outputs, strict=True):
+            if not torch.isfinite(o).all() and torch.isfinite(e).all():
+                return "the output is not finite"
+        if backward:
+            loss = sum(o.float().sum() for o in outputs if o.requires_grad)
+            if isinstance(loss, Tensor):
+                loss.backward()
+        if expected.other is not None:
+            fed, wanted = expected.other
+            if [tuple(o.shape) for o in _forward(cut, fed)] != wanted:
+                return "another batch size gives other output shapes"
+        if expected.exports and (why := _exports(cut, inputs)) is not None:
+            return f"torch.export no longer takes it: {why}"
+        exact = {name: kept for name, kept in keep.items() if graph[name].exact}
+        why = _differs(model, graph, exact, inputs) if exact else None
+        return why or _order_matters(model, graph, [n for n in keep if n not in exact], inputs)
+    except SecateurError:
+        raise
+    except Exception as error:  # noqa: BLE001  any way a model can fail
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+class _Elastic(TorchFunctionMode):
+    """Lets one written size of a view give way.
+
+    Used only to compare values: a part of a plan may be impossible to run alone (channels without their heads)
+    where the whole plan runs.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except RuntimeError:
+            if getattr(func, "__name__", "") not in ("view", "reshape"):
+                raise
+            sizes = list(args[1]) if isinstance(args[1], (tuple, list)) else list(args[1:])
+            for k in reversed(range(len(sizes))):
+                trial = [-1 if n == k else size for n, size in enumerate(sizes)]
+                try:
+                    return args[0].reshape(trial)
+                except RuntimeError:
+                    continue
+            raise
+
+
+def _differs(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> str | None:
+    """Does the cut model give something else than the masked one?"""
+
+    def both(double: bool, elastic: bool) -> tuple[list[Tensor], list[Tensor]]:
+        out = []
+        for change in (_cut, mask_units):
+            clone, fed = _double(model, inputs) if double else (copy.deepcopy(model), inputs)
+            change(clone, graph, keep)
+            with _Elastic() if elastic else contextlib.nullcontext():
+                out.append(_forward(clone, fed))
+        return out[0], out[1]
+
+    ways = [(True, False), (True, True), (False, False), (False, True)]
+    for n, way in enumerate(ways):
+        try:
+            a, b = both(*way)
+            break
+        except RuntimeError:
+            if n == len(ways) - 1:
+                raise
+    gap = _gap(a, b)
+    return None if gap is None else f"slicing and masking differ by {gap:.2g}"
+
+
+def _order_matters(model: nn.Module, graph: Graph, names: Sequence[str], inputs: Any) -> str | None:
+    """Do norms and all see the units of a group in any order? If a slice were missing, permuting would show it."""
+    if not names:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    out = []
+    for permuted in (False, True):
+        try:
+            clone, fed = _double(model, inputs)
+            out.append(_forward(_shuffled(clone, graph, names, generator) if permuted else clone, fed))
+        except RuntimeError:  # an operation without double precision
+            out = [_forward(model, inputs)] if permuted else out
+            clone = copy.deepcopy(model)
+            out.append(_forward(_shuffled(clone, graph, names, generator) if permuted else clone, inputs))
+    gap = _gap(out[1], out[0])
+    return None if gap is None else f"the order of its units matters: outputs differ by {gap:.2g}"
+
+
+def _shuffled(model: nn.Module, graph: Graph, names: Sequence[str], generator: torch.Generator) -> nn.Module:
+    """The model with the units of these groups permuted, in place."""
+    for name in names:
+        group = graph[name]
+        order = torch.randperm(group.size, generator=generator)
+        with torch.no_grad():
+            for s in group.slices:
+                tensor = _tensor(model, s.name)
+                to, source = (i.reshape(-1).to(tensor.device) for i in (s.index, s.index[order]))
+                tensor.index_copy_(s.dim, to, tensor.index_select(s.dim, source))
+        if group.modules:
+            owners = [path.rpartition(".") for path in group.modules]
+            moved = [model.get_submodule(group.modules[n]) for n in order.tolist()]
+            for (parent, _, leaf), module in zip(owners, moved, strict=True):
+                model.get_submodule(parent)._modules[leaf] = module
+    return model
+
+
+def _gap(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
+    """The largest difference, if it is more than rounding."""
+    for x, y in zip(got, expected, strict=True):
+        if not x.is_floating_point():
+            if not x.is_complex() and not torch.equal(x, y):
+                return float("inf")
+            continue
+        limit = {torch.float64: 1e-5, torch.float32: 1e-4}.get(x.dtype, 5e-2)
+        ok = torch.isfinite(y)
+        if not ok.any():
+            continue
+        gap = float((x - y)[ok].abs().max())
+        if not gap <= limit * max(1e-3, float(y[ok].abs().max())):
+            return gap
+    return None
+
+
+def _suspects(
+    model: nn.Module, graph: Graph, keep: Keep, inputs: Any, expected: _Expected, backward: bool
+) -> list[str]:
+    """The groups to give up: those at a size that no attribute can mend, else found by halving."""
+    trouble = graph.troubled(keep)
+    for names in trouble:
+        local = [n for n in names if graph[n].kind != "hidden" and n in keep]
+        if local:
+            return local
+        if names:
+            return [n for n in names if n in keep]
+
+    def search(names: list[str]) -> list[str]:
+        part = {n: keep[n] for n in names}
+        if len(names) == 1 or _check(model, graph, part, inputs, expected, backward) is None:
+            return []
+        half = len(names) // 2
+        found = []
+        for side in (names[:half], names[half:]):
+            if _check(model, graph, {n: keep[n] for n in side}, inputs, expected, backward) is not None:
+                found += side if len(side) == 1 else search(side)
+        return found or names[half:]
+
+    return list(keep) if len(keep) == 1 else search(list(keep))

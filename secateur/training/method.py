@@ -1,0 +1,34 @@
+"""The kind of method that prunes while it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar
+
+from secateur.method import Method
+
+if TYPE_CHECKING:
+    from secateur.pruning.plan import Plan
+    from secateur.training.job import Job
+
+
+@dataclasses.dataclass
+class TrainMethod(Method):
+    """Prunes while the network is trained, on a task's data: `secateur.train_prune`.
+
+    Write `prune`: phases of training (`job.train`), what is removed between or during them, and the plan at the end.
+    """
+
+    starts: ClassVar[str] = "init"
+    """What the first phase begins with: "init", untrained weights, or "trained" ones."""
+    removes: ClassVar[str] = "weights"
+    """Single "weights" (zeros) or whole "units" (smaller tensors)."""
+    kinds: ClassVar[tuple[str, ...] | None] = None
+    """The kinds of unit it cuts, where it removes units; None: every kind the graph has."""
+    share_of: ClassVar[str] = "units"
+    """What a bare percentage counts, where it removes units: as for `UnitMethod`."""
+
+    def prune(self, job: Job) -> Plan:
+        """Trains `job.model` in phases and gives the plan. It is run again from its top when a run is resumed: finished
+        phases are then read, so what lies between them must be a function of the model, the job and the seed."""
+        raise TypeError(f"{type(self).__name__} must define prune")

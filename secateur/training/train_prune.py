@@ -1,0 +1,295 @@
+"""`train_prune`: one call from a task, a method that prunes while it trains, and a target to a smaller trained model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.graph import trace
+from secateur.measure import measure
+from secateur.method import Method, make_method
+from secateur.pruning.options import Options
+from secateur.pruning.prune import Pruned, check_model
+from secateur.pruning.resume import fingerprint
+from secateur.pruning.target import Target, parse_target
+from secateur.training import parallel
+from secateur.training.batches import check_classes, length
+from secateur.training.finite import nonfinite_tensor
+from secateur.training.job import Job
+from secateur.training.method import TrainMethod
+from secateur.training.recipe import Recipe
+from secateur.training.task import Task
+from secateur.utils.files import atomic_write_json
+from secateur.utils.inputs import Inputs, map_tensors
+from secateur.utils.random import seeded
+from secateur.utils.types import Objective
+
+MEANT = ("floor", "round_to", "kinds", "prove", "allocation", "uniform")
+"""The fields of `Options` that mean something here."""
+
+
+def train_prune(
+    task: Task | nn.Module,
+    inputs: Inputs | None = None,
+    *,
+    method: str | Method,
+    target: str | float | Target,
+    data: Any = None,
+    epochs: float | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    loss: Objective | None = None,
+    quality: Callable[[nn.Module], float] | None = None,
+    recipe: Recipe | None = None,
+    device: str | torch.device | None = None,
+    resume: str | Path | None = None,
+    every: int = 100,
+    clean: bool = True,
+    **settings: Any,
+) -> Pruned:
+    """Train a network and prune it on the way.
+
+    >>> pruned = secateur.train_prune(net, method="lottery-ticket", target="20%", data=(x, y), epochs=10)  # doctest: +SKIP
+    >>> pruned = secateur.train_prune(load_task("cifar10"), method="lottery-rewinding", target="20%")  # doctest: +SKIP
+
+    task: a `Task` (`secateur.tasks.load_task`), or a network as it is now (a copy is trained) with `data` as for `fit`.
+    target: `20%` is the share kept, of the weights of linear and convolution layers, or of units for methods that
+        remove those; further as in `prune`.
+    epochs, steps: the length of one training; None: the task's. A method may train several times.
+    seed: of the untrained weights, the order of the data, its augmentation, and all else that is drawn by chance.
+    quality: what is measured before and after, where the task is a network.
+    recipe: optimiser, rate, batch and schedule; None: the task's. device: where to train; None: where the network is.
+    resume: a directory for what is needed to go on after a kill: the same call goes on there, and ends with the same
+        bits. It is removed at the end, unless `clean=False` (so that the result can be written first). `every`: steps
+        between checkpoints.
+    settings: hyperparameters of the method, fields of `Recipe`, and of `Options` (floor, round_to, kinds, prove,
+        allocation, uniform).
+
+    Raises `SecateurError`: unknown method or setting, a target that can't be met, labels that the network has no output
+    for, a class without samples, a loss that isn't finite, a directory of another run. What is there stays.
+    """
+    started = time.perf_counter()
+    chosen, options, changes = _split(method, settings)
+    goal = parse_target(target)
+    _check_target(chosen, goal)
+    if isinstance(task, nn.Module):
+        check_model(task)
+        task = _as_task(task, inputs, data, loss, quality)
+    elif data is not None or inputs is not None or loss is not None or quality is not None:
+        raise SecateurError(
+            "a task brings its own data, inputs, loss and quality",
+            where=f"task {task.name}",
+            fix="leave them out",
+        )
+    recipe = (recipe or task.recipe).replace(**changes)
+    if task.classes is not None and isinstance(task.train, tuple) and len(task.train) == 2:
+        check_classes(task.train[1], task.classes)
+    total = _steps(task, recipe, epochs, steps)
+    model, trained = _network(task, chosen, seed)
+    check_model(model)
+    if device is not None:
+        model.to(parallel.local_device(device))
+    place = next(model.parameters()).device
+    rank, size = parallel.join(place)
+    example = map_tensors(task.inputs, lambda t: t.to(place)) if task.inputs is not None else None
+    directory = Path(resume) if resume else None
+    identity = {
+        "task": task.name,
+        "network": fingerprint(model),
+        "method": chosen.name,
+        "target": str(goal),
+        "steps": total,
+        "seed": seed,
+        **{f"{chosen.name} {key}": value for key, value in chosen.hyperparameters.items()},
+        **dataclasses.asdict(recipe),
+        **{key: getattr(options, key) for key in MEANT},
+    }
+    if rank == 0:
+        _claim(directory, identity)
+    parallel.barrier(size)
+    job = Job(model, task, chosen, goal, total, recipe, options, example, seed, trained, directory, every)
+    before = measure(model, inputs=example) | _quality(job)
+    training = model.training
+    plan = chosen.prune(job)
+    model.train(training)
+    if broken := nonfinite_tensor(model):
+        raise SecateurError("it isn't finite at the end of training", where=broken, fix="lower lr")
+    after = measure(model, inputs=example) | _quality(job)
+    report = {
+        "method": chosen.name,
+        "hyperparameters": chosen.hyperparameters,
+        "target": str(goal),
+        "met": _met(job, before, after, plan.masks),
+        "seed": seed,
+        "out": None,
+        "options": {key: getattr(options, key) for key in MEANT},
+        "task": {"name": task.name, "metric": task.metric, "steps": total, **dataclasses.asdict(recipe)},
+        "before": before,
+        "after": after,
+        "groups": _group_rows(job),
+        "weights": [{"name": n, "size": m.numel(), "kept": int(m.sum())} for n, m in plan.masks.items()],
+        "phases": job.phases,
+        "notes": [*plan.notes.values(), *(f"{name}: {why}" for name, why in job.frozen.items())],
+        "processes": size,
+        "seconds": time.perf_counter() - started,
+    }
+    parallel.barrier(size)
+    if directory and clean and rank == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+    graph = job._graph or ((lambda: trace(model, example)) if example is not None else None)
+    return Pruned(model=model, plan=plan, report=report, changes=job.changes, _graph=graph)
+
+
+def _split(method: str | Method, settings: dict[str, Any]) -> tuple[TrainMethod, Options, dict[str, Any]]:
+    """(the method, options, what is changed in the recipe)."""
+    recipes = {f.name for f in dataclasses.fields(Recipe)}
+    own = {key: value for key, value in settings.items() if key not in recipes and key not in MEANT}
+    chosen = make_method(method, **own)
+    if not isinstance(chosen, TrainMethod):
+        raise SecateurError(
+            f"{chosen.name} prunes without training", where="train_prune", fix="use secateur.prune"
+        )
+    options = Options(**{key: value for key, value in settings.items() if key in MEANT})
+    options.check()
+    return chosen, options, {key: value for key, value in settings.items() if key in recipes}
+
+
+def _check_target(method: TrainMethod, target: Target) -> None:
+    weights = method.removes == "weights"
+    if target.kind == "tokens" or (weights and target.kind in ("macs", "size", "latency")):
+        what = "sets single weights to zero" if weights else "cuts weights"
+        raise SecateurError(
+            f"{method.name} {what}, which no {target.kind} target measures",
+            where=f"target {target}",
+            fix="such as 20%",
+        )
+    if target.n_m and "N:M" not in method.info.members("granularity"):
+        raise SecateurError(
+            f"{method.name} makes no N:M pattern", where=f"target {target}", fix="give a share such as 20%"
+        )
+
+
+def _as_task(model: nn.Module, inputs: Any, data: Any, loss: Any, quality: Any) -> Task:
+    if data is None:
+        raise SecateurError(
+            "there is no data to train on", where="train_prune", fix="pass data=(x, labels), or a task"
+        )
+    if inputs is None and isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
+        inputs = data[0][:2]
+    build = lambda: copy.deepcopy(model)
+    return Task(
+        type(model).__name__,
+        build,
+        data,
+        quality,
+        inputs,
+        loss=loss,
+        pretrained=build,
+        recipe=_plain_recipe(),
+    )
+
+
+def _plain_recipe() -> Recipe:
+    return Recipe(optimizer="sgd", lr=0.05, batch=64, clip=0.0)
+
+
+def _network(task: Task, method: TrainMethod, seed: int) -> tuple[nn.Module, bool]:
+    """(the network that the first phase begins with, whether it is trained)."""
+    if method.starts == "trained" and task.pretrained is not None:
+        return task.pretrained(), True
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=seeded(seed, "network")).item()))
+        return task.build(), False
+
+
+def _steps(task: Task, recipe: Recipe, epochs: float | None, steps: int | None) -> int:
+    if steps is not None and epochs is not None:
+        raise SecateurError("both epochs and steps are given", where="train_prune", fix="give one of them")
+    count = length(task.train)
+    if steps is None:
+        epochs = task.epochs if epochs is None else epochs
+        steps = round(epochs * count / (1 if isinstance(task.train, list) else recipe.batch))
+    if steps < 1:
+        raise SecateurError(
+            f"{steps} steps is no training",
+            where="epochs",
+            fix="give more epochs, or samples, or a smaller batch",
+        )
+    return steps
+
+
+def _claim(directory: Path | None, identity: dict[str, Any]) -> None:
+    """Makes the directory this run's, or finds that it is, or refuses it."""
+    if directory is None:
+        return
+    file = directory / "run.json"
+    wanted = json.loads(json.dumps(identity))
+    if file.exists():
+        try:
+            found = json.loads(file.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+            raise SecateurError(
+                f"it can't be read ({error})", where=str(file), fix="remove its folder to start anew"
+            ) from error
+        changed = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
+        if changed:
+            raise SecateurError(
+                f"the run there was begun with another {', '.join(changed)}",
+                where=str(directory),
+                fix="use the same settings to go on, or another directory",
+            )
+        return
+    if directory.exists() and any(directory.iterdir()):
+        raise SecateurError(
+            "it isn't empty and holds no run", where=str(directory), fix="give a new directory to resume from"
+        )
+    atomic_write_json(file, wanted)
+
+
+def _quality(job: Job) -> dict[str, Any]:
+    """The task's number, also where reports look for it."""
+    value, metric, name = job.quality(), job.task.metric, job.task.name
+    found: dict[str, Any] = {"quality": value}
+    if value is not None and metric in ("psnr", "perplexity"):
+        found[metric] = {name: value}
+    elif value is not None and metric in ("accuracy", "miou"):
+        found["accuracy"] = {name: {"acc" if metric == "accuracy" else metric: value}}
+    return found
+
+
+def _met(job: Job, before: dict[str, Any], after: dict[str, Any], masks: Any) -> bool:
+    target = job.target
+    if target.kind in ("share", "n_m"):
+        if masks:
+            kept = sum(int(mask.sum()) for mask in masks.values())
+            return kept <= target.value * sum(mask.numel() for mask in masks.values()) + 1e-6
+        return target.value == 1 or (job.removed_units and not job.frozen)
+    key = {"params": "params_nonzero" if masks else "params", "macs": "macs", "size": "size_bytes"}.get(
+        target.kind
+    )
+    if key is None:
+        return True
+    return after[key] <= target.limit(before[key.removesuffix("_nonzero")]) + 1e-6
+
+
+def _group_rows(job: Job) -> list[dict[str, Any]]:
+    rows = []
+    for group in job._graph.groups if job._graph is not None else ():
+        kept = len(job._cut[group.name]) if group.name in job._cut else group.size
+        reason = group.reason or job.frozen.get(group.name)
+        if reason is None and kept == group.size:
+            reason = "kept whole by the budget"
+        rows.append(
+            {"name": group.name, "kind": group.kind, "size": group.size, "kept": kept, "reason": reason}
+        )
+    return rows
