@@ -7,13 +7,12 @@ record, what it needs to know about the data, and its score. Everything else (ho
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 from secateur.taxonomy import MethodInfo, filter_records
 from secateur.taxonomy import recommend as advise
 
@@ -33,13 +32,9 @@ class Method:
         """Refuses a value that isn't among its field's `metadata["choices"]`."""
         for item in dataclasses.fields(self):
             known, value = item.metadata.get("choices"), getattr(self, item.name)
-            if known and value not in known:
-                listed = list(map(str, known))
-                raise SecateurError(
-                    f"there is no {item.name} {value!r}",
-                    where=self.name,
-                    fix=" or ".join(listed) if len(listed) == 2 else f"one of {', '.join(listed)}",
-                )
+            if known:
+                fix = " or ".join(map(str, known)) if len(known) == 2 else None
+                choose(value, known, what=item.name, where=self.name, fix=fix)
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -85,11 +80,8 @@ def method_class(name: str) -> type[Method]:
     """
     registry = _load_all()
     key = name.strip().lower().replace("_", "-")
-    if key in registry:
-        return registry[key]
-    near = difflib.get_close_matches(key, registry, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else "`secateur methods` lists them"
-    raise SecateurError(f"there is no method {name!r}", where="method", fix=hint)
+    error, fix = f"there is no method {name!r}", "`secateur methods` lists them"
+    return registry[choose(key, registry, where="method", error=error, near=3, fix=fix)]
 
 
 def make_method(method: str | Method | type[Method], **hyperparameters: Any) -> Method:
@@ -103,10 +95,8 @@ def make_method(method: str | Method | type[Method], **hyperparameters: Any) -> 
     cls = method_class(method) if isinstance(method, str) else method
     known = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in hyperparameters:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            fix = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known) or 'none'}"
-            raise SecateurError(f"{cls.name} has no hyperparameter {key!r}", where="method", fix=fix)
+        error, fix = f"{cls.name} has no hyperparameter {key!r}", f"it takes {', '.join(known) or 'none'}"
+        choose(key, known, where="method", error=error, near=1, fix=fix)
     return cls(**{key: _coerce(cls, known[key], value) for key, value in hyperparameters.items()})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import math
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.cli.flags import flag, listed
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 
 MISTAKE = 2
 MODEL = (
@@ -131,9 +130,8 @@ def check_measurement(given: Mapping[str, Any]) -> None:
     for task in listed(given.get("tasks")):
         if task in known or Path(task).expanduser().is_file():
             continue
-        near = difflib.get_close_matches(task, known, n=1, cutoff=0.6)
-        fix = f"did you mean {near[0]}?" if near else f"give a text file, or one of {', '.join(known)}"
-        raise SecateurError(f"there is no task {task!r}", where="--tasks", fix=fix)
+        fix = f"give a text file, or one of {', '.join(known)}"
+        choose(task, known, what="task", where="--tasks", near=1, cutoff=0.6, fix=fix)
     for name, least in (("limit", 1), ("seqlen", 2)):
         value = given.get(name)
         if value is not None and value < least:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 from secateur.utils.files import require_data
 
 
@@ -107,8 +107,7 @@ def load_items(name: str, limit: int | None = None) -> list[Item]:
     An item with one continuation (lambada) is right where every one of its tokens is the likeliest.
     Raises SecateurError for an unknown name, a missing file, or a limit below 1.
     """
-    if name not in SETS:
-        raise SecateurError("no such set of questions", where=name, fix=f"give one of {', '.join(SETS)}")
+    choose(name, SETS, error="no such set of questions", where=name)
     if limit is not None and limit < 1:
         raise SecateurError(f"{limit} items is nothing", where="limit", fix="ask for at least 1")
     file, item = SETS[name]

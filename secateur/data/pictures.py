@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 from secateur.utils.files import require_data
 
 SETS = ("cifar10", "imagenet-sample")
@@ -32,8 +32,7 @@ def load_pictures(name: str, limit: int | None = None, split: str = "test") -> t
 
     Raises `SecateurError` for another name or split, and missing data.
     """
-    if name not in SETS:
-        raise SecateurError("no pictures have this name", where=name, fix=f"one of {', '.join(SETS)}")
+    choose(name, SETS, error="no pictures have this name", where=name)
     known = ("test", "train", "val") if name == "cifar10" else ("test", "train", "all")
     if split not in known:
         raise SecateurError(f"there is no split {split!r}", where=name, fix=", ".join(known))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 from secateur.utils.files import require_data
 
 SETS = ("set5", "set14")
@@ -97,8 +97,7 @@ def to_luma(rgb: Tensor) -> Tensor:
 
 def pixels(name: str, scale: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """uint8 [h, w, 3] pairs of a set."""
-    if name not in SETS:
-        raise SecateurError("no set of pairs has this name", where=name, fix=f"one of {', '.join(SETS)}")
+    choose(name, SETS, error="no set of pairs has this name", where=name)
     if scale not in (2, 3, 4):
         raise SecateurError(f"there is no scale {scale}", where=name, fix="2, 3 or 4")
     return _pixels(require_data("super_resolution/set5_set14.tar"), name, scale)

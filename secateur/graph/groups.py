@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 from secateur.graph.labels import (
     Axes,
 )
@@ -64,10 +64,7 @@ class Group:
         Tensors missing from `values` are passed over. A group of layers sums over the tensors of each block.
         Raises SecateurError for an unknown `how`, a wrong shape, or when no slice has a value.
         """
-        if how not in HOW:
-            raise SecateurError(
-                f"reduction {how!r}", where="Group.reduce", fix=f"use one of {', '.join(HOW)}"
-            )
+        choose(how, HOW, what="reduction", where="Group.reduce")
         parts: list[Tensor] = []
         if self.modules:
             blocks = [

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 from secateur.method import register
 from secateur.methods.spa import Spa
 from secateur.pruning.context import Context
@@ -61,12 +61,7 @@ class Obspa(Spa):
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
     def __post_init__(self) -> None:
-        if self.calibration not in CALIBRATIONS:
-            raise SecateurError(
-                f"there is no calibration {self.calibration!r}",
-                where=self.name,
-                fix=f"one of {', '.join(CALIBRATIONS)}",
-            )
+        choose(self.calibration, CALIBRATIONS, what="calibration", where=self.name)
         if self.noise_samples < 1 or self.noise_std <= 0:
             raise SecateurError(
                 f"{self.noise_samples} inputs of noise, noise_std {self.noise_std}",

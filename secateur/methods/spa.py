@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 from secateur.graph import Group
 from secateur.graph.groups import HOW, KINDS
 from secateur.method import register
@@ -70,10 +70,7 @@ class Spa(UnitMethod):
             (self.normalise, NORMALISE),
             (self.batchnorm, BATCHNORM),
         ):
-            if value not in known:
-                raise SecateurError(
-                    f"there is no {value!r}", where=self.name, fix=f"one of {', '.join(known)}"
-                )
+            choose(value, known, error=f"there is no {value!r}", where=self.name)
         if self.damping < 0:
             raise SecateurError(f"damping is {self.damping}", where=self.name, fix="0 or more, such as 0.01")
         self.needs = frozenset(self._needs())  # type: ignore[misc]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 from secateur.pruning.allocate import ALLOCATIONS
 from secateur.pruning.target import parse_schedule
 
@@ -58,10 +58,6 @@ class Options:
             raise SecateurError(
                 f"{self.round_to} isn't a multiple", where="round_to", fix="give 1, 8, 16, 64, ..."
             )
-        if self.allocation is not None and self.allocation not in ALLOCATIONS:
-            raise SecateurError(
-                f"there is no allocation {self.allocation!r}",
-                where="allocation",
-                fix=f"one of {', '.join(ALLOCATIONS)}",
-            )
+        if self.allocation is not None:
+            choose(self.allocation, ALLOCATIONS, what="allocation", where="allocation")
         parse_schedule(self.schedule)

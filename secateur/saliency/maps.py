@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 from secateur.saliency.record import Record, as_targets, record, undisturbed
 from secateur.saliency.regions import sr_map
 from secateur.saliency.relevance import COMPOSITES, as_composite, plain, propagate
@@ -445,16 +445,10 @@ def make_kind(method: str | Kind, settings: Mapping[str, Any]) -> Kind:
 
     Raises `SecateurError` with the nearest names for another name, and for another hyperparameter or value.
     """
-    import difflib
-
     if isinstance(method, Kind):
         return dataclasses.replace(method, **settings) if settings else method
     key = str(method).strip().lower().replace("_", "-")
-    if key not in MAPS:
-        near = difflib.get_close_matches(key, MAPS, n=2, cutoff=0.4)
-        fix = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(MAPS)}"
-        raise SecateurError(f"there is no map {method!r}", where="saliency", fix=fix)
-    cls = MAPS[key]
+    cls = MAPS[choose(key, MAPS, where="saliency", error=f"there is no map {method!r}", near=2)]
     fields = {item.name: item for item in dataclasses.fields(cls)}
     for name, value in settings.items():
         if name not in fields:
@@ -463,8 +457,6 @@ def make_kind(method: str | Kind, settings: Mapping[str, Any]) -> Kind:
                 f"{key} has no hyperparameter {name!r}", where="saliency", fix=f"it takes {known}"
             )
         choices = fields[name].metadata.get("choices")
-        if choices and value not in choices:
-            raise SecateurError(
-                f"there is no {name} {value!r}", where=key, fix=f"one of {', '.join(choices)}"
-            )
+        if choices:
+            choose(value, choices, what=name, where=key)
     return cls(**settings)

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 from secateur.saliency.record import undisturbed
 
 RULES = ("z+", "epsilon", "alpha-beta", "flat", "box")
@@ -69,10 +69,8 @@ class Composite:
     def __post_init__(self) -> None:
         for name in ("conv", "linear", "first", "last"):
             rule = getattr(self, name)
-            if rule not in RULES and not (rule is None and name in ("first", "last")):
-                raise SecateurError(
-                    f"there is no rule {rule!r}", where=f"lrp, {name}", fix=f"one of {', '.join(RULES)}"
-                )
+            if rule is not None or name not in ("first", "last"):
+                choose(rule, RULES, what="rule", where=f"lrp, {name}")
 
 
 COMPOSITES = {
@@ -93,11 +91,7 @@ def as_composite(composite: str | Composite, **changes: Any) -> Composite:
     Raises `SecateurError` for another name.
     """
     if isinstance(composite, str):
-        if composite not in COMPOSITES:
-            raise SecateurError(
-                f"there is no composite {composite!r}", where="lrp", fix=f"one of {', '.join(COMPOSITES)}"
-            )
-        composite = COMPOSITES[composite]
+        composite = COMPOSITES[choose(composite, COMPOSITES, what="composite", where="lrp")]
     return dataclasses.replace(composite, **changes)
 
 

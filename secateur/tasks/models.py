@@ -1,6 +1,5 @@
 """Models by name: `smollm2` and `aidreams` need no hub; any transformers folder or hub name works the same way."""
 
-import difflib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import psutil
 import torch
 from torch import nn
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, nearest
 from secateur.io import artefact
 from secateur.io.exchange import is_exchange, load_file
 from secateur.io.transformers import quiet
@@ -82,8 +81,7 @@ def _folder(name_or_path: str | Path) -> Path:
         raise SecateurError("is a file, not a model folder", where=text, fix=SAVED)
     if text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1:
         raise SecateurError("no such folder", where=text, fix="check the path")
-    close = difflib.get_close_matches(text, NAMES, cutoff=0.8)
-    if close:
+    if close := nearest(text, NAMES, cutoff=0.8):
         raise SecateurError("no model has this name", where=text, fix=f"did you mean {close[0]}?")
     return _from_hub(text)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 
 if TYPE_CHECKING:
     from secateur.training.task import Task
@@ -47,12 +46,8 @@ def load_task(
     network = network or next(iter(known), "")
     if network not in known:
         known = known or (*TASKS, *OWNERS)
-        near = difflib.get_close_matches(network or wanted, known, n=1)
-        raise SecateurError(
-            f"there is no task {name!r}",
-            where="task",
-            fix=f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}",
-        )
+        error = f"there is no task {name!r}"
+        choose(network or wanted, known, where="task", error=error, near=1, cutoff=0.6)
     for what, count in (("train", train), ("test", test)):
         if count is not None and count < 1:
             raise SecateurError(f"{count} samples is nothing", where=what, fix="ask for at least 1")

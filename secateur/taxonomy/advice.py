@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from secateur.errors import SecateurError
+from secateur.errors import choose
 from secateur.taxonomy.axes import _DATA, HARDWARE, MethodInfo, _reasons, filter_records, parse_members
 
 
@@ -35,12 +35,8 @@ def recommend(
 
     Raises `SecateurError` for an unknown answer. Source: survey-taxonomy, recommendation rules.
     """
-    if hardware not in HARDWARE:
-        raise SecateurError(
-            f"unknown hardware {hardware!r}", where="recommend", fix=f"one of {', '.join(HARDWARE)}"
-        )
-    if data not in _DATA:
-        raise SecateurError(f"unknown data {data!r}", where="recommend", fix=f"one of {', '.join(_DATA)}")
+    choose(hardware, HARDWARE, error=f"unknown hardware {hardware!r}", where="recommend")
+    choose(data, _DATA, error=f"unknown data {data!r}", where="recommend")
     models = parse_members("models", model) if model else frozenset()
     if dynamic is None:
         dynamic = bool(models & {"vlm", "vla"})

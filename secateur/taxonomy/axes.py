@@ -7,14 +7,13 @@ window and saliency members extend them.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 from secateur.taxonomy import records as _tables
 
 AXES: dict[str, tuple[str, ...]] = {
@@ -263,10 +262,7 @@ def parse_members(axis: str, value: object) -> frozenset[str]:
         elif part in legal:
             found.add(part)
         else:
-            exact = [member for member in legal if member.lower() == str(part).lower()]
-            near = exact or difflib.get_close_matches(str(part), legal, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(legal)}"
-            raise SecateurError(f"{part!r} is not a member of the axis", where=axis, fix=hint)
+            choose(part, legal, where=axis, error=f"{part!r} is not a member of the axis", near=1, cutoff=0.5)
     return frozenset(found)
 
 
@@ -383,13 +379,9 @@ def _rows(text: str) -> list[dict[str, str]]:
 def _record(row: dict[str, str]) -> MethodInfo:
     values: dict[str, Any] = {}
     for heading, cell in row.items():
-        field = _COLUMNS.get(heading)
-        if field is None:
-            if heading == "#":
-                continue
-            raise SecateurError(
-                f"unknown column {heading!r}", where="taxonomy", fix=f"one of {', '.join(_COLUMNS)}"
-            )
+        if heading == "#":
+            continue
+        field = _COLUMNS[choose(heading, _COLUMNS, error=f"unknown column {heading!r}", where="taxonomy")]
         if field in AXES or field == "fusion":
             values[field] = cell
         elif field in ("stages", "year"):
@@ -460,14 +452,8 @@ def record(spec: str, **overrides: Any) -> MethodInfo:
     Raises `SecateurError` with the nearest names when there is none.
     """
     known = {**_published(), **_baselines()}
-    if spec not in known:
-        near = difflib.get_close_matches(spec, known, n=3, cutoff=0.4)
-        hint = (
-            f"did you mean {' or '.join(near)}?"
-            if near
-            else "write MethodInfo(...) for a method outside the survey"
-        )
-        raise SecateurError(f"there is no record {spec!r}", where="taxonomy", fix=hint)
+    fix = "write MethodInfo(...) for a method outside the survey"
+    choose(spec, known, what="record", where="taxonomy", near=3, fix=fix)
     return dataclasses.replace(known[spec], **overrides)
 
 
@@ -486,12 +472,8 @@ def _test(key: str, wanted: object) -> Callable[[MethodInfo], bool]:
             return lambda info: not info.members(key)
         members = parse_members(key, wanted)
         return lambda info: bool(info.members(key) & members)
-    if key in FLAGS or key in FIELDS:
-        return lambda info: getattr(info, key) == wanted
-    known = (*AXES, *FLAGS, *FIELDS)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    fix = f"did you mean {near[0]}?" if near else f"one of {', '.join(dict.fromkeys(known))}"
-    raise SecateurError(f"there is no filter {key!r}", where="methods", fix=fix)
+    choose(key, (*AXES, *FLAGS, *FIELDS), what="filter", where="methods", near=1)
+    return lambda info: getattr(info, key) == wanted
 
 
 def filter_records(

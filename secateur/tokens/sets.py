@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 from secateur.families.vlm import Facts, Layout
 from secateur.tokens.budget import counts
 from secateur.tokens.state import Reduction, Source, TokenSets
@@ -68,10 +68,7 @@ class Table:
         return [number[row == r].sort().values.cpu() for r in range(self.rows)]
 
     def keys(self, scope: str) -> Tensor:
-        if scope not in SCOPES:
-            raise SecateurError(
-                f"there is no scope {scope!r}", where="tokens", fix=f"one of {', '.join(SCOPES)}"
-            )
+        choose(scope, SCOPES, what="scope", where="tokens")
         return {"crop": self.crop_id, "image": self.image_id, "row": self.row}[scope]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("cosine", "milestones", "linear", "constant")
@@ -62,12 +61,7 @@ class Recipe:
             "precision": PRECISIONS,
         }
         for name, choices in known.items():
-            if getattr(self, name) not in choices:
-                raise SecateurError(
-                    f"there is no {name} {getattr(self, name)!r}",
-                    where=name,
-                    fix=f"one of {', '.join(choices)}",
-                )
+            choose(getattr(self, name), choices, what=name, where=name)
         if self.batch < 1:
             raise SecateurError(
                 f"{self.batch} is less than 1", where="batch", fix="give a whole number from 1"
@@ -88,10 +82,8 @@ class Recipe:
         """Another recipe; an unknown field is an error that names the nearest."""
         names = [f.name for f in dataclasses.fields(self)]
         for key in changes:
-            if key not in names:
-                near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
-                fix = f"did you mean {near[0]}?" if near else f"its fields are {', '.join(names)}"
-                raise SecateurError(f"there is no setting {key!r}", where="training", fix=fix)
+            fix = f"its fields are {', '.join(names)}"
+            choose(key, names, what="setting", where="training", near=1, fix=fix)
         return dataclasses.replace(self, **changes)
 
     def rate(self, step: int, steps: int) -> float:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 from secateur.pruning.allocate import divide
 from secateur.training.checkpoint import Moments
 from secateur.training.history import History
@@ -153,10 +153,7 @@ def find_ticket(
     Trains rewind steps once, then from there to the end, once per level: rewind + (rounds + 1) * (steps - rewind) steps.
     """
     for control in controls:
-        if control not in CONTROLS:
-            raise SecateurError(
-                f"there is no control {control!r}", where="controls", fix=f"one of {', '.join(CONTROLS)}"
-            )
+        choose(control, CONTROLS, what="control", where="controls")
     weights = job.weights
     if unknown := [name for name in skip if name not in weights]:
         raise SecateurError(

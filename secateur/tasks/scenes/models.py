@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 from secateur.io.transformers import quiet
 from secateur.tasks.scenes.draw import (
     BOS,
@@ -47,8 +47,7 @@ def build(variant: str = "llava", seed: int = 0) -> Any:
     picture; features of the last layer but one. qwen: Qwen2.5-VL; 256 patches of 4 pixels, windows of 8 x 8 patches in
     blocks 0 and 2, 2 x 2 patches merged into one of 64 tokens; no CLS.
     """
-    if variant not in VARIANTS:
-        raise SecateurError("no model of this kind", where=variant, fix=f"one of {', '.join(VARIANTS)}")
+    choose(variant, VARIANTS, error="no model of this kind", where=variant)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _llava() if variant == "llava" else _qwen()
