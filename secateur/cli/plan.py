@@ -60,7 +60,7 @@ def plan_apply(plan: str, model: str, **given: Any) -> None:
         inputs = example(network, given["input_shape"])
         before = run(network, tokenizer, inputs=inputs, **asked)
         config = copy.deepcopy(getattr(network, "config", None))
-        changes = apply_plan(network, decided)
+        apply_plan(network, decided)
         after = run(network, tokenizer, inputs=inputs, **asked)
         report = {"model": model, "method": decided.method, "target": decided.target, "seed": decided.seed}
         report |= {
@@ -84,6 +84,5 @@ def plan_apply(plan: str, model: str, **given: Any) -> None:
                 plan=decided,
                 report=report,
                 dense_config=config,
-                changes=changes,
             )
     show(report, given["json"], lambda console: print_report(report, console))

@@ -41,15 +41,13 @@ def save_model(
     plan: Plan | None = None,
     report: Mapping[str, Any] | None = None,
     dense_config: Any = None,
-    changes: Any = None,
 ) -> dict[str, Any]:
     """Write a pruned model into a new or empty directory, all or nothing, in the simplest form that can hold it.
 
     >>> save_model(pruned.model, "out", tokenizer=tokenizer, plan=pruned.plan)  # doctest: +SKIP
     {'form': 'plain', 'load': 'AutoModelForCausalLM.from_pretrained(folder)', 'why': None}
 
-    dense_config: the transformers config before the cut; the model's own where it is None. changes: what
-    `cut_units` gave; it tells which blocks were removed where there is no plan.
+    dense_config: the transformers config before the cut; the model's own where it is None.
 
     Gives what it wrote: `form` (plain, custom, module), `load` (the line that loads it) and `why` (what the config
     can't express; None when plain). The same goes into `report.json` under `artefact`.
@@ -59,9 +57,9 @@ def save_model(
     """
     with atomic_directory(directory) as partial:
         if _transformers_class(model) is not None:
-            about = _save_transformers(model, partial, plan, dense_config, changes)
+            about = _save_transformers(model, partial, plan, dense_config)
         else:
-            about = _save_module(model, partial, plan, changes)
+            about = _save_module(model, partial, plan)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if plan is not None:

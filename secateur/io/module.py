@@ -60,8 +60,8 @@ def load(model=None):
 # Any other module
 
 
-def _save_module(model: nn.Module, folder: Path, plan: Plan | None, changes: Any) -> dict[str, Any]:
-    blocks = kept_blocks(plan, changes, model)
+def _save_module(model: nn.Module, folder: Path, plan: Plan | None) -> dict[str, Any]:
+    blocks = kept_blocks(plan, model)
     timm_kwargs, cut = None, None
     for kwargs in _timm_candidates(model):
         if save_plain(model, folder, kwargs, _picture(model, plan)):

@@ -232,32 +232,31 @@ def _match(left: nn.Module, whole: nn.Module) -> list[int]:
     return kept
 
 
-def kept_blocks(
-    plan: Plan | None, changes: Any = None, model: nn.Module | None = None
-) -> dict[str, list[int]]:
+def kept_blocks(plan: Plan | None, model: nn.Module) -> dict[str, list[int]]:
     """Positions of the blocks that a cut kept, by the path of their list in the order they are dropped.
 
-    model: the pruned one; lists of experts in it are told from stacked experts, which are tensors.
+    model: the pruned one. Only lists of experts are blocks; stacked experts are tensors.
     """
-    blocks: dict[str, list[int]] = {}
-    if plan is not None:
-        blocks = {
-            n.rpartition(":")[0]: u.tolist() for n, u in plan.keep.items() if plan.kinds.get(n) == "layers"
-        }
-        lists = (
-            {} if model is None else {p: m for p, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-        )
-        layers = dict(blocks)
-        for name, units in plan.keep.items():
-            path: str | None = name.rpartition(":")[0] if plan.kinds.get(name) == "experts" else None
-            for outer, kept in layers.items():
-                if path is not None and path.startswith(f"{outer}."):
-                    number, _, rest = path[len(outer) + 1 :].partition(".")
-                    inside = number.isdigit() and int(number) in kept
-                    path = f"{outer}.{kept.index(int(number))}.{rest}" if inside else None
-            if path is not None and path in lists and len(lists[path]) == len(units):
-                blocks[path] = units.tolist()
-    return blocks | {path: list(kept) for path, kept in getattr(changes, "layers", {}).items()}
+    if plan is None:
+        return {}
+    layers = {
+        name.rpartition(":")[0]: units.tolist()
+        for name, units in plan.keep.items()
+        if plan.kinds.get(name) == "layers"
+    }
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    blocks = dict(layers)
+    for name, units in plan.keep.items():
+        path: str | None = name.rpartition(":")[0] if plan.kinds.get(name) == "experts" else None
+        # blocks have left before: the experts of dense block 5 are found in the block that took its number
+        for outer, kept in layers.items():
+            if path is not None and path.startswith(f"{outer}."):
+                number, _, rest = path[len(outer) + 1 :].partition(".")
+                inside = number.isdigit() and int(number) in kept
+                path = f"{outer}.{kept.index(int(number))}.{rest}" if inside else None
+        if path is not None and path in lists and len(lists[path]) == len(units):
+            blocks[path] = units.tolist()
+    return blocks
 
 
 def _build(build: Any) -> nn.Module:

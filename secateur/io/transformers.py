@@ -110,9 +110,7 @@ def _config_fields(config: Any, prefix: str = "") -> dict[str, Any]:
     return fields
 
 
-def _save_transformers(
-    model: Any, folder: Path, plan: Plan | None, dense_config: Any, changes: Any
-) -> dict[str, Any]:
+def _save_transformers(model: Any, folder: Path, plan: Plan | None, dense_config: Any) -> dict[str, Any]:
     cls = _transformers_class(model)
     assert cls is not None
     why = _inexpressible(model, cls, plan)
@@ -123,7 +121,7 @@ def _save_transformers(
                 model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
             auto = _auto_classes(cls, model.config.model_type)[0]
             return {"form": "plain", "load": f"{auto}.from_pretrained(folder)", "why": None}
-        return _save_custom(model, cls, folder, plan, dense_config, changes, why)
+        return _save_custom(model, cls, folder, plan, dense_config, why)
     finally:
         model.config.architectures = architectures
 
@@ -236,13 +234,12 @@ def _save_custom(
     folder: Path,
     plan: Plan | None,
     dense_config: Any,
-    changes: Any,
     why: str,
 ) -> dict[str, Any]:
     before = getattr(model.config, "pruned", None) or {"blocks": {}}
     dense = _dense_config(dense_config if dense_config is not None else model.config)
     blocks = dict(before["blocks"])
-    for path, kept in kept_blocks(plan, changes, model).items():
+    for path, kept in kept_blocks(plan, model).items():
         earlier = blocks.get(path)
         blocks[path] = [earlier[i] for i in kept] if earlier else kept
     cut = compare(model, _build(lambda: cls(copy.deepcopy(dense))), blocks)

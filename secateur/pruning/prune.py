@@ -41,15 +41,13 @@ TRACED = 128
 class Pruned:
     """What `prune` gives: the model, the plan that made it, the graph it was cut along, and a JSON-able report.
 
-    `changes` holds the module attributes that the cut set, by module path: what a loader must set again. `scores` are
-    those that a structured method's budget was divided by, [units] per group.
+    `scores` are those that a structured method's budget was divided by, [units] per group.
     """
 
     model: nn.Module
     plan: Plan
     report: dict[str, Any]
     tokenizer: Any = None
-    changes: dict[str, dict[str, Any]] = field(default_factory=dict)
     dense_config: Any = None
     scores: dict[str, Tensor] = field(default_factory=dict)
     _graph: Graph | Callable[[], Graph] | None = None
@@ -77,7 +75,6 @@ class Pruned:
             plan=self.plan,
             report=self.report,
             dense_config=self.dense_config,
-            changes=self.changes,
         )
 
 
@@ -167,10 +164,9 @@ def prune(
         run.announce = announce
         plan, graph = run.plan()
         buffers.restore()
-        changes: dict[str, dict[str, Any]] = {}
         if plan.structured:
             undo.release()
-            changes = apply_plan(working, plan, graph=graph)
+            apply_plan(working, plan, graph=graph)
         buffers = Buffers(working)
         after = measure(working, **measured)
     except BaseException:
@@ -193,7 +189,6 @@ def prune(
         plan=plan,
         report=report,
         tokenizer=tokenizer,
-        changes=changes,
         dense_config=dense_config,
         scores=run.scores,
         _graph=graph or (lambda: trace(model, inputs)) if inputs is not None else graph,
@@ -202,8 +197,8 @@ def prune(
 
 def apply_plan(
     model: nn.Module, plan: Plan, inputs: Inputs | None = None, graph: Graph | None = None
-) -> dict[str, dict[str, Any]]:
-    """Do what a plan says, in place: repaired tensors, zeros, and cut units. Gives the attributes it changed.
+) -> None:
+    """Do what a plan says, in place: repaired tensors, zeros, and cut units.
 
     >>> secateur.apply_plan(fresh_model, secateur.Plan.load("pruned/"))  # doctest: +SKIP
 
@@ -249,8 +244,7 @@ def apply_plan(
             parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
     if plan.keep:
         assert graph is not None
-        return cut_units(model, graph, plan.keep).attributes
-    return {}
+        cut_units(model, graph, plan.keep)
 
 
 def _on_device(inputs: Inputs, model: nn.Module) -> Inputs:

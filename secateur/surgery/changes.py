@@ -1,4 +1,4 @@
-"""What a cut changes beside the tensors' sizes, and changes made again on a fresh model."""
+"""What a cut changes, and the small steps it is made of."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Keep = Mapping[str, Tensor]
 
 @dataclass
 class Changes:
-    """What a cut changed, enough to repeat it on a freshly built dense model (see `apply_changes`).
+    """What a cut changed.
 
     `shapes`: new shape of every parameter and buffer that was cut; `attributes`: module path -> attribute -> value;
     `config`: field of the model's config (dots for nested ones) -> value; `layers`: path of a list of blocks -> the
@@ -43,33 +43,6 @@ class Changes:
     config: dict[str, Any] = field(default_factory=dict)
     layers: dict[str, list[int]] = field(default_factory=dict)
     uniform: bool = False
-
-
-def apply_changes(model: nn.Module, changes: Changes) -> None:
-    """Give a freshly built dense model the structure of a cut one; its cut tensors are then left uninitialised.
-
-    >>> fresh = type(model)(dense_config)
-    >>> apply_changes(fresh, changes)
-    >>> fresh.load_state_dict(cut_model.state_dict())
-    """
-    for path, kept in changes.layers.items():
-        container = model.get_submodule(path) if path else model
-        _renumber(container, [name for n, name in enumerate(container._modules) if n in set(kept)])
-    done: dict[int, Tensor] = {}
-    for name, shape in changes.shapes.items():
-        old = _tensor(model, name)
-        if id(old) not in done:
-            new = old.new_zeros(shape)
-            done[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-        _put(model, name, done[id(old)])
-    for path, values in changes.attributes.items():
-        module = model.get_submodule(path)
-        for name, value in values.items():
-            setattr(module, name, value)
-    for field_name, value in changes.config.items():
-        _set_config(model.config, field_name, value)
-    for module in model.modules():
-        _refresh(module)
 
 
 # --- tensors

@@ -53,7 +53,6 @@ class Job:
     phases: list[dict[str, Any]] = field(default_factory=list)
     moments: Moments = field(default_factory=dict)
     """The optimiser's state at the end of the last phase."""
-    changes: dict[str, dict[str, Any]] = field(default_factory=dict)
     frozen: dict[str, str] = field(default_factory=dict)
     _names: list[str] = field(default_factory=list)
     _cut: dict[str, Tensor] = field(default_factory=dict)
@@ -215,7 +214,7 @@ class Job:
             chosen = {name: units for name, units in chosen.items() if name not in self.frozen}
         self._dense, self._cut, self._graph = self.snapshot(), chosen, graph
         if chosen:
-            self.changes = cut_units(self.model, graph, chosen).attributes
+            cut_units(self.model, graph, chosen)
 
     def plan(
         self,

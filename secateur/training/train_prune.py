@@ -147,7 +147,7 @@ def train_prune(
     if directory and clean and rank == 0:
         shutil.rmtree(directory, ignore_errors=True)
     graph = job._graph or ((lambda: trace(model, example)) if example is not None else None)
-    return Pruned(model=model, plan=plan, report=report, changes=job.changes, _graph=graph)
+    return Pruned(model=model, plan=plan, report=report, _graph=graph)
 
 
 def _split(method: str | Method, settings: dict[str, Any]) -> tuple[TrainMethod, Options, dict[str, Any]]:

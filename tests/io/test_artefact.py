@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.io import reshape as io_reshape
+from secateur.io import module as io_module
+from secateur.io import transformers as io_transformers
 from secateur.io.artefact import load, save_model
 from secateur.io.reshape import compare, reshape
 from secateur.pruning.plan import Plan
@@ -223,10 +224,10 @@ def test_what_surgery_cut_takes_the_simplest_form_that_computes_the_same(
     dense = copy.deepcopy(model.config)
     graph = trace(model, {"input_ids": IDS})
     keep = {group.name: torch.arange(group.size // 2) for group in graph.prunable(kind)}
-    changes = cut_units(model, graph, keep)
+    cut_units(model, graph, keep)
     with torch.no_grad():
         expected = model(IDS).logits
-    about = save_model(model, tmp_path / "out", dense_config=dense, changes=changes)
+    about = save_model(model, tmp_path / "out", dense_config=dense)
     assert about["form"] == form, about
     loaded, _ = load(tmp_path / "out")
     with torch.no_grad():
@@ -306,7 +307,7 @@ def test_conv1d_positions_and_attributes_of_another_family(tmp_path: Path) -> No
 def test_large_models_are_sharded(
     tiny_llama: Callable[..., nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(io_reshape, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(io_transformers, "SHARD_BYTES", 20_000)
     model = tiny_llama(tie_word_embeddings=True)
     save_model(model, tmp_path / "plain")
     assert len(list((tmp_path / "plain").glob("model-*.safetensors"))) > 1
@@ -315,7 +316,7 @@ def test_large_models_are_sharded(
     net = Net()
     save_model(net, tmp_path / "net")
     assert len(list((tmp_path / "net").glob("model*.safetensors"))) == 1
-    monkeypatch.setattr(io_reshape, "SHARD_BYTES", 300)
+    monkeypatch.setattr(io_module, "SHARD_BYTES", 300)
     save_model(net, tmp_path / "parts")
     assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 1
     assert same_state(load(tmp_path / "parts", model=Net())[0], net)

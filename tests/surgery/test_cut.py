@@ -9,7 +9,8 @@ import transformers
 
 from secateur.errors import SecateurError
 from secateur.graph import trace
-from secateur.surgery import apply_changes, cut_units, mask_units, prove
+from secateur.io.reshape import compare, reshape
+from secateur.surgery import cut_units, mask_units, prove
 
 IDS = torch.arange(16).reshape(2, 8)
 SMALL = {
@@ -103,7 +104,7 @@ def test_cut(name, attention, kinds):
     else:
         assert name in ("gpt2", "opt") and kinds in ("heads", "hidden")
     fresh = build(name, attention)
-    apply_changes(fresh, changes)
+    reshape(fresh, compare(cut, build(name, attention), changes.layers))
     fresh.load_state_dict(cut.state_dict())
     assert torch.equal(logits(fresh), logits(cut))
 
@@ -131,7 +132,7 @@ def test_layers_that_differ():
     assert model.model.layers[2].mlp.down_proj.in_features == 20
     assert torch.equal(generated(model, True), generated(model, False))
     fresh = build("llama")
-    apply_changes(fresh, changes)
+    reshape(fresh, compare(model, build("llama"), changes.layers))
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(logits(fresh), logits(model))
 
