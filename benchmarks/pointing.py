@@ -25,8 +25,10 @@ from torch import Tensor
 
 import secateur
 from secateur.data.pictures import normalise
+from secateur.methods.grad_cam import cam
+from secateur.methods.normgrad import contribution_map
 from secateur.saliency import class_sensitivity
-from secateur.saliency.maps import cam, combine, contribution_map, resize
+from secateur.saliency.maps import combine, resize
 from secateur.saliency.record import record
 from secateur.tasks.vision import load_network
 from secateur.utils.files import require_data

@@ -22,7 +22,7 @@ With --method NAME, --help shows the map's hyperparameters too."""
 
 def parameters(method: str | None, json: inspect.Parameter) -> list[inspect.Parameter]:
     """Flags of `saliency`; with the name of a map, its hyperparameters too."""
-    from secateur.saliency.maps import MAPS, make_kind
+    from secateur.saliency import as_saliency_method, saliency_methods
 
     output, reading = Group("Output", sort_key=4), Group("Picture", sort_key=3)
     made = [
@@ -31,7 +31,7 @@ def parameters(method: str | None, json: inspect.Parameter) -> list[inspect.Para
             help="a classifier of pictures: a name such as efficientnet-lite0, a folder, an .onnx or .pt2 file",
         ),
         word("image", help="a picture: PNG, JPEG, ..."),
-        flag("method", str, DEFAULT, ", ".join(MAPS)),
+        flag("method", str, DEFAULT, ", ".join(saliency_methods())),
         flag("target", int | None, None, "the class; default: the likeliest"),
         flag("meta", float, 0.0, "learning rate of a step towards the class before the map is made (0.0025)"),
         flag("blur", float, 0.0, "sigma of a Gaussian over the map, as a share of the longer side (0.02)"),
@@ -56,7 +56,7 @@ def parameters(method: str | None, json: inspect.Parameter) -> list[inspect.Para
         in_group(json, output),
     ]
     if method is not None:
-        kind = make_kind(method, {})
+        kind = as_saliency_method(method)
         taken = {parameter.name for parameter in made}
         own = fields_as_flags(type(kind), Group(f"Hyperparameters of {kind.name}", sort_key=1))
         made += [parameter for parameter in own if parameter.name not in taken]
@@ -65,8 +65,7 @@ def parameters(method: str | None, json: inspect.Parameter) -> list[inspect.Para
 
 def run(model: str, image: str, **given: Any) -> None:
     from secateur.cli.shared import check_new_file, open_model, quiet_stdout, show
-    from secateur.saliency import saliency
-    from secateur.saliency.maps import make_kind
+    from secateur.saliency import as_saliency_method, saliency
     from secateur.saliency.picture import read_picture
 
     if given["out"] is not None and Path(given["out"]).suffix.lower() != ".png":
@@ -76,11 +75,11 @@ def run(model: str, image: str, **given: Any) -> None:
     check_new_file(given["out"], "--out")
     if not Path(image).expanduser().is_file():
         raise SecateurError("no such picture", where=image, fix="check the path")
-    fields = {item.name for item in dataclasses.fields(type(make_kind(given["method"], {})))}
+    fields = {item.name for item in dataclasses.fields(as_saliency_method(given["method"]))}
     settings = {name: given[name] for name in fields if name in given}
     if settings.get("weights"):
         settings["weights"] = tuple(numbers(settings["weights"], "--weights"))
-    kind = make_kind(given["method"], settings)
+    kind = as_saliency_method(given["method"], **settings)
     with quiet_stdout():
         network, _ = open_model(model, given)
         size, mean, std = reading_of(network, given)

@@ -16,6 +16,7 @@ from pathlib import Path
 from secateur.errors import SecateurError
 from secateur.method import Method, list_methods, method_class
 from secateur.pruning.method import UnitMethod, WeightMethod
+from secateur.saliency.method import SaliencyMethod
 from secateur.taxonomy import MethodInfo
 from secateur.taxonomy.axes import AXES, MEANING, RECORDS, notation
 from secateur.tokens.method import TokenMethod
@@ -50,7 +51,9 @@ LABELS = {
 
 
 def kind_of(cls: type[Method]) -> str:
-    """What a method removes, in one word of the index."""
+    """What a method removes, in one word of the index; nothing where it draws a map."""
+    if issubclass(cls, SaliencyMethod):
+        return "nothing: a map"
     if issubclass(cls, WeightMethod):
         return "weights"
     if issubclass(cls, TrainMethod):
@@ -160,6 +163,8 @@ def _examples(cls: type[Method]) -> list[str]:
         return _train_examples(name)
     if issubclass(cls, TokenMethod):
         return _token_examples(cls)
+    if issubclass(cls, SaliencyMethod):
+        return _map_examples(name)
     given = "model, " if "llm" in info.models else "model, inputs, "
     data = ", data=samples" if cls.needs else ""
     lines = [
@@ -220,6 +225,22 @@ def _token_examples(cls: type[TokenMethod]) -> list[str]:
     ]
 
 
+def _map_examples(name: str) -> list[str]:
+    return [
+        "```sh",
+        f"secateur saliency efficientnet-lite0 photo.jpg --method {name} --out map.png",
+        "```",
+        "",
+        "```python",
+        "import secateur",
+        "",
+        f'found = secateur.saliency(model, image, method="{name}", target=281)',
+        'found.save("map.png", image)',
+        "```",
+        "",
+    ]
+
+
 def _facts(cls: type[Method]) -> str:
     info = cls.info
     if issubclass(cls, TokenMethod):
@@ -229,6 +250,8 @@ def _facts(cls: type[Method]) -> str:
             f"Removes visual tokens while the model runs; {training}; the tokens of one {cls.scope} compete; "
             f"position ids are {'counted anew' if cls.positions == 'compact' else 'kept'}; newline tokens {newlines}."
         )
+    if issubclass(cls, SaliencyMethod):
+        return "Draws a map and removes nothing; one forward and one backward of the model as it is; needs no training."
     facts = [f"Removes {kind_of(cls)}" if kind_of(cls) != "other" else "Neither removes weights nor units"]
     facts.append("needs no training" if info.training_free else "trains")
     facts.append("reads `" + "`, `".join(sorted(cls.needs)) + "`" if cls.needs else "reads no statistics")

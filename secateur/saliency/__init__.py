@@ -11,19 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.saliency.maps import MAPS, Kind, make_kind, one_step, resize, unit_range
+from secateur.method import list_methods, make_method, method_class
+from secateur.saliency.maps import one_step, resize, unit_range
+from secateur.saliency.method import SaliencyMethod
 from secateur.saliency.picture import overlay, save_png
 from secateur.saliency.relevance import COMPOSITES, Composite, propagate
 
 __all__ = [
     "COMPOSITES",
-    "MAPS",
     "Composite",
-    "Kind",
     "Map",
+    "SaliencyMethod",
+    "as_saliency_method",
     "class_sensitivity",
     "propagate",
     "saliency",
+    "saliency_methods",
 ]
 
 
@@ -64,10 +67,37 @@ class Map:
         save_png(self.overlay(image), path)
 
 
+def saliency_methods() -> list[str]:
+    """The names of the methods that draw maps.
+
+    >>> "normgrad" in saliency_methods()
+    True
+    """
+    return [name for name in list_methods() if issubclass(method_class(name), SaliencyMethod)]
+
+
+def as_saliency_method(method: str | SaliencyMethod, **settings: Any) -> SaliencyMethod:
+    """A method that draws maps, by name and hyperparameters.
+
+    >>> as_saliency_method("grad-cam", layers="last")
+    GradCam(layers='last')
+
+    Raises `SecateurError` for an unknown name, hyperparameter or value, and for a method that removes something.
+    """
+    chosen = make_method(method, **settings)
+    if not isinstance(chosen, SaliencyMethod):
+        raise SecateurError(
+            f"{chosen.name} removes something; it draws no map",
+            where="saliency",
+            fix=f"one of {', '.join(saliency_methods())}",
+        )
+    return chosen
+
+
 def saliency(
     model: nn.Module,
     image: Tensor,
-    method: str | Kind = "normgrad",
+    method: str | SaliencyMethod = "normgrad",
     target: Any = None,
     *,
     meta: float = 0.0,
@@ -83,8 +113,7 @@ def saliency(
     Parameters
     ----------
     image: [C, H, W], or [N, C, H, W] for a map each; as the model takes it (normalised), on any device.
-    method: normgrad, selective-normgrad, linear-approximation, grad-cam, gradient, guided-backprop, guided-grad-cam, lrp,
-        salient-relevance.
+    method: the name of a map (`saliency_methods()` lists them), or one with its hyperparameters.
     target: the class, or one for each picture; None: the likeliest.
     meta: learning rate of a step of SGD towards the class before the map is made (0.0025 in the paper), which makes maps
         more particular to their class; negative: away from it. The model's weights come back.
@@ -95,7 +124,7 @@ def saliency(
     Raises `SecateurError`: a picture that isn't one or holds NaN, a class that isn't one, a map that is zero everywhere
     because nothing in the picture speaks for the class, no convolution to read, an operation without a rule.
     """
-    kind = make_kind(method, settings)
+    chosen = as_saliency_method(method, **settings)
     if not isinstance(model, nn.Module):
         raise SecateurError(f"got a {type(model).__name__}", where="model", fix="pass a torch.nn.Module")
     pictures = _as_pictures(image)
@@ -106,41 +135,41 @@ def saliency(
                 target[index] if isinstance(target, Tensor | list | tuple) and len(target) > index else target
             )
             with one_step(model, one[None], own, meta) as targets:
-                parts.append(kind.draw(model, one[None], targets))
+                parts.append(chosen.draw(model, one[None], targets))
         values = torch.cat([resize(part.values, pictures.shape[2:]) for part in parts])
         targets, layers = torch.cat([part.targets for part in parts]), parts[0].layers
         each = [part.attribution for part in parts if part.attribution is not None]
         attribution = torch.cat(each) if each else None
     else:
-        found = kind.draw(model, pictures, target)
+        found = chosen.draw(model, pictures, target)
         values, targets, layers = resize(found.values, pictures.shape[2:]), found.targets, found.layers
         attribution = found.attribution
     if blur:
         values = _blurred(values, blur * max(pictures.shape[2:]))
     for index, one in enumerate(values):
         if not torch.isfinite(one).all():
-            raise SecateurError("the map holds NaN or infinite values", where=kind.name, fix="use float32")
+            raise SecateurError("the map holds NaN or infinite values", where=chosen.name, fix="use float32")
         if not one.any():
             which = f" {index}" if len(values) > 1 else ""
             raise SecateurError(
                 f"the map is zero everywhere: nothing in picture{which} speaks for class {int(targets[index])}",
-                where=kind.name,
+                where=chosen.name,
                 fix="ask for a class that the picture shows, or leave target out for the likeliest",
             )
     single = image.dim() == 3
     listed = targets.tolist()
     return Map(
         values=values[0] if single else values,
-        method=kind.name,
+        method=chosen.name,
         target=listed[0] if single else listed,
         layers=layers,
         attribution=attribution[0] if single and attribution is not None else attribution,
-        hyperparameters={**dataclasses.asdict(kind), **({"meta": meta} if meta else {})},
+        hyperparameters={**chosen.hyperparameters, **({"meta": meta} if meta else {})},
     )
 
 
 def class_sensitivity(
-    model: nn.Module, image: Tensor, method: str | Kind = "normgrad", **settings: Any
+    model: nn.Module, image: Tensor, method: str | SaliencyMethod = "normgrad", **settings: Any
 ) -> float:
     """Spearman's correlation over pixels of the maps of the most and the least likely class: 1 is blind to the class.
 

@@ -1,0 +1,46 @@
+"""The kind of method that draws a saliency map of a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from secateur.method import Method
+
+
+@dataclass
+class Drawn:
+    """What a saliency method drew.
+
+    `values` [N, H, W] of any size, the `targets` [N] it asked for, the `layers` it read, and for maps of single pixels
+    the signed `attribution` [N, C, H, W].
+    """
+
+    values: Tensor
+    targets: Tensor
+    layers: tuple[str, ...] = ()
+    attribution: Tensor | None = None
+
+
+@dataclass
+class SaliencyMethod(Method):
+    """Draws where in a picture the logit of a class comes from: `secateur.saliency`.
+
+    Write `draw`. The engines record activations and gradients (`saliency.record`), propagate relevance
+    (`saliency.relevance`) and leave the model as it was; a map has no budget and removes nothing.
+    """
+
+    def draw(self, model: nn.Module, image: Tensor, target: Any) -> Drawn:
+        """Draw the map of each picture.
+
+        Args:
+            model: a classifier.
+            image: pictures [N, C, H, W], normalised as the model takes them.
+            target: the class, one for each picture, or None for the likeliest.
+
+        Returns:
+            Maps [N, H, W] of any size, larger where more comes from.
+        """
+        raise TypeError(f"{type(self).__name__} must define draw")
