@@ -1,32 +1,9 @@
-"""Layer-wise relevance propagation through any model, by the operations that it runs.
-
-While a model runs under `RelevanceMode`, every operation that the picture passes gets a backward of its own, which
-carries relevance where autograd carries gradients. Operations that only move numbers (views, cat, pad, max pooling) keep
-their gradient, which moves relevance the same way; residual sums are found where they happen. One forward, one backward.
-
-| operation | rule |
-| --- | --- |
-| convolution, linear; BatchNorm right behind is folded into it | the composite's |
-| sum of two activations | in proportion to them |
-| average pooling, mean, sum | in proportion to the inputs |
-| max pooling | the winner takes all |
-| ReLU and other activations, dropout, other norms, times or plus a constant | as it is |
-| attention | its weights are constants, the values get all, in proportion (Ali et al. 2022, arXiv 2202.07304) |
-| product with the output of a sigmoid | all to the other factor |
-| product of two activations | half each |
-
-Bach et al. 2015, https://doi.org/10.1371/journal.pone.0130140; Montavon et al. 2019, "Layer-Wise Relevance Propagation: An
-Overview"; the rule for a box of pixels is that of Montavon et al. 2017, https://arxiv.org/abs/1512.02479.
-Spec: lrp-pruning, salient-relevance.
-"""
+"""The mode under which every operation that a model runs hands its relevance on."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -35,223 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from secateur.errors import SecateurError, choose
-from secateur.saliency.record import undisturbed
-
-RULES = ("z+", "epsilon", "alpha-beta", "flat", "box")
-
-
-@dataclass(frozen=True)
-class Composite:
-    """Which rule each layer gets.
-
-    >>> Composite(linear="epsilon", first="box", low=-2.1, high=2.6)  # doctest: +SKIP
-
-    `first`: of layers on the pixels themselves; `last`: of the layer that gives the logits; None: as the others.
-    """
-
-    conv: str = "z+"
-    linear: str = "z+"
-    first: str | None = None
-    last: str | None = None
-    epsilon: float = 1e-6
-    """Of the epsilon rule, of sums, means and attention; has the sign of what it is added to."""
-    stabiliser: float = 1e-9
-    """Of the other rules."""
-    biases: bool = False
-    """Whether positive (for alpha-beta also negative) biases take their share in z+ and alpha-beta."""
-    alpha: float = 2.0
-    beta: float = 1.0
-    low: float | None = None
-    """Least and greatest value of a pixel, for `box`; None: those of the batch."""
-    high: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("conv", "linear", "first", "last"):
-            rule = getattr(self, name)
-            if rule is not None or name not in ("first", "last"):
-                choose(rule, RULES, what="rule", where=f"lrp, {name}")
-
-
-COMPOSITES = {
-    "z+": Composite(),
-    "epsilon": Composite(conv="epsilon", linear="epsilon"),
-    "alpha2-beta1": Composite(conv="alpha-beta", linear="epsilon"),
-    "epsilon-plus": Composite(linear="epsilon"),
-    "epsilon-plus-flat": Composite(linear="epsilon", first="flat"),
-    "epsilon-plus-box": Composite(linear="epsilon", first="box"),
-    "z-conv": Composite(conv="epsilon", linear="z+", epsilon=1e-9),
-}
-"""Common choices; `z-conv` is that of salient-relevance."""
-
-
-def as_composite(composite: str | Composite, **changes: Any) -> Composite:
-    """A composite by name, with some fields changed.
-
-    Raises `SecateurError` for another name.
-    """
-    if isinstance(composite, str):
-        composite = COMPOSITES[choose(composite, COMPOSITES, what="composite", where="lrp")]
-    return dataclasses.replace(composite, **changes)
-
-
-def in_float32(model: nn.Module) -> nn.Module:
-    """The model, or, where it is in half precision, a float32 copy."""
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
-        return copy.deepcopy(model).float()
-    return model
-
-
-def propagate(
-    model: nn.Module,
-    inputs: Any,
-    start: Callable[[Tensor], Tensor],
-    composite: str | Composite = "epsilon-plus-flat",
-    *,
-    run: Callable[[nn.Module, Any], Tensor] | None = None,
-    watch: Callable[[str, Tensor], None] | None = None,
-) -> Tensor | None:
-    """The relevance of the input, of its shape; None for token ids.
-
-    >>> R = propagate(vgg, x, lambda logits: F.one_hot(logits.argmax(1), 1000) * 1.0)  # doctest: +SKIP
-    >>> R.sum((1, 2, 3))  # doctest: +SKIP
-
-    inputs: what the model is called with, a float tensor [N, ...] or anything that `run(model, inputs)` takes.
-    start: logits -> the relevance they begin with, of their shape.
-    watch: called with the name of a weight (as in `named_parameters`) and the relevance at its layer's output (behind a
-        folded BatchNorm), [..., channels], each time that it was used.
-
-    Half precision runs in a float32 copy. Raises `SecateurError` where an operation has no rule, or nothing arrives.
-    """
-    model = in_float32(model)
-    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-    mode = RelevanceMode(as_composite(composite), names, watch)
-    with undisturbed(model):
-        if isinstance(inputs, Tensor) and inputs.is_floating_point():
-            first = next(model.parameters(), inputs)
-            inputs = inputs.detach().to(first.device, first.dtype).clone().requires_grad_(True)
-        x = inputs
-        if isinstance(inputs, Tensor) and inputs.requires_grad:
-            x = inputs.view_as(inputs)
-            x._pixels = True  # type: ignore[attr-defined]
-        with mode:
-            logits = run(model, x) if run else model(x)
-        if not isinstance(logits, Tensor):
-            from secateur.stats.windows import logits_of
-
-            logits = logits_of(logits)
-        if not logits.requires_grad:
-            raise SecateurError(
-                "no relevance can leave the output",
-                where=type(model).__name__,
-                fix="give a model that ends in logits, before any softmax",
-            )
-        check_rules(logits, model)
-        relevance = start(logits.detach()).to(logits)
-        given = [inputs] if isinstance(inputs, Tensor) and inputs.requires_grad else mode.leaves
-        with torch.no_grad():
-            found = torch.autograd.grad(logits, given, relevance, allow_unused=True)
-    if all(part is None for part in found):
-        raise SecateurError(
-            "no relevance arrives at the input",
-            where=type(model).__name__,
-            fix="it must end in logits, not in a softmax",
-        )
-    return found[0] if given[0] is inputs else None
-
-
-# ---------------------------------------------------------------- operations
-
-
-class _Rule(torch.autograd.Function):
-    """An operation whose backward carries relevance: `back(R, *inputs)` gives that of every input."""
-
-    @staticmethod
-    def forward(ctx: Any, value: list[Tensor], back: Callable[..., Any], *inputs: Tensor) -> Tensor:
-        ctx.back = back
-        ctx.save_for_backward(*inputs)
-        return value.pop()
-
-    @staticmethod
-    def backward(ctx: Any, relevance: Tensor) -> Any:
-        found = ctx.back(relevance, *ctx.saved_tensors)
-        return (None, None, *(found if isinstance(found, tuple) else (found,)))
-
-
-def _stable(z: Tensor, epsilon: float) -> Tensor:
-    return z + torch.where(z < 0, -epsilon, epsilon)
-
-
-def _share(f: Callable[[Tensor], Tensor], x: Tensor, relevance: Tensor, epsilon: float) -> Tensor:
-    """Relevance of x where f is linear: x * vjp(R / f(x))."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_(True)
-        z = f(x)
-        s = relevance / _stable(z.detach(), epsilon)
-        (c,) = torch.autograd.grad(z, x, s)
-    return x.detach() * c
-
-
-def _parts(
-    f: Callable[..., Tensor],
-    pairs: Sequence[tuple[Tensor, Tensor, Tensor | None]],
-    relevance: Tensor,
-    epsilon: float,
-    signs: tuple[float, ...] | None = None,
-) -> Tensor:
-    """Relevance of the x of several (x, w, bias) whose outputs f(x, w) + bias add up, with these signs."""
-    signs = signs or (1.0,) * len(pairs)
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_(True) for x, _, _ in pairs]
-        outputs = [f(x, w) for x, (_, w, _) in zip(leaves, pairs)]
-        total = sum(sign * z.detach() for sign, z in zip(signs, outputs))
-        for _, _, bias in pairs:
-            total = total if bias is None else total + bias
-        s = relevance / _stable(total, epsilon)  # type: ignore[arg-type]
-        found = torch.autograd.grad(outputs, leaves, [s] * len(outputs))
-    return sum(sign * x.detach() * c for sign, x, c in zip(signs, leaves, found))  # type: ignore[return-value]
-
-
-def layer_relevance(
-    rule: str,
-    f: Callable[..., Tensor],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    relevance: Tensor,
-    composite: Composite,
-) -> Tensor:
-    """Relevance of a layer's input x from that of its output f(x, weight) + bias; f is linear in both.
-
-    >>> x, w = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0], [1.0, -1.0]])
-    >>> layer_relevance("z+", F.linear, x, w, None, torch.ones(1, 2), Composite())
-    tensor([[1.3333, 0.6667]])
-    """
-    if rule == "epsilon":
-        return _parts(f, [(x, weight, bias)], relevance, composite.epsilon)
-    tiny, zeros = composite.stabiliser, torch.zeros_like(x)
-    if rule == "flat":
-        ones = torch.ones_like(x)
-        return _parts(f, [(ones, torch.ones_like(weight), None)], relevance, tiny)
-    plus, minus = weight.clamp(min=0), weight.clamp(max=0)
-    if rule == "box":
-        low = zeros + (x.min() if composite.low is None else composite.low)
-        high = zeros + (x.max() if composite.high is None else composite.high)
-        pairs = [(x, weight, None), (low, plus, None), (high, minus, None)]
-        return _parts(f, pairs, relevance, tiny, (1.0, -1.0, -1.0))
-    up, down = x.clamp(min=0), x.clamp(max=0)
-    signed = bool((x < 0).any())
-    more = bias.clamp(min=0) if bias is not None and composite.biases else None
-    less = bias.clamp(max=0) if bias is not None and composite.biases else None
-
-    def part(for_up: Tensor, for_down: Tensor, b: Tensor | None) -> Tensor:
-        pairs = [(up, for_up, b), *([(down, for_down, None)] if signed else [])]
-        return _parts(f, pairs, relevance, tiny)
-
-    positive = part(plus, minus, more)
-    if rule == "z+":
-        return positive
-    return composite.alpha * positive - composite.beta * part(minus, plus, less)
+from secateur.errors import SecateurError
+from secateur.saliency.relevance.composite import Composite
+from secateur.saliency.relevance.rules import Rule, layer_relevance, share, stable
 
 
 def _named(names: str) -> set[Any]:
@@ -281,7 +44,7 @@ MEANS |= _named("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d")
 MATMULS = _named("matmul __matmul__ mm bmm")
 
 ROUTES = re.compile(
-    r"(_Rule|View|UnsafeView|ReshapeAlias|Permute|Transpose|T|Mh|MT|Slice|Select|Index|IndexSelect|Gather|Cat|Stack|Split|"
+    r"(Rule|View|UnsafeView|ReshapeAlias|Permute|Transpose|T|Mh|MT|Slice|Select|Index|IndexSelect|Gather|Cat|Stack|Split|"
     r"SplitWithSizes|Chunk|Unbind|SafeSplit|Expand|Repeat|RepeatInterleave|SelfRepeatInterleave|Squeeze|Unsqueeze|Clone|Alias|"
     r"ToCopy|ConstantPadNd|ReflectionPad\dD|ReplicationPad\dD|MaxPool\dD\w*|AdaptiveMaxPool\dD|Max|Amax|TopK|Roll|Flip|Rot90|"
     r"AsStrided|Copy|CopySlices|Upsample\w+|PixelShuffle|PixelUnshuffle|Im2Col|Col2Im|Unfold|Where|MaskedFill|MaskedScatter|"
@@ -325,6 +88,7 @@ class RelevanceMode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, func = kwargs or {}, plain(func)
+        # token ids carry no gradient: relevance of a text ends at its embeddings, which become leaves
         if func is F.embedding:
             found = func(*args, **kwargs)
             if found.is_floating_point() and not found.requires_grad:
@@ -332,17 +96,20 @@ class RelevanceMode(TorchFunctionMode):
                 self.leaves.append(found)
                 return self._embedded(found, _argument(args, kwargs, 1, "weight"))
             return found
+        # what the input does not reach (masks, position tables) is a constant
         if not _carry((*args, *kwargs.values())):
             return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             with self:
                 return _multi_head_attention(*args, **kwargs)
+        # autograd refuses custom functions that write in place: they run on a clone, and the result is copied back
         in_place = (
             bool(kwargs.get("inplace"))
             or (func.__name__.endswith("_") and not func.__name__.startswith("__"))
             or func.__name__ in ("__iadd__", "__isub__", "__imul__", "__itruediv__")
         )
         handler = self._handler(func)
+        # operations that only move numbers: their own gradient moves relevance the same way
         if handler is None:
             found = func(*args, **kwargs)
             if isinstance(found, Tensor) and args and getattr(args[0], "_pixels", False):
@@ -433,7 +200,7 @@ class RelevanceMode(TorchFunctionMode):
                 self.watch(name, relevance.movedim(channels, -1))
             return layer_relevance(own, f, x, weight, shaped, relevance, c)
 
-        out = _Rule.apply([value.detach()], back, x)
+        out = Rule.apply([value.detach()], back, x)
         if foldable:
             out._layer = (out._version, kind, f, x, weight, bias, out_dim, name)
         return out
@@ -446,7 +213,7 @@ class RelevanceMode(TorchFunctionMode):
                 self.watch(name, relevance)
             return relevance
 
-        return _Rule.apply([found.detach().clone()], back, found)
+        return Rule.apply([found.detach().clone()], back, found)
 
     def _batch_norm(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         value = func(*args, **kwargs)
@@ -482,7 +249,7 @@ class RelevanceMode(TorchFunctionMode):
         def back(relevance: Tensor, x: Tensor) -> Tensor:
             return relevance.sum_to_size(x.shape).to(x.dtype)
 
-        return _Rule.apply([value.detach()], back, x)
+        return Rule.apply([value.detach()], back, x)
 
     def _pass(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         value = func(*args, **kwargs)
@@ -506,10 +273,10 @@ class RelevanceMode(TorchFunctionMode):
         epsilon = self.composite.epsilon
 
         def back(relevance: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            s = relevance / _stable(x + sign * y, epsilon)
+            s = relevance / stable(x + sign * y, epsilon)
             return (x * s).sum_to_size(x.shape), (sign * y * s).sum_to_size(y.shape)
 
-        return _Rule.apply([value.detach()], back, x, y)
+        return Rule.apply([value.detach()], back, x, y)
 
     def _multiply(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         x, y = args[0], _argument(args, kwargs, 1, "other")
@@ -522,7 +289,7 @@ class RelevanceMode(TorchFunctionMode):
         def back(relevance: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             return (relevance / 2).sum_to_size(x.shape), (relevance / 2).sum_to_size(y.shape)
 
-        return _Rule.apply([value.detach()], back, x, y)
+        return Rule.apply([value.detach()], back, x, y)
 
     def _divide(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         value = func(*args, **kwargs)
@@ -536,9 +303,9 @@ class RelevanceMode(TorchFunctionMode):
         kwargs = {key: value for key, value in kwargs.items() if key != "input"}
 
         def back(relevance: Tensor, x: Tensor) -> Tensor:
-            return _share(lambda t: func(t, *rest, **kwargs), x, relevance, epsilon)
+            return share(lambda t: func(t, *rest, **kwargs), x, relevance, epsilon)
 
-        return _Rule.apply([func(x, *rest, **kwargs).detach()], back, x)
+        return Rule.apply([func(x, *rest, **kwargs).detach()], back, x)
 
     def _matmul(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         x, y = args[0], _argument(args, kwargs, 1, "other" if func is not torch.mm else "mat2")
@@ -562,9 +329,9 @@ class RelevanceMode(TorchFunctionMode):
 
         def back(relevance: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             half = relevance / 2
-            return _share(lambda t: f(t, y), x, half, epsilon), _share(lambda t: f(x, t), y, half, epsilon)
+            return share(lambda t: f(t, y), x, half, epsilon), share(lambda t: f(x, t), y, half, epsilon)
 
-        return _Rule.apply([value.detach()], back, x, y)
+        return Rule.apply([value.detach()], back, x, y)
 
     def _attention(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         names = ("query", "key", "value")
@@ -580,9 +347,9 @@ class RelevanceMode(TorchFunctionMode):
         epsilon = self.composite.epsilon
 
         def back(relevance: Tensor, x: Tensor) -> Tensor:
-            return _share(f, x, relevance, epsilon)
+            return share(f, x, relevance, epsilon)
 
-        return _Rule.apply([value.detach()], back, x)
+        return Rule.apply([value.detach()], back, x)
 
 
 OUT_OF_PLACE: dict[Any, Any] = {
