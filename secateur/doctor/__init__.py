@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["doctor", "installed_versions", "tested_versions", "warn_outside_tested"]
 
-Job = tuple["Check | None", "Subject | str", str]
-"""A check, its model (or why there is none), and the name of the model."""
+Job = tuple["Check | str", "Subject | str", str]
+"""A check, or the name of what can't be checked; its model, or why there is none; the name of the model."""
 
 
 def doctor(model: Any = None, progress: Callable[..., Iterable] | None = None) -> dict[str, Any]:
@@ -102,27 +102,38 @@ def _own(model: Any) -> list[Job]:
     import torch
 
     from secateur.doctor.checks import CUT, SAVED, TOKENS
-    from secateur.doctor.subjects import Unfit, is_vlm, own_subject
+    from secateur.doctor.subjects import Unfit, own_subject
 
     try:
         with torch.random.fork_rng(devices=[]):
             subject = own_subject(model)
-    except Unfit as why:
+    except Unfit as error:
         name = model if isinstance(model, str) else type(model).__name__
-        return [(None, str(why), name)]
-    checks = (*TOKENS, CUT, SAVED) if is_vlm(subject.model) else (CUT, SAVED)
-    return [(check, subject, subject.name) for check in checks]
+        return [("a tiny model of its class", str(error), name)]
+    why = subject.without_tokens
+    jobs: list[Job] = [(check, subject, subject.name) for check in (TOKENS if why is None else ())]
+    jobs += [("visual tokens", why, subject.name)] if why else []
+    return jobs + [(check, subject, subject.name) for check in (CUT, SAVED)]
 
 
-def _row(check: Check | None, subject: Subject | str, name: str) -> dict[str, Any]:
+def _row(check: Check | str, subject: Subject | str, name: str) -> dict[str, Any]:
     """Runs one check on a copy of its model; a failure of any kind is a row."""
     import copy
 
-    row: dict[str, Any] = {"check": check.name if check else "a tiny model of its class", "model": name}
+    if isinstance(check, str):
+        row: dict[str, Any] = {
+            "check": check,
+            "model": name,
+            "state": "not run",
+            "reason": subject,
+            "seconds": 0.0,
+        }
+        return row | dict.fromkeys(("error", "allowed", "means", "fix"))
+    row = {"check": check.name, "model": name}
     row |= {"state": "ok", "error": None, "allowed": None, "seconds": 0.0}
     row |= dict.fromkeys(("reason", "means", "fix"))
-    if check is None or isinstance(subject, str):
-        row |= {"state": "not run" if check is None else "failed", "reason": subject}
+    if isinstance(subject, str):
+        row |= {"state": "failed", "reason": subject}
     else:
         started = time.perf_counter()
         try:
@@ -139,7 +150,7 @@ def _row(check: Check | None, subject: Subject | str, name: str) -> dict[str, An
         except Exception as error:  # noqa: BLE001  any way in which another version of a library can fail
             row |= {"state": "failed", "reason": _told(error)}
         row["seconds"] = time.perf_counter() - started
-    if check is not None and row["state"] == "failed":
+    if row["state"] == "failed":
         row |= {"means": check.means, "fix": _fix(check)}
     return row
 

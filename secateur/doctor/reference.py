@@ -61,12 +61,13 @@ def without(model: Any, gone_at: Mapping[int, Tensor]) -> Iterator[None]:
     eager = model.config.get_text_config()._attn_implementation == "eager"
     changed = []
     for number, layer in enumerate(model.get_decoder().layers):
-        before = [k for k in gone_at if k <= number]
-        if not before:
+        latest = max((k for k in gone_at if k <= number), default=None)
+        if latest is None:
             continue
-        columns = gone_at[max(before)]
 
-        def run(*args: Any, forward: Any = layer.forward, gone: Tensor = columns, **kwargs: Any) -> Any:
+        def run(
+            *args: Any, forward: Any = layer.forward, gone: Tensor = gone_at[latest], **kwargs: Any
+        ) -> Any:
             if not eager:
                 with Masked(gone):
                     return forward(*args, **kwargs)

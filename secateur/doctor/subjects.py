@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +45,31 @@ def own_subject(model: Any) -> Subject:
             fix="give a name, a folder, a module or a config",
         )
     try:
-        small = tiny.fill(cls(tiny.shrink(config)))
-        inputs = tiny.inputs_for(small)
-        with torch.no_grad():
-            small(**inputs)
-    except SecateurError as error:
-        raise Unfit(str(error)) from error
+        small = cls(tiny.shrink(config))
+        # double precision tells rounding from errors; some kernels don't know it, and padding gives NaN in eager attention
+        for dtype in (torch.float64, torch.float32):
+            small = tiny.fill(small, dtype=dtype)
+            inputs, why = _inputs(small)
+            with suppress(*([RuntimeError] if dtype == torch.float64 else [])), torch.no_grad():
+                out = small(**inputs)
+                if bool(torch.isfinite(out[0]).all()):
+                    break
     except Exception as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise Unfit(f"{cls.__name__} can't be made small automatically ({told})") from error
-    return Subject(cls.__name__, small, inputs, own=True)
+    return Subject(cls.__name__, small, inputs, own=True, without_tokens=why)
 
 
-def is_vlm(model: Any) -> bool:
-    return getattr(getattr(model, "config", None), "vision_config", None) is not None and hasattr(
-        model, "get_image_features"
-    )
+def _inputs(model: Any) -> tuple[Any, str | None]:
+    """Example inputs, and why no visual tokens can be dropped: None where they can, "" where there are none."""
+    from secateur.tasks import tiny
+
+    if not tiny.sees(model):
+        return tiny.inputs_for(model), ""
+    try:
+        return tiny.inputs_for(model), None
+    except SecateurError as error:
+        return tiny.text_for(model), str(error)
 
 
 def _as_it_is(model: nn.Module) -> Subject:
@@ -78,7 +88,11 @@ def _as_it_is(model: nn.Module) -> Subject:
     except SecateurError as error:
         raise Unfit(f"{name}: {error.what}") from error
     return Subject(
-        name, model, map_tensors(inputs, lambda t: t.double() if t.is_floating_point() else t), own=True
+        name,
+        model,
+        map_tensors(inputs, lambda t: t.double() if t.is_floating_point() else t),
+        own=True,
+        without_tokens="",
     )
 
 

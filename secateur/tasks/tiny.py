@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.families.vlm import family_of
 
 WIDTH, INNER, DEPTH, HEADS, WORDS, SIDE, PATCH = 32, 48, 4, 4, 128, 16, 4
 HEAD = WIDTH // HEADS
+SECTIONS = [1, 1, 2]
+"""Of half a head, for rotary positions in three axes."""
 FIRST_WORD = 64
 """Ids below are for special tokens."""
 PAD = 0
@@ -113,20 +116,24 @@ def shrink(config: Any) -> Any:
     ids = sorted({i for _, value in _special(fields) for i in value if i >= 0})
     if len(ids) >= FIRST_WORD:
         raise SecateurError(f"{len(ids)} special tokens are too many for a tiny vocabulary", where="shrink")
-    return type(config).from_dict(_smaller(fields, {old: new for new, old in enumerate(ids, 1)}))
+    new = _smaller(fields, {old: new for new, old in enumerate(ids, 1)})
+    if "spatial_merge_size" in new.get("vision_config", ()) and new["text_config"].get("rope_parameters"):
+        # positions in three axes; where a config doesn't divide them, its class assumes heads of 128
+        new["text_config"]["rope_parameters"]["mrope_section"] = SECTIONS
+    return type(config).from_dict(new)
 
 
 def _special(fields: Mapping[str, Any]) -> Iterator[tuple[str, list[int]]]:
     """The fields that name special tokens, of a config and of the configs in it."""
     for name, value in fields.items():
         if isinstance(value, Mapping):
-            yield from _special(value)
+            yield from _special(value) if name.endswith("_config") else ()
         elif name.endswith(("_token_id", "_token_index", "_token_ids")) and value is not None:
             yield name, [int(i) for i in (value if isinstance(value, list | tuple) else [value])]
 
 
 def _smaller(fields: Mapping[str, Any], ids: Mapping[int, int]) -> dict[str, Any]:
-    new = {
+    new: dict[str, Any] = {
         name: _smaller(value, ids)
         if isinstance(value, Mapping) and name.endswith("_config")
         else _capped(value, SMALL.get(name))
@@ -144,10 +151,11 @@ def _smaller(fields: Mapping[str, Any], ids: Mapping[int, int]) -> dict[str, Any
         _fewer_layers(new, fields, deep)
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(fields.get(name), Mapping):
-            half = new.get("head_dim") or HEAD
-            new[name] = _rotary(fields[name], half // 2)
+            new[name] = _rotary(fields[name], int(new.get("head_dim") or HEAD) // 2)
     if "fullatt_block_indexes" in new:
         new["window_size"] = 4 * PATCH
+    if "depths" in new and isinstance(new.get("image_size"), int):
+        new["image_size"] = 4 * SIDE  # each stage halves it
     if "image_grid_pinpoints" in new:
         new["image_grid_pinpoints"] = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
     return new
@@ -171,8 +179,10 @@ def _fewer_layers(new: dict[str, Any], fields: Mapping[str, Any], deep: int) -> 
     for name, value in fields.items():
         if _long(value, deep):
             new[name] = [value[i] for i in stay]
-        elif name.endswith("_indexes") and isinstance(value, list | tuple):
-            new[name] = [DEPTH // 2 - 1, DEPTH - 1][: len(value)]
+        elif name == "fullatt_block_indexes":
+            new[name] = [DEPTH // 2 - 1, DEPTH - 1]
+        elif name == "deepstack_visual_indexes":
+            new[name] = [DEPTH // 2 - 1]
         elif name.endswith("_feature_layer"):
             layers = value if isinstance(value, list | tuple) else [value]
             near = [max(-DEPTH, min(i, DEPTH - 1)) if isinstance(i, int) else i for i in layers]
@@ -190,21 +200,16 @@ def _rotary(rope: Mapping[str, Any], half: int) -> dict[str, Any]:
         if isinstance(value, Mapping):
             value = _rotary(value, half)
         elif name == "mrope_section":
-            value = [half // 4, half // 4, half - 2 * (half // 4)]
+            value = SECTIONS
         elif name.endswith("_factor") and isinstance(value, list | tuple):
             value = value[: int(half * rope.get("partial_rotary_factor", 1))]
         new[name] = value
     return new
 
 
-def fill(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The model with random matrices, in double precision, for evaluation; attention that is written out stays in single
-    precision, where rows that are all padding give numbers.
-    """
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    written_out = getattr(text, "_attn_implementation", None) == "eager" and hasattr(model, "get_decoder")
-    model = model.float() if written_out else model.double()
+def fill(model: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The model with random matrices, for evaluation."""
+    model = model.to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -260,7 +265,7 @@ def tiny_qwen() -> nn.Module:
         "fullatt_block_indexes": [1, 3],
         "out_hidden_size": WIDTH,
     }
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": SECTIONS}
     config = transformers.Qwen2_5_VLConfig(
         text_config={**_text(), "rope_parameters": rope},
         vision_config=vision,
@@ -315,14 +320,26 @@ def inputs_for(model: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     config = getattr(model, "config", None)
     kind = next(model.parameters()).dtype
-    if getattr(config, "vision_config", None) is not None and hasattr(model, "get_image_features"):
+    if sees(model):
         return _questions(model, generator)
     if getattr(model, "main_input_name", "input_ids") == "pixel_values" or isinstance(model, TinyCnn):
         side = getattr(config, "image_size", None) or 2 * SIDE
         sides = side if isinstance(side, list | tuple) else (side, side)
         noise = torch.randn(2, getattr(config, "num_channels", 3), *sides, generator=generator).to(kind)
         return noise if config is None else {"pixel_values": noise}
-    vocabulary = config.get_text_config().vocab_size if config is not None else WORDS
+    return text_for(model)
+
+
+def sees(model: Any) -> bool:
+    """Whether it is a vision-language model."""
+    vision = getattr(getattr(model, "config", None), "vision_config", None)
+    return vision is not None and hasattr(model, "get_image_features")
+
+
+def text_for(model: Any) -> dict[str, Tensor]:
+    """Token ids of two rows, from the upper half of the vocabulary."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    vocabulary = config.get_text_config().vocab_size
     ids = torch.randint(vocabulary // 2, vocabulary, (2, 12), generator=generator)
     made = {"input_ids": ids}
     if getattr(config, "is_encoder_decoder", False):
@@ -331,8 +348,6 @@ def inputs_for(model: Any) -> Any:
 
 
 def _questions(model: Any, generator: torch.Generator) -> dict[str, Tensor]:
-    from secateur.families.vlm import family_of
-
     family, config = family_of(model), model.config
     rows = (2, 1, 0)
     made = _pictures(model, rows, generator)
@@ -372,8 +387,6 @@ def _pictures(model: Any, rows: tuple[int, ...], generator: torch.Generator) -> 
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(kind)
-
-    from secateur.families.vlm import family_of
 
     if family_of(model).packed:
         merge = vision.spatial_merge_size
