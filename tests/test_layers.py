@@ -36,8 +36,6 @@ FLOORS = [
 KNOWN: set[tuple[str, str]] = {
     ("secateur.cli.main", "secateur"),
     ("secateur.cli.tokens", "secateur"),
-    ("secateur.doctor", "secateur"),
-    ("secateur.doctor.checks", "secateur"),
     ("secateur.pruning.prune", "secateur.io.artefact"),
     ("secateur.pruning.prune", "secateur.training.method"),
     ("secateur.stats.divergence", "secateur.solvers.evolution"),

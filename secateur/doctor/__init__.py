@@ -22,6 +22,7 @@ from secateur.utils.tested import (
     requirement,
     tested_versions,
     untested,
+    version_of,
     warn_outside_tested,
 )
 
@@ -56,11 +57,9 @@ def doctor(model: Any = None, progress: Callable[..., Iterable] | None = None) -
         jobs = [*_built_in(), *(_own(model) if model is not None else [])]
         listed = jobs if progress is None else progress(jobs, "checks")
         rows = [_row(*job) for job in listed]
-    from secateur import __version__
-
     return {
         "ok": all(row["state"] != "failed" for row in rows),
-        "secateur": __version__,
+        "secateur": version_of("secateur"),
         "python": platform.python_version(),
         "versions": compare_versions(),
         "checks": rows,

@@ -97,7 +97,7 @@ def chance(s: Subject, inputs: Mapping[str, Tensor], seed: int) -> Tensor:
 
 def dropping(s: Subject, inputs: Mapping[str, Tensor], at: str, gone: Tensor, peek: str | None = None) -> Any:
     """The model attached so that exactly the columns `gone` leave; `peek`: a layer's attention is read on the way."""
-    import secateur
+    from secateur.tokens.attach import attach
 
     ids = inputs["input_ids"]
     stays = [~gone[row, ids[row] == s.model.config.image_token_id] for row in range(len(ids))]
@@ -111,7 +111,7 @@ def dropping(s: Subject, inputs: Mapping[str, Tensor], at: str, gone: Tensor, pe
         return keep
 
     records = (peek,) if peek else ()
-    attached = secateur.attach(
+    attached = attach(
         s.model, select, target="50%", at=at, records=records, scope="row", positions="original"
     )
     attached.method.newlines = "compete"  # type: ignore[misc]
@@ -151,20 +151,20 @@ def against_generate(s: Subject, attached: Any, gone_at: Callable[[Any], dict[in
 
 
 def keep_all(s: Subject) -> tuple[float, float]:
-    import secateur
+    from secateur.tokens.attach import attach
 
     layer = layer_of(s)
     with torch.no_grad():
         logits, (tokens, steps) = s.model(**s.inputs).logits, written(s)
         nothing = torch.zeros_like(s.inputs["input_ids"], dtype=torch.bool)
         every: list[Callable[[], Any]] = [
-            lambda: secateur.attach(s.model, "random-tokens", target="100%"),
-            lambda: secateur.attach(s.model, "fastv", target="100%"),
+            lambda: attach(s.model, "random-tokens", target="100%"),
+            lambda: attach(s.model, "fastv", target="100%"),
             lambda: dropping(s, s.inputs, f"layer:{layer}", nothing, f"layer:{layer}:peek"),
         ]
         worst = 0.0
-        for attach in every:
-            with attach():
+        for made in every:
+            with made():
                 worst = max(worst, apart(s.model(**s.inputs).logits, logits))
                 again, more = written(s)
             worst = max(worst, apart(more, steps), apart(again, tokens))
@@ -209,7 +209,7 @@ def by_method(method: str, target: str) -> Callable[[Subject], tuple[float, floa
     """A published method chooses; dropping what it chose must equal the reference."""
 
     def run(s: Subject) -> tuple[float, float]:
-        import secateur
+        from secateur.tokens.attach import attach
 
         ids = s.inputs["input_ids"]
         image = ids == s.model.config.image_token_id
@@ -225,18 +225,18 @@ def by_method(method: str, target: str) -> Callable[[Subject], tuple[float, floa
                 raise SecateurError(f"{method} dropped nothing", where=s.name)
             return found
 
-        def attach() -> Any:
-            return secateur.attach(s.model, method, target=target, positions="original")
+        def chosen() -> Any:
+            return attach(s.model, method, target=target, positions="original")
 
-        found = against_forward(s, s.inputs, attach(), gone_at)
-        return max(found, against_generate(s, attach(), gone_at)), s.tolerance
+        found = against_forward(s, s.inputs, chosen(), gone_at)
+        return max(found, against_generate(s, chosen(), gone_at)), s.tolerance
 
     return run
 
 
 def attention(s: Subject) -> tuple[float, float]:
     """What a method is told of a layer's attention, recorded and peeked at, is what the layer computes."""
-    import secateur
+    from secateur.tokens.attach import attach
 
     layer = layer_of(s)
     expected = reference.last_row(s.model, s.inputs, layer)
@@ -255,9 +255,7 @@ def attention(s: Subject) -> tuple[float, float]:
         return sets.valid
 
     records = (f"layer:{layer}:peek", f"layer:{layer - 1}")
-    attached = secateur.attach(
-        s.model, select, target="50%", at=f"layer:{layer}", records=records, scope="row"
-    )
+    attached = attach(s.model, select, target="50%", at=f"layer:{layer}", records=records, scope="row")
     with torch.no_grad(), attached:
         s.model(**s.inputs)
     return worst, 1e-4
@@ -288,7 +286,8 @@ def gap(found: list[Tensor], expected: list[Tensor]) -> float:
 def cut_is_masked(s: Subject) -> tuple[float, float]:
     """Half of every group leaves; where no norm or softmax mixes the units, zeros give the same outputs as absence."""
     from secateur.graph import trace
-    from secateur.surgery import _cut, mask_units, prove
+    from secateur.surgery import mask_units, prove
+    from secateur.surgery.cut import _cut
 
     graph = trace(s.model, s.inputs)
     keep = {
@@ -316,14 +315,15 @@ def saved_is_loaded(s: Subject) -> tuple[float, float]:
 
     Every tensor is the same to the bit; outputs may differ by the order of sums, since a cut tensor may lie otherwise in memory.
     """
-    import secateur
-    from secateur.inputs import map_tensors
+    from secateur.io.artefact import load
+    from secateur.pruning.prune import prune
+    from secateur.utils.inputs import map_tensors
 
     model, ours = s.model.float(), hasattr(s.model, "save_pretrained")
     inputs = map_tensors(s.inputs, lambda t: t.float() if t.is_floating_point() else t)
     text = model.config.get_text_config() if ours else None
     kinds = ("neurons",) if getattr(text, "vocab_size", None) else None
-    pruned = secateur.prune(model, inputs, method="group-magnitude", target="50%", kinds=kinds)
+    pruned = prune(model, inputs, method="group-magnitude", target="50%", kinds=kinds)
     expected, tensors = outputs(pruned.model, inputs), pruned.model.state_dict()
     worst = 0.0
 
@@ -340,7 +340,7 @@ def saved_is_loaded(s: Subject) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "pruned"
         pruned.save(folder)
-        loaded, _ = secateur.load(folder, model=None if ours else copy.deepcopy(model))
+        loaded, _ = load(folder, model=None if ours else copy.deepcopy(model))
         compare(loaded, "secateur")
         if (folder / "config.json").is_file() and not (folder / "modeling_pruned.py").is_file():
             plain: Any = type(model)

@@ -440,7 +440,6 @@ def _check_transformers(plain: bool) -> None:
             where="attach",
             fix=f"install transformers {FLOOR[0]}.{FLOOR[1]} or later",
         )
-    warn_outside_tested("transformers")
 
 
 def _amount(target: Any) -> float | int:
@@ -490,6 +489,7 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise SecateurError(f"{type(model).__name__} isn't a model", where="attach")
+    warn_outside_tested("timm" if type(model).__module__.startswith("timm.") else "transformers")
     if callable(method) and not isinstance(method, type | Method):
         chosen: Any = Chosen(
             function=method, at=at, needs_records=tuple(records), competes=scope, **hyperparameters

@@ -23,13 +23,15 @@ def tested_versions() -> dict[str, dict[str, str]]:
 
 def installed_versions() -> dict[str, str | None]:
     """The installed version of each tested library; None where it isn't installed."""
-    found: dict[str, str | None] = {}
-    for package in tested_versions():
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    return {package: version_of(package) for package in tested_versions()}
+
+
+def version_of(package: str) -> str | None:
+    """The installed version; None where it isn't installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def compare_versions() -> list[dict[str, str | None]]:
