@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 
 from secateur.graph import Graph, Group
-from secateur.report.html import HERE, _fill, _json, _kind, reason_html
+from secateur.report.figures import kind_name
+from secateur.report.html import render
 from secateur.report.summary import number
 from secateur.report.terminal import merge_alike
 from secateur.utils.files import atomic_write_text
@@ -62,53 +62,35 @@ def graph_html(graph: Graph, title: str) -> str:
     """Every module with its tensors' sides in the colours of their groups; hatched grey: cannot be cut."""
     found = describe_groups(graph)
     colors, sides, tensors = _colors(graph.groups), _sides(graph), _modules(graph.shapes)
-    body = [_head(found, title), _legend(found["groups"], colors), "<h2>Layers, in order</h2>", KEY]
-    for label, tag, modules in _rows(graph):
-        cells = "".join(_module(graph, path, short, tensors[path], sides, colors) for path, short in modules)
-        mark = ""
-        if tag is not None:
-            mark = f'<span class="tag" data-g="{tag}" style="background:{colors[tag]}"></span>'
-        body.append(
-            f'<div class="row"><div class="label">{mark}{html.escape(label)}</div><div class="flow">{cells}</div></div>'
-        )
-    info = [_about(graph, group, row) for group, row in zip(graph.groups, found["groups"], strict=True)]
-    values = {
-        "title": html.escape(f"{title}: what can be cut"),
-        "css": (HERE / "page.css").read_text(encoding="utf-8"),
-        "body": "\n".join(body),
-        "groups": _json(info),
-    }
-    return _fill((HERE / "inspect.html").read_text(encoding="utf-8"), values)
-
-
-KEY = """<div class="key">
-<span><span class="m"><span class="edge"><span style="--color:#3b82c4"></span></span><span class="text">matrix</span>
-<span class="edge"><span style="--color:#c4703b"></span></span></span>left: what it reads, right: what it produces</span>
-<span><span class="m vector"><span class="text">norm</span><span class="band"><span style="--color:#3b82c4"></span></span></span>
-a vector</span>
-<span><span class="m"><span class="edge"><span class="frozen"></span></span><span class="text">hatched: cannot be cut</span></span></span>
-<span><span class="m"><span class="edge"><span class="none"></span></span><span class="text">dashed: no units</span></span></span>
-</div>"""
-
-
-def _head(found: dict[str, Any], title: str) -> str:
-    groups = found["groups"]
-    stuck = sum(1 for group in groups if group["reason"])
-    facts = [("parameters", number(found["params"])), ("multiply-adds", number(found["macs"]))]
-    facts += [("groups that can be cut", str(len(groups) - stuck)), ("that cannot", str(stuck))]
-    cells = [
-        f'<div><div class="name">{name}</div><div class="value">{html.escape(value)}</div></div>'
-        for name, value in facts
+    layers = [
+        {
+            "label": label,
+            "tag": tag,
+            "color": None if tag is None else colors[tag],
+            "modules": [_module(graph, path, short, tensors[path], sides, colors) for path, short in modules],
+        }
+        for label, tag, modules in _rows(graph)
     ]
-    notes = "".join(
-        f"<li>operation without a rule: {html.escape(name)}: {html.escape(str(why))}</li>"
-        for name, why in found["unknown"].items()
+    return render(
+        "graph.html",
+        title=f"{title}: what can be cut",
+        head=_head(found),
+        unknown=[f"operation without a rule: {name}: {why}" for name, why in found["unknown"].items()],
+        legend=_legend(found["groups"], colors),
+        rows=layers,
+        groups=[_about(graph, group, row) for group, row in zip(graph.groups, found["groups"], strict=True)],
     )
-    listed = f'<ul class="notes">{notes}</ul>' if notes else ""
-    return f'<h1>{html.escape(title)}: what can be cut</h1><div class="facts">{"".join(cells)}</div>{listed}'
 
 
-def _legend(rows: Sequence[dict[str, Any]], colors: Sequence[str]) -> str:
+def _head(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    stuck = sum(1 for group in found["groups"] if group["reason"])
+    facts = [("parameters", number(found["params"])), ("multiply-adds", number(found["macs"]))]
+    facts += [("groups that can be cut", str(len(found["groups"]) - stuck)), ("that cannot", str(stuck))]
+    return [(name, value, "") for name, value in facts]
+
+
+def _legend(rows: Sequence[dict[str, Any]], colors: Sequence[str]) -> list[dict[str, Any]]:
+    """A row of the table for groups that differ in numbers only, with a mark each."""
     ids = {row["name"]: i for i, row in enumerate(rows)}
     families: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
@@ -122,32 +104,19 @@ def _legend(rows: Sequence[dict[str, Any]], colors: Sequence[str]) -> str:
     lines = []
     for alike in families.values():
         merged = merge_alike(alike)[0]
-        marks = []
-        for row in alike[:96]:
-            index = ids[row["name"]]
-            look = (
-                ' class="swatch frozen"'
-                if row["reason"]
-                else f' class="swatch" style="--color:{colors[index]}"'
-            )
-            marks.append(f'<span{look} data-g="{index}"></span>')
+        shares = {
+            key: f"{merged[key] * 100:.1f} %" if merged[key] is not None else "–"
+            for key in ("params", "macs")
+        }
+        marks = [_mark(ids[row["name"]], row["reason"], colors) for row in alike[:96]]
         count = f"{len(alike)} × {merged['size']:,}" if len(alike) > 1 else f"{merged['size']:,}"
-        shares = [
-            f"{merged[key] * 100:.1f} %" if merged[key] is not None else "–" for key in ("params", "macs")
-        ]
-        why = reason_html(merged["reason"] or "")
-        lines.append(
-            f'<tr><td class="swatches{" many" * (len(marks) > 6)}">{"".join(marks)}</td><td class="name">{html.escape(merged["name"])}</td>'
-            f'<td>{_kind(merged["kind"])}</td><td class="n">{count}</td><td class="n">{shares[0]}</td>'
-            f'<td class="n">{shares[1]}</td><td>{why}</td></tr>'
-        )
-    heads = '<th></th><th>group</th><th>kind</th><th class="n">units</th><th class="n">parameters</th>'
-    heads += '<th class="n">multiply-adds</th><th>cannot be cut because</th>'
-    text = "Shares are of the whole model. Groups overlap, a matrix has two sides, so they add up to more than 100 %."
-    return (
-        f'<h2>Groups</h2><p class="soft">{text}</p><div class="wide"><table><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
+        line = {"name": merged["name"], "kind": kind_name(merged["kind"]), "reason": merged["reason"] or ""}
+        lines.append({**line, **shares, "marks": marks, "count": count})
+    return lines
+
+
+def _mark(group: int, reason: str | None, colors: Sequence[str]) -> dict[str, Any]:
+    return {"group": group, "frozen": bool(reason), "color": colors[group]}
 
 
 def _colors(groups: Sequence[Group]) -> list[str]:
@@ -215,38 +184,33 @@ def _module(
     tensors: Tensors,
     sides: dict[str, list[tuple[int, str]]],
     colors: Sequence[str],
-) -> str:
+) -> dict[str, Any]:
+    """One module as the template draws it: what it reads on the left, what it produces on the right."""
     matrices = [leaf for leaf, shape in tensors.items() if len(shape) > 1]
-    name = html.escape(short.rpartition(".")[2] if len(short) > 22 else short)
     shown = max(matrices or tensors, key=lambda leaf: len(tensors[leaf]))
-    size = "×".join(map(str, tensors[shown]))
-    text = f'<div class="text"><b title="{html.escape(path)}">{name}</b><i>{size}</i></div>'
-    if not matrices:
-        ids = list(
-            dict.fromkeys(i for leaf in tensors for i, _ in sides.get(f"{path}.{leaf}".lstrip("."), []))
-        )
-        return f'<div class="m vector">{text}<div class="band">{_segments(graph, ids, colors)}</div></div>'
-    if len(matrices) > 1:
-        text = text.replace("</i>", f" and {len(matrices) - 1} more</i>")
-    read: list[int] = []
-    made: list[int] = []
-    for leaf in matrices:
-        for i, role in sides.get(f"{path}.{leaf}".lstrip("."), []):
-            (read if role == "in" else made).append(i)
-    left, right = (_segments(graph, list(dict.fromkeys(ids)), colors) for ids in (read, made))
-    return f'<div class="m"><div class="edge">{left}</div>{text}<div class="edge">{right}</div></div>'
+    by_role: dict[str, list[int]] = {"read": [], "made": []}
+    for leaf in matrices or tensors:
+        for group, role in sides.get(f"{path}.{leaf}".lstrip("."), []):
+            by_role["read" if role == "in" and matrices else "made"].append(group)
+    parts = {name: _segments(graph, list(dict.fromkeys(ids)), colors) for name, ids in by_role.items()}
+    return {
+        "path": path,
+        "name": short.rpartition(".")[2] if len(short) > 22 else short,
+        "size": "×".join(map(str, tensors[shown])),
+        "more": max(0, len(matrices) - 1),
+        "vector": not matrices,
+        "band": parts["made"],
+        **parts,
+    }
 
 
-def _segments(graph: Graph, ids: Sequence[int], colors: Sequence[str]) -> str:
-    if not ids:
-        return '<span class="none"></span>'
-    parts = []
+def _segments(graph: Graph, ids: Sequence[int], colors: Sequence[str]) -> list[dict[str, Any]]:
+    found = []
     for i in ids:
         group = graph.groups[i]
-        tip = html.escape(f"{group.name}: {group.reason}" if group.reason else group.name, quote=True)
-        look = 'class="frozen"' if group.reason else f'style="--color:{colors[i]}"'
-        parts.append(f'<span data-g="{i}" {look} title="{tip}"></span>')
-    return "".join(parts)
+        tip = f"{group.name}: {group.reason}" if group.reason else group.name
+        found.append({**_mark(i, group.reason, colors), "tip": tip})
+    return found
 
 
 def _about(graph: Graph, group: Group, row: dict[str, Any]) -> list[Any]:
@@ -259,4 +223,4 @@ def _about(graph: Graph, group: Group, row: dict[str, Any]) -> list[Any]:
         slices = f"{len(group.slices)} coupled slices of {row['tensors']} tensors"
     if not group.exact and group.reason is None:
         slices += "; a norm or softmax mixes its units"
-    return [group.name, _kind(group.kind), group.size, share, slices, group.reason]
+    return [group.name, kind_name(group.kind), group.size, share, slices, group.reason]

@@ -194,6 +194,26 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def parted(reason: str) -> tuple[str, str]:
+    """A reason without the place it was found at, and the place: the last pair of brackets, where it ends in one.
+
+    >>> parted("rows (of a table) are looked up by index (model.embed at lookup.py:12)")
+    ('rows (of a table) are looked up by index', 'model.embed at lookup.py:12')
+    >>> parted("a norm mixes them")
+    ('a norm mixes them', '')
+    """
+    depth = 0
+    for place in range(len(reason) - 1, 0, -1) if reason.endswith(")") else ():
+        depth += {")": 1, "(": -1}.get(reason[place], 0)
+        if depth == 0:
+            return (
+                (reason[:place].rstrip(), reason[place + 1 : -1])
+                if reason[place - 1] == " "
+                else (reason, "")
+            )
+    return reason, ""
+
+
 def command_line(report: Mapping[str, Any]) -> str:
     """The command that gives this result again; `report["command"]` where the command line wrote it."""
     import shlex

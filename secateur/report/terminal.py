@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.pruning.plan import to_ranges
-from secateur.report.summary import in_seconds, notes, number, rows
+from secateur.report.summary import in_seconds, notes, number, parted, rows
 from secateur.taxonomy import MethodInfo
 from secateur.taxonomy.axes import AXES, MEANING, notation
 
@@ -54,7 +54,7 @@ def report_tables(report: Mapping[str, Any]) -> list[Any]:
         parts.append(
             Text(f"not cut: {len(lines)} " + ("group" if len(lines) == 1 else "groups"), style="bold")
         )
-        lines = [(name, reason.partition(" (")[0]) for name, reason in lines]
+        lines = [(name, parted(reason)[0]) for name, reason in lines]
         shown = list(dict.fromkeys(reason for _, reason in lines))
         for reason in shown[:6]:
             names = [name for name, why in lines if why == reason]

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from secateur.pruning.plan import Plan
 from secateur.report import html, summary, terminal
+from secateur.report.figures import layer_label, panels
 
 
 def figures(**more: Any) -> dict[str, Any]:
@@ -190,10 +191,41 @@ def test_alike_groups_are_one_row() -> None:
 
 
 def test_labels_of_layers() -> None:
-    assert html.layer_label(["a.layers.0.mlp:neurons", "a.layers.11.mlp:neurons"]) == ["0", "11"]
-    assert html.layer_label(["stage1.conv:channels", "stage2.conv:channels"]) == [
+    assert layer_label(["a.layers.0.mlp:neurons", "a.layers.11.mlp:neurons"]) == ["0", "11"]
+    assert layer_label(["stage1.conv:channels", "stage2.conv:channels"]) == [
         "stage1.conv",
         "stage2.conv",
     ]
-    assert html.layer_label(["only:channels"]) == ["only"]
-    assert html.panels(["b.0.x:n", "b.1.x:n", "stem:n"]) == [([0, 1], ["0", "1"]), ([2], ["stem"])]
+    assert layer_label(["only:channels"]) == ["only"]
+    assert panels(["b.0.x:n", "b.1.x:n", "stem:n"]) == [([0, 1], ["0", "1"]), ([2], ["stem"])]
+
+
+HOSTILE = '</script><script>document.title = "owned"</script><img src=x onerror="document.title=1">'
+
+
+def test_hostile_names_come_out_as_text() -> None:
+    """Names of modules, reasons, notes, settings and the model come from files of others."""
+    report, plan = structured()
+    report |= {"model": HOSTILE, "method": HOSTILE, "notes": [HOSTILE], "command": HOSTILE}
+    report["groups"][0]["name"] = report["groups"][-1]["reason"] = f"a (b) {HOSTILE}"
+    report["hyperparameters"][HOSTILE] = HOSTILE
+    plan.keep = {HOSTILE + name: units for name, units in plan.keep.items()}
+    plan.sizes = {HOSTILE + name: size for name, size in plan.sizes.items()}
+    plan.kinds = {HOSTILE + name: HOSTILE for name in plan.kinds}
+    report["scores"] = {name: list(range(8)) for name in plan.keep}
+    page = html.report_html(report, plan)
+    clean = html.report_html(*structured())
+    assert page.count("<script") == clean.count("<script") and page.count("</script") == clean.count(
+        "</script"
+    )
+    assert "<img" not in page and "owned" in page
+
+
+def test_a_reason_is_shown_whole() -> None:
+    report, plan = structured()
+    report["groups"][-1]["reason"] = "rows (of a table) are looked up (embed at model.py:12)"
+    page = html.report_html(report, plan)
+    assert 'rows (of a table) are looked up<br><small class="soft">embed at model.py:12</small>' in page
+    told = io.StringIO()
+    terminal.print_report(report, Console(file=told, width=200))
+    assert "embed:hidden: rows (of a table) are looked up\n" in told.getvalue()
