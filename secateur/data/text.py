@@ -12,6 +12,7 @@ from torch import nn
 from secateur.errors import SecateurError
 from secateur.utils.files import require_data
 from secateur.utils.progress import track
+from secateur.utils.running import device_of, evaluating
 from secateur.utils.versions import cache_name, cache_of
 
 SETS = {
@@ -152,14 +153,13 @@ def sample_from(
         first = torch.randint(vocabulary, (samples, 1), generator=generator)
     else:
         first = torch.full((samples, 1), start)
-    training, device, written = model.training, next(model.parameters()).device, []
-    model.eval()
-    try:
-        for rows in track(first.split(batch), "writing calibration text"):
-            written.append(_write(model, rows, seqlen, device, generator))
-    finally:
-        model.train(training)
-    return torch.cat(written)
+    with evaluating(model):
+        return torch.cat(
+            [
+                _write(model, rows, seqlen, device_of(model), generator)
+                for rows in track(first.split(batch), "writing calibration text")
+            ]
+        )
 
 
 @torch.no_grad()

@@ -265,8 +265,7 @@ def attention(s: Subject) -> tuple[float, float]:
 
 
 def outputs(model: Any, inputs: Any) -> list[Tensor]:
-    from secateur.utils.inputs import call
-    from secateur.utils.running import flat_tensors
+    from secateur.utils.running import call, flat_tensors
 
     config = getattr(model, "config", None)
     if config is not None and getattr(config, "use_cache", None):

@@ -20,9 +20,10 @@ from secateur.graph.rules import RULES, Call
 from secateur.graph.rules.moves import pointwise
 from secateur.graph.rules.pick import numbers
 from secateur.graph.sizes import Attribute, Extent, Size, expression, leaves
+from secateur.utils.inputs import as_call
 from secateur.utils.running import (
     _flat,
-    call_arguments,
+    evaluating,
     flat_ints,
     flat_items,
     flat_tensors,
@@ -323,16 +324,12 @@ class Tracer:
     def run(self, inputs: Any) -> list[Axes]:
         from secateur.graph.run import Dispatch, Functions, watched_sizes
 
-        args, kwargs = call_arguments(inputs)
+        args, kwargs = as_call(inputs)
         modules = list(self.unique())
-        training = [m for _, m in modules if m.training]
         for value in flat_tensors((args, kwargs)):
             self.env[value] = Axes(tuple(value.shape), [], None)
         with ExitStack() as stack:
-            for m in training:
-                stack.callback(setattr, m, "training", True)
-            if training:
-                self.model.eval()
+            stack.enter_context(evaluating(self.model))
             stack.enter_context(without_stale(modules))
             stack.enter_context(torch.no_grad())
             stack.enter_context(watched_sizes(modules))

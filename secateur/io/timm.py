@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.surgery.arguments import arguments
 from secateur.utils.files import atomic_write_json
-from secateur.utils.inputs import Inputs, call, map_tensors
+from secateur.utils.inputs import Inputs, map_tensors
+from secateur.utils.running import call, evaluating
 
 SOURCE = {
     "url",
@@ -100,20 +101,17 @@ def is_plain(folder: Path) -> bool:
 
 def _same(model: nn.Module, folder: Path, inputs: Inputs) -> bool:
     like = next(model.parameters())
-    training = model.training
     ours: list[Tensor] = []
     theirs: list[Tensor] = []
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), evaluating(model), torch.no_grad():
             warnings.simplefilter("ignore")
             twin = load_plain(folder).to(like.device, like.dtype)
             fed = map_tensors(inputs, lambda tensor: tensor.to(like.device))
-            for found, module in ((ours, model.eval()), (theirs, twin)):
+            for found, module in ((ours, model), (theirs, twin)):
                 map_tensors(call(module, fed), found.append)
     except (SecateurError, RuntimeError, ValueError, TypeError, AssertionError):
         return False
-    finally:
-        model.train(training)
     return len(ours) == len(theirs) > 0 and all(
         a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
         for a, b in zip(ours, theirs)

@@ -28,7 +28,8 @@ from secateur.io.reshape import (
     swap,
 )
 from secateur.utils.files import atomic_write_json, atomic_write_text
-from secateur.utils.inputs import call, default_inputs, from_description, map_tensors
+from secateur.utils.inputs import default_inputs, from_description, map_tensors
+from secateur.utils.running import call, device_of, evaluating
 from secateur.utils.versions import is_cache
 
 if TYPE_CHECKING:
@@ -167,17 +168,14 @@ def _computes_the_same(model: Any, cls: Any, config: Any, plan: Plan | None) -> 
         twin = cls(copy.deepcopy(config))
     twin.load_state_dict(model.state_dict(), strict=False, assign=True)
     twin.tie_weights()
-    device = next(model.parameters()).device
-    training = model.training
+    device = device_of(model)
     try:
         inputs = map_tensors(_example(model, plan), lambda tensor: tensor.to(device))
-        with torch.no_grad():
-            ours = _floats(call(model.eval(), inputs))
+        with evaluating(model), torch.no_grad():
+            ours = _floats(call(model, inputs))
             theirs = _floats(call(twin.to(device).eval(), inputs))
     except (SecateurError, *BROKEN):
         return False
-    finally:
-        model.train(training)
     return len(ours) == len(theirs) > 0 and all(
         a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
         for a, b in zip(ours, theirs)

@@ -16,25 +16,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.errors import SecateurError
-from secateur.utils.inputs import Inputs, call
+from secateur.utils.inputs import Inputs
+from secateur.utils.running import call, evaluating
 
 
 def run(model: nn.Module, inputs: Inputs) -> Any:
     """`call(model, inputs)` without gradients."""
     with torch.no_grad():
         return call(model, inputs)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; each module gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def params(model: nn.Module) -> int:

@@ -11,19 +11,11 @@ from torch import Tensor, nn
 from secateur.data.choices import Item
 from secateur.data.text import context
 from secateur.errors import SecateurError
-from secateur.measure.cost import accepts, evaluating
+from secateur.measure.cost import accepts
 from secateur.utils.progress import bar
+from secateur.utils.running import device_of, evaluating, logits_of
 
 Progress = Callable[[int, int], None]
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _logits(out: Any) -> Tensor:
-    logits = getattr(out, "logits", out)
-    return logits if isinstance(logits, Tensor) else logits[0]
 
 
 @torch.no_grad()
@@ -53,11 +45,11 @@ def perplexity(
             fix="give a longer text, seqlen of at least 2 and batch of at least 1",
         )
     windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:limit]
-    device, total = _device(model), 0.0
+    device, total = device_of(model), 0.0
     with evaluating(model), bar("perplexity", len(windows)) as advance:
         for start in range(0, len(windows), batch):
             rows = windows[start : start + batch].to(device)
-            for logits, row in zip(_logits(model(rows)), rows, strict=True):
+            for logits, row in zip(logits_of(model(rows)), rows, strict=True):
                 total += F.cross_entropy(logits[:-1].float(), row[1:], reduction="sum").item()
             advance(len(rows))
             if progress:
@@ -138,7 +130,7 @@ def loglikelihood(
             "an empty context and a continuation of one token: nothing to predict it from", where="accuracy"
         )
     results = [(-math.inf, False)] * len(pairs)
-    device, at = _device(model), 0
+    device, at = device_of(model), 0
     with evaluating(model), bar("questions", len(order)) as advance:
         while at < len(order):
             chosen = order[at : at + max(1, batch_tokens // len(order[at]))]
@@ -178,5 +170,5 @@ def _rows(
         extra["logits_to_keep"] = kept.to(device)
     if accepts(model, "attention_mask") and not mask.all():
         extra["attention_mask"] = mask.to(device)
-    logits = _logits(model(ids.to(device), **extra))
+    logits = logits_of(model(ids.to(device), **extra))
     return [(row, kept, values) for row, values in zip(chosen, logits, strict=True)]

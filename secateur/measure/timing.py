@@ -8,13 +8,10 @@ from torch import nn
 
 from secateur.data.text import context
 from secateur.errors import SecateurError
-from secateur.measure.cost import evaluating, run
+from secateur.measure.cost import run
 from secateur.utils.inputs import Inputs
+from secateur.utils.running import device_of, evaluating
 from secateur.utils.versions import cache_name, cache_of
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _now(device: torch.device) -> float:
@@ -38,7 +35,7 @@ def latency(model: nn.Module, inputs: Inputs, repeats: int = 5, warmup: int = 2)
     True
     """
     _positive(repeats=repeats)
-    device, seconds = _device(model), []
+    device, seconds = device_of(model), []
     with evaluating(model):
         for _ in range(warmup):
             run(model, inputs)
@@ -55,7 +52,7 @@ def decode_latency(model: nn.Module, prompt: torch.Tensor, steps: int = 16, warm
     The cache grows by one token a step, greedily; the prompt is cut so that all fit the model's context. Raises SecateurError where the model returns no cache.
     """
     _positive(steps=steps)
-    device, seconds, longest = _device(model), [], context(model)
+    device, seconds, longest = device_of(model), [], context(model)
     if longest:
         prompt = prompt[:, : max(1, longest - warmup - steps)]
     name = cache_name(model.forward)

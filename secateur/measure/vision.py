@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.data.super_resolution import to_luma
-from secateur.measure.cost import evaluating
+from secateur.utils.running import evaluating
 
 
 @torch.no_grad()

@@ -27,10 +27,10 @@ from secateur.pruning.allocate import Competitor, Step, lowest, paced_path, spar
 from secateur.pruning.context import Context
 from secateur.pruning.method import UnitMethod
 from secateur.pruning.plan import Plan
-from secateur.stats.windows import logits_of, masked_divergence
+from secateur.stats.windows import masked_divergence
 from secateur.taxonomy import record
 from secateur.utils.batches import token_mask
-from secateur.utils.running import run
+from secateur.utils.running import logits_of, run
 
 
 def peak_logits(model: nn.Module, batch: Any) -> Tensor:

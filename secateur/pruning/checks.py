@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.utils.inputs import Inputs, call
-from secateur.utils.running import flat_tensors, without_cache
+from secateur.utils.inputs import Inputs
+from secateur.utils.running import call, flat_tensors, without_cache
 
 SEEDS = 5
 """Runs of a model that draws random numbers in evaluation mode."""

@@ -23,8 +23,9 @@ from secateur.stats.collect import collect
 from secateur.stats.layer import LayerStats
 from secateur.stats.stream import Block, stream
 from secateur.stats.windows import draw_windows
-from secateur.utils.inputs import Inputs, call, describe
+from secateur.utils.inputs import Inputs, describe
 from secateur.utils.random import seeded
+from secateur.utils.running import call
 from secateur.utils.types import Objective
 
 COARSE = ("heads", "kv_groups", "experts", "layers")

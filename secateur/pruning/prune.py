@@ -31,6 +31,7 @@ from secateur.surgery.changes import set_values
 from secateur.training.method import TrainMethod
 from secateur.utils.files import cache_dir
 from secateur.utils.inputs import Inputs, default_inputs, from_description
+from secateur.utils.running import device_of
 from secateur.utils.types import Objective
 
 TRACED = 128
@@ -250,7 +251,7 @@ def apply_plan(
 def _on_device(inputs: Inputs, model: nn.Module) -> Inputs:
     from secateur.utils.inputs import map_tensors
 
-    device = next(model.parameters()).device
+    device = device_of(model)
     return map_tensors(inputs, lambda tensor: tensor.to(device))
 
 

@@ -14,9 +14,8 @@ from secateur.errors import SecateurError
 from secateur.graph import Group
 from secateur.saliency.relevance import as_composite, in_float32, propagate
 from secateur.scores.lift import slice_scores
-from secateur.stats.windows import logits_of
 from secateur.utils.batches import inputs_of, labels_in
-from secateur.utils.running import evaluating, run
+from secateur.utils.running import evaluating, logits_of, run
 
 
 def filter_relevance(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError, choose
 from secateur.saliency.record import Record, as_targets, undisturbed
-from secateur.stats.windows import logits_of
+from secateur.utils.running import logits_of
 
 COMBINE = ("product", "sum")
 

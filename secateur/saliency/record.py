@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.errors import SecateurError
-from secateur.stats.windows import logits_of
+from secateur.utils.running import evaluating, logits_of
 
 
 @contextlib.contextmanager
@@ -24,20 +24,16 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
 
     Hooks of the caller stay and run.
     """
-    modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    in_place: list[Any] = [module for module in modes if getattr(module, "inplace", None) is True]
+    in_place: list[Any] = [module for module in model.modules() if getattr(module, "inplace", None) is True]
     try:
-        model.eval()
         for parameter in flags:
             parameter.requires_grad_(False)
         for module in in_place:
             module.inplace = False
-        with torch.inference_mode(False), torch.enable_grad():
+        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
             yield model
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
         for module in in_place:

@@ -26,10 +26,9 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.stats.collect import default_loss, labelled_loss
-from secateur.stats.windows import logits_of
 from secateur.utils.batches import as_batches, labels_in, sequences_in
-from secateur.utils.inputs import Inputs, call, map_tensors
-from secateur.utils.running import device_of, evaluating
+from secateur.utils.inputs import Inputs, map_tensors
+from secateur.utils.running import call, device_of, evaluating, logits_of
 from secateur.utils.types import Objective
 
 OF_WEIGHTS = ("magnitude", "l2", "lamp", "fpgm", "bn-scale")
@@ -292,10 +291,8 @@ def differentiable(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str,
                 chosen.requires_grad_(True)
             yield parameters
     finally:
-        modes = {norm: norm.training for norm in fresh}
         for norm in fresh:
             norm.track_running_stats = True
-            norm.training = modes[norm]
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
 

@@ -14,7 +14,8 @@ from secateur.graph import Graph
 from secateur.surgery import mask_units
 from secateur.surgery.changes import set_values
 from secateur.utils.batches import inputs_of
-from secateur.utils.inputs import call, map_tensors
+from secateur.utils.inputs import map_tensors
+from secateur.utils.running import call, device_of, evaluating
 
 
 @torch.no_grad()
@@ -28,20 +29,17 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> int:
     norms = [
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
     ]
-    modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
     before = {norm: {name: b.clone() for name, b in norm.named_buffers()} for norm in norms}
     count = 0
     try:
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-            norm.train()
-        if norms:
-            device = next(model.parameters()).device
-            for batch in batches:
-                call(model, map_tensors(batch, lambda tensor: tensor.to(device)))
+        with evaluating(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.train()
+            for batch in batches if norms else ():
+                call(model, map_tensors(batch, lambda tensor: tensor.to(device_of(model))))
                 count += 1
     finally:
         for norm, momentum in zip(norms, momenta):
@@ -49,8 +47,6 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> int:
             if not count:
                 for name, buffer in norm.named_buffers():
                     buffer.copy_(before[norm][name])
-        for module, mode in modes.items():
-            module.training = mode
     if norms and not count:
         raise SecateurError("there are no batches", where="reestimate_batchnorm", fix="pass model inputs")
     return len(norms)

@@ -15,10 +15,9 @@ from secateur.errors import SecateurError
 from secateur.graph.blocks import Matrix, check_weights
 from secateur.stats.layer import OF_GRADIENTS, OF_INPUTS, LayerStats, check_needs
 from secateur.stats.record import NotShared, Recorder
-from secateur.stats.windows import logits_of
 from secateur.utils.batches import as_batches, labels_in, sequences_in, token_mask
 from secateur.utils.inputs import Inputs, as_call, map_tensors
-from secateur.utils.running import device_of, evaluating, run
+from secateur.utils.running import device_of, evaluating, logits_of, run
 
 Loss = Callable[[nn.Module, Any], Tensor]
 

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import SecateurError
 from secateur.solvers.evolution import Batch
-from secateur.stats.record import TOKENS_PER_BATCH
-from secateur.utils.running import run
+from secateur.utils.batches import TOKENS_PER_BATCH
+from secateur.utils.running import logits_of, run
 
 
 def topk_kl(values: Tensor, candidate: Tensor) -> Tensor:
@@ -49,15 +48,7 @@ class TopKDivergence:
 
     def _logits(self, rows: list[int], length: int | None) -> Tensor:
         inputs = self.samples[rows][:, :length] if self.ids else self.samples[rows[0]]
-        output = run(self.model, inputs)
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-        if not isinstance(logits, Tensor):
-            raise SecateurError(
-                f"{type(self.model).__name__} gives no logits",
-                where="divergence",
-                fix="use a model that classifies",
-            )
-        return logits
+        return logits_of(run(self.model, inputs))
 
     def __call__(self, batch: Batch) -> float:
         """Mean over the positions of `batch`: pairs of (sample, tokens taken from its start)."""

@@ -17,8 +17,6 @@ from secateur.errors import SecateurError
 from secateur.graph.blocks import Matrix, plain_experts
 from secateur.stats.layer import InputStats, LayerStats
 
-TOKENS_PER_BATCH = 2048
-
 
 class NotShared(Exception):
     """Layers that read one tensor in the first batch read different ones later."""

@@ -20,7 +20,7 @@ from secateur.graph.blocks import Matrix, check_weights, find_blocks
 from secateur.stats.layer import OF_GRADIENTS, LayerStats, check_needs
 from secateur.stats.record import NotShared, Recorder
 from secateur.utils.batches import as_batches, batch_numel, sequences_in, token_mask
-from secateur.utils.running import evaluating, run
+from secateur.utils.running import device_of, evaluating, run
 
 
 @dataclass
@@ -129,7 +129,7 @@ class Flow:
 
     def _mask(self, batch: Any) -> Tensor | None:
         mask = token_mask(batch)
-        return None if mask is None else mask.to(next(self.model.parameters()).device)
+        return None if mask is None else mask.to(device_of(self.model))
 
     def _forward(self, number: int, index: int, keep_output: bool) -> None:
         """Block `index` on one batch. The states before it (or, with `keep_output`, behind it) are kept."""

@@ -13,7 +13,7 @@ from secateur.errors import SecateurError
 from secateur.graph import Graph
 from secateur.surgery import mask_units
 from secateur.utils.batches import as_batches
-from secateur.utils.running import evaluating, run
+from secateur.utils.running import evaluating, logits_of, run
 
 TEXTS = ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids")
 
@@ -55,21 +55,6 @@ def _cut(item: Any, length: int, generator: torch.Generator) -> Any:
         return item
     window = _window(shape[-1], length, generator)
     return {name: value[..., window] if value.shape == shape else value for name, value in item.items()}
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits of whatever a model returns.
-
-    Raises `SecateurError` when there are none.
-    """
-    for found in (
-        output,
-        getattr(output, "logits", None),
-        output[0] if isinstance(output, tuple | list) else None,
-    ):
-        if isinstance(found, Tensor):
-            return found
-    raise SecateurError(f"a {type(output).__name__} holds no logits", where="model output")
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from secateur.graph.groups import Graph
 from secateur.surgery.changes import Keep, _tensor
 from secateur.surgery.cut import _cut
 from secateur.surgery.mask import mask_units
-from secateur.utils.running import call_arguments, flat_tensors
+from secateur.utils.inputs import as_call, map_tensors
+from secateur.utils.running import call, evaluating, flat_tensors, without_cache
 
 # --- proof
 
@@ -60,9 +61,9 @@ class _Expected:
 
 def _expected(model: nn.Module, inputs: Any, export: bool) -> _Expected:
     outputs, other = _forward(model, inputs), None
-    batches = {t.shape[0] if t.dim() else 0 for t in flat_tensors(call_arguments(inputs))}
+    batches = {t.shape[0] if t.dim() else 0 for t in flat_tensors(as_call(inputs))}
     if len(batches) == 1 and batches != {0}:
-        fed = _rebatched(inputs)
+        fed = map_tensors(inputs, _rebatched)
         try:
             other = fed, [tuple(o.shape) for o in _forward(model, fed)]
         except Exception:  # noqa: BLE001  a model made for one batch size
@@ -70,49 +71,25 @@ def _expected(model: nn.Module, inputs: Any, export: bool) -> _Expected:
     return _Expected(outputs, other, export and _exports(model, inputs) is None)
 
 
-def _rebatched(value: Any) -> Any:
+def _rebatched(tensor: Tensor) -> Tensor:
     """One example twice; of several the first."""
-    if isinstance(value, Tensor):
-        return value[:1] if len(value) > 1 else torch.cat([value, value])
-    if isinstance(value, Mapping):
-        return {k: _rebatched(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_rebatched(v) for v in value)
-    return value
+    return tensor[:1] if len(tensor) > 1 else torch.cat([tensor, tensor])
 
 
 def _exports(model: nn.Module, inputs: Any) -> str | None:
     """Why `torch.export` doesn't take the model; None if it does."""
-    args, kwargs = call_arguments(inputs)
-    was = [m for m in model.modules() if m.training]
-    model.eval()
+    args, kwargs = as_call(inputs)
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:  # noqa: BLE001  any way an export can fail
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    finally:
-        for m in was:
-            m.training = True
     return None
 
 
 def _forward(model: nn.Module, inputs: Any, grad: bool = False) -> list[Tensor]:
-    args, kwargs = call_arguments(inputs)
-    was = [m for m in model.modules() if m.training]
-    model.eval()
-    config: Any = getattr(model, "config", None)
-    cached = getattr(config, "use_cache", None)
-    if cached:
-        config.use_cache = False
-    try:
-        with torch.set_grad_enabled(grad):
-            return list(flat_tensors(model(*args, **kwargs)))
-    finally:
-        if cached:
-            config.use_cache = cached
-        for m in was:
-            m.training = True
+    with evaluating(model), without_cache(model), torch.set_grad_enabled(grad):
+        return list(flat_tensors(call(model, inputs)))
 
 
 def _double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
@@ -120,18 +97,8 @@ def _double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
     clone = copy.deepcopy(model)
     types = {p.dtype for p in clone.parameters()}
     if types == {torch.float32} and sum(p.numel() for p in clone.parameters()) < 5e7:
-        return clone.double(), _cast(inputs)
+        return clone.double(), map_tensors(inputs, lambda t: t.double() if t.is_floating_point() else t)
     return clone, inputs
-
-
-def _cast(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {k: _cast(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_cast(v) for v in value)
-    return value
 
 
 def _check(

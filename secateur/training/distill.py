@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.training.fit import logits_of, next_token_loss
-from secateur.utils.inputs import call
+from secateur.training.fit import next_token_loss
+from secateur.utils.running import call, logits_of
 from secateur.utils.types import Objective
 
 

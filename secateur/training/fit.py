@@ -15,14 +15,14 @@ from secateur.training import parallel
 from secateur.training.batches import Augment, Draw, digest, step_seed
 from secateur.training.checkpoint import Moments, load_moments, read_checkpoint, write_checkpoint
 from secateur.training.finite import Watch
-from secateur.training.losses import checked_loss, default_loss, logits_of, next_token_loss
+from secateur.training.losses import checked_loss, default_loss, next_token_loss
 from secateur.training.recipe import RECIPE, Recipe, autocast, schedule
 from secateur.training.state import Hook, State
 from secateur.utils.inputs import map_tensors
 from secateur.utils.progress import bar
 from secateur.utils.types import Objective
 
-__all__ = ["Draw", "Hook", "State", "default_loss", "fit", "logits_of", "next_token_loss", "schedule"]
+__all__ = ["Draw", "Hook", "State", "default_loss", "fit", "next_token_loss", "schedule"]
 
 
 def fit(

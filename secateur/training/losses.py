@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.utils.inputs import call
+from secateur.utils.running import call, logits_of
 from secateur.utils.types import Objective
 
 
@@ -61,12 +61,3 @@ def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor | None = None) -> 
     if mask is not None:
         targets = targets.masked_fill((mask[:, 1:] == 0) | (mask[:, :-1] == 0), -100)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits of what a model gave: a tensor, something with `.logits`, or a tuple that begins with them."""
-    if isinstance(output, Tensor):
-        return output
-    if hasattr(output, "logits"):
-        return output.logits
-    return output[0]

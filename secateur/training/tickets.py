@@ -22,6 +22,7 @@ from secateur.training.masks import Masks, density, full_masks, prune_smallest, 
 from secateur.training.method import TrainMethod
 from secateur.training.stability import angle, barrier, distance
 from secateur.training.state import Hook
+from secateur.utils.running import device_of
 
 CONTROLS = ("reinit", "shuffle", "shuffle-global", "keep")
 Level = dict[str, int] | int
@@ -240,7 +241,7 @@ def reinitialised(job: Job, seed: int, initial: Mapping[str, Tensor]) -> dict[st
             for module in fresh.modules():
                 if callable(again := getattr(module, "reset_parameters", None)):
                     again()
-    device = next(job.model.parameters()).device
+    device = device_of(job.model)
     found = {**dict(fresh.named_parameters()), **dict(fresh.named_buffers())}
     return {name: tensor.detach().to(device) for name, tensor in found.items()}
 

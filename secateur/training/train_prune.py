@@ -32,6 +32,7 @@ from secateur.training.task import Task
 from secateur.utils.files import atomic_write_json
 from secateur.utils.inputs import Inputs, map_tensors
 from secateur.utils.random import seeded
+from secateur.utils.running import device_of
 from secateur.utils.types import Objective
 
 MEANT = ("floor", "round_to", "kinds", "prove", "allocation", "uniform")
@@ -99,7 +100,7 @@ def train_prune(
     check_model(model)
     if device is not None:
         model.to(parallel.local_device(device))
-    place = next(model.parameters()).device
+    place = device_of(model)
     rank, size = parallel.join(place)
     example = map_tensors(task.inputs, lambda t: t.to(place)) if task.inputs is not None else None
     directory = Path(resume) if resume else None

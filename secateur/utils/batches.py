@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.stats.record import TOKENS_PER_BATCH
 from secateur.utils.inputs import Inputs, as_call
 
-# Batches
+TOKENS_PER_BATCH = 2048
+"""About how many tokens go through a model at once."""
 
 
 def as_batches(batches: Any, batch_size: int | None = None) -> list[Inputs]:

@@ -32,11 +32,6 @@ def as_call(inputs: Inputs) -> tuple[tuple, dict[str, Any]]:
     )
 
 
-def call(model: nn.Module, inputs: Inputs) -> Any:
-    args, kwargs = as_call(inputs)
-    return model(*args, **kwargs)
-
-
 def map_tensors(value: Any, fn: Callable[[Tensor], Any]) -> Any:
     """`fn` over every tensor of nested tuples, lists and dicts."""
     if isinstance(value, Tensor):

@@ -1,36 +1,35 @@
-"""Running a model: its tensors, its arguments, its caches, its device, evaluation mode."""
+"""The one place to run a model: in eval mode, without a cache, on its device; and to read what it returned."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.utils.batches import inputs_of
 from secateur.utils.inputs import Inputs, as_call, map_tensors
 
 
-def flat_tensors(value: Any) -> Iterator[torch.Tensor]:
+def flat_tensors(value: Any) -> Iterator[Tensor]:
     """All tensors in nested tuples, lists, dicts and dataclasses; other objects (caches) are passed over."""
     return iter(_flat(value, []))
 
 
-def _flat(value: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        found.append(value)
+def _flat(value: Any, tensors: list[Tensor]) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        tensors.append(value)
     elif isinstance(value, (list, tuple)):
         for v in value:
-            _flat(v, found)
+            _flat(v, tensors)
     elif isinstance(value, Mapping):
         for v in value.values():
-            _flat(v, found)
-    return found
+            _flat(v, tensors)
+    return tensors
 
 
 def flat_items(value: Any) -> Iterator[Any]:
@@ -43,6 +42,7 @@ def flat_items(value: Any) -> Iterator[Any]:
 
 
 def flat_ints(value: Any) -> Iterator[int]:
+    """The integers in nested tuples, lists and slices."""
     if isinstance(value, int):
         yield value
     elif isinstance(value, slice):
@@ -50,21 +50,6 @@ def flat_ints(value: Any) -> Iterator[int]:
     elif isinstance(value, (list, tuple)):
         for v in value:
             yield from flat_ints(v)
-
-
-def call_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tensor, a tuple of positional or a dict of keyword arguments, as (args, kwargs)."""
-    if isinstance(inputs, torch.Tensor):
-        return (inputs,), {}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(inputs), {}
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    raise SecateurError(
-        f"inputs of type {type(inputs).__name__}",
-        where="trace",
-        fix="give a tensor, a tuple of positional arguments or a dict of keyword arguments",
-    )
 
 
 def caches(modules: Iterable[nn.Module]) -> list[dict]:
@@ -82,9 +67,10 @@ def forget_caches(model: nn.Module) -> None:
     empty(caches(model.modules()))
 
 
-def empty(found: Sequence[dict]) -> None:
-    for value in found:
-        if all(isinstance(v, torch.Tensor) for v in value.values()):
+def empty(dictionaries: Sequence[dict]) -> None:
+    """Clear those of the dictionaries that hold tensors only."""
+    for value in dictionaries:
+        if all(isinstance(v, Tensor) for v in value.values()):
             value.clear()
 
 
@@ -101,15 +87,21 @@ def without_stale(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Models that can return a cache do not: its tensors are no output to be kept whole."""
-    config = getattr(model, "config", None)
-    if not getattr(config, "use_cache", False):
-        yield
-        return
-    config.use_cache = False  # type: ignore[union-attr]
+    config: Any = getattr(model, "config", None)
+    setting = getattr(config, "use_cache", None)
+    if setting:
+        config.use_cache = False
     try:
         yield
     finally:
-        config.use_cache = True  # type: ignore[union-attr]
+        if setting:
+            config.use_cache = setting
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """What the model returns for a tensor, a tuple of positional or a dict of keyword arguments."""
+    args, kwargs = as_call(inputs)
+    return model(*args, **kwargs)
 
 
 def run(model: nn.Module, batch: Inputs) -> Any:
@@ -121,17 +113,34 @@ def run(model: nn.Module, batch: Inputs) -> Any:
     return model(*args, **kwargs)
 
 
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returned: a tensor, something with `.logits`, or a tuple that begins with them.
+
+    >>> logits_of((torch.ones(2), "cache"))
+    tensor([1., 1.])
+
+    Raises:
+        SecateurError: there are none.
+    """
+    first = output[0] if isinstance(output, tuple | list) and output else None
+    for value in (output, getattr(output, "logits", None), first):
+        if isinstance(value, Tensor):
+            return value
+    raise SecateurError(f"a {type(output).__name__} holds no logits", where="model output")
+
+
 def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    """The device of a model's first parameter; the CPU where it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-@contextlib.contextmanager
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; every module's own mode comes back."""
-    training = [module for module in model.modules() if module.training]
+    """Eval mode inside; every module has its own mode again afterwards, whatever was done to it."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, mode in modes:
+            module.training = mode

@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from secateur.errors import SecateurError
 from secateur.io.exchange.program import Program, largest_difference
 from secateur.utils.files import atomic_write_bytes
-from secateur.utils.inputs import Inputs, as_call, call
+from secateur.utils.inputs import Inputs, as_call
+from secateur.utils.running import call, evaluating, without_cache
 
 __all__ = ["SUFFIXES", "Program", "check_packages", "export", "is_exchange", "load_file"]
 
@@ -73,11 +74,9 @@ def export(
     path = Path(path).expanduser()
     if not is_exchange(path):
         raise SecateurError("neither .onnx nor .pt2", where=str(path), fix="end the name in .onnx or .pt2")
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            expected = _tensors(_call(model, inputs))
+    with evaluating(model):
+        with torch.no_grad(), without_cache(model):
+            expected = _tensors(call(model, inputs))
         if path.suffix.lower() == ".onnx":
             from secateur.io.exchange.onnx_out import onnx_bytes, open_sizes, run_onnx
 
@@ -92,9 +91,6 @@ def export(
                 model.own_call(inputs) if isinstance(model, pt2.ExportedModule) else as_call(inputs)
             )
             got = pt2.run_program(data, args, kwargs)
-    finally:
-        for module in training:
-            module.training = True
     if tolerance is None:
         full = all(
             p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point()
@@ -103,13 +99,6 @@ def export(
     worst = largest_difference(got, expected, str(path), tolerance)
     atomic_write_bytes(path, data)
     return {"path": str(path), "bytes": len(data), "difference": worst, "open": free}
-
-
-def _call(model: nn.Module, inputs: Inputs) -> Any:
-    from secateur.io.exchange.pt2 import _without_cache
-
-    with _without_cache(model):
-        return call(model, inputs)
 
 
 def _tensors(value: Any) -> list[Tensor]:

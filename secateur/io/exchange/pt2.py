@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from secateur.errors import SecateurError
 from secateur.io.exchange.program import Program, Spec, Template, add_step, register, tensor_at
 from secateur.utils.inputs import Inputs, as_call
+from secateur.utils.running import without_cache
 
 SIZES = {
     "size", "shape", "sizes", "split_size", "split_sizes", "start", "end", "length", "groups", "num_groups",
@@ -442,7 +443,7 @@ def export_program(model: nn.Module, inputs: Inputs) -> ExportedProgram:
             for t, dims in zip(leaves, first, strict=True)
         ]
         tries = [tokens, first]
-    with _plain_signature(model), _without_cache(model):
+    with _plain_signature(model), without_cache(model):
         for dims in (tries[0], *[t for t in tries[1:] if t != tries[0]]):
             if any(dims):
                 with contextlib.suppress(Exception):
@@ -540,19 +541,6 @@ def _plain_signature(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         object.__delattr__(model, "forward")
-
-
-@contextlib.contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    config = getattr(model, "config", None)
-    cached = getattr(config, "use_cache", None)
-    if cached:
-        config.use_cache = False  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        if cached:
-            config.use_cache = cached  # type: ignore[union-attr]
 
 
 def program_bytes(program: ExportedProgram) -> bytes:

@@ -91,7 +91,7 @@ def propagate(
         with mode:
             logits = run(model, x) if run else model(x)
         if not isinstance(logits, Tensor):
-            from secateur.stats.windows import logits_of
+            from secateur.utils.running import logits_of
 
             logits = logits_of(logits)
         if not logits.requires_grad:

@@ -28,6 +28,7 @@ from secateur.tasks.scenes.draw import (
     WORDS,
 )
 from secateur.utils.files import atomic_directory, atomic_write_json
+from secateur.utils.running import device_of
 
 VARIANTS = ("llava", "qwen")
 WIDTH, DEPTH, HEADS, INNER, CONTEXT = 128, 4, 4, 384, 512
@@ -222,7 +223,7 @@ def inputs(model: Any, pictures: Tensor, questions: list[list[int]]) -> dict[str
     Questions are word numbers (`scenes.encode`); shorter ones are padded on the left.
     """
     variant = variant_of(model)
-    device = next(model.parameters()).device
+    device = device_of(model)
     before, after = frame(variant)
     each = 1 if pictures.dim() == 4 else pictures.shape[1]
     pictures = pictures.reshape(-1, *pictures.shape[-3:])
