@@ -120,3 +120,9 @@ def test_no_circles() -> None:
         if module not in index:
             visit(module)
     assert not circles, "\n".join(" <-> ".join(circle) for circle in circles)
+
+
+def test_every_room_says_what_is_in_it() -> None:
+    rooms = {folder for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file()}
+    silent = [room.name for room in rooms if not (room / "README.md").is_file()]
+    assert rooms and not silent
