@@ -1,5 +1,6 @@
 """Shared models and the rule for data: a test marked needs_data says so when it is skipped."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from secateur.errors import SecateurError
 from secateur.utils.files import data_dir
 
 torch.set_num_threads(1)
+# A tracing rule that fails is a defect, not a frozen group.
+os.environ.setdefault("SECATEUR_STRICT_RULES", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -112,7 +112,7 @@ class Matrix:
 def find_blocks(model: nn.Module) -> Blocks:
     """The repeated blocks that hold most parameters.
 
-    >>> blocks = find_blocks(LlamaForCausalLM(config))
+    >>> blocks = find_blocks(model)
     >>> blocks.path, len(blocks)
     ('model.layers', 30)
 

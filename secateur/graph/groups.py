@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError, choose
-from secateur.graph.labels import (
-    Axes,
-)
+from secateur.graph.labels import Axes
+from secateur.graph.notes import RuleError
 from secateur.graph.sizes import Attribute, Extent, evaluate, leaves
 
 KINDS = ("channels", "heads", "kv_groups", "head_dim", "neurons", "experts", "hidden", "layers")
@@ -118,6 +117,7 @@ class Graph:
     aliases: dict[str, str] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
     normalised: frozenset[str] = frozenset()
+    rule_errors: list[RuleError] = field(default_factory=list)
     _parameters: list[str] = field(default_factory=list, repr=False)
     _class: np.ndarray = field(default_factory=lambda: np.zeros(0, int), repr=False)
     _open: np.ndarray = field(default_factory=lambda: np.zeros(0, bool), repr=False)

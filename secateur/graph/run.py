@@ -1,25 +1,41 @@
-"""The modes under which a model runs while it is traced, and its watched sizes."""
+"""Running a model under a tracer: every operation that it does is given to the rule that knows it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from secateur.graph.sizes import Attribute, Size
-from secateur.graph.tracer import INTERNAL, Picked, grouped, packed, t_shape
+from secateur.errors import SecateurError
+from secateur.graph.labels import Axes, NoRule
+from secateur.graph.notes import RuleError
+from secateur.graph.rules import RULES, Call
+from secateur.graph.rules.pick import numbers
+from secateur.graph.rules.pointwise import pointwise
+from secateur.graph.tracer import Picked, Tracer
+from secateur.graph.watch import note_sizes, sized_shape, watched_sizes
+from secateur.utils.inputs import as_call
+from secateur.utils.running import (
+    _flat,
+    evaluating,
+    flat_tensors,
+    without_cache,
+    without_stale,
+)
 
-if TYPE_CHECKING:
-    from secateur.graph.tracer import Tracer
-
+STRICT = "SECATEUR_STRICT_RULES"
+"""Set to 1, a rule that fails raises instead of freezing what it touches: for work on the rules."""
 
 aten = torch.ops.aten
-HIGH_LEVEL = {
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+WHOLE = {
     "linear": aten.linear.default,
     "matmul": aten.matmul.default,
     "__matmul__": aten.matmul.default,
@@ -33,19 +49,41 @@ HIGH_LEVEL = {
     "histc": aten.histc.default,
     "bincount": aten.bincount.default,
 }
-RESHAPES = {"view", "reshape", "expand", "_unsafe_view", "unflatten", "broadcast_to"}
-FACTORIES = {
-    "zeros",
-    "ones",
-    "empty",
-    "full",
-    "rand",
-    "randn",
-    "new_zeros",
-    "new_ones",
-    "new_empty",
-    "new_full",
-}
+"""Python calls that one rule sees as a whole: what they dispatch to says less."""
+
+
+def run_model(t: Tracer, inputs: Any) -> list[Axes]:
+    """The axes of the model's outputs, after one run in which the tracer has noted everything else."""
+    args, kwargs = as_call(inputs)
+    modules = list(t.unique())
+    for value in flat_tensors((args, kwargs)):
+        t.env[value] = Axes(tuple(value.shape), [], None)
+    with ExitStack() as stack:
+        for context in (
+            evaluating(t.model),
+            without_stale(modules),
+            torch.no_grad(),
+            watched_sizes(modules),
+            without_cache(t.model),
+            _hooked(t, modules),
+            Dispatch(t),
+            Functions(t),
+        ):
+            stack.enter_context(context)
+        try:
+            output = t.model(*args, **kwargs)
+        except (SecateurError, RuleFailure):
+            raise
+        except Exception as error:
+            raise SecateurError(
+                f"the model does not run on these inputs: {type(error).__name__}: {error}",
+                where="trace",
+                fix="give inputs on which model(*inputs) or model(**inputs) works",
+            ) from error
+    return [t.axes(value) for value in flat_tensors(output)]
+
+
+# --- what is seen: operations, Python calls, modules
 
 
 class Dispatch(TorchDispatchMode):
@@ -60,7 +98,7 @@ class Dispatch(TorchDispatchMode):
         if not self.tracer.off and hasattr(func, "_schema"):
             self.tracer.off += 1
             try:
-                self.tracer.apply(func, args, kwargs or {}, out)
+                apply(self.tracer, func, args, kwargs or {}, out)
             finally:
                 self.tracer.off -= 1
         return out
@@ -79,88 +117,206 @@ class Functions(TorchFunctionMode):
         t = self.tracer
         if t.off:
             return func(*args, **kwargs)
-        if name in ("item", "tolist", "numpy", "__index__"):
-            known = t.env.get(args[0])
-            if known is not None and known.picks is not None:
-                before, t.current, t.op = t.current, (name, (args,)), name
-                out = func(*args, **kwargs)
-                t.current = before
-                if name == "__index__":
-                    t.told(known.picks, int(out), alone=True)
-                    return out
-                if name == "item":
-                    return Picked(out, t, known.picks)
-                t.freeze(known.picks, t.reason("units are told apart by number"))
-                return out
-        if name == "__get__":
+        if name == "__get__":  # a property such as `x.shape`
             out = func(*args, **kwargs)
-            return t_shape(t, args[0], out) if type(out) is torch.Size else out
+            return sized_shape(t, args[0], out) if type(out) is torch.Size else out
         if name == "size":
             out = func(*args, **kwargs)
             if type(out) is torch.Size:
-                return t_shape(t, args[0], out)
-            d = args[1] if len(args) > 1 else kwargs["dim"]
-            return t_shape(t, args[0], args[0].shape)[d]
-        if name in HIGH_LEVEL and not (name in ("lstm", "gru", "rnn_tanh", "rnn_relu") and packed(args)):
+                return sized_shape(t, args[0], out)
+            return sized_shape(t, args[0], args[0].shape)[args[1] if len(args) > 1 else kwargs["dim"]]
+        if name in ("item", "tolist", "numpy", "__index__"):
+            axes = t.env.get(args[0])
+            if axes is not None and axes.picks is not None:
+                return _number(t, axes, name, func, args, kwargs)
+        if name in WHOLE and not (
+            name in RECURRENT and isinstance(args[2], torch.Tensor)
+        ):  # packed sequences
             t.off += 1
             try:
                 out = func(*args, **kwargs)
                 if name == "einsum" and not isinstance(args[1], (list, tuple)):
-                    t.apply(HIGH_LEVEL[name], (args[0], list(args[1:])), {}, out)
-                else:
-                    t.apply(HIGH_LEVEL[name], args, kwargs, out)
+                    args = (args[0], list(args[1:]))
+                apply(t, WHOLE[name], args, kwargs, out)
             finally:
                 t.off -= 1
             return out
+        # Everything else: the rule sees what is dispatched, and looks up what it was called with.
         before, t.current = t.current, (name, (args, tuple(kwargs.values())))
         try:
             out = func(*args, **kwargs)
         finally:
             t.current = before
-        if name in RESHAPES:
-            t.sizes(name, args if not kwargs else (*args, *kwargs.values()), out)
-        elif name in FACTORIES and isinstance(out, torch.Tensor):
-            t.factory(name, args, out)
-        elif name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "group_norm", "layer_norm",
-                      "rms_norm"):  # fmt: skip
-            grouped(t, name, args, kwargs)
+        note_sizes(t, name, args, kwargs, out)
         return out
 
 
+def _number(t: Tracer, axes: Axes, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    """The number of a unit becomes a Python value: followed where it stays an integer."""
+    assert axes.picks is not None
+    before, t.current, t.op = t.current, (name, (args,)), name
+    out = func(*args, **kwargs)
+    t.current = before
+    if name == "item":
+        return Picked(out, t, axes.picks)
+    if name == "__index__":
+        t.by_number(axes.picks, int(out), alone=True)
+    else:
+        t.freeze(axes.picks, t.reason("units are told apart by number"))
+    return out
+
+
 @contextmanager
-def watched_sizes(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
-    """Replace integer attributes by Sizes while the model runs."""
-    undo: list[tuple[dict, str, Any]] = []
-    seen: set[int] = set()
-
-    def watch(owner: dict, module: str, prefix: str) -> None:
-        for key, value in list(owner.items()):
-            kind = type(value)
-            if kind is int:
-                if value < 2 or key in INTERNAL:
-                    continue
-                new: Any = Size(value, Attribute(module, prefix + key))
-            elif kind is tuple or kind is list:
-                if not value or key in INTERNAL or not all(type(v) is int for v in value):
-                    continue
-                new = kind(
-                    Size(v, Attribute(module, prefix + key, n)) if v > 1 else v for n, v in enumerate(value)
-                )
-            elif key == "config" and hasattr(value, "__dict__") and not isinstance(value, nn.Module):
-                if id(value) not in seen:
-                    seen.add(id(value))
-                    watch(value.__dict__, module, prefix + key + ".")
-                continue
-            else:
-                continue
-            undo.append((owner, key, value))
-            owner[key] = new
-
+def _hooked(t: Tracer, modules: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
+    """Know which module runs, and what goes in and comes out."""
+    handles = []
     for path, module in modules:
         if not isinstance(module, torch.jit.ScriptModule):
-            watch(module.__dict__, path, "")
+            enter, leave = functools.partial(_enter, t, path), functools.partial(_leave, t, path)
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave))
     try:
         yield
     finally:
-        for owner, key, value in reversed(undo):
-            owner[key] = value
+        for handle in handles:
+            handle.remove()
+
+
+def _enter(t: Tracer, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    t.stack.append(path)
+    t.off += 1
+    inputs = [t.axes(v) for v in _flat(kwargs, _flat(args, []))]
+    t.off -= 1
+    t.notes.calls.setdefault(path, []).append((inputs, None))  # type: ignore[arg-type]
+    # A module of a list is an expert if its position was just asked for.
+    if path in t.places and t.last_number is not None:
+        container, place, count = t.places[path]
+        ids, value = t.last_number
+        if value == place and len(ids) == count:
+            t.notes.experts.setdefault(container, ids)
+
+
+def _leave(t: Tracer, path: str, module: nn.Module, args: Any, output: Any) -> None:
+    t.stack.pop()
+    calls = t.notes.calls[path]
+    first = output if isinstance(output, torch.Tensor) else next(iter(_flat(output, [])), None)
+    if first is None:
+        return
+    t.off += 1
+    out = t.axes(first)
+    t.off -= 1
+    inputs: Any = calls[-1][0]
+    if isinstance(inputs, list):
+        calls[-1] = (next((x for x in inputs if x.shape == out.shape), None), out)
+
+
+# --- one operation
+
+
+def apply(t: Tracer, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+    """Label the results of one operation."""
+    t.op, name, in_place, is_pointwise = described(op)
+    named = bind(op, args, kwargs)
+    axes: dict[str, Any] = {}
+    for key, value in named.items():
+        if isinstance(value, torch.Tensor):
+            axes[key] = t.axes(value)
+        elif isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
+            axes[key] = [t.axes(v) if isinstance(v, torch.Tensor) else None for v in value]
+    outs = list(flat_tensors(result))
+    if not outs:
+        _left_tensors(t, axes.get("self"))
+        return
+    call = Call(name, named, axes, [tuple(o.shape) for o in outs])
+    xs = call.tensors()
+    labelled = _labelled(t, call, xs, is_pointwise)
+    if any(x.picks is not None for x in xs):
+        numbers(t, call, labelled)
+    for n, out in enumerate(outs):
+        new = labelled[n] if n < len(labelled) else None
+        if new is None or new.shape != call.outs[n]:  # a rule that answers for the first result only
+            same = call.outs[n] == labelled[0].shape
+            new = Axes(call.outs[n], labelled[0].layers if same else [], labelled[0].params)
+        if in_place and n == 0:
+            _written(t, out, new)
+        t.env[out] = new
+    uses = t.notes.uses
+    for x in xs:
+        for used in sorted(x.params or ()):
+            uses.setdefault(used, len(uses))
+
+
+def _labelled(t: Tracer, call: Call, xs: Sequence[Axes], is_pointwise: bool) -> list[Axes]:
+    """The results as their rule labels them; without a rule, what the operation touches is frozen."""
+    if any(x.layers or x.picks is not None for x in xs):
+        rule = RULES.get(call.name, pointwise if is_pointwise else None)
+        try:
+            if rule is None:
+                raise NoRule
+            results = rule(t, call)
+            return [results] if isinstance(results, Axes) else results
+        except NoRule:
+            why = str(t.reason(f"no rule for this {call.name}"))
+        except Exception as error:  # a defect of the rule: said, counted and never taken for an answer
+            if os.environ.get(STRICT) == "1":
+                raise RuleFailure(call.name) from error
+            text = f"{type(error).__name__} {error}"
+            t.notes.rule_errors.append(RuleError(call.name, t.stack[-1], text))
+            why = str(t.reason(f"no rule for this {call.name}: {text}"))
+        t.notes.unknown.setdefault(call.name, why)
+        for x in xs:
+            for layer in [*x.layers, *([] if x.picks is None else [x.picks])]:
+                t.freeze(layer, why)
+    return [Axes(shape, [], t.origin(xs)) for shape in call.outs]
+
+
+class RuleFailure(Exception):
+    """A rule failed while failures were asked for."""
+
+
+def _left_tensors(t: Tracer, x: Any) -> None:
+    """An operation gave Python a value: numbers of units are lost unless `Functions` follows them."""
+    followed = t.current[0] in ("__getitem__", "item", "__index__")
+    if isinstance(x, Axes) and x.picks is not None and not followed:
+        t.freeze(x.picks, t.reason("units are told apart by number"))
+
+
+def _written(t: Tracer, out: torch.Tensor, axes: Axes) -> None:
+    """A write into a view reaches its base: labels that the base does not know cannot be cut."""
+    before = t.env.get(out)
+    if out._base is None or not axes.layers:
+        return
+    labelled = {k for layer in (before.layers if before else []) for k, n in enumerate(layer.shape) if n > 1}
+    for layer in axes.layers:
+        if any(k not in labelled for k, n in enumerate(layer.shape) if n > 1):
+            t.freeze(layer, t.reason("written into a part of another tensor"))
+
+
+def bind(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by the names of an operation's schema, defaults filled in."""
+    names, defaults = arguments(op)
+    out = dict(zip(names, args, strict=False))
+    for name in names[len(args) :]:
+        if name in kwargs:
+            out[name] = kwargs[name]
+        elif name in defaults:
+            out[name] = defaults[name]
+    return out
+
+
+@functools.cache
+def arguments(op: Any) -> tuple[list[str], dict[str, Any]]:
+    """Names of an operation's arguments, and the defaults of those that have one."""
+    known = op._schema.arguments
+    return [a.name for a in known], {a.name: a.default_value for a in known if a.has_default_value()}
+
+
+@functools.cache
+def described(op: Any) -> tuple[str, str, bool, bool]:
+    """Name, name of its rule, whether it works in place, whether it is elementwise."""
+    full = op._schema.name.split("::")[1]
+    in_place = full.endswith("_") and not full.endswith("__")
+    name = full.rstrip("_") if in_place else full
+    if name in ("__and__", "__or__", "__xor__", "__iand__", "__ior__"):
+        name = "bitwise"
+    return full, name, in_place, name == "bitwise" or torch.Tag.pointwise in op.tags

@@ -14,6 +14,7 @@ from torch import nn
 
 from secateur.graph.build import build_graph
 from secateur.graph.groups import Graph
+from secateur.graph.run import run_model
 from secateur.graph.tracer import Tracer
 
 
@@ -25,24 +26,34 @@ def trace(model: nn.Module, inputs: Any, *, inner: bool = False) -> Graph:
     >>> graph["model.layers.0.mlp:neurons"].size
     24
 
-    `inputs` is a tensor, a tuple of positional arguments or a dict of keyword arguments of `model.forward`. The model
-    is run once, in evaluation mode and without gradients, and is left as it was. Use a batch of two or more: an
-    axis of size one is never taken for a prunable one, but its merges with other axes are ambiguous.
+    The model is run once, in evaluation mode and without gradients, and is left as it was. Spec: spa (arXiv
+    2403.18955), algorithm A.
 
-    inner: the units of attention are entries of its heads' width (kind `head_dim`: the same entry of every head, of
-    queries and keys with the partner it is rotated with) instead of whole heads. A tensor can be cut along one of them.
+    Args:
+        model: any module; nothing of it need be exportable.
+        inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments of `model.forward`. Use a batch
+            of two or more: an axis of size one is never taken for a prunable one, but its merges with other axes are
+            ambiguous.
+        inner: the units of attention are entries of its heads' width (kind `head_dim`: the same entry of every head, of
+            queries and keys with the partner it is rotated with) instead of whole heads. A tensor can be cut along one
+            of them.
 
-    Raises SecateurError if the model cannot be run on the inputs. Spec: spa (arXiv 2403.18955), algorithm A.
+    Returns:
+        The graph; groups that can't be cut are in it with the reason.
+
+    Raises:
+        SecateurError: the model cannot be run on the inputs.
     """
-    tracer = Tracer(model, inner=inner)
-    outputs = tracer.run(inputs)
-    graph = build_graph(tracer, outputs)
+    tracer, graph = _traced(model, inputs, frozenset(), inner)
     stuck = collapsed(tracer, graph)
     if stuck:  # grouped convolutions that cannot lose the same channel of every group: let whole groups leave
-        tracer = Tracer(model, stuck, inner)
-        outputs = tracer.run(inputs)
-        graph = build_graph(tracer, outputs)
+        _, graph = _traced(model, inputs, stuck, inner)
     return graph
+
+
+def _traced(model: nn.Module, inputs: Any, whole_groups: frozenset[str], inner: bool) -> tuple[Tracer, Graph]:
+    tracer = Tracer(model, whole_groups, inner)
+    return tracer, build_graph(tracer, run_model(tracer, inputs))
 
 
 def collapsed(tracer: Tracer, graph: Graph) -> frozenset[str]:
@@ -51,4 +62,4 @@ def collapsed(tracer: Tracer, graph: Graph) -> frozenset[str]:
     for group in graph.groups:
         if group.reason == "a single unit":
             single[group._classes] = True
-    return frozenset(path for path, ids in tracer.grouped.items() if single[graph._class[ids]].any())
+    return frozenset(path for path, ids in tracer.notes.grouped.items() if single[graph._class[ids]].any())

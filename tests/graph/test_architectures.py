@@ -49,6 +49,7 @@ def test_half_of_everything(name):
     before = sum(p.numel() for p in model.parameters())
     shapes = [tuple(o.shape) for o in architectures.outputs(model, architectures.one(inputs))]
     graph = trace(model, inputs)
+    assert graph.rule_errors == []
     keep = architectures.halved(graph)
     assert prove(model, graph, keep, inputs) == {}
     assert architectures.heads_are_whole(graph, keep)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from secateur.graph.labels import ALONE, EXPERT, HEAD, INNER, MIXED, Axes, NoRule, along, axes_of
 from secateur.graph.rules.moves import Call, elementwise, fix, join, rect, rect_heads, rule, vector
-
-if TYPE_CHECKING:
-    from secateur.graph.tracer import Tracer
-
+from secateur.graph.tracer import Tracer
 
 # --- contractions
 
@@ -110,7 +105,7 @@ def grouped_mm(t: Tracer, c: Call) -> Axes:
         w = Axes(w.shape, [layer for layer in w.layers if layer.shape[0] == 1], w.params)
     bytes_ = c.args["self" if "self" in c.args else "input"].element_size()
     for layer in w.layers:  # the kernel reads rows of a multiple of 16 bytes
-        t.grains.append((layer.reshape(-1), max(1, 16 // bytes_)))
+        t.notes.grains.append((layer.reshape(-1), max(1, 16 // bytes_)))
     flat = Axes(w.shape[1:], [layer[0] for layer in w.layers], w.params)
     return matmul_axes(t, x, flat, c.out)
 
@@ -212,7 +207,7 @@ def convolution(t: Tracer, c: Call) -> Axes:
     elif not transposed:
         out = w0
         if w0 is not None:
-            t.grouped[t.stack[-1]] = w0 if inp is None else np.concatenate([w0, inp])
+            t.notes.grouped[t.stack[-1]] = w0 if inp is None else np.concatenate([w0, inp])
             t.labels.tie(w0.reshape(groups, -1), w0[: n_out // groups][None])
         if inp is None or w1 is None:
             join(t, inp, w1, fixed_in)
@@ -251,7 +246,9 @@ def attention(t: Tracer, c: Call) -> Axes:
         t.labels.flag(inner, INNER)
         if c.args.get("scale") is None:
             rows = [layer for layer in rows if layer.size == len(inner) * (q.shape[-3] if rank >= 4 else 1)]
-            t.rescaled.append((inner, rows, str(t.reason("the width of a head sets the scale of attention"))))
+            t.notes.rescaled.append(
+                (inner, rows, str(t.reason("the width of a head sets the scale of attention")))
+            )
     width = vector(t, v, -1)
     layers = []
     if rank >= 4:

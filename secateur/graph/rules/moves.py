@@ -7,23 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from secateur.graph.labels import (
     INNER,
-    MIXED,
     PICKED,
-    RESIDUAL,
     Axes,
-    NoRule,
     along,
     axes_of,
 )
-
-if TYPE_CHECKING:
-    from secateur.graph.tracer import Tracer
+from secateur.graph.tracer import Tracer
 
 
 @dataclass
@@ -220,130 +215,6 @@ def dims_of(value: Any, rank: int) -> list[int]:
     return [int(d) % rank for d in (value if isinstance(value, (list, tuple)) else [value])] if rank else []
 
 
-# --- elementwise
-
-PASS = [
-    "hardswish",
-    "hardsigmoid",
-    "hardtanh",
-    "relu6",
-    "mish",
-    "celu",
-    "selu",
-    "log_sigmoid_forward",
-    "clone",
-    "detach",
-    "alias",
-    "lift_fresh",
-    "lift",
-    "lift_fresh_copy",
-    "_to_copy",
-    "to",
-    "contiguous",
-    "dropout",
-    "native_dropout",
-    "feature_dropout",
-    "alpha_dropout",
-    "max_pool2d_with_indices",
-    "max_pool1d_with_indices",
-    "max_pool3d_with_indices",
-    "max_pool1d",
-    "max_pool2d",
-    "max_pool3d",
-    "avg_pool1d",
-    "avg_pool2d",
-    "avg_pool3d",
-    "_adaptive_avg_pool2d",
-    "_adaptive_avg_pool3d",
-    "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d",
-    "adaptive_max_pool2d",
-    "adaptive_max_pool1d",
-    "mkldnn_adaptive_avg_pool2d",
-    "reflection_pad1d",
-    "reflection_pad2d",
-    "replication_pad1d",
-    "replication_pad2d",
-    "zeros_like",
-    "ones_like",
-    "empty_like",
-    "full_like",
-    "rand_like",
-    "randn_like",
-    "triu",
-    "tril",
-    "fill",
-    "zero",
-    "bernoulli",
-    "uniform",
-    "normal",
-    "random",
-    "exponential",
-    "grid_sampler_2d",
-]
-
-
-PASS += [f"upsample_{mode}" for mode in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d",
-         "trilinear3d")]  # fmt: skip
-PASS += [
-    "_upsample_nearest_exact1d",
-    "_upsample_nearest_exact2d",
-    "_upsample_bilinear2d_aa",
-    "_upsample_bicubic2d_aa",
-]
-
-
-@rule(*PASS)
-def same(t: Tracer, c: Call) -> Axes:
-    x = next(iter(c.axes.values()))
-    if any(word in c.name for word in ("pool", "_pad", "upsample", "grid")):
-        spatial = int(c.name.rpartition("d")[0][-1:]) if c.name.rpartition("d")[0][-1:].isdigit() else 2
-        for k in range(len(x.shape) - spatial, len(x.shape)):
-            x = fix(t, x, k, t.reason("a spatial axis"))
-    if any(x.has(k) and x.shape[k] != c.out[k] for k in range(len(c.out))):
-        raise NoRule
-    return Axes(c.out, x.layers, x.params)
-
-
-@rule("as_strided")
-def as_strided(t: Tracer, c: Call) -> Axes:
-    x = c.axes["self"]
-    if x.shape != c.out or c.args.get("storage_offset"):
-        raise NoRule
-    return x
-
-
-def differ(a: np.ndarray, b: np.ndarray) -> bool:
-    """Are these other sets of labels?"""
-    if a.min() != b.min() or a.max() != b.max():
-        return True
-    return not np.array_equal(a, b) and not np.array_equal(np.unique(a), np.unique(b))
-
-
-def pointwise(t: Tracer, c: Call) -> Axes:
-    xs = c.tensors()
-    values = [x for x in xs if x.layers and x.params is None]
-    before = [t.labels.find(x.layers[0].ravel()) for x in values[:2]] if c.name == "add" else []
-    out = elementwise(t, xs, c.out)
-    if len(before) > 1 and differ(*before):
-        for layer in out.layers:
-            t.labels.flag(layer, RESIDUAL)
-    return out
-
-
-for _name in ("where", "masked_fill", "lerp", "addcmul", "addcdiv", "_prelu_kernel", "bitwise"):
-    RULES[_name] = pointwise
-
-
-@rule("copy")
-def copy(t: Tracer, c: Call) -> Axes:
-    target, source = c.axes["self"], c.axes["src"]
-    if target.layers:
-        return elementwise(t, [target, source], c.out)
-    pad = (1,) * (len(c.out) - len(source.shape))
-    return Axes(c.out, [layer.reshape(pad + layer.shape) for layer in source.layers], source.params)
-
-
 def chosen(t: Tracer, x: Axes, d: int, count: int, name: str) -> tuple[Axes, np.ndarray | None]:
     """The best of an axis are taken: what is left of the labels, and those that the winners are numbered among."""
     layers, picks = [], None
@@ -359,35 +230,7 @@ def chosen(t: Tracer, x: Axes, d: int, count: int, name: str) -> tuple[Axes, np.
             for k in axes_of(layer)[1:]:
                 layer = collapse(t, layer, k)
             picks = layer.reshape(-1)
-            t.floors.append((picks, count))
+            t.notes.floors.append((picks, count))
         t.labels.flag(layer, PICKED)
         t.choice(name, layer)
     return Axes(x.shape, layers, x.params), picks
-
-
-@rule("mean", "sum", "amax", "amin", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "prod", "max",
-      "min", "any", "all", "var_mean", "std_mean")  # fmt: skip
-def reduce(t: Tracer, c: Call) -> Axes | list[Axes]:
-    x = c.axes.get("self") or next(iter(c.axes.values()))
-    if "other" in c.axes:
-        return pointwise(t, c)
-    rank = len(x.shape)
-    if c.name == "max" and len(c.outs) == 2:
-        d = int(c.args["dim"]) % rank
-        free, picks = chosen(t, x, d, 1, "max")
-        best, places = (Axes(o, drop_axes(free, [d], o)) for o in c.outs)
-        places.picks = picks
-        return [best, places]
-    dims = dims_of(c.args.get("dim"), rank)
-    layers = []
-    for layer in x.layers:
-        if any(layer.shape[k] > 1 for k in dims):
-            if t.inner and axes_of(layer)[-1] in dims:
-                layer = innermost(t, layer)
-            if all(k in dims for k in axes_of(layer)):
-                t.labels.flag(layer, MIXED)
-                continue
-            for k in dims:
-                layer = collapse(t, layer, k)
-        layers.append(layer)
-    return [Axes(o, drop_axes(Axes(x.shape, layers), dims, o), x.params) for o in c.outs]

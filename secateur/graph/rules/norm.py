@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from secateur.graph.labels import MIXED, Axes, axes_of
 from secateur.graph.rules.moves import Call, elementwise, rect, rect_heads, rule, vector
-
-if TYPE_CHECKING:
-    from secateur.graph.tracer import Tracer
+from secateur.graph.tracer import Tracer
 
 
 def mixed(t: Tracer, x: Axes, dims: Sequence[int]) -> None:
@@ -65,5 +62,5 @@ def group_norm(t: Tracer, c: Call) -> Axes:
 @rule("_weight_norm", "_weight_norm_interface")
 def weight_norm(t: Tracer, c: Call) -> Axes:
     v, g = list(c.axes.values())[:2]
-    t.normalised |= v.params or frozenset()
+    t.notes.normalised |= v.params or frozenset()
     return elementwise(t, [v, g], c.out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,9 +21,7 @@ from secateur.graph.rules.moves import (
     rule,
     vector,
 )
-
-if TYPE_CHECKING:
-    from secateur.graph.tracer import Tracer
+from secateur.graph.tracer import Tracer
 
 
 @rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
@@ -90,7 +87,7 @@ def one_hot(t: Tracer, c: Call) -> Axes:
         t.freeze(picks, t.reason("its units are counted by number"))
         return Axes(c.out, layers)
     more = t.labels.new(n - len(picks), t.reason("a place that belongs to no unit"))
-    t.extras |= set(more.tolist())
+    t.notes.extras |= set(more.tolist())
     layers.append(along(np.concatenate([picks, more]), len(c.out), -1))
     out = Axes(c.out, layers)
     t.sized(n, out, len(c.out) - 1)
@@ -268,7 +265,7 @@ def numbers(t: Tracer, c: Call, made: Sequence[Axes]) -> None:
             t.labels.tie(x.picks, c.axes["tensors"][0].picks)
             made[0].picks = x.picks
             if c.name == "cat" and len(c.out) > 1 and c.args.get("dim", 0) in (-1, len(c.out) - 1):
-                t.floors.append(
+                t.notes.floors.append(
                     (x.picks, min(c.out[-1], len(x.picks)))
                 )  # one after the other, all for a token
         elif c.name in ("eq", "ne", "lt", "le", "gt", "ge"):
@@ -280,7 +277,7 @@ def numbers(t: Tracer, c: Call, made: Sequence[Axes]) -> None:
                 and 0 <= other < len(x.picks)
                 and other not in places
             ):
-                t.told(x.picks, other)
+                t.by_number(x.picks, other)
             elif not (
                 isinstance(other, int)
                 and (other == len(x.picks) or other in places or other < 1 and c.name in ("lt", "ge"))

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from secateur.graph.labels import Axes, NoRule, along, axes_of
 from secateur.graph.rules.moves import Call, canon, collapse, dims_of, elementwise, fix, rect, rule, vector
 from secateur.graph.rules.pick import pick
-
-if TYPE_CHECKING:
-    from secateur.graph.tracer import Tracer
-
+from secateur.graph.tracer import Tracer
 
 # --- views and moves
 
@@ -49,7 +45,7 @@ def view(t: Tracer, c: Call) -> Axes:
                 shape += [1] * (j1 - j0)
         new = np.broadcast_to(layer, full).reshape(shape)
         if len(axes_of(new)) > len(axes_of(layer)):
-            t.splits.append(new)
+            t.notes.splits.append(new)
         moved.append((axes_of(layer)[0], canon(t, new)))
     layers: list[np.ndarray] = []
     for _, new in sorted(moved, key=lambda item: item[0]):
@@ -127,7 +123,7 @@ def select(t: Tracer, c: Call) -> Axes:
     mask = not c.args["self"].is_floating_point()
     for layer in x.layers:
         if mask and len(axes_of(layer)) == 1 and layer.shape[d] > 1:
-            t.told(layer.reshape(-1), i % x.shape[d])
+            t.by_number(layer.reshape(-1), i % x.shape[d])
         elif layer.shape[d] > 1:
             t.rigid(layer, d, t.reason("one entry of this axis is selected by number"))
     layers = [layer.take(i if layer.shape[d] > 1 else 0, d) for layer in x.layers]
@@ -312,7 +308,7 @@ def channel_shuffle(t: Tracer, c: Call) -> Axes:
     if ids is None:
         return Axes(c.out, [])
     grid = ids.reshape(int(c.args["groups"]), -1)
-    t.splits.append(grid)
+    t.notes.splits.append(grid)
     return Axes(c.out, [along(grid.T.reshape(-1), len(c.out), 1)])
 
 

@@ -1,0 +1,168 @@
+"""Sizes while a model runs: its integer attributes are watched, and what they are passed to is noted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.graph.labels import Axes, along
+from secateur.graph.notes import Part
+from secateur.graph.sizes import Attribute, Extent, Size, expression, leaves
+from secateur.graph.tracer import Tracer
+
+INTERNAL = {"training", "call_super_init", "dump_patches", "padding_idx", "_version"}
+RESHAPES = {"view", "reshape", "expand", "_unsafe_view", "unflatten", "broadcast_to"}
+FACTORIES = {
+    "zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full",
+}  # fmt: skip
+GROUPED = {
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "group_norm", "layer_norm", "rms_norm",
+}  # fmt: skip
+
+
+@contextmanager
+def watched_sizes(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
+    """Replace integer attributes by Sizes while the model runs."""
+    undo: list[tuple[dict, str, Any]] = []
+    seen: set[int] = set()
+
+    def watch(owner: dict, module: str, prefix: str) -> None:
+        for key, value in list(owner.items()):
+            kind = type(value)
+            if kind is int:
+                if value < 2 or key in INTERNAL:
+                    continue
+                new: Any = Size(value, Attribute(module, prefix + key))
+            elif kind is tuple or kind is list:
+                if not value or key in INTERNAL or not all(type(v) is int for v in value):
+                    continue
+                new = kind(
+                    Size(v, Attribute(module, prefix + key, n)) if v > 1 else v for n, v in enumerate(value)
+                )
+            elif key == "config" and hasattr(value, "__dict__") and not isinstance(value, nn.Module):
+                if id(value) not in seen:  # modules share their config: it belongs to the first
+                    seen.add(id(value))
+                    watch(value.__dict__, module, prefix + key + ".")
+                continue
+            else:
+                continue
+            undo.append((owner, key, value))
+            owner[key] = new
+
+    for path, module in modules:
+        if not isinstance(module, torch.jit.ScriptModule):
+            watch(module.__dict__, path, "")
+    try:
+        yield
+    finally:
+        for owner, key, value in reversed(undo):
+            owner[key] = value
+
+
+def sized_shape(t: Tracer, tensor: torch.Tensor, shape: torch.Size) -> torch.Size:
+    """The shape with its labelled entries as Sizes."""
+    axes = t.env.get(tensor)
+    if axes is None or not axes.layers:
+        return shape
+    return torch.Size(Size(n, Extent(axes, k)) if axes.has(k) else n for k, n in enumerate(shape))
+
+
+def note_sizes(t: Tracer, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+    """Note the sizes that a Python call was given."""
+    if name in RESHAPES:
+        if isinstance(result, torch.Tensor):
+            reshaped(t, name, args if not kwargs else (*args, *kwargs.values()), result)
+    elif name in FACTORIES:
+        if isinstance(result, torch.Tensor):
+            created(t, name, args, result)
+    elif name in ("layer_norm", "rms_norm"):
+        normalised(t, args, kwargs)
+    elif name in GROUPED:
+        grouped(t, name, args, kwargs)
+
+
+def reshaped(t: Tracer, name: str, args: Sequence[Any], out: torch.Tensor) -> None:
+    """Each size given to a view is that of an axis of the result."""
+    axes, rank = t.axes(out), out.dim()
+    ints = list(args[1:]) if not isinstance(args[0], int) else list(args)
+    if name == "unflatten":
+        first = int(ints[0]) % args[0].dim() if isinstance(ints[0], int) else 0
+        ints = [None] * first + list(ints[1])
+        ints += [None] * (rank - len(ints))
+    elif len(ints) == 1 and isinstance(ints[0], (tuple, list)):
+        ints = list(ints[0])
+    if len(ints) != rank:
+        return
+    if name == "expand":
+        expanded(t, args[0], out, ints)
+        axes = t.axes(out)
+    for k, value in enumerate(ints):
+        t.sized(value, axes, k)
+
+
+def expanded(t: Tracer, source: torch.Tensor, out: torch.Tensor, ints: Sequence[Any]) -> None:
+    """An axis expanded to a size that an attribute holds can shrink: it gets labels of its own."""
+    axes, pad = t.axes(out), out.dim() - source.dim()
+    layers = list(axes.layers)
+    for k, value in enumerate(ints):
+        grown = k < pad or source.shape[k - pad] == 1
+        settable = any(isinstance(a, Attribute) for a in leaves(expression(value)))
+        if grown and settable and value > 1 and not axes.has(k):
+            layers.append(along(t.labels.new(int(value)), out.dim(), k))
+    t.env[out] = Axes(axes.shape, layers, axes.params)
+
+
+def created(t: Tracer, name: str, args: Sequence[Any], result: torch.Tensor) -> None:
+    """A tensor made with the size of a labelled axis shrinks with it."""
+    shape = args[1:] if name.startswith("new_") else args
+    if shape and isinstance(shape[0], (tuple, list)):
+        shape = shape[0]
+    rank, layers = result.dim(), []
+    for k, value in enumerate(shape[:rank]):
+        expr = expression(value)
+        if isinstance(expr, Extent) and int(value) > 1:
+            for layer in expr.axes.layers:
+                if layer.shape[expr.axis] > 1 and sum(n > 1 for n in layer.shape) == 1:
+                    layers.append(along(layer.reshape(-1), rank, k))
+                    break
+        elif isinstance(expr, Attribute) and int(value) > 1:
+            layers.append(along(t.labels.new(int(value)), rank, k))
+        t.sized(value, Axes(tuple(result.shape), layers), k)
+    if layers:
+        t.env[result] = Axes(tuple(result.shape), layers, frozenset())
+
+
+def normalised(t: Tracer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Normalised shapes follow the last axes of the tensor."""
+    x, shape = t.axes(args[0]), args[1] if len(args) > 1 else kwargs["normalized_shape"]
+    for k, value in enumerate(shape):
+        t.sized(value, x, len(x.shape) - len(shape) + k)
+
+
+def grouped(t: Tracer, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Groups that equal the channels shrink with them; others are fixed unless whole groups are to leave."""
+    x = t.axes(args[0])
+    if name == "group_norm":
+        groups, channel = (args[1] if len(args) > 1 else kwargs["num_groups"]), 1
+    else:
+        place = 7 if name.startswith("conv_t") else 6
+        groups = args[place] if len(args) > place else kwargs.get("groups", 1)
+        if name.startswith("conv_t") and "groups" not in kwargs and len(args) > 6:
+            groups = args[6]
+        w = t.axes(args[1] if len(args) > 1 else kwargs["weight"])
+        channel = len(x.shape) - (len(w.shape) - 2) - 1
+    if not isinstance(groups, Size) or int(groups) <= 1:
+        return
+    channels, n = x.shape[channel], int(groups)
+    if n == channels:
+        part = Part(x, channel, 0, channels)
+    elif t.stack[-1] in t.whole_groups and x.has(channel):
+        heads = [v.take(range(0, channels, channels // n), channel) for v in x.layers]
+        part = Part(Axes((*x.shape[:channel], n, *x.shape[channel + 1 :]), heads), channel, 0, n)
+    else:
+        part = Part(Axes((n,)), 0, 0, n)
+    t.event(groups.expr, part)
