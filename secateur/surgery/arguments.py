@@ -1,7 +1,7 @@
 """Find the constructor arguments that build a cut model, so that plain library code loads it.
 
->>> model = timm.create_model("vit_small_patch16_224", depth=6, embed_dim=192, num_heads=3)
->>> arguments(model, functools.partial(timm.create_model, "vit_small_patch16_224"))
+>>> model = timm.create_model(name, depth=6, embed_dim=192, num_heads=3)
+>>> arguments(model, functools.partial(timm.create_model, name))
 {'depth': 6, 'embed_dim': 192, 'num_heads': 3}
 
 Nothing is known of the library. The arguments that reach the model's class are noted while the dense model is built;
