@@ -1,21 +1,32 @@
-"""secateur: saliency-driven pruning. Find what is redundant in a network, cut it out, repair what is left, prove it."""
+"""secateur: saliency-driven pruning. Find what is redundant in a network, cut it out, repair what is left, prove it.
 
-from secateur.doctor import doctor
-from secateur.errors import SecateurError, SecateurWarning
-from secateur.graph import Graph, Group, trace
-from secateur.io.artefact import load
-from secateur.io.exchange import export
-from secateur.measure import measure
-from secateur.method import Method, list_methods, recommend, register
-from secateur.pruning.method import UnitMethod, WeightMethod
-from secateur.pruning.plan import Plan
-from secateur.pruning.prune import Options, Pruned, apply_plan, prune
-from secateur.saliency import saliency
-from secateur.taxonomy import MethodInfo
-from secateur.tokens.attach import Attached, attach
-from secateur.training.method import TrainMethod
-from secateur.training.recover import recover
-from secateur.training.train_prune import train_prune
+The public names are loaded when they are first used, so that what needs no torch doesn't wait for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from secateur.doctor import doctor
+    from secateur.errors import SecateurError, SecateurWarning
+    from secateur.graph import Graph, Group, trace
+    from secateur.io.artefact import load
+    from secateur.io.exchange import export
+    from secateur.measure import measure
+    from secateur.method import Method, list_methods, recommend, register
+    from secateur.pruning.method import UnitMethod, WeightMethod
+    from secateur.pruning.plan import Plan
+    from secateur.pruning.prune import Options, Pruned, apply_plan, prune
+    from secateur.saliency import saliency
+    from secateur.taxonomy import MethodInfo
+    from secateur.tokens.attach import Attached, attach
+    from secateur.training.method import TrainMethod
+    from secateur.training.recover import recover
+    from secateur.training.train_prune import train_prune
 
 __version__ = "0.1.0"
 
@@ -48,3 +59,47 @@ __all__ = [
     "trace",
     "train_prune",
 ]
+
+_HOME = {
+    "doctor": "doctor",
+    "errors": "SecateurError SecateurWarning",
+    "graph": "Graph Group trace",
+    "io.artefact": "load",
+    "io.exchange": "export",
+    "measure": "measure",
+    "method": "Method list_methods recommend register",
+    "pruning.method": "UnitMethod WeightMethod",
+    "pruning.plan": "Plan",
+    "pruning.prune": "Options Pruned apply_plan prune",
+    "saliency": "saliency",
+    "taxonomy": "MethodInfo",
+    "tokens.attach": "Attached attach",
+    "training.method": "TrainMethod",
+    "training.recover": "recover",
+    "training.train_prune": "train_prune",
+}
+_WHERE = {name: f"{__name__}.{module}" for module, names in _HOME.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(types.ModuleType):
+    """Keeps `secateur.measure` the function, although importing a file of the room of that name binds the room to it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, types.ModuleType) and _WHERE.get(name) == value.__name__:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

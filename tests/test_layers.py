@@ -35,7 +35,6 @@ FLOORS = [
 """From the ground up. Rooms of one floor don't know each other."""
 KNOWN: set[tuple[str, str]] = {
     ("secateur.cli.main", "secateur"),
-    ("secateur.cli.tokens", "secateur"),
     ("secateur.pruning.prune", "secateur.io.artefact"),
     ("secateur.pruning.prune", "secateur.training.method"),
     ("secateur.stats.divergence", "secateur.solvers.evolution"),

@@ -1,10 +1,8 @@
 """`python -m secateur.cli`."""
 
-from __future__ import annotations
-
 import sys
 
-from secateur.cli.main import main
+from secateur.cli.entry import main
 
 if __name__ == "__main__":
     sys.exit(main())

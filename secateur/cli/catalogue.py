@@ -7,53 +7,90 @@ import inspect
 import re
 import typing
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
-from secateur.cli.flags import flag, words
-from secateur.cli.shared import plain, show
-from secateur.taxonomy import MethodInfo
+from cyclopts import Parameter
+
+from secateur.cli.flags import Settings, settings
+from secateur.cli.shared import Shown, entries, method_entry, plain, show
+from secateur.taxonomy import MethodInfo, filter_records
 from secateur.taxonomy import recommend as advise
 from secateur.taxonomy.axes import AXES, FLAGS, MEANING, RECORDS
+from secateur.taxonomy.catalogue import info as info_of
+
+TEXT = Parameter(
+    help="words to look for in names, titles and descriptions; or the name of one method", show_default=False
+)
 
 
-def methods(*text: str, **given: Any) -> None:
-    from secateur.method import list_methods, method_class
+def filter_flags() -> type:
+    """A flag for every axis of the taxonomy and every yes-or-no property of a record."""
+    rows = []
+    for axis, members in AXES.items():
+        named = ", ".join(f"{m} ({MEANING[m]})" if m in MEANING else m for m in members)
+        rows.append({"name": axis, "type": "str", "help": f"one or several as a/b: {named}"})
+    for name in FLAGS:
+        first_line = (getattr(MethodInfo, name).__doc__ or name.replace("_", " ")).split("\n")[0]
+        rows.append({"name": name, "type": "bool", "help": first_line})
+    return settings(rows, optional=True)
+
+
+def advice_flags() -> type:
+    """The keywords of `taxonomy.recommend`; its docstring is their help."""
+    text = " ".join((advise.__doc__ or "").split())
+    kinds = typing.get_type_hints(advise)
+    rows = []
+    for name, parameter in inspect.signature(advise).parameters.items():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            kind = " | ".join(
+                getattr(k, "__name__", "") for k in typing.get_args(kinds[name]) or [kinds[name]]
+            )
+            about = re.search(rf"`{name}`: (.+?)(?=\. `|\. Raises)", text)
+            rows.append(
+                {
+                    "name": name,
+                    "type": kind.replace("NoneType", "None"),
+                    "default": parameter.default,
+                    "help": about[1] if about else "",
+                }
+            )
+    published = "choose among all published systems, also those not in this library"
+    return settings([*rows, {"name": "published", "type": "bool", "default": False, "help": published}])
+
+
+def methods(*text: Annotated[str, TEXT], flags: Settings, shown: Shown) -> None:
+    """List the methods, search them, or show one."""
     from secateur.report.terminal import print_method, print_methods
 
-    filters = {key: value for key, value in given.items() if key != "json" and value is not None}
-    names = list_methods()
+    filters = {key: value for key, value in vars(flags).items() if value is not None}
     key = "-".join(text).strip().lower().replace("_", "-")
-    if key in names and not filters:
-        cls = method_class(key)
-        found = describe_method(cls.info)
-        found["hyperparameters"] = [
-            {"name": item.name, "default": _default(item), "help": item.metadata.get("help", "")}
-            for item in dataclasses.fields(cls)
-            if item.init
+    if key in entries() and not filters:
+        entry = method_entry(key)
+        info = info_of(entry)
+        rows = [
+            {"name": row["name"], "default": row.get("default"), "help": row["help"]}
+            for row in entry["settings"]
         ]
-        found["needs"] = sorted(cls.needs)
-        found["doc"] = inspect.cleandoc(cls.__doc__ or "")
-        show(found, given["json"], lambda console: print_method(found, cls.info, console))
+        one = describe_method(info) | {"hyperparameters": rows, "needs": entry["needs"], "doc": entry["doc"]}
+        show(one, shown.json, lambda console: print_method(one, info, console))
         return
-    matching = list_methods(search=" ".join(text) or None, **filters)
-    if not matching and len(text) == 1 and not filters:
-        method_class(text[0])
-    records = [method_class(name).info for name in matching]
+    records = filter_records(map(info_of, entries().values()), search=" ".join(text) or None, **filters)
+    if not records and len(text) == 1 and not filters:
+        method_entry(text[0])
     value = {"methods": [describe_method(info) for info in records]}
-    show(value, given["json"], lambda console: print_methods(records, console))
+    show(value, shown.json, lambda console: print_methods(records, console))
 
 
-def recommend(**given: Any) -> None:
-    from secateur.method import list_methods, method_class
+def recommend(*, flags: Settings, shown: Shown) -> None:
+    """Methods that fit, best first, with reasons."""
     from secateur.report.terminal import print_advice
 
-    as_json, published = given.pop("json"), given.pop("published")
-    records: Iterable[MethodInfo] = RECORDS
-    if not published:
-        records = [method_class(name).info for name in list_methods()]
-    advice = advise(records, **given)
+    situation = vars(flags).copy()
+    published: Iterable[MethodInfo] = RECORDS
+    own = map(info_of, entries().values())
+    advice = advise(published if situation.pop("published") else own, **situation)
     value = {"methods": [{**describe_method(info), "why": why} for info, why in advice]}
-    show(value, as_json, lambda console: print_advice(advice, console))
+    show(value, shown.json, lambda console: print_advice(advice, console))
 
 
 def describe_method(info: MethodInfo) -> dict[str, Any]:
@@ -62,40 +99,3 @@ def describe_method(info: MethodInfo) -> dict[str, Any]:
     axes = {axis: sorted(info.members(axis)) for axis in AXES}
     flags = {name: getattr(info, name) for name in FLAGS}
     return plain({"name": info.name or info.spec, **fields, **axes, **flags, "links": info.links})
-
-
-def _default(item: dataclasses.Field) -> Any:
-    if item.default_factory is not dataclasses.MISSING:
-        return item.default_factory()
-    return None if item.default is dataclasses.MISSING else item.default
-
-
-def _filters() -> list[inspect.Parameter]:
-    made = [words("text", "words to look for in names, titles and descriptions; or the name of one method")]
-    for axis, members in AXES.items():
-        named = ", ".join(f"{m} ({MEANING[m]})" if m in MEANING else m for m in members)
-        made.append(flag(axis, str | None, None, f"one or several as a/b: {named}"))
-    for name in FLAGS:
-        made.append(
-            flag(name, bool | None, None, _first_line(getattr(MethodInfo, name)) or name.replace("_", " "))
-        )
-    return made
-
-
-def _first_line(documented: Any) -> str:
-    return (documented.__doc__ or "").split("\n")[0]
-
-
-def _advice() -> list[inspect.Parameter]:
-    """The keywords of `taxonomy.recommend`; its docstring is their help."""
-    text = " ".join((advise.__doc__ or "").split())
-    hints = typing.get_type_hints(advise)
-    made = []
-    for name, parameter in inspect.signature(advise).parameters.items():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            found = re.search(rf"`{name}`: (.+?)(?=\. `|\. Raises)", text)
-            made.append(flag(name, hints[name], parameter.default, found[1] if found else ""))
-    made.append(
-        flag("published", bool, False, "choose among all published systems, also those not in this library")
-    )
-    return made

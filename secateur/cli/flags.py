@@ -1,84 +1,114 @@
-"""Flags of the command line, made from dataclasses and signatures of the Python API."""
+"""Flags of the command line: dataclasses, written by hand or made from the catalogue of methods."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
-import types
+import operator
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from cyclopts import Group, Parameter
 
-Command = Callable[..., Any]
+SWITCH = Parameter(negative="", show_default=False)
+"""A yes-or-no flag that is off and has no `--no-` form."""
+OUTPUT = Parameter(group=Group("Output", sort_key=4))
+KINDS = {"int": int, "float": float, "bool": bool, "str": str, "None": None}
+
+Row = Mapping[str, Any]
 
 
-def flag(
-    name: str, kind: Any = str, default: Any = inspect.Parameter.empty, help: str = "", group: Any = None
-) -> inspect.Parameter:
-    """One keyword flag; `foo_bar` becomes `--foo-bar`."""
-    extra: dict[str, Any] = {"group": group} if group else {}
-    if kind is bool and default is False:
-        extra["negative"] = ""
-    if default is None or default is False or default == ():
-        extra["show_default"] = False
-    note = Annotated[kind, Parameter(name=f"--{name.replace('_', '-')}", help=help, **extra)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=note)
+def flag(help: str, default: Any = dataclasses.MISSING) -> Any:
+    """A field of a verb's flags; `foo_bar` is `--foo-bar`."""
+    return dataclasses.field(default=default, metadata={"help": help})
 
 
-def word(
-    name: str, kind: Any = str, default: Any = inspect.Parameter.empty, help: str = ""
-) -> inspect.Parameter:
-    """One positional argument."""
-    note = Annotated[kind, Parameter(help=help)]
-    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY, default=default, annotation=note)
+class Settings:
+    """Flags that only the catalogue knows: hyperparameters, options, recipes."""
 
 
-def words(name: str, help: str = "") -> inspect.Parameter:
-    """Any number of positional arguments."""
-    return inspect.Parameter(
-        name, inspect.Parameter.VAR_POSITIONAL, annotation=Annotated[str, Parameter(help=help)]
-    )
+def settings(rows: Iterable[Row], group: str | None = None, order: int = 1, prefix: str = "", taken: Iterable[str] = (),
+             optional: bool = False) -> type:  # fmt: skip
+    """A dataclass with a flag for each row that a command line can say.
 
+    >>> made = settings([{"name": "depth", "type": "int", "default": 2, "help": "layers"}])
+    >>> made(depth=3)
+    Settings(depth=3)
 
-def fields_as_flags(
-    cls: type, group: Any = None, rename: Callable[[str], str] = str
-) -> list[inspect.Parameter]:
-    """The fields of a dataclass as flags: names, types, defaults, and help from `metadata["help"]`.
-
-    Tuples are written with commas. Fields that a command line cannot say (functions, tensors) are left out.
+    Args:
+        rows: name, type, default and help, as the catalogue has them. Tuples are written with commas.
+        group: the heading of the help; order: its place there.
+        prefix: stands before a flag whose name is among `taken`.
+        optional: what isn't given is None, whatever the default is.
     """
-    hints = typing.get_type_hints(cls)
-    made = []
-    for item in dataclasses.fields(cls):
-        kind = _flag_type(hints[item.name])
-        if not item.init or kind is None:
+    heading: dict[str, Any] = {"group": Group(group, sort_key=order)} if group else {}
+    taken = set(taken)
+    fields: list[tuple[str, Any, Any]] = []
+    for row in rows:
+        name, kind = row["name"], row["type"]
+        if kind is None:
             continue
-        default = item.default
-        if item.default_factory is not dataclasses.MISSING:
-            default = item.default_factory()
-        if isinstance(default, tuple | list):
+        default = None if optional else row.get("default", dataclasses.MISSING)
+        if isinstance(default, list | tuple):
             default = ",".join(map(str, default))
-        required = default is dataclasses.MISSING
-        default = inspect.Parameter.empty if required else default
-        made.append(flag(rename(item.name), kind, default, item.metadata.get("help", ""), group))
-    return made
+        hint = functools.reduce(operator.or_, (KINDS[part] for part in kind.split(" | ")))
+        hint = hint | None if optional else hint
+        extra: dict[str, Any] = (
+            {"negative": "", "show_default": False} if kind == "bool" and default is False else {}
+        )
+        spelled = f"--{prefix}-{name}" if name in taken else f"--{name}"
+        note = Parameter(name=spelled.replace("_", "-"), help=row["help"], **heading, **extra)
+        field = flag(row["help"], default)
+        fields.append((name, Annotated[hint, note], field))
+    # cyclopts takes a class of `types`, where make_dataclass puts it, for one of Python's own
+    space = {"__module__": __name__}
+    return dataclasses.make_dataclass("Settings", fields, bases=(Settings,), namespace=space, kw_only=True)
 
 
-def _flag_type(hint: Any) -> Any:
-    if typing.get_origin(hint) is typing.Literal or hint in (int, float, bool, str):
-        return hint
-    members = typing.get_args(hint)
-    if typing.get_origin(hint) in (tuple, list):
-        return str
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        kinds = [_flag_type(member) for member in members if member is not type(None)]
-        known = [kind for kind in kinds if kind is not None]
-        if not known:
-            return None
-        return typing.Union[(*known, *([None] if type(None) in members else []))]
-    return None
+def command(function: Callable[..., Any], line: str = "", **kinds: type) -> Callable[..., Any]:
+    """`function` as cyclopts calls it: the fields of its dataclasses are flags.
+
+    line: the command line as text, for a function that has a parameter of this name. kinds: what stands in for the type of a
+    parameter, where it depends on the method that is named.
+    """
+    hints = typing.get_type_hints(function, include_extras=True) | kinds
+    passed = {"line": line} if "line" in hints else {}
+    shown = []
+    for parameter in inspect.signature(function).parameters.values():
+        kind, default = hints[parameter.name], parameter.default
+        if dataclasses.is_dataclass(kind):
+            required = any(_required(item) for item in dataclasses.fields(kind))
+            default = parameter.empty if required else cast(type, kind)()
+            kind = Annotated[kind, Parameter(name="*")]
+        if parameter.name != "line" and kind is not Settings:
+            shown.append(parameter.replace(annotation=kind, default=default))
+    absent = {name: Settings() for name, kind in hints.items() if kind is Settings}
+
+    signature = inspect.Signature(shown)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return function(*bound.args, **bound.kwargs, **passed, **absent)
+
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    return run
+
+
+def _required(item: dataclasses.Field) -> bool:
+    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+
+
+def flag_names(function: Callable[..., Any], *others: type) -> set[str]:
+    """The names of all flags of a verb and of `others`."""
+    kinds = [*typing.get_type_hints(function).values(), *others]
+    return {
+        item.name for kind in kinds if dataclasses.is_dataclass(kind) for item in dataclasses.fields(kind)
+    }
 
 
 def listed(text: str | None) -> tuple[str, ...]:
@@ -86,34 +116,8 @@ def listed(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
-def command(parameters: Sequence[inspect.Parameter], function: Command, help: str) -> Command:
-    """`function` with the signature that the command line shows."""
-
-    signature = inspect.Signature(list(parameters))
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return function(*bound.args, **bound.kwargs)
-
-    run.__signature__ = signature  # type: ignore[attr-defined]
-    run.__name__, run.__doc__ = function.__name__, help
-    return run
-
-
-def own_flag(method: str, field: str, taken: Iterable[str]) -> str:
-    """A hyperparameter's name as a flag: its own, or with the method's before it where a general flag has that name."""
-    return f"{method.replace('-', '_')}_{field}" if field in taken else field
-
-
-def in_group(parameter: inspect.Parameter, group: Group) -> inspect.Parameter:
-    """The same flag under another heading of the help."""
-    kind, note = typing.get_args(parameter.annotation)
-    return parameter.replace(annotation=Annotated[kind, note, Parameter(group=group)])
-
-
 def named_method(argv: Sequence[str]) -> str | None:
-    """The value of `--method`, found before the flags are parsed, because it decides which flags there are."""
+    """The value of `--method`, read before the flags are parsed, because it decides which flags there are."""
     for index, token in enumerate(argv):
         if token == "--method" and index + 1 < len(argv):
             return argv[index + 1]
@@ -122,16 +126,18 @@ def named_method(argv: Sequence[str]) -> str | None:
     return None
 
 
+WORDS = {"on": True, "off": False, "true": True, "false": False, "yes": True, "no": False}
+
+
 def on_off(argv: Sequence[str], switches: Mapping[str, bool]) -> list[str]:
     """`--prove off` as `--no-prove`, for every yes-or-no flag. `switches`: name -> whether it has a `--no-` form."""
     out: list[str] = []
-    words_ = {"on": True, "off": False, "true": True, "false": False, "yes": True, "no": False}
     for token in argv:
         name, equals, value = token.partition("=")
-        if equals and name in switches and value.lower() in words_:
-            out += _switch(name, words_[value.lower()], switches)
-        elif out and out[-1] in switches and token.lower() in words_:
-            out += _switch(out.pop(), words_[token.lower()], switches)
+        if equals and name in switches and value.lower() in WORDS:
+            out += _switch(name, WORDS[value.lower()], switches)
+        elif out and out[-1] in switches and token.lower() in WORDS:
+            out += _switch(out.pop(), WORDS[token.lower()], switches)
         else:
             out.append(token)
     return out
@@ -141,13 +147,3 @@ def _switch(name: str, on: bool, switches: Mapping[str, bool]) -> list[str]:
     if on:
         return [name]
     return [f"--no-{name.removeprefix('--')}"] if switches[name] else []
-
-
-def switches_of(parameters: Iterable[inspect.Parameter]) -> dict[str, bool]:
-    """The yes-or-no flags, and whether they have a `--no-` form."""
-    found = {}
-    for parameter in parameters:
-        kind = typing.get_args(parameter.annotation)[0]
-        if kind in (bool, bool | None):
-            found[f"--{parameter.name.replace('_', '-')}"] = parameter.default is not False
-    return found

@@ -3,40 +3,75 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from secateur.cli.flags import listed
-from secateur.cli.shared import check_measurement, check_new_file, example, open_model, quiet_stdout, show
+from secateur.cli.flags import SWITCH, flag
+from secateur.cli.shared import (
+    LATENCY_HELP,
+    LIMIT_HELP,
+    MODEL,
+    TASKS_HELP,
+    Quality,
+    Shown,
+    Where,
+    at_least,
+    check_new_file,
+    open_with_inputs,
+    quiet_stdout,
+    show,
+)
+
+FULL = "every group in a row of its own"
 
 
-def measure(model: str, **given: Any) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Measure(Quality):
+    """What is measured."""
+
+    # without the heading that other verbs have: it would hold every flag of this one
+    tasks: str | None = flag(TASKS_HELP, None)
+    limit: int | None = flag(LIMIT_HELP, None)
+    seqlen: int = flag("tokens in an evaluation window", 512)
+    latency: Annotated[bool, SWITCH] = flag(LATENCY_HELP, False)
+
+
+def measure(model: Annotated[str, MODEL], /, *, flags: Measure, where: Where, shown: Shown) -> None:
+    """Measure size, cost, speed and quality."""
     from secateur.measure import measure as run
     from secateur.report.terminal import print_measurement
 
-    check_measurement(given)
+    flags.check()
+    at_least("--seqlen", flags.seqlen, 2)
     with quiet_stdout():
-        network, tokenizer = open_model(model, given)
-        asked = {name: given[name] for name in ("limit", "seqlen", "latency")}
-        inputs = example(network, given["input_shape"])
-        figures = run(network, tokenizer, tasks=listed(given["tasks"]), inputs=inputs, **asked)
-    figures = {"model": model, **figures}
-    show(figures, given["json"], lambda console: print_measurement(figures, console, model))
+        network, tokenizer, inputs = open_with_inputs(model, where)
+        asked = {**flags.asked, "seqlen": flags.seqlen, "latency": flags.latency}
+        figures = {"model": model, **run(network, tokenizer, inputs=inputs, **asked)}
+    show(figures, shown.json, lambda console: print_measurement(figures, console, model))
 
 
-def inspect_model(model: str, **given: Any) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """How the groups are shown."""
+
+    html: str | None = flag("a self-contained HTML file with the groups as a picture", None)
+    full: Annotated[bool, SWITCH] = flag(FULL, False)
+
+
+def inspect(model: Annotated[str, MODEL], /, *, flags: Inspect, where: Where, shown: Shown) -> None:
+    """Show what can be cut: groups, kinds, sizes, shares of the cost; and what cannot, and why."""
     from secateur.graph import trace
     from secateur.report.graph import describe_groups, write_graph
     from secateur.report.terminal import print_graph
     from secateur.utils.inputs import default_inputs
 
-    check_new_file(given["html"], "--html")
+    check_new_file(flags.html, "--html")
     with quiet_stdout():
-        network, _ = open_model(model, given)
-        inputs = example(network, given["input_shape"])
+        network, _, inputs = open_with_inputs(model, where)
         graph = trace(network, default_inputs(network) if inputs is None else inputs)
-        found = {"model": model, **describe_groups(graph)}
-        if given["html"]:
-            write_graph(Path(given["html"]).expanduser(), graph, model)
-            print(f"picture: {given['html']}", file=sys.stderr)
-    show(found, given["json"], lambda console: print_graph(found, console, given["full"]))
+        groups = {"model": model, **describe_groups(graph)}
+        if flags.html:
+            write_graph(Path(flags.html).expanduser(), graph, model)
+            print(f"picture: {flags.html}", file=sys.stderr)
+    show(groups, shown.json, lambda console: print_graph(groups, console, flags.full))

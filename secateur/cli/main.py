@@ -1,143 +1,121 @@
 """The command line. Flags and their help are the dataclasses and signatures of the Python API.
 
-Results go to stdout (with `--json` one JSON object and nothing else), progress and messages to stderr. A user's mistake
-is one line and exit code 2; a check of `doctor` that failed is exit code 1; a bug keeps its traceback.
+Results go to stdout (with `--json` one JSON object and nothing else), progress and messages to stderr. Exit codes: 0; 1 where
+a check of `doctor` failed; 2 for a user's mistake, which is one line; 130 after Ctrl-C. A bug keeps its traceback.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import errno
-import inspect
 import os
 import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import cyclopts
 from cyclopts import App
 
 from secateur import __version__
-from secateur.cli import doctor, saliency, scenes, train
-from secateur.cli import tokens as visual_tokens
-from secateur.cli.catalogue import _advice, _filters, methods, recommend
-from secateur.cli.flags import (
-    command,
-    flag,
-    named_method,
-    on_off,
-    switches_of,
-    word,
-)
-from secateur.cli.inspect import inspect_model, measure
-from secateur.cli.plan import plan_apply, plan_diff, plan_show
-from secateur.cli.prune import FILE_METHOD, prune, prune_parameters
-from secateur.cli.shared import JSON, LATENCY, LIMIT, MISTAKE, MODEL, OUT_HELP, SEQLEN, TASKS, WHERE, _argv
+from secateur.cli import catalogue, doctor, inspect, plan, prune, saliency, scenes, tokens, train
+from secateur.cli.entry import INTERRUPTED, interrupted
+from secateur.cli.flags import command, flag_names, named_method, on_off, settings
+from secateur.cli.shared import entries, method_entry, method_flags
 from secateur.errors import SecateurError
+from secateur.taxonomy import catalogue as data
 
-# ---------------------------------------------------------------- the application
+MISTAKE = 2
+HELP = """Find what is redundant in a neural network, cut it out, and see what the cut did.
+
+Exit codes: 0; 1 where a check of doctor failed; 2 for a mistake that you can mend; 130 after Ctrl-C."""
+VERBS: dict[str, Callable[..., Any]] = {
+    "prune": prune.prune,
+    "train-prune": train.train_prune,
+    "tokens": tokens.tokens,
+    "train scenes": scenes.train_scenes,
+    "saliency": saliency.saliency,
+    "inspect": inspect.inspect,
+    "measure": inspect.measure,
+    "methods": catalogue.methods,
+    "recommend": catalogue.recommend,
+    "doctor": doctor.doctor,
+    "plan show": plan.plan_show,
+    "plan diff": plan.plan_diff,
+    "plan apply": plan.plan_apply,
+}
+FOLDERS = {
+    "train": "Train the models that come with the library.",
+    "plan": "Show, compare and apply plans: what is kept, as data.",
+}
+
+
+def kinds_of(verb: str, argv: Sequence[str]) -> dict[str, type]:
+    """The flags of a verb that the catalogue knows: options, recipes, filters, and the hyperparameters of the method it names."""
+    function, method, shared = VERBS[verb], named_method(argv), data.catalogue()["settings"]
+    kinds: dict[str, type] = {}
+    if verb == "prune":
+        if method is None and any(token.lower().endswith((".onnx", ".pt2")) for token in argv[1:2]):
+            method, kinds["flags"] = prune.FILE_METHOD, prune.PruneFile
+        kinds["options"] = settings(shared["prune"], "Options", 2)
+    elif verb == "train-prune":
+        kinds["recipe"] = settings(shared["recipe"], "Recipe (default: the task's)", 2, optional=True)
+        kinds["options"] = settings(shared["train-prune"], "Options", 3)
+    elif verb == "train scenes":
+        own = [row for row in shared["scenes"] if row["name"] not in ("variant", "seed")]
+        kinds["settings"] = settings(own, "Recipe", 2)
+    elif verb == "methods":
+        kinds["flags"] = catalogue.filter_flags()
+    elif verb == "recommend":
+        kinds["flags"] = catalogue.advice_flags()
+    elif verb == "saliency":
+        method = method or saliency.DEFAULT
+    find = {"prune": method_entry, "train-prune": train.train_method, "tokens": tokens.token_method, "saliency": saliency.map_method}  # fmt: skip
+    if method is not None and verb in find:
+        kinds["settings"] = method_flags(find[verb](method), flag_names(function, *kinds.values()))
+    return kinds
 
 
 def build(argv: Sequence[str]) -> tuple[App, list[str]]:
-    """The application, and the command line with `on` and `off` read; `prune` gets the flags of the method it names."""
-    app = App(
-        name="secateur",
-        version=__version__,
-        help="Find what is redundant in a neural network, cut it out, and see what the cut did.",
-        result_action="return_value",
-        help_on_error=False,
-        suppress_keyboard_interrupt=False,
-    )
-    verb = next((token for token in argv if not token.startswith("-")), "")
-    parameters: list[inspect.Parameter] = [JSON]
-    if verb == "prune":
-        default = None
-        if named_method(argv) is None and any(
-            token.lower().endswith((".onnx", ".pt2")) for token in argv[1:2]
-        ):
-            default = FILE_METHOD
-        parameters = prune_parameters(named_method(argv) or default, default)
-    text = "Make a model smaller.\n\nWith --method NAME, --help shows the method's hyperparameters too."
-    app.command(command(parameters, prune, text), name="prune")
-    trained = train.parameters(named_method(argv) if verb == "train-prune" else None, JSON)
-    app.command(command(trained, train.run, train.TEXT), name="train-prune")
-    dropped = visual_tokens.parameters(named_method(argv) if verb == "tokens" else None, JSON)
-    app.command(command(dropped, visual_tokens.run, visual_tokens.TEXT), name="tokens")
-    trainer, fresh = (
-        App(name="train", help="Train the models that come with the library."),
-        scenes.parameters(JSON),
-    )
-    trainer.command(command(fresh, scenes.run, scenes.TEXT), name="scenes")
-    app.command(trainer)
-    shown = saliency.parameters(
-        (named_method(argv) or saliency.DEFAULT) if verb == "saliency" else None, JSON
-    )
-    app.command(command(shown, saliency.run, saliency.TEXT), name="saliency")
-    inspected = [
-        word("model", help=MODEL),
-        flag("html", str | None, None, "a self-contained HTML file with the groups as a picture"),
-        flag("full", bool, False, "every group in a row of its own"),
-        *WHERE,
-        JSON,
-    ]
-    text = "Show what can be cut: groups, kinds, sizes, shares of the cost; and what cannot, and why."
-    app.command(command(inspected, inspect_model, text), name="inspect")
-    measured = [word("model", help=MODEL), TASKS, LIMIT, SEQLEN, LATENCY, *WHERE, JSON]
-    app.command(command(measured, measure, "Measure size, cost, speed and quality."), name="measure")
-    app.command(
-        command([*_filters(), JSON], methods, "List the methods, search them, or show one."), name="methods"
-    )
-    text = "Methods that fit, best first, with reasons."
-    app.command(command([*_advice(), JSON], recommend, text), name="recommend")
-    app.command(command(doctor.parameters(JSON), doctor.run, doctor.TEXT), name="doctor")
-    plans = App(name="plan", help="Show, compare and apply plans: what is kept, as data.")
-    full = flag("full", bool, False, "every group in a row of its own")
-    where = "a folder that holds a plan.json, or the file"
-    plans.command(
-        command([word("directory", help=where), full, JSON], plan_show, "Show a plan."), name="show"
-    )
-    both = [word("first", help=where), word("second", help="the other"), JSON]
-    plans.command(command(both, plan_diff, "Show where two plans differ."), name="diff")
-    applied = [word("plan", help=where), word("model", help="the dense model"), flag("out", help=OUT_HELP)]
-    applied += [TASKS, LIMIT, *WHERE, JSON]
-    plans.command(command(applied, plan_apply, "Do what a plan says to a fresh model."), name="apply")
-    app.command(plans)
-    every = [
-        *parameters,
-        *trained,
-        *dropped,
-        *fresh,
-        *shown,
-        *inspected,
-        *measured,
-        *_filters(),
-        *_advice(),
-        full,
-    ]
-    return app, on_off(argv, switches_of(every))
+    """The application, and the command line with `on` and `off` read; the verb gets the flags of the method it names."""
+    plain = {"help_on_error": False, "result_action": "return_value"}
+    app = App(name="secateur", version=__version__, help=HELP, suppress_keyboard_interrupt=False, **plain)  # type: ignore[arg-type]
+    folders = {name: App(name=name, help=text) for name, text in FOLDERS.items()}
+    line = shlex.join(["secateur", *argv])
+    words = [token for token in argv if not token.startswith("-")]
+    asked = " ".join(words[: 2 if words[:1] and words[0] in FOLDERS else 1])
+    switches: dict[str, bool] = {}
+    for verb, function in VERBS.items():
+        folder, _, name = verb.rpartition(" ")
+        parent = folders[folder] if folder else app
+        run = command(function, line, **(kinds_of(verb, argv) if verb == asked else {}))
+        parent.command(run, name=name)
+        if verb == asked:
+            for argument in parent[name].assemble_argument_collection():
+                if argument.hint in (bool, bool | None):
+                    switches[argument.name] = bool(argument.negatives)
+    for folder_app in folders.values():
+        app.command(folder_app)
+    return app, on_off(argv, switches)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; gives the exit code: 0, 1 where `doctor` found a failure, or 2 for anything that the user can mend.
+    """Run one command line; gives the exit code: 0, 1 where `doctor` found a failure, 2 for anything that the user can mend,
+    or 130 after Ctrl-C.
 
     >>> main(["methods", "--when", "PAT-PT", "--json"])  # doctest: +SKIP
     """
-    given = list(sys.argv[1:] if argv is None else argv)
-    _argv[:] = given
+    words = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        app, tokens = build(given)
+        app, tokens = build(words)
         return app(tokens, exit_on_error=False, print_error=False) or 0
     except cyclopts.CycloptsError as error:
-        return _fail(_explain(error))
+        return _fail(_explain(error, words))
     except SecateurError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        resumes = given[:1] == ["prune"] and "--no-resume" not in given
-        again = "run the same command again to continue" if resumes else "run it again to start anew"
-        if given[:1] == ["train-prune"] and any(token.startswith("--out") for token in given):
-            again = "run the same command with --resume to continue"
-        return _fail(f"interrupted; nothing is half written; {again}")
+        return _fail(interrupted(words), INTERRUPTED)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the reader of our output has gone
         return 0
@@ -152,17 +130,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
 
 
-def _explain(error: cyclopts.CycloptsError) -> str:
+def _explain(error: cyclopts.CycloptsError, argv: Sequence[str]) -> str:
     """What cyclopts found wrong, in one line."""
     text = " ".join(str(error).split())
     if isinstance(error, cyclopts.UnusedCliTokensError):
         return f"too many arguments: {' '.join(error.unused_tokens or [])}; --help shows what it takes"
     if isinstance(error, cyclopts.UnknownOptionError):
         name = error.token.keyword or ""
-        owners = (
-            [] if named_method(_argv) is None else _methods_with(name.removeprefix("--").replace("-", "_"))
-        )
-        if owners:
+        field = name.removeprefix("--").replace("-", "_")
+        # a hyperparameter of another method is likelier meant than a flag with a similar name
+        owners = [m for m, entry in entries().items() if field in {row["name"] for row in entry["settings"]}]
+        if named_method(argv) is not None and owners:
             return (
                 f"Unknown option: {name}, which belongs to {' and '.join(owners[:4])}; --help lists the flags"
             )
@@ -170,13 +148,6 @@ def _explain(error: cyclopts.CycloptsError) -> str:
     return text
 
 
-def _methods_with(field: str) -> list[str]:
-    """The methods that have a hyperparameter of this name."""
-    from secateur.method import list_methods, method_class
-
-    return [n for n in list_methods() if field in {item.name for item in dataclasses.fields(method_class(n))}]
-
-
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = MISTAKE) -> int:
     print(f"secateur: {' '.join(message.split())}", file=sys.stderr)
-    return MISTAKE
+    return code

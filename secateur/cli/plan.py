@@ -2,44 +2,77 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from secateur.cli.flags import listed
+from cyclopts import Parameter
+
+from secateur.cli.flags import SWITCH, flag
+from secateur.cli.inspect import FULL
 from secateur.cli.shared import (
+    OUT_HELP,
+    PLAN,
+    Quality,
+    Shown,
+    Where,
     check_file_model,
-    check_measurement,
     check_new_folder,
-    example,
-    open_model,
+    open_with_inputs,
     quiet_stdout,
     show,
 )
 
 
-def plan_show(directory: str, **given: Any) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Show:
+    """How the plan is shown."""
+
+    full: Annotated[bool, SWITCH] = flag(FULL, False)
+
+
+def plan_show(directory: Annotated[str, PLAN], /, *, flags: Show, shown: Shown) -> None:
+    """Show a plan."""
     from secateur.pruning.plan import Plan
     from secateur.report.terminal import print_plan
 
     plan = Plan.load(Path(directory).expanduser())
-    value = {
-        name: getattr(plan, name)
-        for name in ("method", "target", "seed", "hyperparameters", "options", "inputs", "notes")
-    }
+    names = ("method", "target", "seed", "hyperparameters", "options", "inputs", "notes")
+    value = {name: getattr(plan, name) for name in names}
     value |= {"rows": plan.summary(), "values": sorted(plan.values)}
-    show(value, given["json"], lambda console: print_plan(value, console, given["full"]))
+    show(value, shown.json, lambda console: print_plan(value, console, flags.full))
 
 
-def plan_diff(first: str, second: str, **given: Any) -> None:
+def plan_diff(
+    first: Annotated[str, PLAN], second: Annotated[str, Parameter(help="the other")], /, *, shown: Shown
+) -> None:
+    """Show where two plans differ."""
     from secateur.pruning.plan import Plan, diff
     from secateur.report.terminal import print_diff
 
     plans = [Plan.load(Path(path).expanduser()) for path in (first, second)]
     value = {"first": first, "second": second, "rows": diff(*plans)}
-    show(value, given["json"], lambda console: print_diff(value, console))
+    show(value, shown.json, lambda console: print_diff(value, console))
 
 
-def plan_apply(plan: str, model: str, **given: Any) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Apply:
+    """What is written."""
+
+    out: str = flag(OUT_HELP)
+
+
+def plan_apply(
+    plan: Annotated[str, PLAN],
+    model: Annotated[str, Parameter(help="the dense model")],
+    /,
+    *,
+    flags: Apply,
+    quality: Quality,
+    where: Where,
+    shown: Shown,
+) -> None:
+    """Do what a plan says to a fresh model."""
     import copy
 
     from secateur.io.artefact import save_model
@@ -50,39 +83,27 @@ def plan_apply(plan: str, model: str, **given: Any) -> None:
     from secateur.report.terminal import print_report
     from secateur.utils.inputs import default_inputs
 
-    check_new_folder(given["out"])
-    check_file_model(model, given["out"])
-    check_measurement(given)
+    out = flags.out
+    check_new_folder(out)
+    check_file_model(model, out)
+    quality.check()
     decided = Plan.load(Path(plan).expanduser())
     with quiet_stdout():
-        network, tokenizer = open_model(model, given)
-        asked: dict[str, Any] = {"tasks": listed(given["tasks"]), "limit": given["limit"]}
-        inputs = example(network, given["input_shape"])
-        before = run(network, tokenizer, inputs=inputs, **asked)
+        network, tokenizer, inputs = open_with_inputs(model, where)
+        before = run(network, tokenizer, inputs=inputs, **quality.asked)
         config = copy.deepcopy(getattr(network, "config", None))
         apply_plan(network, decided)
-        after = run(network, tokenizer, inputs=inputs, **asked)
-        report = {"model": model, "method": decided.method, "target": decided.target, "seed": decided.seed}
-        report |= {
-            "before": before,
-            "after": after,
-            "out": given["out"],
-            "notes": list(decided.notes.values()),
-        }
+        after = run(network, tokenizer, inputs=inputs, **quality.asked)
         rows = decided.summary()
-        report["groups"] = [{**row, "reason": None} for row in rows if row["kind"] != "weights"]
-        report["weights"] = [row for row in rows if row["kind"] == "weights"]
-        if is_exchange(given["out"]):
-            report["export"] = export(
-                network, default_inputs(network) if inputs is None else inputs, given["out"]
-            )
-        elif given["out"]:
-            save_model(
-                network,
-                Path(given["out"]).expanduser(),
-                tokenizer=tokenizer,
-                plan=decided,
-                report=report,
-                dense_config=config,
-            )
-    show(report, given["json"], lambda console: print_report(report, console))
+        report = {
+            "model": model, "method": decided.method, "target": decided.target, "seed": decided.seed, "before": before,
+            "after": after, "out": out, "notes": list(decided.notes.values()),
+            "groups": [{**row, "reason": None} for row in rows if row["kind"] != "weights"],
+            "weights": [row for row in rows if row["kind"] == "weights"],
+        }  # fmt: skip
+        if is_exchange(out):
+            report["export"] = export(network, default_inputs(network) if inputs is None else inputs, out)
+        else:
+            about = {"tokenizer": tokenizer, "plan": decided, "report": report, "dense_config": config}
+            save_model(network, Path(out).expanduser(), **about)
+    show(report, shown.json, lambda console: print_report(report, console))

@@ -3,170 +3,174 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import shlex
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from cyclopts import Group
+from cyclopts import Group, Parameter
 
-from secateur.cli.flags import fields_as_flags, flag, in_group, listed, own_flag, word
+from secateur.cli.flags import OUTPUT, SWITCH, Settings, flag, listed
 from secateur.cli.shared import (
-    JSON,
-    LATENCY,
-    LIMIT,
+    JSON_HELP,
+    LATENCY_HELP,
+    MEASUREMENT,
     MODEL,
     OUT_HELP,
-    TARGET,
-    TASKS,
-    WHERE,
-    _argv,
+    REPORT_HELP,
+    Quality,
+    Where,
+    at_least,
     check_file_model,
-    check_measurement,
     check_new_file,
     check_new_folder,
-    example,
-    open_model,
+    method_entry,
+    open_with_inputs,
     quiet_stdout,
     show,
     write_model,
 )
 from secateur.errors import SecateurError
-from secateur.pruning.options import Options
+
+FILE_METHOD = "group-magnitude"
+METHOD_HELP = f"the method: `secateur methods` lists them; default for .onnx and .pt2: {FILE_METHOD}"
+TARGET_HELP = "what holds at the end: 50% (share kept), 'params<=100e6', 'macs<=50%', 'size<=200MB', 'latency<=8ms', 2:4"
+RECOVERY = Parameter(group=Group("Recovery", sort_key=3))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Prune:
+    """What is done."""
+
+    method: str = flag(METHOD_HELP)
+    target: str = flag(TARGET_HELP)
+    data: str | None = flag(
+        "calibration text: a .txt or .jsonl file, wikitext2, ...; default: some English", None
+    )
+    seed: int = flag("of everything that is drawn at random", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneFile(Prune):
+    """What is done to an .onnx or .pt2 file."""
+
+    method: str = flag(METHOD_HELP, FILE_METHOD)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recovery:
     """Training after the cut."""
 
-    recover: Literal["lora", "full"] | None = dataclasses.field(
-        default=None,
-        metadata={"help": "train what is left: low-rank updates that are merged, or all weights"},
+    recover: Annotated[Literal["lora", "full"] | None, RECOVERY] = flag(
+        "train what is left: low-rank updates that are merged, or all weights", None
     )
-    steps: int = dataclasses.field(default=100, metadata={"help": "training steps, of 8 windows each"})
-    distill: bool = dataclasses.field(
-        default=False, metadata={"help": "learn from the dense model as well (keeps it in memory)"}
+    steps: Annotated[int, RECOVERY] = flag("training steps, of 8 windows each", 100)
+    distill: Annotated[bool, RECOVERY, SWITCH] = flag(
+        "learn from the dense model as well (keeps it in memory)", False
     )
-    recover_lr: float | None = dataclasses.field(
-        default=None, metadata={"help": "learning rate; default: 3e-4 for lora, 3e-5 for full"}
+    recover_lr: Annotated[float | None, RECOVERY] = flag(
+        "learning rate; default: 3e-4 for lora, 3e-5 for full", None
     )
 
 
-FILE_METHOD = "group-magnitude"
+@dataclass(frozen=True, kw_only=True)
+class Measured(Quality):
+    """What is measured before and after, seconds included."""
+
+    latency: Annotated[bool, MEASUREMENT, SWITCH] = flag(LATENCY_HELP, False)
 
 
-def prune_parameters(method: str | None, default: str | None = None) -> list[inspect.Parameter]:
-    """Flags of `prune`; with a method's name, its hyperparameters too. `default`: the method where none is named."""
-    options = fields_as_flags(Options, Group("Options", sort_key=2))
-    output, quality = Group("Output", sort_key=4), Group("Measurement", sort_key=3)
-    made = [
-        word("model", help=MODEL),
-        flag(
-            "method",
-            str,
-            default or inspect.Parameter.empty,
-            f"the method: `secateur methods` lists them; default for .onnx and .pt2: {FILE_METHOD}",
-        ),
-        flag("target", help=TARGET),
-        flag(
-            "data",
-            str | None,
-            None,
-            "calibration text: a .txt or .jsonl file, wikitext2, ...; default: some English",
-        ),
-        flag("seed", int, 0, "of everything that is drawn by chance"),
-    ]
-    made += options
-    made += fields_as_flags(Recovery, Group("Recovery", sort_key=3))
-    made += [in_group(TASKS, quality), in_group(LIMIT, quality), in_group(LATENCY, quality), *WHERE]
-    made += [
-        flag("out", str | None, None, OUT_HELP, output),
-        flag("report", str | None, None, "a self-contained HTML file with the report", output),
-        flag("inplace", bool, True, "cut the loaded model itself; a copy takes twice the memory", output),
-        flag("resume", bool, True, "keep finished steps, so that a killed run goes on where it was", output),
-        in_group(JSON, output),
-    ]
-    if method is not None:
-        from secateur.method import method_class
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What is written, and how."""
 
-        cls = method_class(method)
-        taken = {parameter.name for parameter in made}
-        group = Group(f"Hyperparameters of {cls.name}", sort_key=1)
-        made += fields_as_flags(cls, group, lambda field: own_flag(cls.name, field, taken))
-    return made
+    out: Annotated[str | None, OUTPUT] = flag(OUT_HELP, None)
+    report: Annotated[str | None, OUTPUT] = flag(REPORT_HELP, None)
+    inplace: Annotated[bool, OUTPUT] = flag(
+        "cut the loaded model itself; a copy takes twice the memory", True
+    )
+    resume: Annotated[bool, OUTPUT] = flag(
+        "keep finished steps, so that a killed run goes on where it was", True
+    )
+    json: Annotated[bool, OUTPUT, SWITCH] = flag(JSON_HELP, False)
 
 
-# ---------------------------------------------------------------- verbs
+def prune(
+    model: Annotated[str, MODEL],
+    /,
+    *,
+    flags: Prune,
+    settings: Settings,
+    options: Settings,
+    recovery: Recovery,
+    measured: Measured,
+    where: Where,
+    output: Output,
+    line: str,
+) -> None:
+    """Make a model smaller.
 
-
-def prune(model: str, **given: Any) -> None:
+    With --method NAME, --help shows the method's hyperparameters too.
+    """
     from secateur.measure import measure as run_measure
-    from secateur.method import make_method, method_class
+    from secateur.method import make_method
+    from secateur.pruning.options import Options
     from secateur.pruning.prune import prune as run
     from secateur.report.html import library_versions, write_report
     from secateur.report.terminal import print_report
     from secateur.utils.progress import track
 
-    out, page = given["out"], given["report"]
-    check_new_folder(out)
-    check_file_model(model, out)
-    check_new_file(page)
-    cls = method_class(given["method"])
-    taken = {parameter.name for parameter in prune_parameters(None)}
-    fields = {item.name: own_flag(cls.name, item.name, taken) for item in dataclasses.fields(cls)}
-    method = make_method(cls, **{name: given[flag_] for name, flag_ in fields.items() if flag_ in given})
-    settings = {item.name: given[item.name] for item in dataclasses.fields(Options)}
-    settings["kinds"] = listed(given["kinds"]) or None
-    Options(**settings).check()
-    recovery = Recovery(**{item.name: given[item.name] for item in dataclasses.fields(Recovery)})
-    if recovery.steps < 1:
-        raise SecateurError(f"{recovery.steps} steps is no training", where="--steps", fix="give 1 or more")
-    check_target(given["target"])
-    check_measurement(given)
-    tasks = {"tasks": listed(given["tasks"]), "limit": given["limit"]}
+    check_new_folder(output.out)
+    check_file_model(model, output.out)
+    check_new_file(output.report)
+    method = make_method(method_entry(flags.method)["name"], **vars(settings))
+    common = vars(options) | {"kinds": listed(vars(options)["kinds"]) or None}
+    Options(**common).check()
+    at_least("--steps", recovery.steps, 1)
+    check_target(flags.target)
+    measured.check()
     with quiet_stdout():
-        network, tokenizer = open_model(model, given)
-        inputs = example(network, given["input_shape"])
-        times = {"before": _times(network, inputs, settings["seqlen"])} if given["latency"] else {}
-        inplace = given["inplace"] and not (recovery.recover and recovery.distill)
+        network, tokenizer, inputs = open_with_inputs(model, where)
+        seqlen = common["seqlen"]
+        times = {"before": _times(network, inputs, seqlen)} if measured.latency else {}
         pruned = run(
             network,
             inputs,
             method=method,
-            target=given["target"],
-            data=given["data"],
-            seed=given["seed"],
+            target=flags.target,
+            data=flags.data,
+            seed=flags.seed,
             tokenizer=tokenizer,
-            inplace=inplace,
+            inplace=output.inplace and not (recovery.recover and recovery.distill),
             rollback=False,
-            resume=given["resume"],
+            resume=output.resume,
             progress=track,
-            announce=lambda line: print(line, file=sys.stderr),
-            **tasks,
-            **settings,
+            announce=lambda text: print(text, file=sys.stderr),
+            **measured.asked,
+            **common,
         )
         report = pruned.report
         if recovery.recover:
-            _recover(pruned, recovery, network, given["data"], given["seed"])
-            measured = {"inputs": inputs, "tokenizer": tokenizer, "seqlen": settings["seqlen"], **tasks}
-            report["cut"], report["after"] = report["after"], run_measure(pruned.model, **measured)
-        if given["latency"]:
-            times["after"] = _times(pruned.model, inputs, settings["seqlen"])
+            _recover(pruned, recovery, network, flags.data, flags.seed)
+            after = run_measure(
+                pruned.model, inputs=inputs, tokenizer=tokenizer, seqlen=seqlen, **measured.asked
+            )
+            report["cut"], report["after"] = report["after"], after
+        if measured.latency:
+            times["after"] = _times(pruned.model, inputs, seqlen)
             for when, (seconds, reasons) in times.items():
                 report[when]["latency"] = seconds
                 report[when]["not_measured"] |= reasons
-        report |= {"model": model, "out": out, "command": shlex.join(["secateur", *_argv])}
-        report["versions"] = library_versions()
-        if out:
-            write_model(pruned, inputs, out)
-            print(f"model: {out}", file=sys.stderr)
-        if page:
+        report |= {"model": model, "out": output.out, "command": line, "versions": library_versions()}
+        if output.out:
+            write_model(pruned, inputs, output.out)
+            print(f"model: {output.out}", file=sys.stderr)
+        if output.report:
             scores = {name: values.tolist() for name, values in pruned.scores.items()}
-            write_report(Path(page).expanduser(), {**report, "scores": scores}, pruned.plan)
-            print(f"report: {page}", file=sys.stderr)
-    show(report, given["json"], lambda console: print_report(report, console))
+            write_report(Path(output.report).expanduser(), {**report, "scores": scores}, pruned.plan)
+            print(f"report: {output.report}", file=sys.stderr)
+    show(report, output.json, lambda console: print_report(report, console))
 
 
 def _recover(pruned: Any, recovery: Recovery, dense: Any, data: Any, seed: int) -> None:

@@ -2,103 +2,104 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from cyclopts import Group
+from cyclopts import Group, Parameter
 
-from secateur.cli.flags import fields_as_flags, flag, in_group, listed, word
+from secateur.cli.flags import OUTPUT, SWITCH, Settings, flag, listed
+from secateur.cli.shared import (
+    DEVICE_HELP,
+    JSON_HELP,
+    check_new_file,
+    method_entry,
+    methods_of,
+    open_model,
+    quiet_stdout,
+    show,
+)
 from secateur.errors import SecateurError
 
+MODEL = Parameter(
+    help="a classifier of pictures: a name such as efficientnet-lite0, a folder, an .onnx or .pt2 file"
+)
+IMAGE = Parameter(help="a picture: PNG, JPEG, ...")
+PICTURE = Parameter(group=Group("Picture", sort_key=3))
 DEFAULT = "normgrad"
-TEXT = """Show where in a picture a class comes from.
-
-With --method NAME, --help shows the map's hyperparameters too."""
 
 
-def parameters(method: str | None, json: inspect.Parameter) -> list[inspect.Parameter]:
-    """Flags of `saliency`; with the name of a map, its hyperparameters too."""
-    from secateur.saliency import as_saliency_method, saliency_methods
+@dataclass(frozen=True, kw_only=True)
+class Saliency:
+    """The map, the class, and how the picture is read."""
 
-    output, reading = Group("Output", sort_key=4), Group("Picture", sort_key=3)
-    made = [
-        word(
-            "model",
-            help="a classifier of pictures: a name such as efficientnet-lite0, a folder, an .onnx or .pt2 file",
-        ),
-        word("image", help="a picture: PNG, JPEG, ..."),
-        flag("method", str, DEFAULT, ", ".join(saliency_methods())),
-        flag("target", int | None, None, "the class; default: the likeliest"),
-        flag("meta", float, 0.0, "learning rate of a step towards the class before the map is made (0.0025)"),
-        flag("blur", float, 0.0, "sigma of a Gaussian over the map, as a share of the longer side (0.02)"),
-        flag(
-            "size",
-            str | None,
-            None,
-            "height,width that the model reads; default: what it says itself",
-            reading,
-        ),
-        flag(
-            "mean",
-            str | None,
-            None,
-            "of each colour in 0..1, as r,g,b; default: the model's, or ImageNet's",
-            reading,
-        ),
-        flag("std", str | None, None, "of each colour, as r,g,b", reading),
-        flag("device", str | None, None, "cpu, cuda, cuda:1, mps, ...; default: cpu"),
-        flag("dtype", str | None, None, "float32, bfloat16 or float16; default: float32"),
-        flag("out", str | None, None, "the .png file to write: the map in colour over the picture", output),
-        in_group(json, output),
-    ]
-    if method is not None:
-        kind = as_saliency_method(method)
-        taken = {parameter.name for parameter in made}
-        own = fields_as_flags(type(kind), Group(f"Hyperparameters of {kind.name}", sort_key=1))
-        made += [parameter for parameter in own if parameter.name not in taken]
-    return made
+    method: str = flag(", ".join(methods_of("saliency")), DEFAULT)
+    target: int | None = flag("the class; default: the likeliest", None)
+    meta: float = flag("learning rate of a step towards the class before the map is made (0.0025)", 0.0)
+    blur: float = flag("sigma of a Gaussian over the map, as a share of the longer side (0.02)", 0.0)
+    size: Annotated[str | None, PICTURE] = flag(
+        "height,width that the model reads; default: what it says itself", None
+    )
+    mean: Annotated[str | None, PICTURE] = flag(
+        "of each colour in 0..1, as r,g,b; default: the model's, or ImageNet's", None
+    )
+    std: Annotated[str | None, PICTURE] = flag("of each colour, as r,g,b", None)
+    device: str | None = flag(DEVICE_HELP, None)
+    dtype: str | None = flag("float32, bfloat16 or float16; default: float32", None)
+    out: Annotated[str | None, OUTPUT] = flag(
+        "the .png file to write: the map in colour over the picture", None
+    )
+    json: Annotated[bool, OUTPUT, SWITCH] = flag(JSON_HELP, False)
 
 
-def run(model: str, image: str, **given: Any) -> None:
-    from secateur.cli.shared import check_new_file, open_model, quiet_stdout, show
-    from secateur.saliency import as_saliency_method, saliency
+def map_method(name: str) -> dict[str, Any]:
+    """The catalogue's entry of a method that draws maps."""
+    return method_entry(name, "saliency", "removes something; it draws no map")
+
+
+def saliency(
+    model: Annotated[str, MODEL], image: Annotated[str, IMAGE], /, *, flags: Saliency, settings: Settings
+) -> None:
+    """Show where in a picture a class comes from.
+
+    With --method NAME, --help shows the map's hyperparameters too.
+    """
+    from secateur.saliency import as_saliency_method
+    from secateur.saliency import saliency as run
     from secateur.saliency.picture import read_picture
 
-    if given["out"] is not None and Path(given["out"]).suffix.lower() != ".png":
+    if flags.out is not None and Path(flags.out).suffix.lower() != ".png":
         raise SecateurError(
-            "the map is written as PNG", where=f"--out {given['out']}", fix="end the name in .png"
+            "the map is written as PNG", where=f"--out {flags.out}", fix="end the name in .png"
         )
-    check_new_file(given["out"], "--out")
+    check_new_file(flags.out, "--out")
     if not Path(image).expanduser().is_file():
         raise SecateurError("no such picture", where=image, fix="check the path")
-    fields = {item.name for item in dataclasses.fields(as_saliency_method(given["method"]))}
-    settings = {name: given[name] for name in fields if name in given}
-    if settings.get("weights"):
-        settings["weights"] = tuple(numbers(settings["weights"], "--weights"))
-    kind = as_saliency_method(given["method"], **settings)
+    own = vars(settings).copy()
+    if own.get("weights"):
+        own["weights"] = tuple(numbers(own["weights"], "--weights"))
+    kind = as_saliency_method(flags.method, **own)
     with quiet_stdout():
-        network, _ = open_model(model, given)
-        size, mean, std = reading_of(network, given)
+        network, _ = open_model(model, flags.device, flags.dtype)
+        size, mean, std = reading_of(network, flags)
         x, pixels = read_picture(image, size, mean, std)
-        found = saliency(network, x, kind, given["target"], meta=given["meta"], blur=given["blur"])
+        found = run(network, x, kind, flags.target, meta=flags.meta, blur=flags.blur)
         likely = likeliest(network, x)
-        if given["out"]:
-            found.save(given["out"], pixels)
-            print(f"map: {given['out']}", file=sys.stderr)
+        if flags.out:
+            found.save(flags.out, pixels)
+            print(f"map: {flags.out}", file=sys.stderr)
     peak = divmod(int(found.values.argmax()), found.values.shape[1])
     value = {
         "model": model, "image": image, "method": found.method, "target": found.target, "layers": list(found.layers),
         "likeliest": likely, "peak": {"row": peak[0], "column": peak[1]}, "size": list(found.values.shape),
-        "hyperparameters": found.hyperparameters, "out": given["out"],
+        "hyperparameters": found.hyperparameters, "out": flags.out,
     }  # fmt: skip
-    show(value, given["json"], lambda console: draw(value, console))
+    show(value, flags.json, lambda console: draw(value, console))
 
 
-def reading_of(network: Any, given: Any) -> tuple[tuple[int, int], list[float], list[float]]:
+def reading_of(network: Any, flags: Saliency) -> tuple[tuple[int, int], list[float], list[float]]:
     """((height, width), mean, std) of the pictures that the model was made for.
 
     Raises `SecateurError` where the model reads none, or doesn't say their size.
@@ -111,10 +112,10 @@ def reading_of(network: Any, given: Any) -> tuple[tuple[int, int], list[float], 
         raise SecateurError(
             "it reads text, not pictures", where=type(network).__name__, fix="give a classifier"
         )
-    if given["size"]:
-        sides = [int(part) for part in re.findall(r"\d+", given["size"])]
+    if flags.size:
+        sides = [int(part) for part in re.findall(r"\d+", flags.size)]
         if not 1 <= len(sides) <= 2 or min(sides) < 1:
-            raise SecateurError(f"{given['size']!r} is no size", where="--size", fix="such as 224,224")
+            raise SecateurError(f"{flags.size!r} is no size", where="--size", fix="such as 224,224")
         height, width = sides[0], sides[-1]
     else:
         known = (picture_size(network) or ())[1:] or getattr(config, "image_size", None)
@@ -128,8 +129,8 @@ def reading_of(network: Any, given: Any) -> tuple[tuple[int, int], list[float], 
                 "it doesn't say the size of its pictures", where=type(network).__name__, fix="give --size"
             )
         height, width = (known, known) if isinstance(known, int) else known
-    mean = numbers(given["mean"], "--mean") if given["mean"] else list(timm.get("mean", IMAGENET_MEAN))
-    std = numbers(given["std"], "--std") if given["std"] else list(timm.get("std", IMAGENET_STD))
+    mean = numbers(flags.mean, "--mean") if flags.mean else list(timm.get("mean", IMAGENET_MEAN))
+    std = numbers(flags.std, "--std") if flags.std else list(timm.get("std", IMAGENET_STD))
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise SecateurError(
             f"{mean} and {std} can't normalise a picture", where="--mean, --std", fix="three of each"

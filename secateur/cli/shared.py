@@ -3,53 +3,136 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from secateur.cli.flags import flag, listed
-from secateur.errors import SecateurError, choose
+from cyclopts import Group, Parameter
 
-MISTAKE = 2
-MODEL = (
-    "smollm2, aidreams, a task or its network (cifar10, resnet56, vdsr, espnet, ...), a folder that transformers or"
+from secateur.cli.flags import SWITCH, flag, listed, settings
+from secateur.errors import SecateurError, choose, require
+from secateur.taxonomy import catalogue as data
+
+MODEL = Parameter(
+    help="smollm2, aidreams, a task or its network (cifar10, resnet56, vdsr, espnet, ...), a folder that transformers or"
     " secateur wrote, an .onnx or .pt2 file, or a hub name"
 )
-TARGET = "what holds at the end: 50% (share kept), 'params<=100e6', 'macs<=50%', 'size<=200MB', 'latency<=8ms', 2:4"
-
-
-JSON = flag("json", bool, False, "print one JSON object, and nothing else, on stdout")
-TASKS = flag(
-    "tasks",
-    str | None,
-    None,
-    "measure quality on these, separated by commas: texts (perplexity: wikitext2, ptb, a file), sets of questions"
-    " (accuracy: piqa, arc_easy, ...) and of pictures (cifar10, digits, camvid; PSNR: set5, set14)",
-)
-LIMIT = flag("limit", int | None, None, "at most this many windows of a text and questions of a set")
-LATENCY = flag("latency", bool, False, "measure the time of a forward, and of a new token")
-SEQLEN = flag("seqlen", int, 512, "tokens in an evaluation window")
-SHAPE = flag(
-    "input_shape",
-    str | None,
-    None,
-    "shape of the example input of a model that reads pictures or of a file, such as 1,3,224,224; for several inputs"
-    " name:1,16;other:1,16",
-)
-DEVICE = flag("device", str | None, None, "cpu, cuda, cuda:1, mps, ...; default: cpu")
-DTYPE = flag(
-    "dtype", str | None, None, "float32, bfloat16 or float16; default: float32 where it fits on a cpu"
-)
-WHERE = [SHAPE, DEVICE, DTYPE]
 OUT_HELP = "a new folder for the result, or a new .onnx or .pt2 file"
+REPORT_HELP = "a self-contained HTML file with the report"
+DEVICE_HELP = "cpu, cuda, cuda:1, mps, ...; default: cpu"
+JSON_HELP = "print one JSON object, and nothing else, on stdout"
+PLAN = Parameter(help="a folder that holds a plan.json, or the file")
+MEASUREMENT = Parameter(group=Group("Measurement", sort_key=3))
+TASKS_HELP = (
+    "measure quality on these, separated by commas: texts (perplexity: wikitext2, ptb, a file), sets of questions"
+    " (accuracy: piqa, arc_easy, ...) and of pictures (cifar10, digits, camvid; PSNR: set5, set14)"
+)
+LIMIT_HELP = "at most this many windows of a text and questions of a set"
+LATENCY_HELP = "measure the time of a forward, and of a new token"
 
 
-# ---------------------------------------------------------------- what verbs share
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """How the result is shown."""
+
+    json: Annotated[bool, SWITCH] = flag(JSON_HELP, False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """The model's example input, its device and its dtype."""
+
+    input_shape: str | None = flag(
+        "shape of the example input of a model that reads pictures or of a file, such as 1,3,224,224; for several inputs"
+        " name:1,16;other:1,16",
+        None,
+    )
+    device: str | None = flag(DEVICE_HELP, None)
+    dtype: str | None = flag("float32, bfloat16 or float16; default: float32 where it fits on a cpu", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """What is measured before and after."""
+
+    tasks: Annotated[str | None, MEASUREMENT] = flag(TASKS_HELP, None)
+    limit: Annotated[int | None, MEASUREMENT] = flag(LIMIT_HELP, None)
+
+    def check(self) -> None:
+        """Refuse unknown tasks and impossible sizes before any work is done."""
+        from secateur.data import choices, text
+        from secateur.measure import SEEN
+
+        known = [*text.NAMES, *choices.SETS, *SEEN]
+        fix = f"give a text file, or one of {', '.join(known)}"
+        for task in listed(self.tasks):
+            if not Path(task).expanduser().is_file():
+                choose(task, known, what="task", where="--tasks", near=1, cutoff=0.6, fix=fix)
+        at_least("--limit", self.limit, 1)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The keywords of `measure`."""
+        return {"tasks": listed(self.tasks), "limit": self.limit}
+
+
+def at_least(name: str, value: int | None, least: int) -> None:
+    """Refuse a number that is too small."""
+    enough = value is None or value >= least
+    require(enough, f"{value} is too few", where=name, fix=f"give {least} or more")
+
+
+# ---------------------------------------------------------------- methods
+
+
+@functools.cache
+def entries() -> Mapping[str, dict[str, Any]]:
+    """The catalogue's methods; read off the code where a file was added since it was written."""
+    folder = Path(__file__).parents[1] / "methods"
+    files = {path.stem.replace("_", "-") for path in folder.glob("[!_]*.py")}
+    known = data.catalogue()["methods"]
+    if files == known.keys():
+        return known
+    from secateur.report.catalogue import catalogue
+
+    return catalogue()["methods"]
+
+
+def method_entry(name: str, verb: str | None = None, other: str = "", fix: str = "") -> dict[str, Any]:
+    """The catalogue's entry of a method.
+
+    Raises SecateurError with the nearest names for another name, and for a method of another verb.
+    """
+    known = entries()
+    key = name.strip().lower().replace("_", "-")
+    fix_ = "`secateur methods` lists them"
+    choose(key, known, where="method", error=f"there is no method {name!r}", near=3, fix=fix_)
+    if verb and known[key]["verb"] != verb:
+        names = methods_of(verb)
+        choose(key, names, where="--method", error=f"{key} {other}", fix=f"{fix}one of {', '.join(names)}")
+    return {"name": key, **known[key]}
+
+
+def methods_of(verb: str) -> list[str]:
+    """The names of a verb's methods."""
+    return [name for name, entry in entries().items() if entry["verb"] == verb]
+
+
+def method_flags(entry: Mapping[str, Any], taken: set[str]) -> type:
+    """The hyperparameters of a method as flags; with its name before one that a general flag has too."""
+    return settings(
+        entry["settings"], f"Hyperparameters of {entry['name']}", prefix=entry["name"], taken=taken
+    )
+
+
+# ---------------------------------------------------------------- output
 
 
 def show(value: Mapping[str, Any], as_json: bool, draw: Callable[[Any], None]) -> None:
@@ -75,42 +158,44 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
+@contextlib.contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """What libraries print goes to stderr: stdout belongs to the result."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
 def check_new_folder(path: str | None, name: str = "--out") -> None:
     """Refuse a folder that is in use, or an .onnx or .pt2 file that exists, before any work is done."""
     if path is None:
         return
     from secateur.io.exchange import check_packages, is_exchange
 
-    folder = Path(path).expanduser()
+    folder, where = Path(path).expanduser(), f"{name} {path}"
     if is_exchange(path):
         check_packages(folder)
-        if folder.exists():
-            raise SecateurError("exists already", where=f"{name} {path}", fix="give a new name, or remove it")
-    elif folder.exists() and not folder.is_dir():
-        raise SecateurError("is a file", where=f"{name} {path}", fix="give a new folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise SecateurError(
-            "the folder is not empty", where=f"{name} {path}", fix="give a new folder, or remove this one"
-        )
-    _check_writable(folder, f"{name} {path}")
+        require(not folder.exists(), "exists already", where=where, fix="give a new name, or remove it")
+    is_file = folder.exists() and not folder.is_dir()
+    require(not is_file, "is a file", where=where, fix="give a new folder")
+    in_use = folder.is_dir() and any(folder.iterdir())
+    require(not in_use, "the folder is not empty", where=where, fix="give a new folder, or remove this one")
+    _check_writable(folder, where)
 
 
 def check_new_file(path: str | None, name: str = "--report") -> None:
     """Refuse a file that cannot be written before any work is done."""
     if path is None:
         return
-    file = Path(path).expanduser()
-    if file.is_dir():
-        raise SecateurError("is a folder", where=f"{name} {path}", fix="give the name of an .html file")
-    _check_writable(file, f"{name} {path}")
+    file, where = Path(path).expanduser(), f"{name} {path}"
+    require(not file.is_dir(), "is a folder", where=where, fix="give the name of an .html file")
+    _check_writable(file, where)
 
 
 def _check_writable(path: Path, where: str) -> None:
     parent = path if path.is_dir() else path.parent
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir():
-        raise SecateurError(f"{parent} is a file", where=where, fix="choose another place")
+    require(parent.is_dir(), f"{parent} is a file", where=where, fix="choose another place")
     try:
         with tempfile.TemporaryFile(dir=parent):
             pass
@@ -121,30 +206,37 @@ def _check_writable(path: Path, where: str) -> None:
         ) from error
 
 
-def check_measurement(given: Mapping[str, Any]) -> None:
-    """Refuse unknown tasks and impossible sizes before any work is done."""
-    from secateur.data import choices, text
-    from secateur.measure import SEEN
+def check_file_model(model: str, out: str | None) -> None:
+    """A model that was read from a file is written to a file."""
+    from secateur.io.exchange import is_exchange
 
-    known = [*text.NAMES, *choices.SETS, *SEEN]
-    for task in listed(given.get("tasks")):
-        if task in known or Path(task).expanduser().is_file():
-            continue
-        fix = f"give a text file, or one of {', '.join(known)}"
-        choose(task, known, what="task", where="--tasks", near=1, cutoff=0.6, fix=fix)
-    for name, least in (("limit", 1), ("seqlen", 2)):
-        value = given.get(name)
-        if value is not None and value < least:
-            raise SecateurError(f"{value} is too few", where=f"--{name}", fix=f"give {least} or more")
+    alike = not out or not is_exchange(model) or is_exchange(out)
+    what, fix = (
+        "a model read from an .onnx or .pt2 file is written to one",
+        f"end the name in {Path(model).suffix}",
+    )
+    require(alike, what, where=f"--out {out}", fix=fix)
 
 
-def open_model(name: str, given: Mapping[str, Any]) -> tuple[Any, Any]:
-    """(model, tokenizer) on the device and in the dtype that the flags name."""
+def write_model(pruned: Any, inputs: Any, out: str) -> None:
+    """Save a pruned model as a folder, or as an .onnx or .pt2 file; the report says how that was checked."""
+    from secateur.io.exchange import export, is_exchange
+    from secateur.utils.inputs import default_inputs
+
+    if is_exchange(out):
+        inputs = default_inputs(pruned.model) if inputs is None else inputs
+        pruned.report["export"] = export(pruned.model, inputs, out)
+    else:
+        pruned.save(Path(out).expanduser())
+
+
+# ---------------------------------------------------------------- models
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a device that this machine hasn't got."""
     import torch
 
-    from secateur.tasks import load_model
-
-    device = given["device"]
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -152,7 +244,20 @@ def open_model(name: str, given: Mapping[str, Any]) -> tuple[Any, Any]:
         raise SecateurError(
             f"{device!r} can't be used ({reason})", where="--device", fix="cpu works"
         ) from error
-    return load_model(name, dtype=given["dtype"], device=device)
+
+
+def open_model(name: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
+    """(model, tokenizer) on the device and in the dtype that the flags name."""
+    from secateur.tasks import load_model
+
+    check_device(device)
+    return load_model(name, dtype=dtype, device=device)
+
+
+def open_with_inputs(name: str, where: Where) -> tuple[Any, Any, Any]:
+    """(model, tokenizer, example inputs)."""
+    network, tokenizer = open_model(name, where.device, where.dtype)
+    return network, tokenizer, example(network, where.input_shape)
 
 
 def example(model: Any, shape: str | None) -> Any:
@@ -170,12 +275,12 @@ def example(model: Any, shape: str | None) -> Any:
         if picture_size(model) is not None:
             return default_inputs(model)
         size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
-        if size is None:
-            raise SecateurError(
-                f"{type(model).__name__} isn't a language model, so its inputs can't be guessed",
-                where="inputs",
-                fix="give --input-shape, such as --input-shape 1,3,224,224",
-            )
+        require(
+            size is not None,
+            f"{type(model).__name__} isn't a language model, so its inputs can't be guessed",
+            where="inputs",
+            fix="give --input-shape, such as --input-shape 1,3,224,224",
+        )
         sizes = [1, channels, *(size if isinstance(size, list | tuple) else (size, size))]
     else:
         try:
@@ -190,37 +295,3 @@ def example(model: Any, shape: str | None) -> Any:
     noise = torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(first.device, first.dtype)
     name = getattr(model, "main_input_name", None)
     return {name: noise} if name else noise
-
-
-_argv: list[str] = []
-
-
-def write_model(pruned: Any, inputs: Any, out: str) -> None:
-    """Save a pruned model as a folder, or as an .onnx or .pt2 file; the report says how that was checked."""
-    from secateur.io.exchange import export, is_exchange
-    from secateur.utils.inputs import default_inputs
-
-    if is_exchange(out):
-        inputs = default_inputs(pruned.model) if inputs is None else inputs
-        pruned.report["export"] = export(pruned.model, inputs, out)
-    else:
-        pruned.save(Path(out).expanduser())
-
-
-def check_file_model(model: str, out: str | None) -> None:
-    """A model that was read from a file is written to a file."""
-    from secateur.io.exchange import is_exchange
-
-    if out and is_exchange(model) and not is_exchange(out):
-        raise SecateurError(
-            "a model read from an .onnx or .pt2 file is written to one",
-            where=f"--out {out}",
-            fix=f"end the name in {Path(model).suffix}",
-        )
-
-
-@contextlib.contextmanager
-def quiet_stdout() -> Iterator[None]:
-    """What libraries print goes to stderr: stdout belongs to the result."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield

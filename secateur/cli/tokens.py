@@ -2,72 +2,49 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from cyclopts import Group
+from cyclopts import Parameter
 
-from secateur.cli.flags import fields_as_flags, flag, in_group, own_flag, word
+from secateur.cli.flags import OUTPUT, SWITCH, Settings, flag
+from secateur.cli.shared import JSON_HELP, at_least, check_new_file, method_entry, quiet_stdout, show
 from secateur.errors import SecateurError
 
-MODEL = (
-    "scenes, scenes:qwen, scenes:llava:1 (variant, seed), or a folder or hub name of a vision-language model"
+MODEL = Parameter(
+    help="scenes, scenes:qwen, scenes:llava:1 (variant, seed), or a folder or hub name of a vision-language model"
 )
-TEXT = """Ask a vision-language model about a picture, with all of its visual tokens and with some dropped.
-
-`secateur tokens scenes --image 3` needs no files. With --method NAME, --help shows the method's hyperparameters too."""
+PICTURE = Parameter(help="a picture file; or --image", show_default=False)
 NUMBER, SIDE = 1000, 5
 
 
-def parameters(method: str | None, json: inspect.Parameter) -> list[inspect.Parameter]:
-    """Flags of `tokens`; with a method's name, its hyperparameters too."""
-    output = Group("Output", sort_key=4)
-    made = [
-        word("model", help=MODEL),
-        word("picture", str | None, None, help="a picture file; or --image"),
-        flag("image", str | None, None, "a picture file, or the number of a test picture of scenes"),
-        flag("prompt", str | None, None, "the question; default, for scenes: one about the picture"),
-        flag(
-            "method", str, "divprune", "a method that drops tokens: `secateur methods --objects T` lists them"
-        ),
-        flag("target", str, "25%", "what stays of the visual tokens: 25%, or tokens=64 a picture"),
-        flag("positions", str | None, None, "original or compact; default: the method's"),
-        flag("seed", int, 0, "of what the method draws by chance"),
-        flag("max_new_tokens", int, 16, "length of the answer"),
-        flag("repeats", int, 3, "runs that the times are the median of"),
-        flag("device", str, "cpu", "cpu, cuda, cuda:1, mps, ..."),
-        flag("dtype", str | None, None, "float32, bfloat16 or float16; default: float32 on a cpu"),
-    ]
-    if method is not None:
-        cls = _class(method)
-        taken = {parameter.name for parameter in made} | {"out", "json"}
-        group = Group(f"Hyperparameters of {cls.name}", sort_key=1)
-        made += fields_as_flags(cls, group, lambda field: own_flag(cls.name, field, taken))
-    made += [
-        flag("out", str | None, None, "a .png with the kept tokens over the picture", output),
-        in_group(json, output),
-    ]
-    return made
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The question, the method, and how both are run."""
+
+    image: str | None = flag("a picture file, or the number of a test picture of scenes", None)
+    prompt: str | None = flag("the question; default, for scenes: one about the picture", None)
+    method: str = flag("a method that drops tokens: `secateur methods --objects T` lists them", "divprune")
+    target: str = flag("what stays of the visual tokens: 25%, or tokens=64 a picture", "25%")
+    positions: str | None = flag("original or compact; default: the method's", None)
+    seed: int = flag("of what the method draws at random", 0)
+    max_new_tokens: int = flag("length of the answer", 16)
+    repeats: int = flag("runs that the times are the median of", 3)
+    device: str = flag("cpu, cuda, cuda:1, mps, ...", "cpu")
+    dtype: str | None = flag("float32, bfloat16 or float16; default: float32 on a cpu", None)
+    out: Annotated[str | None, OUTPUT] = flag("a .png with the kept tokens over the picture", None)
+    json: Annotated[bool, OUTPUT, SWITCH] = flag(JSON_HELP, False)
 
 
-def _class(method: str) -> Any:
-    from secateur.method import list_methods, method_class
-    from secateur.tokens.method import TokenMethod
-
-    cls = method_class(method)
-    if not issubclass(cls, TokenMethod):
-        known = [name for name in list_methods() if issubclass(method_class(name), TokenMethod)]
-        raise SecateurError(
-            f"{cls.name} removes weights, not tokens", where="--method", fix=f"one of {', '.join(known)}"
-        )
-    return cls
+def token_method(name: str) -> dict[str, Any]:
+    """The catalogue's entry of a method that drops tokens."""
+    return method_entry(name, "tokens", "removes weights, not tokens")
 
 
-@dataclasses.dataclass
+@dataclass
 class Asked:
     """A model with the inputs of one question, and what to show of them."""
 
@@ -79,7 +56,7 @@ class Asked:
     expected: str | None = None
 
 
-def open_scene(name: str, given: Mapping[str, Any]) -> Asked:
+def open_scene(name: str, image: str | None, flags: Tokens) -> Asked:
     """`scenes`, `scenes:VARIANT`, `scenes:VARIANT:SEED`, or a folder that `train scenes` wrote."""
     from secateur.tasks.scenes.draw import encode
     from secateur.tasks.scenes.evaluate import picture
@@ -94,8 +71,7 @@ def open_scene(name: str, given: Mapping[str, Any]) -> Asked:
         model = load_scenes(variant, int(seed or 0))
     else:
         model = load_scenes(name)
-    model = model.to(given["device"], _dtype(given["dtype"]))
-    image = given["picture"] if given["picture"] is not None else given["image"]
+    model = model.to(flags.device, _dtype(flags.dtype))
     image = "0" if image is None else image
     if image.isdigit():
         if int(image) >= NUMBER:
@@ -104,24 +80,23 @@ def open_scene(name: str, given: Mapping[str, Any]) -> Asked:
             )
         pixels, known = picture(int(image))
         default = next((known[kind] for kind in ("where", "colour", "count") if kind in known), None)
-        prompt = given["prompt"] or (default or ("how many shapes ?", ""))[0]
+        prompt = flags.prompt or (default or ("how many shapes ?", ""))[0]
         answers = {question: answer for question, answer in known.values()}
         expected = answers.get(" ".join(prompt.lower().replace("?", " ? ").split()))
     else:
         pixels, expected = read_picture(image, 64).permute(2, 0, 1), None
-        prompt = given["prompt"] or "how many circles ?"
+        prompt = flags.prompt or "how many circles ?"
     made = inputs(model, pixels[None], [encode(prompt)])
     return Asked(model, made, pixels.permute(1, 2, 0), prompt, scenes_tokenizer(), expected)
 
 
-def open_any(name: str, given: Mapping[str, Any]) -> Asked:
+def open_any(name: str, image: str | None, flags: Tokens) -> Asked:
     """A model of `transformers` with its processor."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from secateur.io.transformers import quiet
 
-    image = given["picture"] if given["picture"] is not None else given["image"]
-    if image is None or given["prompt"] is None:
+    if image is None or flags.prompt is None:
         what = "a picture" if image is None else "a question"
         raise SecateurError(
             f"needs {what}", where="tokens", fix='secateur tokens MODEL photo.jpg --prompt "..."'
@@ -130,7 +105,7 @@ def open_any(name: str, given: Mapping[str, Any]) -> Asked:
     try:
         with quiet():
             processor = AutoProcessor.from_pretrained(name)
-            model = AutoModelForImageTextToText.from_pretrained(name, dtype=_dtype(given["dtype"]))
+            model = AutoModelForImageTextToText.from_pretrained(name, dtype=_dtype(flags.dtype))
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise SecateurError(
@@ -138,8 +113,8 @@ def open_any(name: str, given: Mapping[str, Any]) -> Asked:
             where=name,
             fix="give a folder that save_pretrained wrote with its processor, or scenes",
         ) from error
-    model = model.to(given["device"]).eval()
-    text = given["prompt"]
+    model = model.to(flags.device).eval()  # type: ignore[arg-type]
+    text = flags.prompt
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": text}]
         text = processor.apply_chat_template(
@@ -149,12 +124,10 @@ def open_any(name: str, given: Mapping[str, Any]) -> Asked:
         text = f"{mark}\n{text}"
     from PIL import Image
 
-    made = processor(images=Image.fromarray(pixels.numpy()), text=text, return_tensors="pt").to(
-        given["device"]
-    )
+    made = processor(images=Image.fromarray(pixels.numpy()), text=text, return_tensors="pt").to(flags.device)
     if "pixel_values" in made:
         made["pixel_values"] = made["pixel_values"].to(next(model.parameters()).dtype)
-    return Asked(model, dict(made), pixels, given["prompt"], processor.tokenizer)
+    return Asked(model, dict(made), pixels, flags.prompt, processor.tokenizer)
 
 
 def read_picture(path: str, size: int | None = None) -> Any:
@@ -218,42 +191,48 @@ def timed(asked: Asked, length: int, repeats: int) -> tuple[str, float, float | 
     return answer, statistics.median(first), statistics.median(each) if each else None
 
 
-def run(model: str, picture: str | None = None, **given: Any) -> None:
-    from secateur.cli.shared import check_new_file, quiet_stdout, show
+def tokens(
+    model: Annotated[str, MODEL],
+    picture: Annotated[str | None, PICTURE] = None,
+    /,
+    *,
+    flags: Tokens,
+    settings: Settings,
+) -> None:
+    """Ask a vision-language model about a picture, with all of its visual tokens and with some dropped.
+
+    `secateur tokens scenes --image 3` needs no files. With --method NAME, --help shows the method's hyperparameters too.
+    """
     from secateur.report.tokens import print_tokens
 
-    given["picture"] = picture
-    if given["out"] is not None and not given["out"].lower().endswith(".png"):
+    if flags.out is not None and not flags.out.lower().endswith(".png"):
         raise SecateurError("the drawing is a .png", where="--out", fix="such as kept.png")
-    check_new_file(given["out"], "--out")
-    for name in ("max_new_tokens", "repeats"):
-        if given[name] < 1:
-            raise SecateurError(f"{given[name]} is less than 1", where=f"--{name.replace('_', '-')}")
-    cls = _class(given["method"])
+    check_new_file(flags.out, "--out")
+    at_least("--max-new-tokens", flags.max_new_tokens, 1)
+    at_least("--repeats", flags.repeats, 1)
+    method = token_method(flags.method)["name"]
     with quiet_stdout():
         scene = model.split(":")[0] == "scenes" or (Path(model).expanduser() / "scenes.json").is_file()
-        asked = (open_scene if scene else open_any)(model, given)
-        found = compare(asked, cls, model, given)
-    show(found, given["json"], lambda console: print_tokens(found, console))
+        image = flags.image if picture is None else picture
+        asked = (open_scene if scene else open_any)(model, image, flags)
+        report = compare(asked, method, vars(settings), model, flags)
+    show(report, flags.json, lambda console: print_tokens(report, console))
 
 
-def compare(asked: Asked, cls: Any, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def compare(
+    asked: Asked, method: str, settings: Mapping[str, Any], name: str, flags: Tokens
+) -> dict[str, Any]:
     """The answers and figures of both runs; draws the kept tokens where --out says."""
-    import secateur
+    from secateur.tokens.attach import attach
 
-    names = [item.name for item in dataclasses.fields(cls) if item.init]
-    taken = {parameter.name for parameter in parameters(None, flag("json", bool, False))}
-    settings = {
-        n: given[own_flag(cls.name, n, taken)] for n in names if own_flag(cls.name, n, taken) in given
-    }
-    length, repeats = given["max_new_tokens"], given["repeats"]
+    length, repeats = flags.max_new_tokens, flags.repeats
     before_answer, *before_times = timed(asked, length, repeats)
-    with secateur.attach(
+    with attach(
         asked.model,
-        cls,
-        target=given["target"],
-        seed=given["seed"],
-        positions=given["positions"],
+        method,
+        target=flags.target,
+        seed=flags.seed,
+        positions=flags.positions,
         tokenizer=asked.tokenizer,
         question=asked.prompt,
         **settings,
@@ -265,13 +244,13 @@ def compare(asked: Asked, cls: Any, name: str, given: Mapping[str, Any]) -> dict
     figures = ("visual_tokens", "tokens_x_layers", "equivalent_tokens", "flops", "kv_bytes")
     found: dict[str, Any] = {
         "model": name,
-        "method": cls.name,
-        "target": given["target"],
+        "method": method,
+        "target": flags.target,
         "prompt": asked.prompt,
         "expected": asked.expected,
         "convention": report.get("convention"),
         "kept": {stage: attached.kept[stage][0].tolist() for stage in stages},
-        "out": given["out"],
+        "out": flags.out,
     }
     for side, answer, times in (
         ("before", before_answer, before_times),
@@ -288,8 +267,8 @@ def compare(asked: Asked, cls: Any, name: str, given: Mapping[str, Any]) -> dict
         for key, value in found[side].items()
         if value is None
     }
-    if given["out"]:
-        draw(asked.picture, stages, shape, Path(given["out"]).expanduser())
+    if flags.out:
+        draw(asked.picture, stages, shape, Path(flags.out).expanduser())
     return found
 
 

@@ -2,173 +2,127 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import shlex
 import shutil
 import sys
-import typing
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from cyclopts import Group
+from cyclopts import Parameter
 
-from secateur.cli.flags import fields_as_flags, flag, in_group, listed, own_flag, word
+from secateur.cli.flags import OUTPUT, SWITCH, Settings, flag, listed
+from secateur.cli.shared import (
+    DEVICE_HELP,
+    JSON_HELP,
+    REPORT_HELP,
+    check_device,
+    check_new_file,
+    check_new_folder,
+    method_entry,
+    quiet_stdout,
+    show,
+)
 from secateur.errors import SecateurError
-from secateur.training.recipe import Recipe
 
-TASK = "cifar10, digits, sr, camvid, or one with a network: cifar10:resnet56"
-TEXT = """Train a network on a task and prune it on the way.
-
-With --method NAME, --help shows the method's hyperparameters too. Under torchrun the batches are shared by its processes."""
+TASK = Parameter(help="cifar10, digits, sr, camvid, or one with a network: cifar10:resnet56")
 
 
-def parameters(method: str | None, json: inspect.Parameter) -> list[inspect.Parameter]:
-    """Flags of `train-prune`; with a method's name, its hyperparameters too."""
-    from secateur.pruning.options import Options
-    from secateur.training.train_prune import MEANT
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """What is trained, how long, and what is written."""
 
-    recipe, output = Group("Recipe (default: the task's)", sort_key=2), Group("Output", sort_key=4)
-    made = [
-        word("task", help=TASK),
-        flag("method", help="a method that prunes while it trains: `secateur methods` lists them"),
-        flag("target", help="what holds at the end: 20% (share kept), 'params<=100e6', 'macs<=50%', 2:4"),
-        flag("epochs", float | None, None, "length of one training; default: the task's"),
-        flag("steps", int | None, None, "the length in steps instead"),
-        flag(
-            "seed",
-            int,
-            0,
-            "of the initial weights, the order of the data, and all else that is drawn by chance",
-        ),
-        flag("train", int | None, None, "train on at most so many samples"),
-        flag("test", int | None, None, "measure quality on at most so many samples"),
-        flag("device", str | None, None, "cpu, cuda, cuda:1, mps, ...; default: cpu"),
-    ]
-    made += _recipe_flags(recipe)
-    options = fields_as_flags(Options, Group("Options", sort_key=3))
-    made += [parameter for parameter in options if parameter.name in MEANT]
-    made += [
-        flag("out", str | None, None, "a new folder for the result", output),
-        flag("resume", bool, False, "go on with the unfinished run of the same command", output),
-        flag("every", int, 100, "steps between checkpoints, which lie in OUT.run until the run ends", output),
-        flag("report", str | None, None, "a self-contained HTML file with the report", output),
-        in_group(json, output),
-    ]
-    if method is not None:
-        cls = _class(method)
-        taken = {parameter.name for parameter in made}
-        group = Group(f"Hyperparameters of {cls.name}", sort_key=1)
-        made += fields_as_flags(cls, group, lambda field: own_flag(cls.name, field, taken))
-    return made
+    method: str = flag("a method that prunes while it trains: `secateur methods` lists them")
+    target: str = flag("what holds at the end: 20% (share kept), 'params<=100e6', 'macs<=50%', 2:4")
+    epochs: float | None = flag("length of one training; default: the task's", None)
+    steps: int | None = flag("the length in steps instead", None)
+    seed: int = flag("of the initial weights, the order of the data, and all else that is drawn at random", 0)
+    train: int | None = flag("train on at most this many samples", None)
+    test: int | None = flag("measure quality on at most this many samples", None)
+    device: str | None = flag(DEVICE_HELP, None)
+    out: Annotated[str | None, OUTPUT] = flag("a new folder for the result", None)
+    resume: Annotated[bool, OUTPUT, SWITCH] = flag("go on with the unfinished run of the same command", False)
+    every: Annotated[int, OUTPUT] = flag(
+        "steps between checkpoints, which lie in OUT.run until the run ends", 100
+    )
+    report: Annotated[str | None, OUTPUT] = flag(REPORT_HELP, None)
+    json: Annotated[bool, OUTPUT, SWITCH] = flag(JSON_HELP, False)
 
 
-def _recipe_flags(group: Group) -> list[inspect.Parameter]:
-    """The fields of a recipe without defaults: what isn't given is the task's."""
-    helps = {item.name: item.metadata["help"] for item in dataclasses.fields(Recipe)}
-    made = []
-    for parameter in fields_as_flags(Recipe):
-        kind = typing.get_args(parameter.annotation)[0]
-        made.append(flag(parameter.name, kind | None, None, helps[parameter.name], group))
-    return made
+def train_method(name: str) -> dict[str, Any]:
+    """The catalogue's entry of a method that prunes while it trains."""
+    return method_entry(name, "train-prune", "prunes without training", "use `secateur prune`, or ")
 
 
-def _class(method: str) -> Any:
-    from secateur.method import list_methods, method_class
-    from secateur.training.method import TrainMethod
+def train_prune(
+    task: Annotated[str, TASK],
+    /,
+    *,
+    flags: Train,
+    settings: Settings,
+    recipe: Settings,
+    options: Settings,
+    line: str,
+) -> None:
+    """Train a network on a task and prune it on the way.
 
-    cls = method_class(method)
-    if not issubclass(cls, TrainMethod):
-        known = [name for name in list_methods() if issubclass(method_class(name), TrainMethod)]
-        raise SecateurError(
-            f"{cls.name} prunes without training",
-            where="--method",
-            fix=f"use `secateur prune`, or one of {', '.join(known)}",
-        )
-    return cls
-
-
-def run(task: str, **given: Any) -> None:
-    from secateur.cli.shared import _argv, check_new_file, check_new_folder, quiet_stdout, show
+    With --method NAME, --help shows the method's hyperparameters too. Under torchrun the batches are shared by its processes.
+    """
     from secateur.tasks import load_task
     from secateur.training.parallel import is_main
+    from secateur.training.train_prune import train_prune as run
 
-    out, page = given["out"], given["report"]
+    out, page = flags.out, flags.report
     if is_main():
         check_new_folder(out)
         check_new_file(page)
-    work = _work_folder(out, given["resume"] or not is_main())
+    work = _work_folder(out, flags.resume or not is_main())
     with quiet_stdout():
-        cls = _class(given["method"])
-        taken = {parameter.name for parameter in parameters(None, flag("json", bool, False))}
-        fields = {item.name: own_flag(cls.name, item.name, taken) for item in dataclasses.fields(cls)}
-        settings: dict[str, Any] = {
-            name: given[flag_] for name, flag_ in fields.items() if given.get(flag_) is not None
-        }
-        settings |= _recipe(given)
-        settings |= {name: given[name] for name in _meant() if name in given}
-        settings["kinds"] = listed(given.get("kinds")) or None
-        pruned = _train(load_task(task, train=given["train"], test=given["test"]), cls, settings, given, work)
+        method = train_method(flags.method)["name"]
+        own = {name: value for name, value in vars(settings).items() if value is not None}
+        own |= _recipe(recipe) | vars(options) | {"kinds": listed(vars(options)["kinds"]) or None}
+        network = load_task(task, train=flags.train, test=flags.test)
+        check_device(flags.device)
+        pruned = run(
+            network,
+            method=method,
+            target=flags.target,
+            epochs=flags.epochs,
+            steps=flags.steps,
+            seed=flags.seed,
+            device=flags.device,
+            resume=work,
+            every=flags.every,
+            clean=False,
+            **own,
+        )
         report = pruned.report
-        report |= {"model": task, "out": out, "command": shlex.join(["secateur", *_argv])}
+        report |= {"model": task, "out": out, "command": line}
         if is_main():
             _write(pruned, out, page)
             if work:
                 shutil.rmtree(work, ignore_errors=True)
     if is_main():
-        show(report, given["json"], lambda console: _draw(report, console))
+        show(report, flags.json, lambda console: _draw(report, console))
 
 
-def _train(task: Any, cls: Any, settings: dict[str, Any], given: Mapping[str, Any], work: Path | None) -> Any:
-    import torch
+def _recipe(flags: Settings) -> dict[str, Any]:
+    """The fields of a recipe that are set; tuples are written with commas."""
+    from secateur.training.recipe import Recipe
 
-    from secateur.training.train_prune import train_prune
-
-    try:
-        torch.empty(0, device=given["device"])
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise SecateurError(
-            f"{given['device']!r} can't be used ({reason})", where="--device", fix="cpu works"
-        ) from error
-    return train_prune(
-        task,
-        method=cls.name,
-        target=given["target"],
-        epochs=given["epochs"],
-        steps=given["steps"],
-        seed=given["seed"],
-        device=given["device"],
-        resume=work,
-        every=given["every"],
-        clean=False,
-        **settings,
-    )
-
-
-def _meant() -> tuple[str, ...]:
-    from secateur.training.train_prune import MEANT
-
-    return MEANT
-
-
-def _recipe(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a recipe that were given; tuples are written with commas."""
-    found: dict[str, Any] = {}
-    for item in dataclasses.fields(Recipe):
-        value = given[item.name]
+    recipe: dict[str, Any] = {}
+    for name, value in vars(flags).items():
         if value is None:
             continue
-        if isinstance(item.default, tuple):
+        if isinstance(getattr(Recipe, name), tuple):
             try:
                 value = tuple(float(part) for part in listed(value))
             except ValueError:
                 raise SecateurError(
-                    f"{value!r} isn't numbers", where=f"--{item.name}", fix="write them as 0.5,0.75"
+                    f"{value!r} isn't numbers", where=f"--{name}", fix="write them as 0.5,0.75"
                 ) from None
-        found[item.name] = value
-    return found
+        recipe[name] = value
+    return recipe
 
 
 def _work_folder(out: str | None, resume: bool) -> Path | None:

@@ -16,9 +16,11 @@ from pathlib import Path
 from secateur.errors import SecateurError
 from secateur.method import Method, list_methods, method_class
 from secateur.pruning.method import UnitMethod, WeightMethod
+from secateur.report.catalogue import write_catalogue
 from secateur.saliency.method import SaliencyMethod
 from secateur.taxonomy import MethodInfo
 from secateur.taxonomy.axes import AXES, MEANING, RECORDS, notation
+from secateur.taxonomy.catalogue import FILE
 from secateur.tokens.method import TokenMethod
 from secateur.training.method import TrainMethod
 from secateur.utils.files import atomic_write_text
@@ -445,6 +447,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     given = parser.parse_args(argv)
     touched = write_pages(given.folder)
+    if write_catalogue():
+        touched.append(FILE)
     path = Path(given.readme)
     if path.exists():
         old = path.read_text(encoding="utf-8")

@@ -8,16 +8,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from secateur.cli import flags, prune
+from secateur.cli import flags
 from secateur.cli import main as cli
-from secateur.method import list_methods
+from secateur.method import list_methods, method_class
 from secateur.pruning.options import Options
+from secateur.report import catalogue
 
 # The tiny model: 2 blocks of q 32x32, k 16x32, v 16x32, o 32x32, three 32x48 and two norms; embedding and head of
 # 257 tokens; a last norm.
@@ -92,11 +93,13 @@ def test_prune_in_words_says_what_zeros_are_worth(run: Run, tiny_folder: Path, t
 
 
 def test_every_option_and_hyperparameter_is_a_flag(run: Run, tiny_folder: Path) -> None:
-    made = {p.name: p for p in prune.prune_parameters("nirvana")}
-    assert {item.name for item in dataclasses.fields(Options)} <= made.keys()
-    help_ = {item.name: item.metadata["help"] for item in dataclasses.fields(Options)}
-    for name, text in help_.items():
-        assert made[name].annotation.__metadata__[0].help == text
+    app, _ = cli.build(["prune", "x", "--method", "nirvana"])
+    shown = {
+        argument.name: argument.parameter.help for argument in app["prune"].assemble_argument_collection()
+    }
+    for kind in (Options, method_class("nirvana")):
+        for item in dataclasses.fields(kind):
+            assert shown[f"--{item.name.replace('_', '-')}"] == item.metadata["help"]
     found = run(
         "prune",
         tiny_folder,
@@ -123,12 +126,13 @@ def test_a_hyperparameter_with_the_name_of_a_general_flag_takes_the_methods_befo
         maybe: float | None = None
         torch_thing: Any = None
 
-    made = flags.fields_as_flags(Sample, rename=lambda field: flags.own_flag("low-rank", field, {"samples"}))
-    assert [(p.name, p.default) for p in made] == [
-        ("low_rank_samples", 7),
-        ("depth", 2),
-        ("shape", "1,2"),
-        ("maybe", None),
+    made = flags.settings(catalogue.settings(Sample), prefix="low-rank", taken={"samples"})
+    hints = get_type_hints(made, include_extras=True)
+    assert [(hints[item.name].__metadata__[0].name, item.default) for item in dataclasses.fields(made)] == [
+        (("--low-rank-samples",), 7),
+        (("--depth",), 2),
+        (("--shape",), "1,2"),
+        (("--maybe",), None),
     ]
 
 
@@ -401,7 +405,7 @@ def test_ctrl_c(tiny_folder: Path, tmp_path: Path) -> None:
     code += f"p.Run.plan = lambda self: os.kill(os.getpid(), {int(signal.SIGINT)})"
     out = tmp_path / "out"
     done = process(code, "prune", tiny_folder, "--method", "wanda", "--target", "50%", "--out", out, *QUICK)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.returncode, done.stdout) == (130, "")
     assert "interrupted" in done.stderr and "same command" in done.stderr and "Traceback" not in done.stderr
     assert not out.exists()
 

@@ -1,0 +1,8 @@
+"""`python -m secateur`."""
+
+import sys
+
+from secateur.cli.entry import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Where the process starts: Ctrl-C is one line from the first moment, also while libraries are imported."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+INTERRUPTED = 130
+_seen: list[int] = []
+
+
+def interrupted(argv: Sequence[str]) -> str:
+    """What is true after Ctrl-C, and how to go on."""
+    again = "run it again to start from the beginning"
+    if argv[:1] == ["prune"] and "--no-resume" not in argv:
+        again = "run the same command again to continue"
+    if argv[:1] == ["train-prune"] and any(token.startswith("--out") for token in argv):
+        again = "run the same command with --resume to continue"
+    return f"interrupted; nothing is half written; {again}"
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    _seen.append(number)
+    if len(_seen) > 2:  # somebody swallows the exception; nothing of ours is half written
+        os._exit(INTERRUPTED)
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """Run the command line of this process; gives its exit code."""
+    # a shell starts background jobs with the signal ignored: leave it so
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _on_signal)
+    try:
+        from secateur.cli.main import main as run
+
+        code = run()
+    except BaseException:
+        # an import that was interrupted may fail with an error of its own
+        if not _seen:
+            raise
+        print(f"secateur: {interrupted(sys.argv[1:])}", file=sys.stderr)
+        code = INTERRUPTED
+    if _seen:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # no traceback while the interpreter closes
+    return code

@@ -1,0 +1,103 @@
+"""Writes `taxonomy/catalogue.json`: what the code says about every method and every shared setting, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from secateur.method import Method, list_methods, method_class
+from secateur.pruning.options import Options
+from secateur.saliency.method import SaliencyMethod
+from secateur.tasks.scenes.train import Recipe as ScenesRecipe
+from secateur.taxonomy.catalogue import FILE
+from secateur.tokens.method import TokenMethod
+from secateur.training.method import TrainMethod
+from secateur.training.recipe import Recipe
+from secateur.training.train_prune import MEANT
+from secateur.utils.files import atomic_write_text
+
+PLAIN = {int: "int", float: "float", bool: "bool", str: "str", type(None): "None"}
+
+
+def flag_type(hint: Any) -> str | None:
+    """How a field is written on a command line: `int`, `float | None`; tuples as text; None where it can't be.
+
+    >>> flag_type(tuple[float, ...]), flag_type(float | None), flag_type(dict)
+    ('str', 'float | None', None)
+    """
+    if hint in PLAIN:
+        return PLAIN[hint]
+    origin, members = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (tuple, list):
+        return "str"
+    if origin in (typing.Union, types.UnionType):
+        names = dict.fromkeys(filter(None, map(flag_type, members)))
+        return " | ".join(names) if names.keys() - {"None"} else None
+    return None
+
+
+def settings(cls: type) -> list[dict[str, Any]]:
+    """The fields of a dataclass: name, type, default (absent where there is none) and help."""
+    hints = typing.get_type_hints(cls)
+    rows = []
+    for item in dataclasses.fields(cls):
+        if not item.init:
+            continue
+        row = {"name": item.name, "type": flag_type(hints[item.name]), "help": item.metadata.get("help", "")}
+        if item.default_factory is not dataclasses.MISSING:
+            row["default"] = item.default_factory()
+        elif item.default is not dataclasses.MISSING:
+            row["default"] = item.default
+        rows.append(row)
+    return rows
+
+
+def _verb(cls: type[Method]) -> str:
+    verbs = {TrainMethod: "train-prune", TokenMethod: "tokens", SaliencyMethod: "saliency"}
+    return next((verb for kind, verb in verbs.items() if issubclass(cls, kind)), "prune")
+
+
+def _method(cls: type[Method]) -> dict[str, Any]:
+    record = {item.name: getattr(cls.info, item.name) for item in dataclasses.fields(cls.info)}
+    return {
+        "verb": _verb(cls),
+        "info": record,
+        "needs": sorted(cls.needs),
+        "doc": inspect.cleandoc(cls.__doc__ or ""),
+        "settings": settings(cls),
+    }
+
+
+def catalogue() -> dict[str, Any]:
+    """All that `taxonomy/catalogue.json` holds, from the code as it is now."""
+    options = settings(Options)
+    data = {
+        "methods": {name: _method(method_class(name)) for name in list_methods()},
+        "settings": {
+            "prune": options,
+            "train-prune": [row for row in options if row["name"] in MEANT],
+            "recipe": settings(Recipe),
+            "scenes": settings(ScenesRecipe),
+        },
+    }
+    return json.loads(json.dumps(data, default=_sorted))
+
+
+def _sorted(value: Any) -> list[Any]:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    raise TypeError(f"{value!r} has no place in JSON")
+
+
+def write_catalogue(data: Mapping[str, Any] | None = None) -> bool:
+    """Renew the file; whether it changed."""
+    text = json.dumps(data or catalogue(), indent=1, ensure_ascii=False) + "\n"
+    if FILE.exists() and FILE.read_text(encoding="utf-8") == text:
+        return False
+    atomic_write_text(FILE, text)
+    return True

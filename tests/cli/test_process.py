@@ -1,0 +1,81 @@
+"""The process: it starts without torch, `python -m secateur` is the command, and Ctrl-C is one line at any moment."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import secateur
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(secateur.__file__).parents[1])}
+LIGHT = [
+    (["--help"], 0),
+    (["--version"], 0),
+    (["prun"], 2),
+    (["methods"], 0),
+    (["methods", "nirvana"], 0),
+    (["recommend", "--model", "llm"], 0),
+    (["prune", "--help", "--method", "wanda"], 0),
+    (["train-prune", "--help", "--method", "lottery-ticket"], 0),
+    (["tokens", "--help", "--method", "fastv"], 0),
+    (["prune", "x", "--method", "wannda", "--target", "50%"], 2),
+]
+
+
+@pytest.mark.parametrize(("words", "code"), LIGHT, ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "")  # fmt: skip
+def test_it_starts_without_torch(words: list[str], code: int) -> None:
+    script = "import sys; from secateur.cli.main import main; code = main()\n"
+    script += "assert not {'torch', 'transformers', 'scipy'} & set(sys.modules); sys.exit(code)"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr
+
+
+def test_the_package_is_imported_without_torch_and_keeps_its_names() -> None:
+    script = (
+        "import sys, secateur, secateur.taxonomy; assert 'torch' not in sys.modules\n"
+        "from secateur.measure import cost; from secateur.saliency import record\n"
+        "assert secateur.measure.__name__ == 'measure' and secateur.saliency.__name__ == 'saliency'\n"
+        "from secateur import *\n"
+        "assert all(getattr(secateur, name) is globals()[name] for name in secateur.__all__)\n"
+        "assert {type(secateur.measure), type(measure)} == {type(secateur.prune)}"
+    )
+    subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, check=True)
+
+
+def test_python_m() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "secateur", "--version"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == secateur.__version__
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.2, 0.5, 1.0, 2.0, 4.0])
+def test_ctrl_c_at_any_moment(delay: float, tiny_folder: Path) -> None:
+    words = ["prune", str(tiny_folder), "--method", "wanda", "--target", "50%", "--samples", "100000"]
+    # a first line says that the command's own code has begun: what comes before is the interpreter's
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script += "from secateur.cli import entry; print('begun', flush=True); import sys; sys.exit(entry.main())"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *words],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout and process.stdout.readline() == "begun\n"
+        time.sleep(0.02 + delay)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=300)
+    said = [line for line in err.splitlines() if line.startswith("secateur:")]
+    assert process.returncode == 130 and out == "" and "Traceback" not in err
+    assert said == ["secateur: interrupted; nothing is half written; run the same command again to continue"]
