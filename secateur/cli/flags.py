@@ -15,7 +15,7 @@ from cyclopts import Group, Parameter
 SWITCH = Parameter(negative="", show_default=False)
 """A yes-or-no flag that is off and has no `--no-` form."""
 OUTPUT = Parameter(group=Group("Output", sort_key=4))
-KINDS = {"int": int, "float": float, "bool": bool, "str": str, "None": None}
+KINDS: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": str, "None": None}
 
 Row = Mapping[str, Any]
 
@@ -53,7 +53,7 @@ def settings(rows: Iterable[Row], group: str | None = None, order: int = 1, pref
         default = None if optional else row.get("default", dataclasses.MISSING)
         if isinstance(default, list | tuple):
             default = ",".join(map(str, default))
-        hint = functools.reduce(operator.or_, (KINDS[part] for part in kind.split(" | ")))
+        hint: Any = functools.reduce(operator.or_, (KINDS[part] for part in kind.split(" | ")))
         hint = hint | None if optional else hint
         extra: dict[str, Any] = (
             {"negative": "", "show_default": False} if kind == "bool" and default is False else {}
