@@ -5,21 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from types import FrameType
 
-INTERRUPTED = 130
+from secateur.cli.interrupt import INTERRUPTED, interrupted
+
 _seen: list[int] = []
-
-
-def interrupted(argv: Sequence[str]) -> str:
-    """What is true after Ctrl-C, and how to go on."""
-    again = "run it again to start from the beginning"
-    if argv[:1] == ["prune"] and "--no-resume" not in argv:
-        again = "run the same command again to continue"
-    if argv[:1] == ["train-prune"] and any(token.startswith("--out") for token in argv):
-        again = "run the same command with --resume to continue"
-    return f"interrupted; nothing is half written; {again}"
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

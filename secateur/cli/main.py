@@ -19,8 +19,8 @@ from cyclopts import App
 
 from secateur import __version__
 from secateur.cli import catalogue, doctor, inspect, plan, prune, saliency, scenes, tokens, train
-from secateur.cli.entry import INTERRUPTED, interrupted
 from secateur.cli.flags import command, flag_names, named_method, on_off, settings
+from secateur.cli.interrupt import INTERRUPTED, interrupted
 from secateur.cli.shared import entries, method_entry, method_flags
 from secateur.errors import SecateurError
 from secateur.taxonomy import catalogue as data
