@@ -19,18 +19,18 @@ import torch
 from torch import nn
 
 from secateur.errors import SecateurError
-from secateur.io.timm import is_plain, load_plain
-from secateur.utils.files import atomic_directory, atomic_write_json
-
-if TYPE_CHECKING:
-    from secateur.pruning.plan import Plan
 from secateur.io.module import _load_module, _save_module
+from secateur.io.timm import is_plain, load_plain
 from secateur.io.transformers import (
     _load_tokenizer,
     _load_transformers,
     _save_transformers,
     _transformers_class,
 )
+from secateur.utils.files import atomic_directory, atomic_write_json
+
+if TYPE_CHECKING:
+    from secateur.pruning.plan import Plan
 
 
 def save_model(

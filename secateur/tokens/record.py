@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.errors import SecateurError
+from secateur.tokens.site import Site
 
 if TYPE_CHECKING:
     from secateur.tokens.attach import Attached
-from secateur.tokens.site import Site
 
 _TAPS: weakref.WeakKeyDictionary[nn.Module, Tap] = weakref.WeakKeyDictionary()
 
