@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.surgery.arguments import arguments
+from secateur.surgery.arguments import constructor_arguments
 from secateur.utils.files import atomic_write_json
 from secateur.utils.inputs import Inputs, map_tensors
 from secateur.utils.running import call, evaluating
@@ -46,7 +46,7 @@ def save_plain(model: nn.Module, folder: Path, known: Mapping[str, Any], inputs:
     import timm
 
     dense = {key: value for key, value in known.items() if key not in ("model_name", "pretrained")}
-    changed = arguments(model, functools.partial(timm.create_model, known["model_name"], **dense))
+    changed = constructor_arguments(model, functools.partial(timm.create_model, known["model_name"], **dense))
     if changed is None:
         return False
     about: Any = getattr(model, "pretrained_cfg", {})

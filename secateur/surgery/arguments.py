@@ -1,32 +1,73 @@
 """Find the constructor arguments that build a cut model, so that plain library code loads it.
 
 >>> model = timm.create_model(name, depth=6, embed_dim=192, num_heads=3)
->>> arguments(model, functools.partial(timm.create_model, name))
+>>> constructor_arguments(model, functools.partial(timm.create_model, name))
 {'depth': 6, 'embed_dim': 192, 'num_heads': 3}
 
-Nothing is known of the library. The arguments that reach the model's class are noted while the dense model is built;
+No fact of the library is used. The arguments that reach the model's class are noted while the dense model is built;
 those that explain an old size (12 blocks, a dimension of 384, a ratio of 4.0) are tried with the value that explains
 the new one, and a change stays when more of the model comes out right. Models are built on the meta device.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 TRIALS = 100
-"""Models that are built at most."""
+"""Models that are built at most at a step."""
 Sizes = set[tuple[int, int]]
+T = TypeVar("T")
+
+FAR = (10**9, 10**9)
+"""The distance of what can't be built."""
+SAME = (0, 0)
 
 
-def arguments(model: nn.Module, build: Callable[..., nn.Module]) -> dict[str, Any] | None:
+def fit_arguments(
+    start: T,
+    knobs: Sequence[Callable[[T], None]],
+    distance: Callable[[T], tuple[int, int]],
+    *,
+    eager: bool = False,
+) -> tuple[T, tuple[int, int]]:
+    """The arguments that come nearest to a model, and their distance to it; `SAME` where they build it.
+
+    Greedy: of the knobs (each changes arguments in place) that bring the arguments nearer the one that brings them
+    nearest is turned, again and again; where none does, two at a time. At most `TRIALS` are tried at each step.
+
+    Args:
+        start: arguments to begin with: a dict, a config. They aren't changed.
+        knobs: functions that set something in a copy of the arguments.
+        distance: from what arguments build to the model; `FAR` where they build nothing.
+        eager: take the first knob that brings the arguments nearer, which needs fewer builds.
+    """
+    best, score, size = start, distance(start), 1
+    while score > SAME and size <= 2:
+        nearer, wins = best, score
+        for turned in itertools.islice(itertools.combinations(knobs, size), TRIALS):
+            trial = copy.deepcopy(best)
+            for knob in turned:
+                knob(trial)
+            if (found := distance(trial)) < wins:
+                nearer, wins = trial, found
+                if eager:
+                    break
+        # two at a time only where no single one helps
+        size = 1 if wins < score else size + 1
+        best, score = nearer, wins
+    return best, score
+
+
+def constructor_arguments(model: nn.Module, build: Callable[..., nn.Module]) -> dict[str, Any] | None:
     """What to call `build` with, so that it gives modules and shapes of `model`; None where no arguments do.
 
     Only arguments that hold an integer, a float, or a list of them are changed. What `build` raises rules a trial out.
@@ -38,61 +79,47 @@ def arguments(model: nn.Module, build: Callable[..., nn.Module]) -> dict[str, An
         if key not in built:
             if len(built) >= TRIALS:
                 return FAR
-            built[key] = apart(model, _built(build, values))
+            built[key] = shape_distance(model, _built(build, values))
         return built[key]
 
-    known, dense = _noted(type(model), build)
-    best: dict[str, Any] = {}
-    score = apart(model, dense)
-    if dense is None or score == (0, 0) or not _alike(model, dense):
-        return best if score == (0, 0) else None
+    def alone(knob: Change) -> tuple[int, int]:
+        values: dict[str, Any] = {}
+        knob(values)
+        return distance(values)
 
-    def tried(options: Sequence[tuple[Change, ...]]) -> list[tuple[tuple[int, int], dict[str, Any]]]:
-        found = []
-        for changes in options:
-            values = dict(best)
-            for change in changes:
-                change(values)
-            found.append((distance(values), values))
-        return found
-
-    single = [(change,) for change in _options(model, dense, known)]
-    single = [o for o, (found, _) in zip(single, tried(single)) if found < score or found == FAR]
-    pairs = [a + b for a, b in itertools.combinations(single, 2)]
-    while score > (0, 0):
-        found, values = min([*tried(single), (FAR, {})], key=lambda pair: pair[0])
-        if found >= score:
-            found, values = min([*tried(pairs), (FAR, {})], key=lambda pair: pair[0])
-        if found >= score:
-            break
-        best, score = values, found
-    return best if score[0] == 0 else None
+    defaults, dense = _noted(type(model), build)
+    score = shape_distance(model, dense)
+    if dense is None or score == SAME or not _alike(model, dense):
+        return {} if score == SAME else None
+    built[repr([])] = score
+    # Of two knobs turned together each must do some good alone, or be refused alone: else there are too many pairs.
+    knobs = [knob for knob in _options(model, dense, defaults) if alone(knob) < score or alone(knob) == FAR]
+    start: dict[str, Any] = {}
+    values, (shapes, _) = fit_arguments(start, knobs, distance)
+    return values if shapes == 0 else None
 
 
 def _noted(cls: Any, build: Callable[..., nn.Module]) -> tuple[dict[str, Any], nn.Module | None]:
     """The arguments that `build` hands to the class, its defaults among them, and the dense model."""
     original: Any = cls.__init__
-    known: dict[str, Any] = {}
+    passed: dict[str, Any] = {}
 
     @functools.wraps(original)
     def note(self: Any, *args: Any, **kwargs: Any) -> None:
-        if type(self) is cls and not known:
+        if type(self) is cls and not passed:
             bound = inspect.signature(original).bind(self, *args, **kwargs)
             bound.apply_defaults()
-            known.update(bound.arguments)
+            passed.update(bound.arguments)
         original(self, *args, **kwargs)
 
     cls.__init__ = note
     try:
-        return known, _built(build, {})
+        return passed, _built(build, {})
     finally:
         cls.__init__ = original
 
 
-FAR = (10**9, 10**9)
-
-
-def apart(model: nn.Module, other: nn.Module | None) -> tuple[int, int]:
+def shape_distance(model: nn.Module, other: nn.Module | None) -> tuple[int, int]:
     """(tensors of other shapes or in one of them only, numbers among the attributes that differ)."""
     if other is None:
         return FAR
@@ -152,11 +179,11 @@ def _pairs(model: nn.Module, dense: nn.Module) -> tuple[Sizes, Sizes]:
 Change = Callable[[dict[str, Any]], None]
 
 
-def _options(model: nn.Module, dense: nn.Module, known: Mapping[str, Any]) -> Iterator[Change]:
+def _options(model: nn.Module, dense: nn.Module, passed: Mapping[str, Any]) -> Iterator[Change]:
     sizes, blocks = _pairs(model, dense)
     changed = {(old, new) for old, new in sizes if old != new}
     shares = sorted({new / old for old, new in changed if old and new < old})
-    for name, value in known.items():
+    for name, value in passed.items():
         if value is None:
             held = {n for (_, key), n in _numbers(model).items() if key == name}
             for new in held if len(held) == 1 else ():

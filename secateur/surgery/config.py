@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-import itertools
+import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.graph.groups import Graph, Group
+from secateur.surgery.arguments import FAR, SAME, fit_arguments
 from secateur.surgery.changes import Changes, _removed_blocks, _set_config
-
-# --- config
 
 
 def _configs(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A config and those inside it, with the dotted prefix of their fields."""
     yield prefix, config
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict") and hasattr(value, "__dict__"):
@@ -49,123 +49,155 @@ def _alike(graph: Graph, pairs: Sequence[tuple[Group, Tensor]]) -> bool:
     return all(len(found) == 1 for found in counts.values())
 
 
-def _fit_config(
+def fit_config(
     model: nn.Module, graph: Graph, pairs: Sequence[tuple[Group, Tensor]], changes: Changes
 ) -> None:
-    """Find the config that builds the cut model: fields with an old size get the new one, and building proves it."""
-    config = getattr(model, "config", None)
+    """Find the config that builds the cut model, and set it: fields with an old size get the new one.
+
+    Building on the meta device proves it. Where no config builds the cut shapes but blocks were removed, the one that
+    builds modules of the right names is taken; `changes.uniform` tells the two apart.
+    """
+    config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict") or not pairs:
         return
     alike = _alike(graph, pairs)
     if not alike and not changes.layers:
         return
-    target = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
-    modules = dict(model.named_modules())
+    # Attributes that views read, and those that the cut set, must come out of the constructor as well.
     watched = [(a.module, a.name) for a in graph._attributes if "." not in a.name and a.place is None]
     watched += [(path, name) for path, values in changes.attributes.items() for name in values]
 
-    def distance(candidate: Any, names_only: bool = False) -> int:
-        try:
-            with torch.device("meta"):
-                built = type(model)(copy.deepcopy(candidate))
-        except Exception:  # noqa: BLE001  any way a config can be wrong
-            return 10**9
-        shapes = {n: tuple(p.shape) for n, p in built.named_parameters(remove_duplicate=False)}
-        if names_only:
-            return len(shapes.keys() ^ target.keys())
-        wrong = sum(shapes[n] != target[n] for n in shapes.keys() & target.keys())
-        wrong += 4 * len(shapes.keys() ^ target.keys())
-        others = dict(built.named_modules())
-        for path, name in watched:
-            if path in modules and path in others and name in vars(modules[path]):
-                wrong += getattr(others[path], name, None) != getattr(modules[path], name)
-        return wrong
+    start = copy.deepcopy(config)
+    _shorten_lists(start, _lists(graph, pairs, changes))
+    options = _options(model, start, graph, _changed_sizes(graph, pairs, changes), watched)
+    knobs = [functools.partial(_set_config, name=name, value=value) for name, value in options]
 
-    sizes: set[tuple[int, int]] = set()
-    lists: dict[int, list[int]] = {}
-    for group, kept in pairs:
-        new = len(kept)
-        sizes |= {(m * group.size, m * new) for m in range(1, 17)} if group.kind != "layers" else set()
-        for s in group.slices:
-            old = graph.shapes[s.name][s.dim]
-            sizes.add((old, old - (group.size - new) * s.index.shape[1]))
-    for path, stay in changes.layers.items():
-        count = sum(1 for n in {k.split(".")[len(path.split(".")) if path else 0] for k in graph.shapes
-                                if not path or k.startswith(path + ".")})  # fmt: skip
-        sizes.add((count, len(stay)))
-        if any(
-            group.kind == "layers" and group.name.rpartition(":")[0] in (path, "model") for group, _ in pairs
-        ):
-            lists[count] = stay
-    for path, values in changes.attributes.items():
-        for name in values:
-            old_value = graph._attributes.get(next((a for a in graph._attributes if (a.module, a.name) == (path, name)), None))  # type: ignore[arg-type]  # fmt: skip
-            if old_value is not None and isinstance(values[name], int):
-                sizes.add((old_value, values[name]))
-    sizes = {(a, b) for a, b in sizes if a != b}
+    def search(names_only: bool) -> tuple[Any, bool]:
+        distance = functools.partial(_distance, model, watched, names_only=names_only)
+        # A build takes long, and most fields are independent of each other: the first that helps is taken.
+        best, score = fit_arguments(start, knobs, distance, eager=True)
+        return best, score == SAME
 
-    trial = copy.deepcopy(config)
-    for count, stay in lists.items():
-        for prefix, part in _configs(trial):
-            for name, value in list(vars(part).items()):
-                if isinstance(value, (list, tuple)) and len(value) == count and vars(part).get(name) is value:
-                    setattr(part, name, type(value)(value[n] for n in stay))
-    options: list[tuple[str, int]] = []
-    for prefix, part in _configs(trial):
-        for name, value in vars(part).items():
-            if type(value) is int:
-                options += [(prefix + name, b) for a, b in sorted(sizes) if a == value]
-    found_as: dict[str, set[bool]] = {}
-    for a, old_value in graph._attributes.items():
-        if "." not in a.name and a.place is None and a.module in modules:
-            same = getattr(modules[a.module], a.name, None) == old_value
-            found_as.setdefault(a.name, set()).add(same)
-    settled = {name for name, same in found_as.items() if same == {True}}
-    options = [(name, b) for name, b in options if name.rpartition(".")[2] not in settled]
-    own = {a.name for a in graph._attributes if "." not in a.name}
-    for module_path, name in sorted(set(watched)):
-        if name in own and getattr(trial, name, None) is None and module_path in modules:
-            value = getattr(modules[module_path], name, None)
-            if type(value) is int and (name, value) not in options:
-                options.append((name, value))
-
-    def search(names_only: bool) -> tuple[Any, int]:
-        best, score = trial, distance(trial, names_only)
-        for width in (1, 2):
-            improved = True
-            while improved and score:
-                improved = False
-                for combo in itertools.islice(itertools.combinations(options, width), 100):
-                    if len({name for name, _ in combo}) < width:
-                        continue
-                    candidate = copy.deepcopy(best)
-                    for name, value in combo:
-                        _set_config(candidate, name, value)
-                    found = distance(candidate, names_only)
-                    if found < score:
-                        best, score, improved = candidate, found, True
-                        break
-        return best, score
-
-    best, score = search(False) if alike else (trial, 1)
-    if score == 0 and not _same_numbers(model, type(model), best, changes):
+    best, uniform = search(False) if alike else (start, False)
+    if uniform and not _same_numbers(model, best, changes):
         return
-    changes.uniform = score == 0
-    if score and changes.layers:
-        best, score = search(True)
-    if score:
+    changes.uniform = fits = uniform
+    if not uniform and changes.layers:
+        best, fits = search(True)
+    if not fits:
         return
     for prefix, part in _configs(best):
         for name, value in vars(part).items():
             full = prefix + name
-            if hasattr(value, "to_dict"):
-                continue
             if type(value) in (int, list, tuple) and value != _get_config(config, full):
                 _set_config(config, full, value)
                 changes.config[full] = value
 
 
-def _same_numbers(model: nn.Module, cls: Any, config: Any, changes: Changes) -> bool:
+def _distance(
+    model: nn.Module, watched: Sequence[tuple[str, str]], config: Any, names_only: bool = False
+) -> tuple[int, int]:
+    """(names of parameters in one of them only, other shapes and attributes) between the model and what is built."""
+    try:
+        with torch.device("meta"):
+            built = type(model)(copy.deepcopy(config))
+    except Exception:  # noqa: BLE001  any way a config can be wrong
+        return FAR
+    here, there = (
+        {name: p.shape for name, p in m.named_parameters(remove_duplicate=False)} for m in (model, built)
+    )
+    names = len(here.keys() ^ there.keys())
+    if names_only:
+        return names, 0
+    wrong = 4 * names + sum(here[name] != there[name] for name in here.keys() & there.keys())
+    modules, others = dict(model.named_modules()), dict(built.named_modules())
+    for path, name in watched:
+        if path in modules and path in others and name in vars(modules[path]):
+            wrong += getattr(others[path], name, None) != getattr(modules[path], name)
+    return wrong, 0
+
+
+def _block_count(graph: Graph, path: str) -> int:
+    """How many children with parameters the module has in the dense model."""
+    prefix = f"{path}." if path else ""
+    return len({name[len(prefix) :].partition(".")[0] for name in graph.shapes if name.startswith(prefix)})
+
+
+def _lists(graph: Graph, pairs: Sequence[tuple[Group, Tensor]], changes: Changes) -> dict[int, list[int]]:
+    """Number of blocks -> positions that stay: config lists of that length hold one entry a block."""
+    blocks = {group.name.rpartition(":")[0] for group, _ in pairs if group.kind == "layers"}
+    return {
+        _block_count(graph, path): stay
+        for path, stay in changes.layers.items()
+        if path in blocks or "model" in blocks
+    }
+
+
+def _shorten_lists(config: Any, lists: Mapping[int, Sequence[int]]) -> None:
+    for _, part in _configs(config):
+        for name, value in list(vars(part).items()):
+            if isinstance(value, list | tuple) and len(value) in lists and vars(part).get(name) is value:
+                setattr(part, name, type(value)(value[n] for n in lists[len(value)]))
+
+
+def _changed_sizes(
+    graph: Graph, pairs: Sequence[tuple[Group, Tensor]], changes: Changes
+) -> set[tuple[int, int]]:
+    """(old, new) of whatever a config field may count: units and their multiples, axes, blocks, attributes."""
+    sizes: set[tuple[int, int]] = set()
+    for group, kept in pairs:
+        new = len(kept)
+        if group.kind != "layers":
+            sizes |= {(m * group.size, m * new) for m in range(1, 17)}
+        for s in group.slices:
+            old = graph.shapes[s.name][s.dim]
+            sizes.add((old, old - (group.size - new) * s.index.shape[1]))
+    sizes |= {(_block_count(graph, path), len(stay)) for path, stay in changes.layers.items()}
+    before: dict[tuple[str, str], Any] = {}
+    for attribute, value in graph._attributes.items():
+        before.setdefault((attribute.module, attribute.name), value)
+    for path, values in changes.attributes.items():
+        for name, value in values.items():
+            if before.get((path, name)) is not None and isinstance(value, int):
+                sizes.add((before[path, name], value))
+    return {(old, new) for old, new in sizes if old != new}
+
+
+def _options(
+    model: nn.Module,
+    config: Any,
+    graph: Graph,
+    sizes: set[tuple[int, int]],
+    watched: Sequence[tuple[str, str]],
+) -> list[tuple[str, int]]:
+    """(field, value) that are worth a try."""
+    modules = dict(model.named_modules())
+    options = [
+        (prefix + name, new)
+        for prefix, part in _configs(config)
+        for name, value in vars(part).items()
+        for old, new in sorted(sizes)
+        if type(value) is int and old == value
+    ]
+    # A field whose namesake in every module has its old value still is none that was cut.
+    unchanged: dict[str, set[bool]] = {}
+    for a, old_value in graph._attributes.items():
+        if "." not in a.name and a.place is None and a.module in modules:
+            same = getattr(modules[a.module], a.name, None) == old_value
+            unchanged.setdefault(a.name, set()).add(same)
+    settled = {name for name, same in unchanged.items() if same == {True}}
+    options = [(name, new) for name, new in options if name.rpartition(".")[2] not in settled]
+    # A field that is None (head_dim) is computed from others; the cut may need it written out.
+    own = {a.name for a in graph._attributes if "." not in a.name}
+    for path, name in sorted(set(watched)):
+        if name in own and getattr(config, name, None) is None and path in modules:
+            value = getattr(modules[path], name, None)
+            if type(value) is int and (name, value) not in options:
+                options.append((name, value))
+    return options
+
+
+def _same_numbers(model: nn.Module, config: Any, changes: Changes) -> bool:
     """Whether the config gives the cut model's other numbers too: scales, and buffers that no file holds."""
     modules = dict(model.named_modules())
     for name in changes.shapes:
@@ -173,7 +205,7 @@ def _same_numbers(model: nn.Module, cls: Any, config: Any, changes: Changes) -> 
         if leaf in modules[path]._non_persistent_buffers_set:
             return False
     with torch.device("meta"):
-        others = dict(cls(copy.deepcopy(config)).named_modules())
+        others = dict(type(model)(copy.deepcopy(config)).named_modules())
     return all(
         others[path].__dict__.get(key, value) == value
         for path, module in modules.items()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from secateur.graph.groups import Graph, Group
 from secateur.surgery.changes import Changes, Keep, _gone, _put, _refresh, _removed_blocks, _renumber, _tensor
-from secateur.surgery.config import _fit_config
+from secateur.surgery.config import fit_config
 from secateur.surgery.mask import unmask_units
 from secateur.utils.running import forget_caches
 
@@ -34,7 +34,7 @@ def cut_units(model: nn.Module, graph: Graph, keep: Keep) -> Changes:
     and for unit numbers out of range; the model is then untouched.
     """
     changes = _cut(model, graph, keep)
-    _fit_config(model, graph, graph._kept(keep), changes)
+    fit_config(model, graph, graph._kept(keep), changes)
     return changes
 
 

@@ -9,7 +9,7 @@ import torch
 
 import secateur
 from secateur.errors import SecateurError
-from secateur.surgery.arguments import apart, arguments
+from secateur.surgery.arguments import constructor_arguments, shape_distance
 
 timm = pytest.importorskip("timm")
 
@@ -51,7 +51,7 @@ def test_a_uniform_cut_loads_with_plain_timm(kinds, target, expected, tmp_path: 
     assert {key: document["model_args"][key] for key in expected} == expected
     assert not (tmp_path / "small" / "load_pruned.py").exists()
     loaded = timm.create_model(f"local-dir:{tmp_path / 'small'}", pretrained=True).eval()
-    assert apart(cut, loaded)[0] == 0
+    assert shape_distance(cut, loaded)[0] == 0
     torch.testing.assert_close(outputs(loaded, x), outputs(cut, x), rtol=1e-5, atol=1e-6)
     ours, _ = secateur.load(tmp_path / "small")
     torch.testing.assert_close(outputs(ours, x), outputs(cut, x), rtol=1e-5, atol=1e-6)
@@ -70,7 +70,7 @@ def test_a_uniform_cut_loads_with_plain_timm(kinds, target, expected, tmp_path: 
 def test_the_arguments_of_a_model_are_found_from_its_shapes(name, given, expected) -> None:
     with torch.device("meta"):
         wanted = timm.create_model(name, **given, **expected)
-    found = arguments(wanted, functools.partial(timm.create_model, name, **given))
+    found = constructor_arguments(wanted, functools.partial(timm.create_model, name, **given))
     assert found == expected
 
 
@@ -84,7 +84,7 @@ def test_layers_that_differ_are_no_constructor_s() -> None:
         calls.append(values)
         return vit(**values)
 
-    assert arguments(model, build) is None
+    assert constructor_arguments(model, build) is None
     assert calls == [{}]
 
 
