@@ -12,6 +12,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.utils.inputs import map_tensors
+from secateur.utils.random import seed_of
 
 Augment = Callable[[Any, torch.Generator], Any]
 """A batch (on the model's device) and a seeded CPU generator -> the batch, changed."""
@@ -62,7 +63,7 @@ class Draw:
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
     """What torch's random state is set to before a step: what is drawn depends on nothing that came before."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:7], "little")
+    return seed_of(seed, step, rank)
 
 
 def check_classes(labels: Tensor, classes: int) -> None:
