@@ -33,13 +33,13 @@ class Show:
 
 def plan_show(directory: Annotated[str, PLAN], /, *, flags: Show, shown: Shown) -> None:
     """Show a plan."""
-    from secateur.pruning.plan import Plan
+    from secateur.pruning.document import read_document, summarise, undamaged
     from secateur.report.terminal import print_plan
 
-    plan = Plan.load(Path(directory).expanduser())
+    path, document = read_document(Path(directory).expanduser())
     names = ("method", "target", "seed", "hyperparameters", "options", "inputs", "notes")
-    value = {name: getattr(plan, name) for name in names}
-    value |= {"rows": plan.summary(), "values": sorted(plan.values)}
+    with undamaged(path):
+        value = {name: document[name] for name in names} | summarise(path, document)
     show(value, shown.json, lambda console: print_plan(value, console, flags.full))
 
 

@@ -14,16 +14,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from secateur.errors import SecateurError
+from secateur.pruning.document import (
+    FORMAT,
+    from_ranges,
+    kept_units,
+    read_document,
+    to_ranges,
+    undamaged,
+)
 from secateur.utils.files import atomic_write_bytes, atomic_write_text
 
 DENSE_NOTE = "same size and speed without sparse kernels: the zeros are stored in dense tensors"
 
-FORMAT = "secateur-plan"
+__all__ = ["Masks", "Plan", "diff", "from_ranges", "pack", "to_ranges", "unpack"]
 
 
 class Masks(MutableMapping[str, Tensor]):
@@ -139,32 +145,10 @@ class Plan:
 
         Raises `SecateurError` when it is missing, damaged, or an edit made it impossible.
         """
-        path = Path(path)
-        path = path / "plan.json" if path.is_dir() else path
-        try:
-            document = json.loads(path.read_text())
-        except FileNotFoundError as error:
-            raise SecateurError(
-                "there is no plan", where=str(path), fix="give a directory that holds plan.json"
-            ) from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise SecateurError(f"it isn't JSON ({error})", where=str(path)) from error
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise SecateurError(
-                "it isn't a plan", where=str(path), fix="give a plan.json that secateur wrote"
-            )
-        try:
-            keep, sizes, kinds = {}, {}, {}
-            for name, group in document["groups"].items():
-                units = from_ranges(group["keep"], where=f"{path}, group {name}")
-                if not units or units[-1] >= group["size"]:
-                    raise SecateurError(
-                        f"it keeps units {group['keep']!r} of {group['size']}",
-                        where=f"{path}, group {name}",
-                        fix="keep at least one, all below the size",
-                    )
-                keep[name] = torch.tensor(units, dtype=torch.int64)
-                sizes[name], kinds[name] = group["size"], group["kind"]
+        path, document = read_document(path)
+        with undamaged(path):
+            units = kept_units(document, path)
+            groups = document["groups"]
             tensors: dict[str, Tensor] = {}
             if (beside := path.with_name("plan.safetensors")).exists():
                 tensors = load_file(beside)
@@ -181,19 +165,13 @@ class Plan:
                 hyperparameters=document["hyperparameters"],
                 options=document["options"],
                 inputs=document["inputs"],
-                keep=keep,
-                sizes=sizes,
-                kinds=kinds,
+                keep={name: torch.tensor(kept, dtype=torch.int64) for name, kept in units.items()},
+                sizes={name: group["size"] for name, group in groups.items()},
+                kinds={name: group["kind"] for name, group in groups.items()},
                 masks=masks,
                 values={n.removeprefix("value/"): t for n, t in tensors.items() if n.startswith("value/")},
                 notes=document["notes"],
             )
-        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
-            raise SecateurError(
-                f"it is damaged ({type(error).__name__}: {error})",
-                where=str(path),
-                fix="write the plan again",
-            ) from error
 
     def summary(self) -> list[dict[str, Any]]:
         """One row per group or masked tensor: name, kind, size, kept."""
@@ -249,42 +227,3 @@ def pack(mask: Tensor) -> Tensor:
 def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
     count = int(np.prod(shape))
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=count).astype(bool)).reshape(tuple(shape))
-
-
-def to_ranges(units: Sequence[int]) -> str:
-    """Sorted indices as ranges.
-
-    >>> to_ranges([0, 1, 2, 5, 7, 8])
-    '0-2,5,7-8'
-    """
-    parts: list[str] = []
-    start = previous = None
-    for unit in [*units, None]:
-        if previous is not None and unit == previous + 1:
-            previous = unit
-            continue
-        if start is not None:
-            parts.append(f"{start}" if start == previous else f"{start}-{previous}")
-        start = previous = unit
-    return ",".join(parts)
-
-
-def from_ranges(text: str, where: str = "ranges") -> list[int]:
-    """Ranges back to sorted indices.
-
-    >>> from_ranges("0-2,5")
-    [0, 1, 2, 5]
-    """
-    units: set[int] = set()
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
-        first, dash, last = part.partition("-")
-        try:
-            low, high = int(first), int(last) if dash else int(first)
-        except ValueError:
-            raise SecateurError(
-                f"{part!r} isn't a range", where=where, fix="write ranges such as 0-2,5"
-            ) from None
-        if high < low:
-            raise SecateurError(f"{part!r} runs backwards", where=where, fix="write ranges such as 0-2,5")
-        units.update(range(low, high + 1))
-    return sorted(units)

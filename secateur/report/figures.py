@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from secateur.pruning.plan import Plan, to_ranges
+from secateur.pruning.document import to_ranges
+from secateur.pruning.plan import Plan
 from secateur.report.summary import figure, in_seconds, rows, single
 
 Figure = dict[str, Any]

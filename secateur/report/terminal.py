@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from secateur.pruning.document import to_ranges
 from secateur.report.summary import in_seconds, notes, number, parted, rows
 from secateur.taxonomy import MethodInfo
 from secateur.taxonomy.axes import AXES, MEANING, notation
@@ -266,8 +267,6 @@ def common_name(names: Sequence[str]) -> str:
         if len(values) == 1:
             out.append(values[0])
         else:
-            from secateur.pruning.plan import to_ranges  # which needs torch
-
             text = to_ranges(sorted(int(value) for value in values))
             out.append("{" + text + "}" if "," in text else text)
     return "".join(out)

@@ -22,6 +22,7 @@ LIGHT = [
     (["prune", "--help", "--method", "wanda"], 0),
     (["train-prune", "--help", "--method", "lottery-ticket"], 0),
     (["tokens", "--help", "--method", "fastv"], 0),
+    (["plan", "show", "nowhere"], 2),
     (["prune", "x", "--method", "wannda", "--target", "50%"], 2),
 ]
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from secateur.errors import SecateurError
+from secateur.pruning.document import read_document, summarise
 from secateur.pruning.plan import Masks, Plan, diff, from_ranges, to_ranges
 
 
@@ -91,3 +92,12 @@ def test_masks_are_held_as_bits():
     masks = Masks({"w": mask})
     assert torch.equal(masks["w"], mask)
     assert sum(bits.numel() for bits, _ in masks._bits.values()) == mask.numel() // 8
+
+
+def test_the_rows_of_a_plans_files_are_those_of_the_plan(tmp_path):
+    masks = {"w": torch.tensor([[True, False, True], [False, False, True]])}
+    values = {"b": torch.ones(3)}
+    plan = Plan("m", "50%", keep={"g": torch.tensor([0, 2])}, sizes={"g": 4}, kinds={"g": "neurons"}, masks=masks, values=values)  # fmt: skip
+    plan.save(tmp_path)
+    assert summarise(*read_document(tmp_path)) == {"rows": plan.summary(), "values": ["b"]}
+    assert plan.summary()[1] == {"name": "w", "kind": "weights", "size": 6, "kept": 3}
