@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from secateur.errors import choose
 from secateur.taxonomy.axes import _DATA, HARDWARE, MethodInfo, _reasons, filter_records, parse_members
+
+Case = Callable[[MethodInfo, "Situation"], Any]
+
+
+@dataclass(frozen=True)
+class Situation:
+    """The answers of a user."""
+
+    train: bool
+    data: str
+    trained: bool
+    high_ratio: bool
+    heterogeneous: bool
+    dynamic: bool
+
+
+BONUSES: tuple[tuple[Case, str], ...] = (
+    (
+        lambda m, s: s.high_ratio and s.train and ("iter" in m.members("order") or "REG" in m.criteria),
+        "iterative and regularised pruning hold up better at high ratios, and cost more",
+    ),
+    (lambda m, s: not s.train and "shot" in m.members("order"), "it is done in one shot"),
+    (
+        lambda m, s: s.heterogeneous and m.members("scope") & {"glob", "glob->loc"},
+        "it divides the budget globally, so layers that matter keep more; set floors per layer",
+    ),
+)
+"""What puts a method before others: when, and the reason."""
+NOTES: tuple[tuple[Case, str], ...] = (
+    (lambda m, s: s.data == "none" and not s.dynamic, "without data expect a loss at high ratios"),
+    (
+        lambda m, s: s.train and s.high_ratio and "struct" in m.members("granularity"),
+        "compare with training the thin network from scratch",
+    ),
+)
+"""What to keep in mind: when, and the text."""
 
 
 def recommend(
@@ -41,45 +78,36 @@ def recommend(
     if dynamic is None:
         dynamic = bool(models & {"vlm", "vla"})
 
-    rules: dict[str, Any] = {"granularity": HARDWARE[hardware]}
+    situation = Situation(train, data, trained, high_ratio, heterogeneous, dynamic)
+    rules = {"granularity": HARDWARE[hardware], **_rules(situation)}
     if hardware in ("gpu-dense", "cpu"):
         rules["speedup"] = {"univ"}
-    if dynamic:
-        rules["when"], rules["decision"] = {"RT"}, {"dyn"}
-    elif train:
-        rules["when"] = {"PAT", "PAT-PT", "PDT"} if trained else {"PBT", "PDT"}
-    else:
-        rules["when"] = {"PAT-PT"}
-    if not train:
-        rules["training_free"] = True
-    rules["data"] = _DATA[data] + (("input",) if dynamic else ())
     if models:
         rules["models"] = models
-    if "recovery" in overrides:
-        rules.pop("training_free", None)
-    if "when" in overrides:
-        rules.pop("decision", None)
-    rules |= overrides
+    # a user's own word on an axis replaces what would be derived from the situation
+    for override, derived in (("recovery", "training_free"), ("when", "decision")):
+        if override in overrides:
+            rules.pop(derived, None)
 
     answers: list[tuple[int, MethodInfo, str]] = []
-    for info in filter_records(records, **rules):
+    for info in filter_records(records, **rules | overrides):
         if info.criteria == {"none"}:  # chance is a baseline, not advice
             continue
-        reasons = _reasons(info)
-        bonus = []
-        if high_ratio and train and ("iter" in info.members("order") or "REG" in info.criteria):
-            bonus.append("iterative and regularised pruning hold up better at high ratios, and cost more")
-        if not train and "shot" in info.members("order"):
-            bonus.append("it is done in one shot")
-        if heterogeneous and info.members("scope") & {"glob", "glob->loc"}:
-            bonus.append(
-                "it divides the budget globally, so layers that matter keep more; set floors per layer"
-            )
-        notes = []
-        if data == "none" and not dynamic:
-            notes.append("without data expect a loss at high ratios")
-        if train and high_ratio and "struct" in info.members("granularity"):
-            notes.append("compare with training the thin network from scratch")
-        answers.append((len(bonus), info, "; ".join([*reasons, *bonus, *notes])))
+        bonuses, notes = (
+            [text for case, text in table if case(info, situation)] for table in (BONUSES, NOTES)
+        )
+        answers.append((len(bonuses), info, "; ".join([*_reasons(info), *bonuses, *notes])))
     answers.sort(key=lambda answer: -answer[0])
     return [(info, why) for _, info, why in answers]
+
+
+def _rules(situation: Situation) -> dict[str, Any]:
+    """The filters that follow from whether there is data, training, and a choice per input."""
+    rules: dict[str, Any] = {"when": {"PAT-PT"}}
+    if situation.dynamic:
+        rules |= {"when": {"RT"}, "decision": {"dyn"}}
+    elif situation.train:
+        rules["when"] = {"PAT", "PAT-PT", "PDT"} if situation.trained else {"PBT", "PDT"}
+    if not situation.train:
+        rules["training_free"] = True
+    return rules | {"data": _DATA[situation.data] + (("input",) if situation.dynamic else ())}
