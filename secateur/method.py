@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from secateur.errors import SecateurError, choose
@@ -27,6 +27,8 @@ class Method:
     """Statistics the method reads, by the names of `secateur.stats`: input_norm, hessian, gradient, ..."""
     allocation: ClassVar[str] = "uniform"
     """How a share is divided over layers when the caller doesn't say: uniform, global, owl, per-kind."""
+    quick: ClassVar[Mapping[str, Any]] = {}
+    """Hyperparameters with which a check is short (`secateur.testing`); the defaults are for real runs."""
 
     def __post_init__(self) -> None:
         """Refuses a value that isn't among its field's `metadata["choices"]`."""

@@ -6,7 +6,9 @@ Spec: lottery-rewinding.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from secateur.method import register
 from secateur.pruning.plan import Plan
@@ -39,6 +41,7 @@ class LotteryRewinding(TicketMethod):
     stability: int = field(default=0, metadata={"help": "pairs of runs whose distance is measured"})
 
     info = record("lottery-rewinding", title="Lottery tickets with rewinding")
+    quick: ClassVar[Mapping[str, Any]] = {"rounds": 2, "rewind": "2it"}
 
     def prune(self, job: Job) -> Plan:
         masks = self.ticket(

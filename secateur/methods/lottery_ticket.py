@@ -9,7 +9,9 @@ the last round ends on it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from secateur.method import register
 from secateur.pruning.plan import Plan
@@ -37,6 +39,7 @@ class LotteryTicket(TicketMethod):
     )
 
     info = record("lottery-ticket", title="Lottery tickets (IMP)")
+    quick: ClassVar[Mapping[str, Any]] = {"rounds": 2}
 
     def prune(self, job: Job) -> Plan:
         return job.plan(masks=self.ticket(job, reset=self.reset))

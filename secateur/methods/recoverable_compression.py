@@ -6,8 +6,9 @@ https://arxiv.org/abs/2409.01179. Spec: recoverable-compression.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,7 @@ class RecoverableCompression(TokenMethod):
     adaptive: ClassVar[bool] = True
 
     info = record("recoverable-compression")
+    quick: ClassVar[Mapping[str, Any]] = {"text": "embeddings"}
 
     def select(self, sets: TokenSets) -> Reduction:
         query, keys = sets.queries("encoder:-1", cls=True), sets.keys("encoder:-1")

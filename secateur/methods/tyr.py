@@ -14,7 +14,7 @@ pruned on part of the data, what was found once more on all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -79,6 +79,7 @@ class Tyr(UnitMethod):
     share_of: ClassVar[str] = "weights"
     allocation: ClassVar[str] = "per-kind"
     info = record("tyr")
+    quick: ClassVar[Mapping[str, Any]] = {"generations": 2, "offspring": 4}
 
     def __post_init__(self) -> None:
         where, sizes = "tyr.expected", (*self.tokens, *self.survivors)

@@ -1,0 +1,391 @@
+"""Checks that a method of anyone can be held to; this library's own tests run them over every method it has.
+
+>>> from secateur.testing import check_method
+>>> check_method(ScaledMagnitude)  # doctest: +SKIP
+
+With pytest, a test each:
+
+>>> @pytest.mark.parametrize("check", checks_for(ScaledMagnitude))  # doctest: +SKIP
+... def test_scaled_magnitude(check):
+...     run_check(ScaledMagnitude, check)
+
+They run on tiny random models, on a CPU, in seconds. What a method can't do it says by its `tags`, and with what settings a
+check is quick by `quick` (`secateur.method.Method`).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.method import Method, make_method
+from secateur.pruning.method import UnitMethod, WeightMethod
+from secateur.pruning.prune import Pruned, apply_plan, prune
+from secateur.saliency import saliency
+from secateur.saliency.method import SaliencyMethod
+from secateur.tasks.tiny import inputs_for, tiny_cnn, tiny_llama, tiny_llava
+from secateur.tokens.attach import Attached, attach
+from secateur.tokens.method import TokenMethod
+from secateur.training.method import TrainMethod
+from secateur.training.train_prune import train_prune
+
+Check = Callable[[type[Method]], None]
+
+
+def check_method(cls: type[Method]) -> None:
+    """Run every check that suits the kind of method.
+
+    >>> from secateur.method import method_class
+    >>> check_method(method_class("magnitude"))
+
+    Args:
+        cls: the class of a method, registered or not.
+
+    Raises:
+        AssertionError: a check failed; its name and what was found are in the text.
+    """
+    for name in checks_for(cls):
+        run_check(cls, name)
+
+
+def checks_for(cls: type[Method]) -> list[str]:
+    """The names of the checks that suit the kind of method.
+
+    >>> from secateur.method import method_class
+    >>> "the budget is met" in checks_for(method_class("wanda"))
+    True
+    """
+    for kind, checks in CHECKS.items():
+        if issubclass(cls, kind):
+            return list(checks)
+    raise SecateurError(
+        f"{cls.__name__} is of no kind that can be checked",
+        where="testing",
+        fix="derive it from WeightMethod, UnitMethod, TrainMethod, TokenMethod or SaliencyMethod",
+    )
+
+
+def run_check(cls: type[Method], name: str) -> None:
+    """Run one check of `checks_for`."""
+    kind = next(kind for kind in CHECKS if issubclass(cls, kind))
+    try:
+        CHECKS[kind][name](cls)
+    except (AssertionError, SecateurError) as error:
+        raise AssertionError(f"{cls.__name__}: {name}: {error}") from error
+
+
+# ---------------------------------------------------------------- what the checks share
+
+
+def _make(cls: type[Method], **more: Any) -> Method:
+    return make_method(cls, **{**cls.quick, **more})
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def _same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _require(holds: object, what: str) -> None:
+    if not holds:
+        raise AssertionError(what)
+
+
+def _refuses(match: str, call: Callable[[], Any]) -> None:
+    """`call` raises one SecateurError that says `match`."""
+    try:
+        call()
+    except SecateurError as error:
+        _require(match in str(error), f"refused with {str(error)!r}, which doesn't say {match!r}")
+    else:
+        raise AssertionError(f"nothing was refused where {match!r} should be")
+
+
+def names_its_source(cls: type[Method]) -> None:
+    """The record has a title, and the docstrings name the paper where the record has one."""
+    import sys
+
+    info = cls.info
+    text = (sys.modules[cls.__module__].__doc__ or "") + (cls.__doc__ or "")
+    _require(info.title, "its record has no title")
+    _require(
+        info.arxiv is None or info.arxiv in text, f"arXiv {info.arxiv} of the record isn't in a docstring"
+    )
+
+
+# ---------------------------------------------------------------- weights and units
+
+
+def _ids(model: nn.Module, rows: int = 6, length: int = 24) -> Tensor:
+    """Token ids [rows, length]."""
+    size = model.config.vocab_size  # type: ignore[union-attr, operator]
+    return torch.randint(0, size, (rows, length), generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+
+
+def _llama() -> nn.Module:
+    return tiny_llama().float()
+
+
+def _pruned(cls: type[Method], model: nn.Module, target: str = "50%", **settings: Any) -> Pruned:
+    settings = {"data": _ids(model), "seqlen": 24, **settings}
+    return prune(model, method=_make(cls), target=target, **settings)
+
+
+def keeps_everything(cls: type[Method]) -> None:
+    """100 % changes nothing, bit for bit."""
+    model = _llama()
+    _require(_same(_state(_pruned(cls, model, "100%").model), _state(model)), "100% changed a tensor")
+
+
+def meets_the_budget(cls: type[Method]) -> None:
+    """The target is met and said to be met; the parameters that are left agree."""
+    for target, share in (("params<=80%", 0.8), ("params<=60%", 0.6)):
+        model = _llama()
+        if cls.info.members("objects") <= {"L"} and target == "params<=60%":
+            continue  # whole layers come in large steps
+        report = _pruned(cls, model, target).report
+        key = "params_nonzero" if issubclass(cls, WeightMethod) else "params"
+        left = report["after"][key] / report["before"]["params"]
+        _require(report["met"], f"{target} was not met")
+        _require(left <= share + 1e-9, f"{left:.4f} of the parameters are left where {target} was asked")
+
+
+def same_seed_same_plan(cls: type[Method]) -> None:
+    """The seed decides, the input model is untouched, and something changed."""
+    model = _llama()
+    before = _state(model)
+    first, second = (_pruned(cls, model, seed=3) for _ in range(2))
+    _require(_same(_state(model), before), "the model that was given changed")
+    _require(first.plan == second.plan, "two runs with one seed give two plans")
+    _require(not _same(_state(first.model), before), "50% changed nothing")
+
+
+def plan_applies(cls: type[Method]) -> None:
+    """The plan, applied to a fresh model, gives equal tensors."""
+    model = _llama()
+    pruned = _pruned(cls, model)
+    fresh = copy.deepcopy(model)
+    apply_plan(fresh, pruned.plan)
+    _require(_same(_state(fresh), _state(pruned.model)), "the plan gives other tensors than the run")
+
+
+def keeps_dtype_and_mode(cls: type[Method]) -> None:
+    """bfloat16 and training mode are kept, and the outputs are finite."""
+    model = _llama().to(torch.bfloat16).train()
+    pruned = _pruned(cls, model)
+    _require({p.dtype for p in pruned.model.parameters()} == {torch.bfloat16}, "the dtype changed")
+    _require(pruned.model.training and model.training, "the mode changed")
+    with torch.no_grad():
+        _require(torch.isfinite(pruned.model(_ids(model, 1)).logits).all(), "an output isn't finite")
+
+
+def refuses_nonsense(cls: type[Method]) -> None:
+    """One named error for each mistake, and the model is left alone."""
+    model = _llama()
+    before = _state(model)
+    _refuses("outside 0..1", lambda: _pruned(cls, model, "150%"))
+    _refuses("no hyperparameter", lambda: make_method(cls, shrubbery=3))
+    with torch.no_grad():
+        broken = copy.deepcopy(model)
+        broken.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan  # type: ignore[union-attr, index]
+    _refuses("NaN", lambda: _pruned(cls, broken))
+    _require(_same(_state(model), before), "a refused call changed the model")
+
+
+def cut_equals_masked(cls: type[Method]) -> None:
+    """Cutting whole heads and neurons gives what zeroing them gives."""
+    from secateur.surgery import mask_units
+    from secateur.surgery.changes import set_values
+
+    model = _llama()
+    kinds = getattr(cls, "kinds", None)
+    settings = {"kinds": ("kv_groups", "neurons")} if kinds is None or "hidden" in kinds else {}
+    pruned = _pruned(cls, model, **settings)
+    masked = copy.deepcopy(model)
+    set_values(masked, pruned.plan.values)
+    mask_units(masked, pruned.graph, pruned.plan.keep)
+    with torch.no_grad():
+        expected, cut = masked(_ids(model, 2)).logits, pruned.model(_ids(model, 2)).logits
+    _require(torch.allclose(cut, expected, rtol=1e-4, atol=1e-4), "the cut model isn't the masked one")
+
+
+def n_of_m_holds(cls: type[Method]) -> None:
+    """2:4 keeps two of every four inputs of every row."""
+    pruned = _pruned(cls, _llama(), "2:4")
+    for name, mask in pruned.plan.masks.items():
+        _require((mask.reshape(-1, 4).sum(1) == 2).all(), f"{name} keeps other than 2 of 4")
+        _require(not pruned.model.get_parameter(name)[~mask].any(), f"{name} isn't zero where it left")
+
+
+# ---------------------------------------------------------------- training
+
+
+def _classifier() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return tiny_cnn().float()
+
+
+def _trained(cls: type[Method], target: str = "50%", **settings: Any) -> Pruned:
+    labels = torch.arange(32) % 4
+    noise = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    pictures = noise + labels[:, None, None, None].float()
+    settings = {"data": (pictures, labels), "steps": 6, "batch": 8, **settings}
+    return train_prune(_classifier(), inputs=pictures[:1], method=_make(cls), target=target, **settings)
+
+
+def training_meets_the_budget(cls: type[Method]) -> None:
+    """The target is met, counted on the tensors that are left."""
+    pruned = _trained(cls)
+    _require(pruned.report["met"], "50% was not met")
+    if pruned.plan.masks:
+        kept = sum(int(mask.sum()) for mask in pruned.plan.masks.values())
+        size = sum(mask.numel() for mask in pruned.plan.masks.values())
+        _require(kept <= 0.5 * size + 1e-6, f"{kept} of {size} weights are left at 50%")
+        for name, mask in pruned.plan.masks.items():
+            _require(not pruned.model.get_parameter(name)[~mask].any(), f"{name} isn't zero where it left")
+    else:
+        _require(pruned.report["after"]["params"] < pruned.report["before"]["params"], "no unit left")
+
+
+def training_repeats(cls: type[Method]) -> None:
+    """The same seed gives the same bits; another one doesn't."""
+    first, second, other = _trained(cls, seed=3), _trained(cls, seed=3), _trained(cls, seed=4)
+    _require(_same(_state(first.model), _state(second.model)), "two runs with one seed differ")
+    _require(not _same(_state(first.model), _state(other.model)), "the seed changes nothing")
+
+
+def training_refuses_nonsense(cls: type[Method]) -> None:
+    """One named error for each mistake."""
+    _refuses("outside 0..1", lambda: _trained(cls, "150%"))
+    _refuses("no hyperparameter", lambda: make_method(cls, shrubbery=3))
+
+
+# ---------------------------------------------------------------- visual tokens
+
+
+def _seen(cls: type[Method], model: nn.Module, target: str, seed: int = 0) -> tuple[Attached, Tensor]:
+    with torch.no_grad(), attach(model, _make(cls), target=target, seed=seed) as attached:
+        logits = model(**inputs_for(model)).logits
+    return attached, logits
+
+
+def _plain(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs_for(model)).logits
+
+
+def tokens_all_kept(cls: type[Method]) -> None:
+    """100 % changes nothing, bit for bit, and a detached model is as it was."""
+    model = tiny_llava().float()
+    before = _plain(model)
+    _require(torch.equal(_seen(cls, model, "100%")[1], before), "100% changed the output")
+    _seen(cls, model, "50%")
+    _require(torch.equal(_plain(model), before), "the detached model isn't as it was")
+
+
+def tokens_fewer(cls: type[Method]) -> None:
+    """Fewer tokens stay, each stage keeps a part of what the one before it kept, and the output is finite."""
+    attached, logits = _seen(cls, tiny_llava().float(), "50%")
+    counts = [[len(row) for row in rows] for rows in attached.kept.values()]
+    report = attached.report
+    _require(torch.isfinite(logits).all(), "an output isn't finite")
+    _require(
+        report["after"]["tokens_x_layers"] < report["before"]["tokens_x_layers"], "no token left the model"
+    )
+    for one, two in itertools.pairwise(counts):
+        _require(all(a >= b for a, b in zip(one, two)), f"a later stage keeps more: {counts}")
+
+
+def tokens_repeat(cls: type[Method]) -> None:
+    """The same seed keeps the same tokens."""
+    model = tiny_llava().float()
+    (one, first), (two, second) = (_seen(cls, model, "50%", seed=3) for _ in range(2))
+    lists = [{stage: [row.tolist() for row in rows] for stage, rows in a.kept.items()} for a in (one, two)]
+    _require(lists[0] == lists[1] and torch.equal(first, second), "two runs with one seed differ")
+
+
+def tokens_refuse_nonsense(cls: type[Method]) -> None:
+    """One named error for each mistake, and the model is left alone."""
+    model = tiny_llava().float()
+    before = _plain(model)
+    for match, target in (("0%", "0%"), ("outside", "150%"), ("tokens", "tokens=0")):
+        _refuses(match, lambda target=target: attach(model, _make(cls), target=target))  # type: ignore[misc]
+    _refuses("no hyperparameter", lambda: make_method(cls, shrubbery=1))
+    _require(torch.equal(_plain(model), before), "a refused call changed the model")
+
+
+# ---------------------------------------------------------------- maps
+
+
+def _map(cls: type[Method], model: nn.Module, pictures: Tensor) -> Tensor:
+    return saliency(model, pictures, _make(cls), [1] * len(pictures)).values  # type: ignore[arg-type]
+
+
+def _pictures(count: int = 2) -> Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+
+
+def map_fits_the_picture(cls: type[Method]) -> None:
+    """A finite map of the picture's size, the same each time."""
+    model, pictures = _classifier(), _pictures()
+    values = _map(cls, model, pictures)
+    _require(values.shape == (2, 16, 16), f"the maps are {tuple(values.shape)}, the pictures (2, 16, 16)")
+    _require(torch.isfinite(values).all(), "a map isn't finite")
+    _require(torch.equal(values, _map(cls, model, pictures)), "two runs differ")
+
+
+def map_leaves_the_model(cls: type[Method]) -> None:
+    """Weights, modes, hooks and gradients are as they were, also after an error."""
+    model = _classifier().train()
+    before, hooks = _state(model), [len(m._forward_hooks) for m in model.modules()]
+    _map(cls, model, _pictures(1))
+    _require(_same(_state(model), before) and model.training, "the model changed")
+    _require([len(m._forward_hooks) for m in model.modules()] == hooks, "a hook is left")
+    _require(all(p.requires_grad and p.grad is None for p in model.parameters()), "a gradient is left")
+    _refuses("no class", lambda: saliency(model, _pictures(1), _make(cls), 10**6))  # type: ignore[arg-type]
+    _require([len(m._forward_hooks) for m in model.modules()] == hooks, "a hook is left after an error")
+
+
+SOURCE: dict[str, Check] = {"the docstring names its source": names_its_source}
+BOTH: dict[str, Check] = {
+    "100 % changes nothing": keeps_everything,
+    "the budget is met": meets_the_budget,
+    "the same seed gives the same plan": same_seed_same_plan,
+    "the plan applies to a fresh model": plan_applies,
+    "dtype and mode are kept": keeps_dtype_and_mode,
+    "nonsense is refused": refuses_nonsense,
+    **SOURCE,
+}
+CHECKS: dict[type[Method], dict[str, Check]] = {
+    WeightMethod: {**BOTH, "N:M holds in every row": n_of_m_holds},
+    UnitMethod: {**BOTH, "the cut model is the masked one": cut_equals_masked},
+    TrainMethod: {
+        "the budget is met": training_meets_the_budget,
+        "the same seed gives the same bits": training_repeats,
+        "nonsense is refused": training_refuses_nonsense,
+        **SOURCE,
+    },
+    TokenMethod: {
+        "100 % changes nothing": tokens_all_kept,
+        "fewer tokens stay": tokens_fewer,
+        "the same seed keeps the same tokens": tokens_repeat,
+        "nonsense is refused": tokens_refuse_nonsense,
+        **SOURCE,
+    },
+    SaliencyMethod: {
+        "the map fits the picture": map_fits_the_picture,
+        "the model is left alone": map_leaves_the_model,
+        **SOURCE,
+    },
+}
+"""Checks by kind of method, by name."""
