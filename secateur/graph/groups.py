@@ -296,6 +296,7 @@ class Graph:
                     found = self._entries(leaf.axes, leaf.axis) if isinstance(leaf, Extent) else None
                     rows += [] if found is None else [found]
                 pending.append((expr, target, where, module, rows))
+        # Two passes: an attribute solved in the first can settle an expression of several.
         for _ in range(2):
             for expr, target, _where, _module, _rows in pending:
                 unknown = sorted(

@@ -16,7 +16,7 @@ from secateur.graph.tracer import Tracer
 
 def settle_experts(t: Tracer) -> dict[str, np.ndarray]:
     """Lists of expert modules, with the labels that a router knows them by; units told apart otherwise are frozen."""
-    labels, found = t.labels, {}
+    labels, lists = t.labels, {}
     for container, ids in t.notes.experts.items():
         children = dict(t.model.get_submodule(container).named_children())
         shapes = [[(n, p.shape) for n, p in child.named_parameters()] for child in children.values()]
@@ -34,16 +34,17 @@ def settle_experts(t: Tracer) -> dict[str, np.ndarray]:
                     if twin in t.notes.roles:
                         t.notes.roles[tensor, dim] = t.notes.roles[twin]
         labels.flag(ids, EXPERT)
-        found[container] = ids
-    told: dict[bytes, set[int]] = defaultdict(set)
+        lists[container] = ids
+    # Units that code treats by number are sound only where every one of them is, as a loop over experts does.
+    by_number: dict[bytes, set[int]] = defaultdict(set)
     for ids, value, _ in t.notes.numbered:
-        told[labels.find(ids).tobytes()] |= set(range(len(ids))) if value is None else {value}
-    known = {labels.find(ids).tobytes() for ids in found.values()}
+        by_number[labels.find(ids).tobytes()] |= set(range(len(ids))) if value is None else {value}
+    known = {labels.find(ids).tobytes() for ids in lists.values()}
     for ids, _, why in t.notes.numbered:
         key = labels.find(ids).tobytes()
-        if key not in known or told[key] != set(range(len(ids))):
+        if key not in known or by_number[key] != set(range(len(ids))):
             labels.freeze(ids, why)
-    return found
+    return lists
 
 
 def query_rows(t: Tracer) -> list[tuple[np.ndarray, list[tuple[str, int, np.ndarray]]]]:
@@ -84,7 +85,7 @@ def settle_splits(t: Tracer) -> None:
         busy = False
         for grid in t.notes.splits:
             varying = [k for k, size in enumerate(grid.shape) if size > 1 and not labels.same(grid, k)]
-            if len(varying) > 1:
+            if len(varying) > 1:  # [n, m] that vary along both: whole blocks leave, as the outer axis
                 labels.tie(grid, grid.take([0], varying[0]))
                 busy = True
         for layer, axis, why in t.notes.rigids:
@@ -109,6 +110,7 @@ def link_sizes(t: Tracer) -> None:
     marked = np.flatnonzero(labels.flags[: labels.count])
     np.bitwise_or.at(flags, labels.find(marked), labels.flags[marked])
     shared: dict[Attribute, list[tuple[np.ndarray | None, Any]]] = defaultdict(list)
+    # A size that is another axis's own, or a quotient of it, couples both axes; an attribute couples all its uses.
     for event in t.notes.events:
         part, expr = event.part, event.expr
         if part.sign < 0:

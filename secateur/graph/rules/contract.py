@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from secateur.graph.labels import ALONE, EXPERT, HEAD, INNER, MIXED, Axes, NoRule, along, axes_of
@@ -46,6 +48,7 @@ def matmul_axes(t: Tracer, x: Axes, y: Axes, out: tuple[int, ...]) -> Axes:
     if shared is not None and x.params is None and y.params is None:
         t.labels.flag(shared, INNER if t.inner else MIXED | INNER)
 
+    # What is left are batch axes: heads where two activations meet, experts where one is a weight.
     def batch(v: Axes) -> Axes:
         layers = [layer for layer in v.layers if layer.shape[-1] == 1 and layer.shape[-2] == 1]
         return Axes((*v.shape[:-2], 1, 1), layers, v.params)
@@ -131,6 +134,7 @@ def einsum(t: Tracer, c: Call) -> Axes:
     found: dict[str, np.ndarray] = {}
     dims: dict[str, tuple[Axes, int]] = {}
     activations = all(x.params is None for x in xs)
+    # A letter is one axis of all its owners: kept ones are batch axes, summed ones are contracted.
     for letter in sorted(set(left) - {","}):
         owners = [
             (x, term.index(letter)) for x, term in zip(xs, left.split(","), strict=True) if letter in term
@@ -161,6 +165,64 @@ def einsum(t: Tracer, c: Call) -> Axes:
     return result
 
 
+def channels_of(
+    t: Tracer,
+    ids: Sequence[np.ndarray | None],
+    groups: int,
+    n_in: int,
+    n_out: int,
+    transposed: bool,
+) -> np.ndarray | None:
+    """Tie the channels of a convolution's input to its weight; the labels of its output channels.
+
+    `ids` are those of the input and of the weight's axes 0 and 1: [out, in / groups], [in, out / groups] transposed.
+    """
+    inp, w0, w1 = ids
+    out: np.ndarray | None
+    fixed_in, fixed_out = (
+        t.reason("the input of a convolution is fixed"),
+        t.reason("a fixed convolution weight"),
+    )
+    if groups == 1:
+        join(t, inp, w0 if transposed else w1, fixed_in)
+        out = w1 if transposed else w0
+    elif n_in == groups and not transposed:  # depthwise: an input channel leaves with its outputs
+        out = w0
+        if inp is None or w0 is None:
+            join(t, inp, w0, fixed_in)
+            out = None if inp is None and w0 is not None else out
+        else:
+            t.labels.tie(w0, np.repeat(inp, n_out // n_in))
+        join(t, w1, None, fixed_out)
+    elif n_in == groups:
+        join(t, inp, w0, fixed_in)
+        out = None if w0 is None else np.repeat(w0, n_out // groups)
+        join(t, w1, None, fixed_out)
+    elif not transposed and t.stack[-1] in t.whole_groups:  # a group leaves with its first channel
+        out = w0
+        join(t, w1, None, fixed_out)
+        if inp is None or w0 is None:
+            join(t, inp, w0, fixed_in)
+        else:
+            t.labels.tie(inp.reshape(groups, -1), inp[:: n_in // groups][:, None])
+            t.labels.tie(w0.reshape(groups, -1), inp[:: n_in // groups][:, None])
+    elif not transposed:  # all groups lose the same channel of theirs
+        out = w0
+        if w0 is not None:
+            t.notes.grouped[t.stack[-1]] = w0 if inp is None else np.concatenate([w0, inp])
+            t.labels.tie(w0.reshape(groups, -1), w0[: n_out // groups][None])
+        if inp is None or w1 is None:
+            join(t, inp, w1, fixed_in)
+        else:
+            t.labels.tie(inp.reshape(groups, -1), w1[None])
+    else:
+        join(t, inp, w0, fixed_in)
+        if w0 is not None:
+            t.labels.tie(w0.reshape(groups, -1), w0[: n_in // groups][None])
+        out = None if w1 is None else np.tile(w1, groups)
+    return out
+
+
 @rule("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution")
 def convolution(t: Tracer, c: Call) -> Axes:
     x, w, b = rect(t, c.axes["input"]), c.axes["weight"], c.axes.get("bias")
@@ -176,50 +238,9 @@ def convolution(t: Tracer, c: Call) -> Axes:
     inp, w0, w1 = vector(t, x, channel), vector(t, w, 0), vector(t, w, 1)
     keep = [layer for layer in x.layers if layer.shape[channel] == 1]
     n_in, n_out = x.shape[channel], c.out[channel]
-    fixed_in, fixed_out = (
-        t.reason("the input of a convolution is fixed"),
-        t.reason("a fixed convolution weight"),
-    )
-    out: np.ndarray | None
-    if groups == 1:
-        join(t, inp, w0 if transposed else w1, fixed_in)
-        out = w1 if transposed else w0
-    elif n_in == groups and not transposed:
-        out = w0
-        if inp is None or w0 is None:
-            join(t, inp, w0, fixed_in)
-            out = None if inp is None and w0 is not None else out
-        else:
-            t.labels.tie(w0, np.repeat(inp, n_out // n_in))
-        join(t, w1, None, fixed_out)
-    elif n_in == groups:
-        join(t, inp, w0, fixed_in)
-        out = None if w0 is None else np.repeat(w0, n_out // groups)
-        join(t, w1, None, fixed_out)
-    elif not transposed and t.stack[-1] in t.whole_groups:
-        out = w0
-        join(t, w1, None, fixed_out)
-        if inp is None or w0 is None:
-            join(t, inp, w0, fixed_in)
-        else:
-            t.labels.tie(inp.reshape(groups, -1), inp[:: n_in // groups][:, None])
-            t.labels.tie(w0.reshape(groups, -1), inp[:: n_in // groups][:, None])
-    elif not transposed:
-        out = w0
-        if w0 is not None:
-            t.notes.grouped[t.stack[-1]] = w0 if inp is None else np.concatenate([w0, inp])
-            t.labels.tie(w0.reshape(groups, -1), w0[: n_out // groups][None])
-        if inp is None or w1 is None:
-            join(t, inp, w1, fixed_in)
-        else:
-            t.labels.tie(inp.reshape(groups, -1), w1[None])
-    else:
-        join(t, inp, w0, fixed_in)
-        if w0 is not None:
-            t.labels.tie(w0.reshape(groups, -1), w0[: n_in // groups][None])
-        out = None if w1 is None else np.tile(w1, groups)
+    out = channels_of(t, (inp, w0, w1), groups, n_in, n_out, transposed)
     if b is not None:
-        join(t, vector(t, b, 0), out, fixed_out)
+        join(t, vector(t, b, 0), out, t.reason("a fixed convolution weight"))
     if out is not None:
         keep = [*keep, along(out, rank, channel)]
     result = Axes(c.out, keep, t.origin([x, w]))
@@ -239,6 +260,7 @@ def attention(t: Tracer, c: Call) -> Axes:
         for layer in x.layers:
             if layer.shape[-2] > 1:
                 t.freeze(layer, t.reason("the token axis of attention"))
+    # q and k meet along the width of a head; its root is the scale unless the code gives one.
     inner = join(t, vector(t, q, -1), vector(t, k, -1), t.reason("the partner in attention is fixed"))
     if inner is not None and not t.inner:
         t.freeze(inner, t.reason("a single head's width sets the scale of attention"))
@@ -255,7 +277,7 @@ def attention(t: Tracer, c: Call) -> Axes:
         hq, hk, hv = (vector(t, x, -3) for x in (q, k, v))
         n_q, n_k = q.shape[-3], k.shape[-3]
         why = t.reason("heads meet keys or values of a fixed number")
-        if n_k == 1 and n_q > 1:
+        if n_k == 1 and n_q > 1:  # multi-query: every query head can leave alone, its keys and values stay
             if hq is not None:
                 t.labels.flag(hq, HEAD | ALONE)
                 layers.append(along(hq, rank, -3))
@@ -263,6 +285,7 @@ def attention(t: Tracer, c: Call) -> Axes:
                 t.freeze(width, t.reason("all query heads share these keys and values"))
                 width = None
         else:
+            # [n_k] -> [n_q]: query heads that read one key-value head come one after the other.
             hk = join(t, hk, hv, why)
             distinct = heads(t, k)
             n_heads = heads(t, q)
@@ -306,6 +329,7 @@ def recurrent(t: Tracer, c: Call) -> list[Axes]:
     for h in states:
         for layer in h.layers:
             t.freeze(layer, t.reason("the initial state of a recurrent layer"))
+    # Parameters come layer by layer, direction by direction: w_ih, w_hh, (b_ih, b_hh,) (w_hr).
     size, per = ws[0].shape[0] // gates, len(ws) // (layers * ways)
     projected = per == (5 if biased else 3)
     why = t.reason("the input of a recurrent layer is fixed")
@@ -323,7 +347,7 @@ def recurrent(t: Tracer, c: Call) -> list[Axes]:
             join(t, inp, vector(t, w_ih, 1), why)
             ids = vector(t, w_ih, 0)
             assert ids is not None
-            ids = ids.reshape(gates, size)
+            ids = ids.reshape(gates, size)  # one unit is the same row of every gate
             t.labels.tie(ids, ids[:1])
             unit = hidden = ids[0]
             for p in [w_hh, *part[2 : 4 if biased else 2]]:

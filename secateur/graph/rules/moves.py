@@ -146,6 +146,7 @@ def elementwise(t: Tracer, operands: Sequence[Axes], shape: tuple[int, ...]) -> 
     for x in operands:
         pad = (1,) * (rank - len(x.shape))
         xs.append(Axes(pad + x.shape, [layer.reshape(pad + layer.shape) for layer in x.layers], x.params))
+    # Where an operand with several labelled axes meets one that has some of them only, heads leave whole.
     busy = True
     while busy:
         busy = False
@@ -160,10 +161,12 @@ def elementwise(t: Tracer, operands: Sequence[Axes], shape: tuple[int, ...]) -> 
                     for k in axes_of(layer)[1:]:
                         layer = collapse(t, layer, k)
                     x.layers[n], busy = layer, True
+    # A full-size partner without labels can't shrink, so nothing that it meets can.
     for k in range(rank):
         if any(x.has(k) for x in xs) and any(x.shape[k] > 1 and not x.has(k) for x in xs):
             why = t.reason("meets a tensor of full size that has no channels to cut")
             xs = [fix(t, x, k, why) for x in xs]
+    # What is left lies along the same axes or along none in common: tie, or put side by side.
     layers: list[np.ndarray] = []
     for x in xs:
         for layer in x.layers:

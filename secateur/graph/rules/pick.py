@@ -152,6 +152,7 @@ def index(t: Tracer, c: Call) -> Axes:
         joined = elementwise(t, [free, Axes(sizes, got.layers, got.params)], sizes)
         return Axes(c.out, joined.layers, picks=x.picks)
     indices = c.axes["indices"]
+    # source: the axes that are indexed; rank: how many axes take their place.
     source, at, rank = [], 0, 0
     for ind, raw in zip(indices, c.args["indices"], strict=True):
         if ind is None:
@@ -167,6 +168,7 @@ def index(t: Tracer, c: Call) -> Axes:
             t.freeze(layer, why)
     for d in source:
         x = Axes(x.shape, fix(t, x, d, why).layers, x.params, x.picks)
+    # Indexed axes that are neighbours are replaced in place, others move to the front, as in numpy.
     rest = [k for k in range(len(x.shape)) if k not in source]
     together = source == list(range(source[0], source[0] + len(source))) if source else True
     front = [k for k in rest if k < source[0]] if together and source else []

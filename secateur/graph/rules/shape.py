@@ -21,6 +21,7 @@ def view(t: Tracer, c: Call) -> Axes:
     x = c.axes["self"]
     if not x.layers:
         return Axes(c.out, [], x.params)
+    # The smallest runs of old and new axes that hold equally many entries: labels move within them.
     a, b, blocks, i, j = x.shape, c.out, [], 0, 0
     while i < len(a) or j < len(b):
         i0, j0, p, q = i, j, 1, 1
@@ -44,7 +45,7 @@ def view(t: Tracer, c: Call) -> Axes:
             else:
                 shape += [1] * (j1 - j0)
         new = np.broadcast_to(layer, full).reshape(shape)
-        if len(axes_of(new)) > len(axes_of(layer)):
+        if len(axes_of(new)) > len(axes_of(layer)):  # an axis was split: [n * m] -> [n, m]
             t.notes.splits.append(new)
         moved.append((axes_of(layer)[0], canon(t, new)))
     layers: list[np.ndarray] = []
@@ -198,6 +199,7 @@ def cat(t: Tracer, c: Call) -> Axes:
     if not any(x.has(d) for x in xs):
         flat = [Axes(without, x.layers, x.params) for x in xs]
         return Axes(shape, elementwise(t, flat, without).layers, origin)
+    # Labels along d are laid end to end; those along other axes must agree in all parts.
     parts: list[np.ndarray] = []
     rest = []
     cut_axes = {k for x in xs for layer in x.layers if layer.shape[d] > 1 for k in axes_of(layer)}
