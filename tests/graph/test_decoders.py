@@ -176,7 +176,7 @@ def test_wrong_inputs_and_names_are_refused():
     model = llama()
     with pytest.raises(SecateurError, match="does not run"):
         trace(model, {"input_ids": "text"})
-    with pytest.raises(SecateurError, match="inputs of type"):
+    with pytest.raises(SecateurError, match="a tensor, a tuple or a dict"):
         trace(model, 3)
     with pytest.raises(SecateurError, match="no group"):
         trace(model, IDS)["model.layers.7.mlp:neurons"]
