@@ -10,7 +10,7 @@ With pytest, a test each:
 ...     run_check(ScaledMagnitude, check)
 
 They run on tiny random models, on a CPU, in seconds. What a method can't do it says by its `tags`, and with what settings a
-check is quick by `quick` (`secateur.method.Method`).
+check is quick by `quick` (`secateur.method.Method`). `token_sets` makes what a token method sees of plain tensors, for worked examples.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from secateur.saliency.method import SaliencyMethod
 from secateur.tasks.tiny import inputs_for, tiny_cnn, tiny_llama, tiny_llava
 from secateur.tokens.attach import Attached, attach
 from secateur.tokens.method import TokenMethod
+from secateur.tokens.state import Missing, TokenSets
 from secateur.training.method import TrainMethod
 from secateur.training.train_prune import train_prune
 
@@ -389,3 +391,138 @@ CHECKS: dict[type[Method], dict[str, Check]] = {
     },
 }
 """Checks by kind of method, by name."""
+
+
+# -- what tests of token methods are made of --
+
+
+def token_sets(
+    features: Tensor,
+    keep: int | Tensor,
+    *,
+    valid: Tensor | None = None,
+    grid: tuple[int, int] | Tensor | None = None,
+    attention: Mapping[Any, Tensor] | None = None,
+    queries: Mapping[Any, Tensor] | None = None,
+    keys: Mapping[Any, Tensor] | None = None,
+    values: Mapping[Any, Tensor] | None = None,
+    hidden: Mapping[Any, Tensor] | None = None,
+    transition: Mapping[Any, Any] | None = None,
+    text: Mapping[str, Any] | None = None,
+    pixels: Tensor | None = None,
+    project: Callable[[Tensor], Tensor] | None = None,
+    seed: int = 0,
+    **fields: Any,
+) -> TokenSets:
+    """Sets of tensors, for worked examples: features [S, n, D] and whatever the method reads.
+
+    >>> sets = token_sets(torch.randn(1, 4, 8), keep=2, attention={("encoder:-2", "cls"): torch.rand(1, 4)})
+    >>> sets.attention("encoder:-2", rows="cls").shape
+    torch.Size([1, 4])
+
+    Keys: `attention` (site, rows), or (site, rows, over), (site, rows, over, "heads"); `queries`, `keys`, `values`,
+    `hidden` site, (site, "cls"), (site, "raw"); `transition` (site, module) or (site, module, "whole"); `text` kind.
+    `grid`: height and width; a square where there is none. `fields`: any others of `TokenSets`, in place of one image of
+    one crop a row, numbered in raster order, nothing carried, no target.
+    """
+    sets, n = features.shape[:2]
+    valid = torch.ones(sets, n, dtype=torch.bool, device=features.device) if valid is None else valid
+    every = _one_crop(valid, grid) | {name: value for name, value in fields.items() if value is not None}
+    for name in ("index", "grid_row", "grid_col", "image_of", "crop_of", "newline"):
+        every[name] = every[name].expand(sets, n)
+    vectors = {"q": queries or {}, "k": keys or {}, "v": values or {}}
+    return TokenSets(
+        features=features,
+        valid=valid,
+        keep=torch.minimum(torch.as_tensor(keep, device=features.device).expand(sets), valid.sum(1)),
+        generator=torch.Generator().manual_seed(seed),
+        source=_Statistics(
+            attention or {}, vectors, hidden or {}, transition or {}, text or {}, pixels, project
+        ),
+        **every,
+    )
+
+
+def _one_crop(valid: Tensor, grid: tuple[int, int] | Tensor | None) -> dict[str, Any]:
+    """Where the tokens of one crop a row lie, in raster order."""
+    (sets, n), device = valid.shape, valid.device
+    if grid is None:
+        side = int(n**0.5)
+        grid = (side, side) if side * side == n else (1, n)
+    size = torch.as_tensor(grid, device=device).expand(sets, 2)
+    width = size[:, 1:].clamp(min=1)
+    place = torch.arange(n, device=device).expand(sets, n)
+    return {
+        "total": valid.sum(1),
+        "index": place.masked_fill(~valid, -1),
+        "row": torch.arange(sets, device=device),
+        **{name: torch.zeros_like(valid[:, 0], dtype=torch.int64) for name in ("image", "crop", "frame")},
+        "grid_row": place // width,
+        "grid_col": place % width,
+        **{name: torch.zeros_like(place) for name in ("image_of", "crop_of")},
+        "newline": torch.zeros_like(valid),
+        "grid": size,
+    }
+
+
+@dataclass
+class _Statistics:
+    """A `Source` of statistics that are there as tensors."""
+
+    maps: Mapping[Any, Tensor]
+    qkv: Mapping[str, Mapping[Any, Tensor]]
+    states: Mapping[Any, Tensor]
+    changes: Mapping[Any, Any]
+    texts: Mapping[str, Any]
+    image: Tensor | None
+    projector: Any
+
+    def _take(self, table: Mapping[Any, Any], what: str, *keys: Any) -> Any:
+        for key in keys:
+            if key in table:
+                return table[key]
+        raise Missing(f"{what} {keys[0]!r}", where="tokens", fix=f"given were {list(table)}")
+
+    def attention(self, sets: TokenSets, site: str, rows: str | Tensor, over: str, heads: bool) -> Tensor:
+        name = rows if isinstance(rows, str) else "weights"
+        full = (site, name, over, "heads")
+        if heads:
+            return self._take(self.maps, "attention", full)
+        keys: list[Any] = [(site, name, over)] + ([(site, name)] if over == "all" else [])
+        if full in self.maps and not any(key in self.maps for key in keys):
+            return self.maps[full].mean(1)
+        if name == "cls" and not any(key in self.maps for key in keys):
+            raise Missing("CLS token", where="tokens")
+        return self._take(self.maps, "attention", *keys)
+
+    def vectors(self, sets: TokenSets, which: str, site: str, rope: bool, cls: bool) -> Tensor:
+        name = {"q": "queries", "k": "keys", "v": "values"}[which]
+        if cls:
+            if (site, "cls") not in self.qkv[which]:
+                raise Missing("CLS token", where="tokens")
+            return self.qkv[which][site, "cls"]
+        return self._take(self.qkv[which], name, *([site] if rope else [(site, "raw"), site]))
+
+    def hidden(self, sets: TokenSets, site: str, cls: bool) -> Tensor:
+        if cls and (site, "cls") not in self.states:
+            raise Missing("CLS token", where="tokens")
+        return self._take(self.states, "hidden", (site, "cls") if cls else site)
+
+    def transition(self, sets: TokenSets, site: str, module: str, whole: bool) -> tuple[Tensor, ...]:
+        return self._take(self.changes, "transition", (site, module, "whole") if whole else (site, module))
+
+    def text(self, sets: TokenSets, kind: str) -> tuple[Tensor, Tensor]:
+        text = self._take(self.texts, "text", kind)
+        if isinstance(text, Tensor):
+            text = (text, torch.ones(text.shape[:2], dtype=torch.bool, device=text.device))
+        return text
+
+    def pixels(self, sets: TokenSets) -> Tensor:
+        if self.image is None:
+            raise Missing("pixels", where="tokens")
+        return self.image
+
+    def project(self, hidden: Tensor) -> Tensor:
+        if self.projector is None:
+            raise Missing("projector that works token by token", where="tokens")
+        return self.projector(hidden)

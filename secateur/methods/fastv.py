@@ -43,6 +43,6 @@ class FastV(TokenMethod):
 
     def select(self, sets: TokenSets) -> Tensor:
         keep = sets.keep
-        if self.rounding == "int" and self.share is not None:
-            keep = (sets.total * self.share).long().clamp(min=1)
+        if self.rounding == "int" and sets.share is not None:
+            keep = (sets.total * sets.share).long().clamp(min=1)
         return top_per_row(sets.attention(f"layer:{self.k - 1}", rows="last"), keep, sets.valid)

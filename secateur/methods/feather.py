@@ -48,7 +48,7 @@ class Feather(TokenMethod):
 
     def cut(self, layer: int, sets: TokenSets, grid: bool = False) -> Tensor:
         scores = sets.attention(f"layer:{layer}:raw", rows="last", over="visual")
-        share = self.share if self.share is not None else sets.keep.double() / sets.total
+        share = sets.share if sets.share is not None else sets.keep.double() / sets.total
         count = sets.valid.sum(1) * (share if grid else share * share)
         best = top_per_row(scores, count.long().clamp(min=1), sets.valid)
         return best | strided_grid(sets.grid_row, sets.grid_col, self.stride) & sets.valid if grid else best

@@ -59,7 +59,7 @@ class RecoverableCompression(TokenMethod):
         hidden, flat = sets.hidden("encoder:-2").float(), keys.transpose(1, 2).flatten(2)
         found = []
         for i, count in enumerate(sets.count.tolist()):
-            keep = None if self.share is self.tokens is None else int(sets.keep[i])
+            keep = None if sets.target is None else int(sets.keep[i])
             x, k, seen, asked = (part[i, :count] for part in (hidden, flat, attention, likeness))
             main, index, merged = self.compress(x, k, seen, asked, keep)
             made = sets.project(merged.to(sets.hidden("encoder:-2").dtype)) if len(merged) else merged

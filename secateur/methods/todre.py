@@ -49,7 +49,7 @@ class ToDRE(TokenMethod):
     def stages(self, facts: Facts) -> list[Stage]:
         stages = [Stage("input", self.select, ("encoder:-1",))]
         layer = int(facts.layers * self.depth)
-        if self.removal and self.share != 1 and 0 < layer < facts.layers:
+        if self.removal and 0 < layer < facts.layers:
             record = f"layer:{layer - 1}"
             stages.append(
                 Stage(

@@ -81,5 +81,5 @@ class TransPrune(TokenMethod):
                 change = change + ratio * turn / around[sets.row, None]
         sets.carried["variation"] = change
         score = normalised(change, sets.valid) + normalised(sets.attention(peek, rows="text"), sets.valid)
-        last = sets.keep if self.share is None else (sets.total * self.share).long().clamp(min=1)
+        last = sets.keep if sets.share is None else (sets.total * sets.share).long().clamp(min=1)
         return top_per_row(score, torch.maximum((sets.total * share).long(), last), sets.valid)

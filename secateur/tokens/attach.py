@@ -5,175 +5,108 @@ What is put on the model lies on the instance (two wrapped methods, hooks, the c
 
 from __future__ import annotations
 
-import copy
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.families.vlm import facts_of, family_of
+from secateur.families.vlm import Facts
 from secateur.method import Method, make_method
 from secateur.pruning.target import parse_target
-from secateur.tokens import cost as account
-from secateur.tokens.call import Call
-from secateur.tokens.decoder import LayerDriver
-from secateur.tokens.input import KINDS, Turn, prepare, stacked
-from secateur.tokens.method import Chosen, Select, Stage, TokenMethod
+from secateur.tokens import cost
+from secateur.tokens.call import Call, Current
+from secateur.tokens.decoder import DecoderDriver
+from secateur.tokens.input import KINDS, InputDriver, Turn, stacked
+from secateur.tokens.method import Chosen, Select, TokenMethod
 from secateur.tokens.record import Recorder
-from secateur.tokens.sets import SCOPES, Table
-from secateur.tokens.setup import Kept, Placed
-from secateur.tokens.site import Site
-from secateur.tokens.tower import EncoderDriver
+from secateur.tokens.sets import Table
+from secateur.tokens.setup import Kept, Setup, make_setup, tower_of
+from secateur.tokens.tower import TowerDriver
 from secateur.utils.tested import warn_outside_tested
 from secateur.utils.versions import cache_in, cache_of
 
-FLOOR = (5, 18)
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attached] = weakref.WeakKeyDictionary()
 
 
 class Attached:
     """A model whose visual tokens are dropped. Use it as a context manager, or call `detach`.
 
-    `kept[stage][row]`: the numbers of the visual tokens of that row that stayed, ascending. `coordinates(stage)[row]`:
-    where they lie. `columns` [B, L']: the column of input_ids behind each column the language model saw, -1 padding.
-    `report`: tokens x layers, FLOPs and cache bytes before and after, and times.
+    >>> attached.kept["input"][0]  # doctest: +SKIP
+    tensor([  3,  17, 101])
+
+    It wraps the model's `forward` and `generate`; the drivers of the three places do the rest, and `Current` is what they share.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        method: TokenMethod,
-        *,
-        amount: float | None,
-        seed: int,
-        positions: str | None,
-        given: dict[str, Any],
-    ):
-        self.model: Any = model
-        self.method = method
-        self.family = family_of(model)
-        self.plain = self.family.layout is None
-        _check_transformers(self.plain)
-        self.facts = facts_of(model, self.family)
-        self.amount: float = 1.0 if amount is None else amount
-        self.seed, self.given = seed, given
-        self.free = amount is None
-        self.whole = isinstance(amount, float) and amount == 1
-        setattr(method, "share", amount if isinstance(amount, float) else None)  # noqa: B010
-        setattr(method, "tokens", amount if isinstance(amount, int) else None)  # noqa: B010
-        wanted = positions or method.positions
-        if wanted not in ("original", "compact"):
-            raise SecateurError(
-                f"there are no positions {wanted!r}", where="attach", fix="original or compact"
-            )
-        self.compact = wanted == "compact" and not self.family.mrope
-        self.kept: Kept = Kept()
-        self.columns: Tensor | None = None
-        self.call: Call | None = None
-        self.table: Table | None = None
+    def __init__(self, setup: Setup):
+        self.setup = setup
+        self.model, self.method = setup.model, setup.method
+        self.clock = cost.Clock()
         self.recorder: Recorder | None = None
-        self.encoder: EncoderDriver | None = None
-        self.layers: LayerDriver | None = None
-        self.recorder_sites_tower = False
-        self.clock = account.Clock()
+        self.tower: TowerDriver | None = None
+        self.decoder: DecoderDriver | None = None
+        self._current = Current()
         self._depth = 0
         self._pending: tuple[Call, Turn | None] | None = None
-        self._turn: Turn | None = None
+        """What `generate` prepared, for the first forward inside it."""
         self._undo: list[Callable[[], None]] = []
-        self._run: account.Run | None = None
-        config = getattr(model, "config", None)
-        text = getattr(config, "get_text_config", lambda: None)() or config
-        pad = getattr(text, "pad_token_id", None)
-        self.pad = int(pad) if pad is not None else 0
-        self.placed = [self._place(stage) for stage in method.stages(self.facts)]
-        labels: dict[str, int] = {}
-        for i, placed in enumerate(self.placed):
-            again = labels[placed.label] = labels.get(placed.label, 0) + 1
-            if again > 1:
-                self.placed[i] = Placed(placed.stage, placed.kind, placed.number, f"{placed.label}#{again}")
+        self._prefill: cost.Prefill | None = None
         try:
             self._install()
         except BaseException:
             self.detach()
             raise
 
+    @property
+    def facts(self) -> Facts:
+        """Depths and widths of the model."""
+        return self.setup.facts
+
+    @property
+    def kept(self) -> Kept:
+        """`kept[stage][row]`: the numbers of the visual tokens of that row that stayed, ascending."""
+        return self._current.kept
+
+    @property
+    def columns(self) -> Tensor | None:
+        """[B, L'] the column of input_ids of each column the language model saw, -1 padding; None: all of them."""
+        return self._current.columns
+
+    @property
+    def table(self) -> Table | None:
+        """Where each visual token of the last run came from; None before the first."""
+        return self._current.table
+
     # -- putting it on --
 
-    def _place(self, stage: Stage) -> Placed:
-        facts, where = self.facts, f"{self.method.name}, stage {stage.at}"
-        if (stage.scope or self.method.scope) not in SCOPES:
-            raise SecateurError(f"there is no scope {stage.scope!r}", where=where, fix=", ".join(SCOPES))
-        if stage.bias is not None and not stage.at.startswith("encoder"):
-            raise SecateurError(
-                "a bias of the attention is for the vision tower", where=where, fix="stages at encoder:K"
-            )
-        if stage.at == "input":
-            if self.plain:
-                raise SecateurError(
-                    "a vision transformer on its own has no language model to shorten the input of",
-                    where=where,
-                    fix="use a stage at encoder:K",
-                )
-            return Placed(stage, "input", 0, "input")
-        site = Site.parse(stage.at, facts.layers, facts.blocks)
-        if site.form == "mlp" and site.tower:
-            return Placed(stage, "inside", site.number, f"encoder:{site.number}:mlp")
-        if site.form:
-            raise SecateurError(
-                f"{stage.at!r} isn't a place for a stage", where=where, fix="input, layer:K or encoder:K"
-            )
-        kind = "encoder" if site.tower else "layer"
-        if kind == "layer" and site.number < facts.first_layer:
-            reason = (
-                f"this model adds visual features to its first {facts.first_layer} layers"
-                if facts.first_layer > 1
-                else "before layer 0 stands the input itself"
-            )
-            raise SecateurError(
-                f"tokens cannot leave before layer {site.number}: {reason}",
-                where=where,
-                fix=f"use layer:{facts.first_layer} or later, or input",
-            )
-        return Placed(stage, kind, site.number, f"{kind}:{site.number}")
-
-    def stages_at(self, kind: str, number: int = 0) -> list[Placed]:
-        return [p for p in self.placed if p.kind == kind and p.number == number]
-
     def _install(self) -> None:
-        model = self.model
+        model, setup = self.model, self.setup
         if model in _ATTACHED:
             raise SecateurError(
                 f"{_ATTACHED[model].method.name} is attached to this model already",
                 where="attach",
                 fix="detach it first",
             )
-        tower = model if self.plain else model.get_encoder("image")
-        blocks: Any = self.family.blocks(tower) if self.facts.blocks else []
-        layers = [] if self.plain else model.get_decoder().layers
-        records = [text for p in self.placed for text in p.stage.records]
-        for text in records:
-            if text.endswith(":mlp"):
-                raise SecateurError(f"{text!r} isn't a record", where="tokens", fix="record the block")
-        sites = {text: Site.parse(text, self.facts.layers, self.facts.blocks) for text in records}
-        self.recorder_sites_tower = any(site.tower for site in sites.values())
+        tower, blocks = tower_of(setup)
+        layers = [] if setup.plain else model.get_decoder().layers
         _ATTACHED[model] = self
         self._undo.append(lambda: _forget(model))
-        if sites:
-            self.recorder = Recorder(self, sites, blocks, layers)
+        if setup.sites:
+            self.recorder = Recorder(self._current, setup.sites, blocks, layers)
             self._undo.append(self.recorder.remove)
-        if self.recorder_sites_tower or any(p.kind in ("encoder", "inside") for p in self.placed):
-            self.encoder = EncoderDriver(self, tower, blocks)
-            self._undo.append(self.encoder.remove)
-        if any(p.kind == "layer" for p in self.placed) or any(not s.tower for s in sites.values()):
-            self.layers = LayerDriver(self, layers)
-            self._undo.append(self.layers.remove)
-        self._wrap("forward", self._plain_forward if self.plain else self._forward)
-        if not self.plain:
+        if setup.in_tower:
+            self.tower = TowerDriver(setup, self._current, self.recorder, tower, blocks)
+            self._undo.append(self.tower.remove)
+        if setup.in_decoder:
+            self.decoder = DecoderDriver(setup, self._current, self.recorder, layers)
+            self._undo.append(self.decoder.remove)
+        self.input = InputDriver(setup, self._current, self.recorder)
+        self._wrap("forward", self._plain_forward if setup.plain else self._forward)
+        if not setup.plain:
             self._wrap("generate", self._generate)
 
     def _wrap(self, name: str, around: Callable[..., Any]) -> None:
@@ -206,7 +139,7 @@ class Attached:
         """Takes everything off; the model gives what it gave before, bit for bit. Twice is once."""
         while self._undo:
             self._undo.pop()()
-        self.call = self._pending = None
+        self._current.call = self._pending = None
 
     @property
     def attached(self) -> bool:
@@ -217,14 +150,6 @@ class Attached:
 
     def __exit__(self, *error: object) -> None:
         self.detach()
-
-    @contextmanager
-    def running(self, call: Call | None) -> Iterator[None]:
-        before, self.call = self.call, call
-        try:
-            yield
-        finally:
-            self.call = before
 
     @contextmanager
     def _restoring(self) -> Iterator[None]:
@@ -238,17 +163,19 @@ class Attached:
     # -- running --
 
     def _forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """A forward that the caller runs."""
         if self._depth:
             return self._step(original, kwargs)
         self.clock.start(self.model)
         with self._restoring():
             new, call, turn = self._prepare(kwargs, generating=False)
-        labels = new.pop("labels", None) if self.layers is not None and call is not None else None
+        # between layers it is only known afterwards which labels are left
+        labels = new.pop("labels", None) if self.decoder is not None and call is not None else None
         out = self._run_forward(original, new, call, turn)
         self.clock.mark(self.model)
         if labels is not None:
-            assert self.layers is not None
-            labels = self.layers.shorten(labels, -100)
+            assert self.decoder is not None
+            labels = self.decoder.shorten(labels, -100)
             vocabulary = self.model.config.get_text_config().vocab_size
             out["loss"] = self.model.loss_function(logits=out.logits, labels=labels, vocab_size=vocabulary)
         return out
@@ -256,16 +183,12 @@ class Attached:
     def _prepare(
         self, kwargs: dict[str, Any], generating: bool
     ) -> tuple[dict[str, Any], Call | None, Turn | None]:
-        pictures = any(kwargs.get(name) is not None for name in KINDS.values()) or kwargs.get(
-            "mm_encoder_outputs"
-        )
-        if pictures:
-            self.kept = Kept()
-            self.columns = None
-        new, call, turn = prepare(self, dict(kwargs), generating)
+        if any(kwargs.get(name) is not None for name in KINDS.values()) or kwargs.get("mm_encoder_outputs"):
+            self._current.clear()
+        new, call, turn = self.input.prepare(dict(kwargs), generating)
         if call is not None:
-            self.table = call.table
-            self._run = account.Run(self, call, new)
+            self._current.table = call.table
+            self._prefill = cost.Prefill(call, new)
         return new, call, turn
 
     def _step(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
@@ -277,10 +200,8 @@ class Attached:
             call, turn = pending
             rows = kwargs["input_ids"].shape[0] if kwargs.get("input_ids") is not None else call.table.rows
             call.expand = rows // call.table.rows
-            if call.mask is not None and self.layers is not None and kwargs.get("use_cache") is False:
-                raise SecateurError(
-                    "without a cache every step would choose anew", where="generate", fix="leave use_cache on"
-                )
+            if call.mask is not None and self.decoder is not None and kwargs.get("use_cache") is False:
+                raise _no_cache()
             out = self._run_forward(original, kwargs, call, turn)
         self.clock.mark(self.model)
         return out
@@ -289,17 +210,18 @@ class Attached:
         self, original: Callable[..., Any], kwargs: dict[str, Any], call: Call | None, turn: Turn | None
     ) -> Any:
         cache = cache_in(kwargs)
-        if self.family.stacked and kwargs.get("mm_encoder_outputs"):
+        if self.setup.family.stacked and kwargs.get("mm_encoder_outputs"):
             kwargs = {**kwargs, "mm_encoder_outputs": stacked(kwargs["mm_encoder_outputs"])}
-        if self.layers is not None:
-            self.layers.begin(kwargs, call)
-        with self.running(call), self._restoring() if call is not None else _nothing():
+        if self.decoder is not None:
+            self.decoder.begin(kwargs, call)
+        # later steps choose nothing, so an error of theirs is the caller's and leaves the method on
+        with self._current.running(call), self._restoring() if call is not None else nullcontext():
             out = original(**kwargs)
         cache = cache if cache is not None else cache_of(out)
         if turn is not None and cache is not None:
             cache._secateur_turn = turn
-        if call is not None and self._run is not None:
-            self._run.finish(cache)
+        if call is not None and self._prefill is not None:
+            self._prefill.finish(cache)
         return out
 
     def _generate(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
@@ -324,9 +246,9 @@ class Attached:
         cache = cache_of(out)
         if call is not None and turn is not None and cache is not None:
             cache._secateur_turn = turn
-        return (
-            self._with_prompt(out, ids, short) if removed and ids is not None and short is not None else out
-        )
+        if removed and ids is not None and short is not None:
+            return _with_prompt(out, ids, short)
+        return out
 
     def _shift(self, kwargs: dict[str, Any], removed: int) -> dict[str, Any]:
         """Lengths that count the prompt, for the shorter one."""
@@ -339,30 +261,17 @@ class Attached:
                 new[name] = max(0, value - removed)
         return new
 
-    @staticmethod
-    def _with_prompt(out: Any, ids: Tensor, short: Tensor) -> Any:
-        """Sequences that begin with the prompt as it was given."""
-
-        def whole(sequences: Tensor) -> Tensor:
-            times = sequences.shape[0] // ids.shape[0]
-            return torch.cat([ids.repeat_interleave(times, 0), sequences[:, short.shape[1] :]], 1)
-
-        if isinstance(out, Tensor):
-            return whole(out)
-        out.sequences = whole(out.sequences)
-        return out
-
     def _refuse(self, kwargs: dict[str, Any]) -> None:
-        """What would be silently wrong."""
-        if self.layers is None or not any(p.kind == "layer" for p in self.placed):
+        """Refuses what would be silently wrong."""
+        if not self.setup.between_layers:
             return
         configs = (kwargs.get("generation_config"), self.model.generation_config)
 
         def setting(name: str) -> Any:
-            found = kwargs.get(name)
+            value = kwargs.get(name)
             for config in configs:
-                found = getattr(config, name, None) if found is None else found
-            return found
+                value = getattr(config, name, None) if value is None else value
+            return value
 
         kind = setting("cache_implementation")
         if kind not in (None, "dynamic", "dynamic_full"):
@@ -378,68 +287,70 @@ class Attached:
                 fix="leave prefill_chunk_size out, or use a method that drops at the input",
             )
         if setting("use_cache") is False:
-            raise SecateurError(
-                "without a cache every step would choose anew", where="generate", fix="leave use_cache on"
-            )
+            raise _no_cache()
 
     def _plain_forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        assert self.encoder is not None or not self.placed
-        if self.encoder is None:
+        """A forward of a vision transformer on its own."""
+        if self.tower is None:
             return original(**kwargs)
-        self.kept = Kept()
+        self._current.kept = Kept()
         self.clock.start(self.model)
-        with self._restoring(), self.encoder.alone(kwargs):
+        with self._restoring(), self.tower.alone(kwargs):
             out = original(**kwargs)
         self.clock.mark(self.model)
         return out
 
     # -- what it tells --
 
-    def note_kept(self, label: str, table: Table) -> None:
-        self.table = table
-        self.kept[label] = table.numbers()
-
     def coordinates(self, stage: str | int = -1) -> list[dict[str, Tensor]]:
-        """For each row where the kept tokens lie: image, crop, frame, row, column, each [k].
+        """Where the kept tokens lie, for each row: image, crop, frame, row, column, each [k].
 
         >>> attached.coordinates("input")[0]["row"]  # doctest: +SKIP
+
+        Args:
+            stage: a key of `kept`, or its number.
+
+        Raises:
+            SecateurError: no picture has run yet.
         """
-        if self.table is None:
+        table = self.table
+        if table is None:
             raise SecateurError("no picture has run yet", where="attach")
-        kept, table = self.kept[stage], self.table  # type: ignore[index]
-        found = []
-        for row, numbers in enumerate(kept):
+        names = {"image": table.image, "crop": table.crop, "frame": table.frame}
+        names |= {"row": table.grid_row, "column": table.grid_col}
+        coordinates = []
+        for row, numbers in enumerate(self.kept[stage]):  # type: ignore[index]
             mine = (table.row[: table.visual] == row).nonzero()[:, 0].cpu()[numbers]
-            names = {"image": table.image, "crop": table.crop, "frame": table.frame}
-            names |= {"row": table.grid_row, "column": table.grid_col}
-            found.append({name: values.cpu()[mine] for name, values in names.items()})
-        return found
+            coordinates.append({name: values.cpu()[mine] for name, values in names.items()})
+        return coordinates
 
     @property
     def report(self) -> dict[str, Any]:
         """Tokens x layers, FLOPs, cache bytes, before and after; seconds of the last run."""
-        return account.report(self, self._run)
+        return cost.report(self.setup, self.clock, self._prefill, self.table)
+
+
+def _with_prompt(out: Any, ids: Tensor, short: Tensor) -> Any:
+    """What generate gave for the `short` prompt, with sequences that begin with the prompt as it was given."""
+
+    def whole(sequences: Tensor) -> Tensor:
+        times = sequences.shape[0] // ids.shape[0]
+        return torch.cat([ids.repeat_interleave(times, 0), sequences[:, short.shape[1] :]], 1)
+
+    if isinstance(out, Tensor):
+        return whole(out)
+    out.sequences = whole(out.sequences)
+    return out
+
+
+def _no_cache() -> SecateurError:
+    return SecateurError(
+        "without a cache every step would choose again", where="generate", fix="leave use_cache on"
+    )
 
 
 def _forget(model: nn.Module) -> None:
     _ATTACHED.pop(model, None)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def _check_transformers(plain: bool) -> None:
-    import transformers
-
-    version = tuple(int(p) for p in transformers.__version__.split(".")[:2] if p.isdigit())
-    if not plain and version < FLOOR:
-        raise SecateurError(
-            f"transformers {transformers.__version__} is too old: its models don't take mm_encoder_outputs",
-            where="attach",
-            fix=f"install transformers {FLOOR[0]}.{FLOOR[1]} or later",
-        )
 
 
 def _amount(target: Any) -> float | int:
@@ -455,6 +366,22 @@ def _amount(target: Any) -> float | int:
     raise SecateurError(
         f"{parsed} doesn't say how many tokens stay", where="target", fix="a share such as 25%, or tokens=64"
     )
+
+
+def _method(
+    method: Any, at: str, records: tuple[str, ...], scope: str, hyperparameters: dict[str, Any]
+) -> TokenMethod:
+    """A token method from a name, a method or a function."""
+    if callable(method) and not isinstance(method, type | Method):
+        return Chosen(function=method, at=at, needs_records=tuple(records), competes=scope, **hyperparameters)
+    chosen = make_method(method, **hyperparameters)
+    if not isinstance(chosen, TokenMethod):
+        raise SecateurError(
+            f"{chosen.name} removes weights, not tokens",
+            where="attach",
+            fix="use secateur.prune, or a token method",
+        )
+    return chosen
 
 
 def attach(
@@ -479,34 +406,36 @@ def attach(
     ...     written = model.generate(**inputs, max_new_tokens=8)
     >>> attached.kept["input"][0]                                # doctest: +SKIP
 
-    `method`: a name, or any function of `TokenSets` that gives a bool mask or a `Reduction`; it then stands `at` "input",
-    "layer:K" or "encoder:K", may read `records`, and its tokens compete within `scope` (crop, image, row). `target`:
-    the share of the visual tokens that stays (`25%`), or their number per image (`tokens=64`); methods that find it themselves
-    need none. `positions`: "original"
-    or "compact" in place of the method's. `question`, `text_encoder`, `tokenizer` and the entries of `given` are handed
-    to the method. What generate returns begins with the prompt as it was given.
-    Raises `SecateurError` for a model or a combination that can't work, with the reason; the model is then untouched.
+    What generate returns begins with the prompt as it was given.
+
+    Args:
+        model: a vision-language model or vision transformer, as it comes from its library.
+        method: a name, a `TokenMethod`, or any function of `TokenSets` that gives a bool mask or a `Reduction`.
+        target: the share of the visual tokens that stays ("25%"), or their number per image ("tokens=64"); methods that
+            find it themselves need none.
+        at: where a function stands: "input", "layer:K" or "encoder:K".
+        records: what a function reads, such as "encoder:-2".
+        scope: which tokens compete for a function: those of a "crop", an "image" or a "row".
+        seed: of everything that is drawn.
+        positions: "original" or "compact" in place of the method's.
+        given: handed to the method as `sets.given`, with `question`, `text_encoder` and `tokenizer`.
+        question: one, or a list by batch row.
+        text_encoder: for methods that compare pictures with text.
+        tokenizer: of the model.
+        **hyperparameters: fields of the method.
+
+    Returns:
+        The attached model: what stayed, where it lies, what it cost, and `detach`.
+
+    Raises:
+        SecateurError: a model or a combination that can't work, with the reason; the model is then untouched.
     """
     if not isinstance(model, nn.Module):
         raise SecateurError(f"{type(model).__name__} isn't a model", where="attach")
     warn_outside_tested("timm" if type(model).__module__.startswith("timm.") else "transformers")
-    if callable(method) and not isinstance(method, type | Method):
-        chosen: Any = Chosen(
-            function=method, at=at, needs_records=tuple(records), competes=scope, **hyperparameters
-        )
-    else:
-        named: Any = method
-        chosen = copy.copy(make_method(named, **hyperparameters))
-    if not isinstance(chosen, TokenMethod):
-        raise SecateurError(
-            f"{chosen.name} removes weights, not tokens",
-            where="attach",
-            fix="use secateur.prune, or a token method",
-        )
-    extra = dict(given or {})
-    for name, value in (("question", question), ("text_encoder", text_encoder), ("tokenizer", tokenizer)):
-        if value is not None:
-            extra[name] = value
+    chosen = _method(method, at, records, scope, hyperparameters)
+    named = {"question": question, "text_encoder": text_encoder, "tokenizer": tokenizer}
+    extra = dict(given or {}) | {name: value for name, value in named.items() if value is not None}
     if target is None and not chosen.adaptive:
         raise SecateurError(
             f"{chosen.name} must be told how many tokens stay",
@@ -514,4 +443,4 @@ def attach(
             fix="a share such as 25%, or tokens=64",
         )
     amount = None if target is None else _amount(target)
-    return Attached(model, chosen, amount=amount, seed=seed, positions=positions, given=extra)
+    return Attached(make_setup(model, chosen, target=amount, seed=seed, positions=positions, given=extra))

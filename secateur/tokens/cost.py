@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.families.vlm import Facts
-
-if TYPE_CHECKING:
-    from secateur.tokens.attach import Attached
-    from secateur.tokens.call import Call
+from secateur.tokens.call import Call
+from secateur.tokens.sets import Table
+from secateur.tokens.setup import Setup
 
 
 def layer_flops(tokens: float, width: int, inner: int, gated: bool, kv_share: float = 1.0) -> float:
@@ -30,13 +29,13 @@ def layer_flops(tokens: float, width: int, inner: int, gated: bool, kv_share: fl
 
 
 def llm_flops(lengths: list[float], facts: Facts) -> float:
-    """Multiply-adds of a prefill whose decoder layers see these numbers of tokens."""
+    """The multiply-adds of a prefill whose decoder layers see these numbers of tokens."""
     share = facts.kv_heads / facts.heads if facts.heads else 1.0
     return sum(layer_flops(n, facts.hidden, facts.intermediate, facts.gated, share) for n in lengths)
 
 
 def tower_flops(lengths: list[float], crops: int, facts: Facts) -> float:
-    """Multiply-adds of a vision tower whose blocks see these numbers of tokens in all, in `crops` equal sequences."""
+    """The multiply-adds of a vision tower whose blocks see these numbers of tokens in all, in `crops` equal sequences."""
     return sum(
         crops * layer_flops(n / crops, facts.vision_hidden, facts.vision_intermediate, facts.vision_gated)
         for n in lengths
@@ -83,77 +82,86 @@ class Clock:
         self.last = now
 
 
-class Run:
+class Prefill:
     """The counts of one prefill."""
 
-    def __init__(self, attached: Attached, call: Call, kwargs: dict[str, Any]):
-        self.call = call
-        facts = attached.facts
+    def __init__(self, call: Call, kwargs: dict[str, Any]):
         assert call.mask is not None
-        self.dense = call.mask.sum(1).cpu()
-        visual = torch.bincount(call.table.row[: call.table.visual], minlength=call.table.rows).cpu()
-        self.visual = visual
+        self.call, self.facts = call, call.setup.facts
+        self.dense = call.mask.sum(1).cpu()  # [B] tokens before anything left
+        row = call.table.row[: call.table.visual]
+        self.visual = torch.bincount(row, minlength=call.table.rows).cpu()
         mask = kwargs.get("attention_mask")
-        self.short = self.dense if mask is None else mask.sum(1).cpu()
-        self.facts = facts
-        self.kv_after = 0
-        self.kv_before = 0
-        self.width_before = call.mask.shape[1]
+        self.short = self.dense if mask is None else mask.sum(1).cpu()  # [B] tokens that layer 0 sees
+        self.kv_before = self.kv_after = 0
 
     def finish(self, cache: Any) -> None:
         """After the prefill: what the cache really holds, and what it would hold."""
+        assert self.call.mask is not None
         self.kv_after = cache_bytes(cache)
         first = next(iter(getattr(cache, "layers", ())), None)
         keys = getattr(first, "keys", None)
         if isinstance(keys, Tensor) and keys.shape[-2]:
             per_token = (keys.numel() // keys.shape[-2]) * keys.element_size()
-            self.kv_before = 2 * per_token * self.width_before * len(cache.layers)
+            self.kv_before = 2 * per_token * self.call.mask.shape[1] * len(cache.layers)
 
     def lengths(self) -> Tensor:
         """[layers, rows] tokens that each decoder layer saw."""
-        found, now = [], self.short
+        lengths, now = [], self.short
         for layer in range(self.facts.layers):
             now = self.call.lengths.get(layer, now)
-            found.append(now)
-        return torch.stack(found).cpu() if found else torch.zeros(0, len(self.dense))
+            lengths.append(now)
+        return torch.stack(lengths).cpu() if lengths else torch.zeros(0, len(self.dense))
+
+    def tower(self) -> tuple[float, float] | None:
+        """Multiply-adds of the tower before and after; None where nothing happens in it."""
+        call, facts = self.call, self.facts
+        if not call.tower_full:
+            return None
+        lengths, now = [], call.tower_full
+        for block in range(facts.blocks):
+            now = call.tower.get(block, now)
+            lengths.append(float(now))
+        crops = int(call.table.crop_id.max()) + 1
+        full = [float(call.tower_full)] * facts.blocks
+        return tower_flops(full, crops, facts), tower_flops(lengths, crops, facts)
 
 
-def report(attached: Attached, run: Run | None) -> dict[str, Any]:
+def report(setup: Setup, clock: Clock, run: Prefill | None, table: Table | None) -> dict[str, Any]:
     """The last run's counts.
 
     `tokens_x_layers`: visual tokens summed over the decoder layers. `equivalent_tokens`: that over the depth. FLOPs are
     multiply-adds of the prefill, summed over rows: 4nd^2 + 2n^2d + 2ndm, or 3ndm where gated.
     """
-    facts = attached.facts
+    facts = setup.facts
     times = {
-        "seconds_to_first_token": attached.clock.first,
-        "seconds_per_token": sum(attached.clock.steps) / len(attached.clock.steps)
-        if attached.clock.steps
-        else None,
+        "seconds_to_first_token": clock.first,
+        "seconds_per_token": sum(clock.steps) / len(clock.steps) if clock.steps else None,
     }
     if run is None:
-        if attached.plain and attached.encoder is not None:
-            return {**attached.encoder.report(), **times}
-        return {"before": None, "after": None, **times}
+        if table is None or not setup.plain:
+            return {"before": None, "after": None, **times}
+        counts = {"visual_tokens": table.visual}, {"visual_tokens": len(table.alive)}
+        return {"before": counts[0], "after": counts[1], **times}
     lengths = run.lengths()
+    # text never leaves, so what a layer saw beyond it is visual
     visual = (lengths - (run.dense - run.visual)[None]).clamp(min=0)
-    dense_rows = [[float(n)] * facts.layers for n in run.dense]
-    after_rows = [[float(n) for n in lengths[:, row]] for row in range(lengths.shape[1])]
-    tower = attached.encoder.counts(run.call) if attached.encoder is not None else None
-    before = {
-        "visual_tokens": int(run.visual.sum()),
-        "tokens_x_layers": int(run.visual.sum()) * facts.layers,
-        "equivalent_tokens": float(run.visual.sum()),
-        "flops": sum(llm_flops(row, facts) for row in dense_rows),
+    total = int(run.visual.sum())
+    before: dict[str, Any] = {
+        "visual_tokens": total,
+        "tokens_x_layers": total * facts.layers,
+        "equivalent_tokens": float(total),
+        "flops": sum(llm_flops([float(n)] * facts.layers, facts) for n in run.dense),
         "kv_bytes": run.kv_before,
     }
-    after = {
+    after: dict[str, Any] = {
         "visual_tokens": int(visual[-1].sum()) if len(visual) else 0,
         "tokens_x_layers": int(visual.sum()),
         "equivalent_tokens": float(visual.sum()) / max(1, facts.layers),
-        "flops": sum(llm_flops(row, facts) for row in after_rows),
+        "flops": sum(llm_flops([float(n) for n in row], facts) for row in lengths.T),
         "kv_bytes": run.kv_after,
     }
+    tower = run.tower()
     if tower is not None:
         before["tower_flops"], after["tower_flops"] = tower
     return {

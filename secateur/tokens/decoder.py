@@ -2,7 +2,7 @@
 different lengths.
 
 What a later step must know (which columns each stretch of layers holds) hangs on the cache itself, so that beams,
-several turns and several conversations at once need no further code.
+several turns and several conversations at once need no further code. Shapes: B rows, L columns, T tokens of the table, D width.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.tokens.call import Call, pack
-from secateur.tokens.record import Note, attention_of, without_rotation
-from secateur.utils.versions import cache_in, without_cache
-
-if TYPE_CHECKING:
-    from secateur.tokens.attach import Attached
+from secateur.tokens.call import Call, Current
+from secateur.tokens.choose import run_stage
+from secateur.tokens.record import Key, Note, Recorder, attention_of
+from secateur.tokens.sets import Outcome
+from secateur.tokens.setup import Setup
+from secateur.tokens.shorten import additive, gather_columns, gather_mask, pack
+from secateur.utils.versions import cache_in
 
 
 @dataclass(eq=False)
@@ -61,31 +62,48 @@ class Held:
 
 
 @dataclass(eq=False)
-class Run:
+class Forward:
     """One forward of the language model."""
 
     call: Call | None
+    """None where the forward brings no pictures: a later step."""
     past: int
+    """Columns of the conversation before this forward's."""
     mask: Tensor | None
+    """[B, past + L] as given."""
     base: Stretch | None = None
+    """What layer 0 sees."""
     held: Held | None = None
+    """What an earlier forward left on the cache."""
     stretches: dict[int, Stretch] = field(default_factory=dict)
+    """By the layer of the stage each begins at."""
     memo: dict[Any, Any] = field(default_factory=dict)
+    """Masks and rotary tables, which all layers of a stretch share, beside what they were made of (so that its id stays its own)."""
     right: bool = False
+    """Rows are padded on the right."""
+
+    def now(self, number: int) -> Stretch:
+        """The stretch that a layer belongs to."""
+        assert self.base is not None
+        before = [k for k in self.stretches if k <= number]
+        return self.stretches[max(before)] if before else self.base
 
 
-class LayerDriver:
-    def __init__(self, attached: Attached, layers: Any):
-        self.attached = attached
-        self.decoder: Any = attached.model.get_decoder()
-        self.run: Run | None = None
+class DecoderDriver:
+    """Shortens what the decoder layers are given: before each layer a hook may let a stage choose, and hands the layer the
+    hidden states, mask, positions and rotary tables of the tokens that are left.
+
+    `begin` tells it of every forward of the whole model; without that the hooks do nothing.
+    """
+
+    def __init__(self, setup: Setup, current: Current, recorder: Recorder | None, layers: Any):
+        self.setup, self.current, self.recorder = setup, current, recorder
+        self.decoder: Any = setup.model.get_decoder()
+        self.run: Forward | None = None
         self.handles: list[Any] = []
-        self.stages = sorted({p.number for p in attached.placed if p.kind == "layer"})
-        recorded = {
-            n for kind, n in (attached.recorder.wanted if attached.recorder else {}) if kind == "layer"
-        }
-        config = self.decoder.config
-        base = getattr(config, "_attn_implementation", None) or "eager"
+        self.stages = sorted({p.number for p in setup.stages if p.kind == "layer"})
+        recorded = {n for kind, n in (recorder.forms if recorder else {}) if kind == "layer"}
+        base = getattr(self.decoder.config, "_attn_implementation", None) or "eager"
         if self.stages and "flex" in base:
             raise SecateurError(
                 "flex attention keeps its own block masks, which can't be shortened between layers",
@@ -93,6 +111,7 @@ class LayerDriver:
                 fix='load the model with attn_implementation="sdpa"',
             )
         self.eager, self.flash = base == "eager", "flash" in base
+        # layers before the first stage run as they are, so they need no hook
         first = self.stages[0] if self.stages else len(layers)
         for number, layer in enumerate(layers):
             if number >= first or number in recorded:
@@ -120,7 +139,7 @@ class LayerDriver:
         if held is not None and (past == 0 or past < held.seen):
             held = _cropped(held, past) if past else None
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        self.run = Run(call, past, mask, held=held)
+        self.run = Forward(call, past, mask, held=held)
         if call is not None and call.mask is not None and mask is not None:
             self.run.right = not bool(mask[:, -1].all()) and bool(mask[:, 0].all())
 
@@ -147,30 +166,24 @@ class LayerDriver:
     def _before(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = self.run
         assert run is not None
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        if number in self.stages or run.base is None:
-            if run.base is None:
-                run.base = self._base(run, hidden)
-            if number in self.stages:
-                hidden = self._stage(run, number, layer, hidden, kwargs)
-        now = self._now(run, number)
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]  # [B, L, D]
+        if run.base is None:
+            run.base = self._base(run, hidden)
+        if number in self.stages:
+            hidden = self._stage(run, number, layer, hidden, kwargs)
+        now = run.now(number)
         new = kwargs if now.identity else self._kwargs(run, now, number, layer, hidden, kwargs)
-        recorder = self.attached.recorder
-        if run.call is not None and recorder is not None and ("layer", number) in recorder.wanted:
-            self._record(run, now, number, layer, hidden, new)
+        if run.call is not None and self.recorder is not None:
+            self.recorder.begin(("layer", number), layer, hidden, new, **_marks(run.call, now))
         if args:
             return (hidden, *args[1:]), new
         return args, {**new, "hidden_states": hidden}
 
-    def _now(self, run: Run, number: int) -> Stretch:
-        assert run.base is not None
-        before = [k for k in run.stretches if k <= number]
-        return run.stretches[max(before)] if before else run.base
-
-    def _base(self, run: Run, hidden: Tensor) -> Stretch:
+    def _base(self, run: Forward, hidden: Tensor) -> Stretch:
         rows, length = hidden.shape[:2]
         columns = torch.arange(run.past + length, device=hidden.device).expand(rows, -1)
         valid = torch.ones(rows, run.past + length, dtype=torch.bool, device=hidden.device)
+        # a mask may cover the last columns alone; what is before them counts as there
         if run.mask is not None:
             own = run.mask.bool()[:, -valid.shape[1] :]
             valid = torch.cat([valid[:, : valid.shape[1] - own.shape[1]], own], 1)
@@ -178,11 +191,11 @@ class LayerDriver:
         return Stretch(columns, valid, length, zero, zero[:, 0])
 
     def _stage(
-        self, run: Run, number: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]
+        self, run: Forward, number: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
         cache = cache_in(kwargs)
         self._check(cache, number)
-        before = self._now(run, number - 1)
+        before = run.now(number - 1)
         held = run.held.stretches.get(number) if run.held is not None else None
         if run.call is None or run.past:
             now = self._continue(run, before, held)
@@ -191,7 +204,7 @@ class LayerDriver:
         run.stretches[number] = now
         if cache is not None:
             state = getattr(cache, "_secateur_layers", None)
-            if state is None or not isinstance(state, Held):
+            if not isinstance(state, Held):
                 state = cache._secateur_layers = Held(0, {})
             assert run.base is not None
             state.seen = run.past + run.base.queries
@@ -212,7 +225,7 @@ class LayerDriver:
             )
 
     @staticmethod
-    def _continue(run: Run, before: Stretch, held: Stretch | None) -> Stretch:
+    def _continue(run: Forward, before: Stretch, held: Stretch | None) -> Stretch:
         """A later step: everything new stays."""
         assert run.base is not None
         if held is None:
@@ -230,92 +243,72 @@ class LayerDriver:
 
     def _drop(
         self,
-        run: Run,
+        run: Forward,
         number: int,
         layer: nn.Module,
         before: Stretch,
         hidden: Tensor,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Stretch]:
-        call, attached = run.call, self.attached
+        """The first step: the stages before this layer choose, and the states [B, L, D] are shortened once for all of them."""
+        call, recorder, setup = run.call, self.recorder, self.setup
         assert call is not None and run.base is not None
-        table = call.table
-        kwargs_now = kwargs if before.identity else self._kwargs(run, before, number, layer, hidden, kwargs)
+        table, step = call.table, call.expand
+        now = kwargs if before.identity else self._kwargs(run, before, number, layer, hidden, kwargs)
 
-        def peek(key: tuple[str, int], raw: bool) -> Note:
-            return self._peek(run, before, key, layer, hidden, kwargs_now, raw)
+        def peek(key: Key, raw: bool) -> Note:
+            assert recorder is not None and call is not None
+            return recorder.peek(key, layer, hidden, now, raw, **_marks(call, before))
 
-        step = call.expand
-        keep = before.mine_valid.clone()
+        keep = before.mine_valid.clone()  # [B, L]
         changed = False
-        for placed in attached.stages_at("layer", number):
-            slot = self._slots(before, call, step)
+        stages = setup.stages_at("layer", number)
+        for placed in stages:
             row = table.row[table.slot]
-            mine = slot[table.slot]
-            features = hidden[row * step, mine]
-            outcome = call.run_stage(placed, table.alive, features, "layer", number, peek)
+            slot = _slots(before, call)[table.slot]
+            features = hidden[row * step, slot]  # [M, D] of the first beam; all beams are alike in a prompt
+            outcome = run_stage(call, recorder, placed, table.alive, features, "layer", number, peek)
             if outcome is not None:
                 changed = True
-                dropped_row, dropped = row[~outcome.keep], mine[~outcome.keep]
-                kept_row, kept = row[outcome.keep], mine[outcome.keep]
-                column_at = torch.full_like(call.column_at, -1)
-                slots = table.slot[outcome.keep]
-                columns = call.column_at[table.alive][outcome.keep]
-                table.alive = table.alive[outcome.source]
-                column_at[table.alive] = columns
-                table.slot = slots
-                moved = outcome.replaced
-                if moved is None and outcome.permuted:
-                    moved = features[outcome.source]
-                if moved is not None:
-                    hidden = hidden.clone()
-                for beam in range(step):
-                    keep[dropped_row * step + beam, dropped] = False
-                    if moved is not None:
-                        hidden[kept_row * step + beam, kept] = moved.to(hidden.dtype)
-                call.column_at = column_at
-            attached.note_kept(placed.label, table)
+                hidden = _apply(outcome, call, row, slot, features, keep, hidden)
+            self.current.note(placed, table)
         if not changed:
             call.lengths[number] = before.mine_valid[::step].sum(1).cpu()
             return hidden, before
+
         index, valid = pack(keep, run.right)
         columns = before.mine.gather(1, index)
-        hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-        place = run.base.valid.cumsum(1).gather(1, columns) - valid.cumsum(1)
-        left = place.masked_fill(~valid, 0)
-        gone = run.base.valid.sum(1) - valid.sum(1)
-        if all(placed.stage.positions == "original" for placed in attached.stages_at("layer", number)):
-            left, gone = before.left.gather(1, index), before.gone
         call.lengths[number] = valid[::step].sum(1).cpu()
-        return hidden, Stretch(columns, valid, index.shape[1], left, gone, identity=False, shorter=True)
-
-    @staticmethod
-    def _slots(before: Stretch, call: Call, step: int) -> Tensor:
-        """[T] slot of every token of the table that is left, seen through the place (`slot`) it has."""
-        table = call.table
-        columns, valid = before.mine[::step], before.mine_valid[::step]
-        width = int(columns.max()) + 1
-        where = torch.zeros(len(columns), width, dtype=torch.int64, device=columns.device)
-        row, slot = valid.nonzero(as_tuple=True)
-        where[row, columns[row, slot]] = slot
-        found = torch.zeros(len(table), dtype=torch.int64, device=columns.device)
-        column = call.column_at[table.alive]
-        found[table.slot] = where[table.row[table.alive], column]
-        return found
+        # how many have left before each token: what its compact position falls by
+        if all(placed.stage.positions == "original" for placed in stages):
+            left, gone = before.left.gather(1, index), before.gone
+        else:
+            place = run.base.valid.cumsum(1).gather(1, columns) - valid.cumsum(1)
+            left = place.masked_fill(~valid, 0)
+            gone = run.base.valid.sum(1) - valid.sum(1)
+        now_left = Stretch(columns, valid, index.shape[1], left, gone, identity=False, shorter=True)
+        return gather_columns(hidden, index), now_left
 
     # -- what a layer is given --
 
     def _kwargs(
-        self, run: Run, now: Stretch, number: int, layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]
+        self,
+        run: Forward,
+        now: Stretch,
+        number: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        kwargs: Mapping[str, Any],
     ) -> dict[str, Any]:
+        """The keyword arguments of a layer that sees the tokens of `now`."""
         new = dict(kwargs)
         new["attention_mask"] = self._mask(run, now, number, layer, hidden, kwargs)
         rows = len(hidden)
         tables, places = kwargs.get("position_embeddings"), kwargs.get("position_ids")
-        at = now.mine - run.past
+        at = now.mine - run.past  # [B, L'] slots of this forward before anything left
         if places is not None and now.shorter:
             places = places.expand(rows, -1).gather(1, at)
-        if self.attached.compact:
+        if self.setup.compact:
             if places is None:
                 raise SecateurError(
                     "its layers aren't told their positions",
@@ -323,22 +316,12 @@ class LayerDriver:
                     fix='use positions="original"',
                 )
             places = places.expand(rows, -1) - now.left
-            kind = getattr(layer, "attention_type", None) or getattr(attention_of(layer), "layer_type", None)
-            key = ("rotary", id(now), kind)
-            if key not in run.memo:
-                more = {"layer_type": kind} if self.typed else {}
-                run.memo[key] = self.decoder.rotary_emb(hidden, places, **more)
-            tables = run.memo[key]
+            tables = self._rotary(run, now, layer, hidden, places)
         elif tables is not None and now.shorter:
             key = ("tables", id(now), id(tables))
             if key not in run.memo:
-                run.memo[key] = (
-                    tuple(
-                        t.expand(rows, *t.shape[1:]).gather(1, at[..., None].expand(-1, -1, t.shape[-1]))
-                        for t in tables
-                    ),
-                    tables,
-                )
+                picked = tuple(gather_columns(t.expand(rows, *t.shape[1:]), at) for t in tables)
+                run.memo[key] = (picked, tables)
             tables = run.memo[key][0]
         if "position_ids" in kwargs:
             new["position_ids"] = places
@@ -346,11 +329,29 @@ class LayerDriver:
             new["position_embeddings"] = tables
         return new
 
+    def _rotary(self, run: Forward, now: Stretch, layer: nn.Module, hidden: Tensor, places: Tensor) -> Any:
+        """Rotary tables of new positions, in the layer's own type where the model has several."""
+        kind = getattr(layer, "attention_type", None) or getattr(attention_of(layer), "layer_type", None)
+        key = ("rotary", id(now), kind)
+        if key not in run.memo:
+            run.memo[key] = self.decoder.rotary_emb(
+                hidden, places, **({"layer_type": kind} if self.typed else {})
+            )
+        return run.memo[key]
+
     def _mask(
-        self, run: Run, now: Stretch, number: int, layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]
+        self,
+        run: Forward,
+        now: Stretch,
+        number: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        kwargs: Mapping[str, Any],
     ) -> Tensor | None:
-        given = kwargs.get("attention_mask")
-        if self.flash or (given is not None and given.dim() == 2):
+        """The mask [B, 1, L', keys] of a layer, in the form its attention takes; None where it may see everything before it."""
+        full = kwargs.get("attention_mask")
+        # flash attention is told of padding alone
+        if self.flash or (full is not None and full.dim() == 2):
             return None if bool(now.valid.all()) else now.valid.to(torch.int64)
         cache = cache_in(kwargs)
         keys = now.columns.shape[1]
@@ -358,102 +359,103 @@ class LayerDriver:
         if cache is not None and number < len(cache.layers):
             window = getattr(cache.layers[number], "sliding_window", window)
         if run.past and cache is not None:
+            # a sliding layer's cache holds fewer keys than the conversation
             keys = int(cache.get_mask_sizes(now.queries, number)[0])
-        key = ("mask", id(now), id(given), keys, window if run.past else None)
+        key = ("mask", id(now), id(full), keys, window if run.past else None)
         if key in run.memo:
             return run.memo[key][0]
+
         columns, valid = now.columns[:, -keys:], now.valid[:, -keys:]
-        made: Tensor | None
+        mask: Tensor | None
         if run.past:
+            # the given mask knows nothing of columns that left, so later steps make their own
             if now.queries == 1 and bool(valid.all()) and (window is None or keys <= 1):
-                made = None
+                mask = None
             else:
-                made = self._causal(now, columns, valid, window)
-        elif given is None:
-            made = None if bool(valid.all()) else self._causal(now, columns, valid, None)
+                mask = self._causal(now, columns, valid, window)
+        elif full is None:
+            mask = None if bool(valid.all()) else self._causal(now, columns, valid, None)
         else:
-            made = self._gather(now, given, len(hidden))
-        if made is not None and made.dtype == torch.bool:
+            mask = self._gather(now, full)
+        if mask is not None and mask.dtype == torch.bool:
+            # padding sees itself: a row that sees nothing would be NaN
             eye = now.mine[:, None, :, None] == columns[:, None, None, :]
-            made = made | (eye & ~now.mine_valid[:, None, :, None])
+            mask = mask | (eye & ~now.mine_valid[:, None, :, None])
             if self.eager:
-                made = torch.zeros(made.shape, dtype=hidden.dtype, device=made.device).masked_fill(
-                    ~made, torch.finfo(hidden.dtype).min
-                )
-        run.memo[key] = (made, given)
-        return made
+                mask = additive(mask, hidden.dtype)
+        run.memo[key] = (mask, full)
+        return mask
 
     @staticmethod
     def _causal(now: Stretch, columns: Tensor, valid: Tensor, window: int | None) -> Tensor:
+        """bool [B, 1, L', keys], by the columns that queries and keys had at first."""
         queries = now.mine[:, None, :, None]
         keys = columns[:, None, None, :]
-        made = (keys <= queries) & valid[:, None, None, :]
-        if window is not None:
-            made = made & (keys > queries - window)
-        return made
+        mask = (keys <= queries) & valid[:, None, None, :]
+        return mask if window is None else mask & (keys > queries - window)
 
     @staticmethod
-    def _gather(now: Stretch, given: Tensor, rows: int) -> Tensor:
-        made = given.expand(rows, *given.shape[1:])
-        at = now.mine
-        made = made.gather(2, at[:, None, :, None].expand(-1, made.shape[1], -1, made.shape[3]))
-        made = made.gather(3, now.columns[:, None, None, :].expand(-1, made.shape[1], made.shape[2], -1))
+    def _gather(now: Stretch, full: Tensor) -> Tensor:
+        """The given mask's rows and columns that are left, without padding."""
+        mask = gather_mask(full, now.mine, now.columns)
         hidden = ~now.valid[:, None, None, :]
-        if made.dtype == torch.bool:
-            return made & ~hidden
-        itself = (at[:, None, :, None] == now.columns[:, None, None, :]) & ~now.mine_valid[:, None, :, None]
-        return made.masked_fill(hidden, torch.finfo(made.dtype).min).masked_fill(itself, 0)
+        if mask.dtype == torch.bool:
+            return mask & ~hidden
+        itself = now.mine[:, None, :, None] == now.columns[:, None, None, :]
+        itself = itself & ~now.mine_valid[:, None, :, None]
+        return mask.masked_fill(hidden, torch.finfo(mask.dtype).min).masked_fill(itself, 0)
 
-    # -- notes --
 
-    def _marks(self, run: Run, now: Stretch) -> dict[str, Any]:
-        call = run.call
-        assert call is not None
-        step = call.expand
-        return {
-            "columns": now.mine[::step],
-            "valid": now.mine_valid[::step],
-            "column_at": call.column_at,
-        }
+def _marks(call: Call, now: Stretch) -> dict[str, Any]:
+    """Where the slots of a recorded layer lie; the first beam speaks for all."""
+    step = call.expand
+    return {"columns": now.mine[::step], "valid": now.mine_valid[::step], "column_at": call.column_at}
 
-    def _record(
-        self, run: Run, now: Stretch, number: int, layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]
-    ) -> None:
-        recorder = self.attached.recorder
-        assert recorder is not None
-        key = ("layer", number)
-        marks = self._marks(run, now)
-        if "raw" in recorder.wanted[key]:
-            recorder.notes[(*key, "raw")] = self._peek(run, now, key, layer, hidden, kwargs, True)
-        recorder.start(key)
-        recorder.place(key, **marks)
 
-    def _peek(
-        self,
-        run: Run,
-        now: Stretch,
-        key: tuple[str, int],
-        layer: nn.Module,
-        hidden: Tensor,
-        kwargs: Mapping[str, Any],
-        raw: bool,
-    ) -> Note:
-        recorder = self.attached.recorder
-        assert recorder is not None
-        given = without_cache(without_rotation(kwargs) if raw else kwargs)
-        given.pop("hidden_states", None)
-        with torch.no_grad(), recorder.peeking(key) as note:
-            layer.forward(hidden, **given)
-        for name, value in self._marks(run, now).items():
-            setattr(note, name, value)
-        return note
+def _slots(before: Stretch, call: Call) -> Tensor:
+    """[T] slot of every token of the table that is left, seen through the place (`Table.slot`) it has."""
+    table, step = call.table, call.expand
+    columns, valid = before.mine[::step], before.mine_valid[::step]  # [B, L]
+    where = torch.zeros(len(columns), int(columns.max()) + 1, dtype=torch.int64, device=columns.device)
+    row, slot = valid.nonzero(as_tuple=True)
+    where[row, columns[row, slot]] = slot
+    slots = torch.zeros(len(table), dtype=torch.int64, device=columns.device)
+    slots[table.slot] = where[table.row[table.alive], call.column_at[table.alive]]
+    return slots
+
+
+def _apply(
+    outcome: Outcome, call: Call, row: Tensor, slot: Tensor, features: Tensor, keep: Tensor, hidden: Tensor
+) -> Tensor:
+    """Writes an outcome into the table and `keep` [B, L]; the states with what moved or was merged, [B, L, D].
+
+    `row`, `slot` [M]: where the tokens that were handed in lie.
+    """
+    table, step, stays = call.table, call.expand, outcome.keep
+    columns = call.column_at[table.alive][stays]
+    table.alive, table.slot = table.alive[outcome.source], table.slot[stays]
+    column_at = torch.full_like(call.column_at, -1)
+    column_at[table.alive] = columns
+    call.column_at = column_at  # replaced: notes hold the one before
+    moved = outcome.replaced
+    if moved is None and outcome.permuted:
+        moved = features[outcome.source]
+    if moved is not None:
+        hidden = hidden.clone()
+    for beam in range(step):
+        keep[row[~stays] * step + beam, slot[~stays]] = False
+        if moved is not None:
+            hidden[row[stays] * step + beam, slot[stays]] = moved.to(hidden.dtype)
+    return hidden
 
 
 def _cropped(held: Held, past: int) -> Held:
     """After `cache.crop`: only columns that are still there."""
-    found = {}
+    stretches = {}
     for number, s in held.stretches.items():
         gone = int((s.columns >= past).sum(1).max())
         size = s.columns.shape[1] - gone
-        found[number] = Stretch(s.columns[:, :size], s.valid[:, :size], s.queries, s.left, s.gone, s.identity)
-    return Held(past, found)
+        stretches[number] = Stretch(
+            s.columns[:, :size], s.valid[:, :size], s.queries, s.left, s.gone, s.identity
+        )
+    return Held(past, stretches)

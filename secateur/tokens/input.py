@@ -1,4 +1,7 @@
-"""Dropping before the language model: shorter ids, mask and positions, and the features that stay. No hook."""
+"""Dropping before the language model: shorter ids, mask and positions, and the features that stay. No hook.
+
+Shapes: B rows, L columns, N visual tokens, T tokens of the table, D width.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,23 @@ import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.tokens.call import Call, pack
+from secateur.families.vlm import Layout
+from secateur.tokens.call import Call, Current
+from secateur.tokens.choose import run_stage
+from secateur.tokens.record import Recorder
 from secateur.tokens.sets import make_table
+from secateur.tokens.setup import Setup
+from secateur.tokens.shorten import pack
 from secateur.utils.versions import cache_in, cache_name
 
-if TYPE_CHECKING:
-    from secateur.tokens.attach import Attached
-
+Places = dict[str, tuple[Tensor, Tensor]]
+"""Row and column of each placeholder, [N] each, by kind."""
 KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
 TYPES = ("token_type_ids", "mm_token_type_ids")
 
@@ -37,14 +44,14 @@ class Turn:
     positions: Tensor
     mask: Tensor
 
-    def rows(self, wanted: int) -> Turn:
-        """For `wanted` rows: several beams of each prompt."""
+    def rows(self, count: int) -> Turn:
+        """For `count` rows: several beams of each prompt."""
         have = len(self.columns)
-        if have == wanted:
+        if have == count:
             return self
-        if wanted % have:
-            raise SecateurError(f"the cache holds {have} rows, the inputs {wanted}", where="generate")
-        times = wanted // have
+        if count % have:
+            raise SecateurError(f"the cache holds {have} rows, the inputs {count}", where="generate")
+        times = count // have
         return Turn(
             self.seen,
             self.columns.repeat_interleave(times, 0),
@@ -74,8 +81,8 @@ class Turn:
 
 def flat(output: Any) -> Tensor:
     """Projected features [N, D] of what an image or video encoder gave."""
-    found = output.pooler_output
-    parts = [found] if isinstance(found, Tensor) else list(found)
+    features = output.pooler_output
+    parts = [features] if isinstance(features, Tensor) else list(features)
     return torch.cat([p.reshape(-1, p.shape[-1]) for p in parts])
 
 
@@ -83,28 +90,151 @@ def encode(model: Any, kind: str, kwargs: Mapping[str, Any]) -> Any:
     """What the model's own `get_image_features` (or video) gives for these inputs."""
     function = getattr(model.base_model, f"get_{kind}_features")
     names = inspect.signature(function).parameters
-    given = {k: kwargs[k] for k in names if k != "kwargs" and kwargs.get(k) is not None}
-    return function(**given, return_dict=True)
+    arguments = {k: kwargs[k] for k in names if k != "kwargs" and kwargs.get(k) is not None}
+    return function(**arguments, return_dict=True)
 
 
-def prepare(
-    attached: Attached, kwargs: dict[str, Any], generating: bool
-) -> tuple[dict[str, Any], Call | None, Turn | None]:
-    """Keyword arguments of forward or generate -> shorter ones.
+@dataclass(eq=False)
+class InputDriver:
+    """Runs the vision tower itself, lets the stages at the input choose among its features, and gives the model a shorter
+    prompt and the features that are left."""
 
-    The call is None where there is no picture; the turn None where the language model sees what it was given.
-    """
-    model, family = attached.model, attached.family
-    ids = kwargs.get("input_ids")
-    mask = kwargs.get("attention_mask")
-    turn = getattr(cache_in(kwargs), "_secateur_turn", None)
-    mm = dict(kwargs.get("mm_encoder_outputs") or {})
-    kinds = [k for k, name in KINDS.items() if kwargs.get(name) is not None or mm.get(k) is not None]
-    if not kinds:
-        if turn is not None:
-            kwargs = _continue(attached, kwargs, turn, generating)
-        return kwargs, None, turn
-    if ids is None:
+    setup: Setup
+    current: Current
+    recorder: Recorder | None
+
+    def prepare(
+        self, kwargs: dict[str, Any], generating: bool
+    ) -> tuple[dict[str, Any], Call | None, Turn | None]:
+        """Keyword arguments of forward or generate -> shorter ones.
+
+        The call is None where there is no picture; the turn None where the language model sees what it was given.
+        """
+        setup, model, family = self.setup, self.setup.model, self.setup.family
+        ids = kwargs.get("input_ids")
+        turn = getattr(cache_in(kwargs), "_secateur_turn", None)
+        encoded = dict(kwargs.get("mm_encoder_outputs") or {})
+        kinds = [k for k, name in KINDS.items() if kwargs.get(name) is not None or encoded.get(k) is not None]
+        if not kinds:
+            if turn is not None:
+                kwargs = self._continue(kwargs, turn, generating)
+            return kwargs, None, turn
+        _refuse(kwargs)
+        assert ids is not None
+        mask = _mask(model, kwargs, generating)  # [B, L]
+        layouts = family.layout(model, kwargs) if family.layout else {}
+        places = _places(model, ids, kinds, layouts)
+        layouts = {kind: layouts[kind] for kind in places}
+        if not layouts or not sum(map(len, layouts.values())):
+            return kwargs, None, None
+        if len(layouts) > 1 and setup.in_tower:
+            raise SecateurError(
+                "images and videos in one batch", where="encoder", fix="give them in two calls"
+            )
+
+        table = make_table(layouts, places, len(ids))
+        call = Call(setup, table, kwargs, ids, mask.bool())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not generating):
+            for kind in kinds:
+                if encoded.get(kind) is None:
+                    with self.current.running(call if kind in layouts else None):
+                        encoded[kind] = encode(model, kind, kwargs)
+        # features come kind by kind, the table goes row by row
+        order = _order(places)
+        features = torch.cat([flat(encoded[kind]) for kind in layouts])[order]  # [N, D]
+        if len(features) != table.visual:
+            raise SecateurError(f"{len(features)} features came for {table.visual} places", where="attach")
+        features, changed = self._choose(call, features)
+        new = {k: v for k, v in kwargs.items() if k not in KINDS.values()}
+        new["mm_encoder_outputs"] = encoded
+        if not changed:
+            return new, call, None
+        new["mm_encoder_outputs"] = _features(call, encoded, layouts, order, features)
+        return self._shorten(call, new, mask, generating)
+
+    def _choose(self, call: Call, features: Tensor) -> tuple[Tensor, bool]:
+        """Features [M, D] of the tokens that are left after the tower and the stages here, and whether any has gone."""
+        table = call.table
+        changed = len(table.alive) < table.visual
+        features = features[table.alive]
+        for placed in self.setup.stages_at("input"):
+            outcome = run_stage(call, self.recorder, placed, table.alive, features, "input", 0)
+            if outcome is not None:
+                changed = True
+                table.alive, table.slot = table.alive[outcome.source], table.slot[outcome.keep]
+                features = features[outcome.source] if outcome.replaced is None else outcome.replaced
+            self.current.note(placed, table)
+        return features, changed
+
+    def _shorten(
+        self, call: Call, kwargs: dict[str, Any], mask: Tensor, generating: bool
+    ) -> tuple[dict[str, Any], Call, Turn]:
+        """Ids, mask, positions, types and labels of the columns that stay."""
+        table, ids, compact = call.table, kwargs["input_ids"], self.setup.compact
+        rows, length = ids.shape
+        if not compact:
+            _check_windows(self.setup.model, length + int(kwargs.get("max_new_tokens") or 0))
+        # text and padding inside the mask stay, and of the visual columns those whose place is taken
+        keep = mask.bool().clone()
+        keep[table.row[: table.visual], table.column[: table.visual]] = False
+        stays = table.column[table.slot]
+        keep[table.row[table.slot], stays] = True
+        right = not bool(mask[:, -1].all()) and bool(mask[:, 0].all())
+        index, valid = pack(keep, right)  # [B, L']
+
+        def gather(tensor: Tensor, fill: int) -> Tensor:
+            return tensor.gather(1, index).masked_fill(~valid, fill)
+
+        positions = positions_of(self.setup, kwargs, mask, generating)
+        wide = positions.expand(*positions.shape[:-2], rows, length)
+        short = wide.gather(-1, index.expand(*wide.shape[:-2], *index.shape))  # [..., B, L']
+        if compact:
+            before = mask.cumsum(1).gather(1, index) - valid.cumsum(1)
+            short = short - before.masked_fill(~valid, 0)
+        new = dict(kwargs)
+        new["input_ids"] = gather(ids, self.setup.pad)
+        new["attention_mask"] = valid.long()
+        new["position_ids"] = short
+        for name, fill in {**dict.fromkeys(TYPES, 0), "labels": -100}.items():
+            if new.get(name) is not None:
+                new[name] = gather(new[name], fill)
+
+        # where each token of the table stands in the shorter sequence
+        where = torch.full((rows, length), -1, device=ids.device)
+        row, slot = valid.nonzero(as_tuple=True)
+        where[row, index[row, slot]] = slot
+        column_at = torch.full((len(table),), -1, device=ids.device)
+        column_at[table.alive] = where[table.row[table.slot], stays]
+        call.column_at = column_at
+        self.current.columns = torch.where(valid, index, -1)
+        return new, call, Turn(length, index, valid, short, mask.bool())
+
+    def _continue(self, kwargs: dict[str, Any], turn: Turn, generating: bool) -> dict[str, Any]:
+        """A later turn or step on a cache that holds a shortened prompt."""
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        tokens = ids if ids is not None else kwargs["inputs_embeds"]
+        turn = turn.rows(len(tokens))
+        past, cached, count = _length(cache_in(kwargs)), turn.columns.shape[1], tokens.shape[1]
+        # the whole conversation again, or only what is new
+        whole = mask is not None and mask.shape[1] == count or mask is None and generating
+        length = count if whole else turn.seen + past - cached + count
+        new = dict(kwargs)
+        if whole and ids is not None:
+            new["input_ids"] = turn.ids(ids, self.setup.pad)
+        new["attention_mask"] = turn.attention(mask, length)
+        if kwargs.get("position_ids") is None:
+            places = turn.place(new["attention_mask"])
+            new["position_ids"] = places if generating else places[..., -count:]
+        for name in TYPES:
+            if whole and kwargs.get(name) is not None:
+                new[name] = turn.ids(kwargs[name], 0)
+        return new
+
+
+def _refuse(kwargs: Mapping[str, Any]) -> None:
+    """Pictures in a form that can't be shortened."""
+    mask, cache = kwargs.get("attention_mask"), cache_in(kwargs)
+    if kwargs.get("input_ids") is None:
         raise SecateurError(
             "pictures came with inputs_embeds, so their places aren't known",
             where="attach",
@@ -114,21 +244,30 @@ def prepare(
         raise SecateurError(
             "a mask of four dimensions can't be shortened", where="attach", fix="give [rows, tokens]"
         )
-    if mask is None:
-        pad = getattr(model.generation_config, "pad_token_id", None)
-        eos = model.generation_config.eos_token_id
-        unpadded = pad is None or not generating or pad in (eos if isinstance(eos, list) else [eos])
-        mask = torch.ones_like(ids) if unpadded else (ids != pad).long()
-    if turn is not None or _length(cache_in(kwargs)):
+    if getattr(cache, "_secateur_turn", None) is not None or _length(cache):
         raise SecateurError(
             "new pictures came with a cache that holds an earlier turn",
             where="attach",
             fix="give the whole conversation without the cache",
         )
-    places, layouts = {}, family.layout(model, kwargs) if family.layout else {}
+
+
+def _mask(model: Any, kwargs: Mapping[str, Any], generating: bool) -> Tensor:
+    """The 2-D mask, as the model itself would make it where none was given."""
+    ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+    if mask is not None:
+        return mask
+    pad = getattr(model.generation_config, "pad_token_id", None)
+    eos = model.generation_config.eos_token_id
+    unpadded = pad is None or not generating or pad in (eos if isinstance(eos, list) else [eos])
+    return torch.ones_like(ids) if unpadded else (ids != pad).long()
+
+
+def _places(model: Any, ids: Tensor, kinds: list[str], layouts: Mapping[str, Layout]) -> Places:
+    """The placeholders of every kind that has a layout."""
+    places: Places = {}
     for kind in kinds:
-        token = getattr(model.config, f"{kind}_token_id")
-        where = (ids == token).nonzero(as_tuple=True)
+        where = (ids == getattr(model.config, f"{kind}_token_id")).nonzero(as_tuple=True)
         if kind not in layouts:
             if kind == "image":
                 raise SecateurError(
@@ -143,141 +282,48 @@ def prepare(
                 where="attach",
                 fix="make both with one processor call",
             )
-        places[kind] = where
-    layouts = {kind: layouts[kind] for kind in places}
-    if not layouts or not sum(map(len, layouts.values())):
-        return kwargs, None, None
-    if len(layouts) > 1 and (attached.recorder_sites_tower or attached.encoder is not None):
-        raise SecateurError("images and videos in one batch", where="encoder", fix="give them in two calls")
-    table = make_table(layouts, places, len(ids))
-    call = Call(attached, model, family, attached.facts, table, kwargs, ids, mask.bool())
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not generating):
-        for kind in kinds:
-            if mm.get(kind) is None:
-                with attached.running(call if kind in layouts else None):
-                    mm[kind] = encode(model, kind, kwargs)
-    order = _order(table, layouts, places)
-    features = torch.cat([flat(mm[kind]) for kind in layouts])[order]
-    if len(features) != table.visual:
-        raise SecateurError(f"{len(features)} features came for {table.visual} places", where="attach")
-    changed = len(table.alive) < table.visual
-    features = features[table.alive]
-    for placed in attached.stages_at("input"):
-        outcome = call.run_stage(placed, table.alive, features, "input", 0)
-        if outcome is not None:
-            changed = True
-            slots = table.slot[outcome.keep]
-            table.alive = table.alive[outcome.source]
-            table.slot = slots
-            features = features[outcome.source] if outcome.replaced is None else outcome.replaced
-        attached.note_kept(placed.label, table)
-    new = {k: v for k, v in kwargs.items() if k not in KINDS.values()}
-    new["mm_encoder_outputs"] = mm
-    if not changed:
-        return new, call, None
-    return _shorten(attached, call, new, mm, layouts, order, features, mask, generating)
+        places[kind] = (where[0], where[1])
+    return places
 
 
 def _length(cache: Any) -> int:
     return int(cache.get_seq_length()) if cache is not None else 0
 
 
-def _order(table: Any, layouts: Mapping[str, Any], places: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
-    """Placeholder order -> position among the features, kinds one after another."""
-    row = torch.cat([places[k][0] for k in layouts])
-    column = torch.cat([places[k][1] for k in layouts])
+def _order(places: Places) -> Tensor:
+    """[N] placeholder order -> position among the features, kinds one after another."""
+    row, column = (torch.cat(parts) for parts in zip(*places.values()))
     return (row * (int(column.max()) + 1) + column).argsort()
 
 
-def positions_of(attached: Attached, kwargs: Mapping[str, Any], mask: Tensor, generating: bool) -> Tensor:
+def positions_of(setup: Setup, kwargs: Mapping[str, Any], mask: Tensor, generating: bool) -> Tensor:
     """The position ids the model would have used: [B or 1, L], or [3 or 4, B, L]."""
-    model, family = attached.model, attached.family
-    ids = kwargs["input_ids"]
+    model, ids = setup.model, kwargs["input_ids"]
     if kwargs.get("position_ids") is not None:
         return kwargs["position_ids"]
     if generating:
         return model._prepare_position_ids_for_generation(ids, {**kwargs, "attention_mask": mask})
-    if family.mrope:
-        found = model.model.compute_3d_position_ids(
-            input_ids=ids,
-            image_grid_thw=kwargs.get("image_grid_thw"),
-            video_grid_thw=kwargs.get("video_grid_thw"),
-            inputs_embeds=model.get_input_embeddings()(ids),
-            attention_mask=kwargs.get("attention_mask"),
-            **{cache_name(model.model.compute_3d_position_ids) or "past_key_values": None},
-            **(
-                {"second_per_grid_ts": kwargs.get("second_per_grid_ts")}
-                if "second_per_grid_ts" in inspect.signature(model.model.compute_3d_position_ids).parameters
-                else {}
-            ),
-            mm_token_type_ids=kwargs.get("mm_token_type_ids"),
-        )
-        if found is not None:
-            return found
-    return torch.arange(ids.shape[1], device=ids.device)[None] + family.position_offset
+    if setup.family.mrope:
+        function = model.model.compute_3d_position_ids
+        names = ("image_grid_thw", "video_grid_thw", "attention_mask", "mm_token_type_ids")
+        arguments = {name: kwargs.get(name) for name in names}
+        # a parameter of some families only
+        if "second_per_grid_ts" in inspect.signature(function).parameters:
+            arguments["second_per_grid_ts"] = kwargs.get("second_per_grid_ts")
+        arguments[cache_name(function) or "past_key_values"] = None
+        embeddings = model.get_input_embeddings()(ids)
+        positions = function(input_ids=ids, inputs_embeds=embeddings, **arguments)
+        if positions is not None:
+            return positions
+    return torch.arange(ids.shape[1], device=ids.device)[None] + setup.family.position_offset
 
 
-def _shorten(
-    attached: Attached,
-    call: Call,
-    kwargs: dict[str, Any],
-    mm: dict[str, Any],
-    layouts: Mapping[str, Any],
-    order: Tensor,
-    features: Tensor,
-    mask: Tensor,
-    generating: bool,
-) -> tuple[dict[str, Any], Call, Turn]:
-    table = call.table
-    ids = kwargs["input_ids"]
-    rows, length = ids.shape
-    _windows(attached, length + int(kwargs.get("max_new_tokens") or 0))
-    keep = mask.bool().clone()
-    visual = table.column[: table.visual]
-    keep[table.row[: table.visual], visual] = False
-    stays = table.column[table.slot]
-    keep[table.row[table.slot], stays] = True
-    right = not bool(mask[:, -1].all()) and bool(mask[:, 0].all())
-    index, valid = pack(keep, right)
-    pad = attached.pad
-
-    def gather(tensor: Tensor, fill: int) -> Tensor:
-        return tensor.gather(1, index).masked_fill(~valid, fill)
-
-    positions = positions_of(attached, kwargs, mask, generating)
-    wide = positions.expand(*positions.shape[:-2], rows, length)
-    short = wide.gather(-1, index.expand(*wide.shape[:-2], *index.shape))
-    if attached.compact:
-        before = mask.cumsum(1).gather(1, index) - valid.cumsum(1)
-        short = short - before.masked_fill(~valid, 0)
-    new = dict(kwargs)
-    new["input_ids"] = gather(ids, pad)
-    new["attention_mask"] = valid.long()
-    new["position_ids"] = short
-    for name in TYPES:
-        if new.get(name) is not None:
-            new[name] = gather(new[name], 0)
-    if new.get("labels") is not None:
-        new["labels"] = gather(new["labels"], -100)
-    new["mm_encoder_outputs"] = _features(attached, call, mm, layouts, order, features)
-    where = torch.full((rows, length), -1, device=ids.device)
-    place = torch.arange(index.shape[1], device=ids.device).expand_as(index)
-    row, slot = valid.nonzero(as_tuple=True)
-    where[row, index[row, slot]] = place[row, slot]
-    column_at = torch.full((len(table),), -1, device=ids.device)
-    column_at[table.alive] = where[table.row[table.slot], stays]
-    call.column_at = column_at
-    attached.columns = torch.where(valid, index, -1)
-    turn = Turn(length, index, valid, short, mask.bool())
-    return new, call, turn
-
-
-def _windows(attached: Attached, length: int) -> None:
+def _check_windows(model: Any, length: int) -> None:
     """Sliding windows count columns, so what lies in one would change with what has left before it."""
-    config = attached.model.config.get_text_config()
+    config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    if window and sliding and length > window and not attached.compact:
+    if window and sliding and length > window:
         raise SecateurError(
             f"{length} tokens are more than the sliding window of {window}, which counts tokens, not positions",
             where="input",
@@ -286,26 +332,21 @@ def _windows(attached: Attached, length: int) -> None:
 
 
 def _features(
-    attached: Attached,
-    call: Call,
-    mm: dict[str, Any],
-    layouts: Mapping[str, Any],
-    order: Tensor,
-    features: Tensor,
+    call: Call, encoded: dict[str, Any], layouts: Mapping[str, Layout], order: Tensor, features: Tensor
 ) -> dict[str, Any]:
-    """Encoder outputs with what stays, one entry a row that has any."""
-    table = call.table
-    kinds = list(layouts)
+    """Encoder outputs with the features [M, D] that stay, one entry a row that has any."""
+    table, kinds = call.table, list(layouts)
     sizes = torch.tensor([len(layouts[k]) for k in kinds], device=features.device)
     kind_of = torch.repeat_interleave(torch.arange(len(kinds), device=features.device), sizes)[order]
     start = sizes.cumsum(0) - sizes
-    new = dict(mm)
+    new = dict(encoded)
     for number, kind in enumerate(kinds):
-        output = copy.copy(mm[kind])
+        output = copy.copy(encoded[kind])
         mine = kind_of[table.slot] == number
         row = table.row[table.slot][mine]
         counts = [int(c) for c in torch.bincount(row, minlength=table.rows).tolist() if c]
         output.pooler_output = list(features[mine].split(counts))
+        # features of earlier tower blocks, which the first decoder layers add
         deep = getattr(output, "deepstack_features", None)
         if deep is not None:
             at = order[table.alive[mine]] - start[number]
@@ -313,28 +354,6 @@ def _features(
                 torch.cat(list(d) if isinstance(d, list | tuple) else [d])[at].split(counts) for d in deep
             ]
         new[kind] = output
-    return new
-
-
-def _continue(attached: Attached, kwargs: dict[str, Any], turn: Turn, generating: bool) -> dict[str, Any]:
-    """A later turn or step on a cache that holds a shortened prompt."""
-    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-    given = ids if ids is not None else kwargs["inputs_embeds"]
-    turn = turn.rows(len(given))
-    past = _length(cache_in(kwargs))
-    cached = turn.columns.shape[1]
-    whole = mask is not None and mask.shape[1] == given.shape[1] or mask is None and generating
-    length = given.shape[1] if whole else turn.seen + past - cached + given.shape[1]
-    new = dict(kwargs)
-    if whole and ids is not None:
-        new["input_ids"] = turn.ids(ids, attached.pad)
-    new["attention_mask"] = turn.attention(mask, length)
-    if kwargs.get("position_ids") is None:
-        places = turn.place(new["attention_mask"])
-        new["position_ids"] = places if generating else places[..., -given.shape[1] :]
-    for name in TYPES:
-        if whole and kwargs.get(name) is not None:
-            new[name] = turn.ids(kwargs[name], 0)
     return new
 
 

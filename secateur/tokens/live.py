@@ -1,24 +1,27 @@
-"""What a token method reads of the running model: attention, keys, states."""
+"""What a token method reads of the running model, computed when it asks: attention rows, keys, states, text, pixels.
+
+Letters in shapes: S sets of up to n tokens, B rows and L slots of the sequence, H heads, F flat slots of a whole tower.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.tokens.record import Note, Recorder
+from secateur.tokens.call import Call
+from secateur.tokens.record import Key, Note, Recorder
 from secateur.tokens.scores import attention_rows, received_attention
 from secateur.tokens.site import Site
 from secateur.tokens.state import Missing, TokenSets
 
-if TYPE_CHECKING:
-    from secateur.tokens.call import Call
-
-
+Peek = Callable[[Key, bool], Note]
+"""Block and whether before rotation -> what its attention would see now."""
 CHUNK = 128
+"""Query rows handled at once."""
 
 
 def _padded(usable: Tensor, past: int) -> Tensor:
@@ -27,33 +30,33 @@ def _padded(usable: Tensor, past: int) -> Tensor:
 
 
 class Live:
-    """Statistics of a run, for the sets of one stage."""
+    """The `Source` of a running model, for the sets of one stage, which stands before block (kind, number)."""
 
-    def __init__(self, call: Call, recorder: Recorder | None, kind: str, number: int):
-        self.call, self.recorder, self.kind, self.number = call, recorder, kind, number
-        self.peek: Callable[[tuple[str, int], bool], Note] | None = None
+    def __init__(self, call: Call, recorder: Recorder | None, kind: str, number: int, peek: Peek | None):
+        self.call, self.recorder, self.kind, self.number, self.peek = call, recorder, kind, number, peek
+        self.facts = call.setup.facts
         self._notes: dict[Any, Note] = {}
         self._memo: dict[Any, Any] = {}
 
     # -- notes --
 
     def note(self, text: str, raw: bool = False, form: str | None = None) -> Note:
-        facts = self.call.facts
-        site = Site.parse(text, facts.layers, facts.blocks)
+        """What was noted at a place. Raises `Missing` where nothing was, or not yet."""
+        site = Site.parse(text, self.facts.layers, self.facts.blocks)
         raw = raw or site.form == "raw"
         if (site.form == "peek" or site.key == (self.kind, self.number)) and form != "modules":
             return self._peek(site.key, raw)
         name = form or ("raw" if raw else "")
-        if self.recorder is None or name not in self.recorder.wanted.get(site.key, ()):
+        if self.recorder is None or name not in self.recorder.forms.get(site.key, ()):
             raise Missing(
                 f"record of {text!r}", where="tokens", fix=f'put "{text}" into the records of the stage'
             )
-        found = self.recorder.notes.get((*site.key, name))
-        if found is None or (name != "modules" and not found.q):
+        note = self.recorder.notes.get((*site.key, name))
+        if note is None or (name != "modules" and not note.q):
             raise Missing(f"record of {text!r} yet: that place runs later", where="tokens")
-        return found
+        return note
 
-    def _peek(self, key: tuple[str, int], raw: bool) -> Note:
+    def _peek(self, key: Key, raw: bool) -> Note:
         if (key, raw) not in self._notes:
             if self.recorder is None or key not in self.recorder.taps or self.peek is None:
                 raise Missing(
@@ -74,30 +77,30 @@ class Live:
         """[S, n] slot of each member in a decoder layer's sequence; -1 none."""
         assert note.columns is not None and note.column_at is not None
         members = sets.place.members
-        column = note.column_at[members.clamp(min=0)]
+        column = note.column_at[members.clamp(min=0)]  # [S, n]
         width = int(note.columns.max()) + 1
         table = torch.full((len(note.columns), width), -1, device=column.device)
         slots = torch.arange(note.columns.shape[1], device=column.device).expand_as(note.columns)
         usable = note.valid if note.valid is not None else torch.ones_like(note.columns, dtype=torch.bool)
+        # column -> slot; padding is written to column 0, whose slot is then set again
         table.scatter_(1, note.columns.masked_fill(~usable, 0), torch.where(usable, slots, -1))
         first = usable & (note.columns == 0)
         table[:, 0] = torch.where(first.any(1), first.int().argmax(1), -1)
-        found = table[sets.row[:, None], column.clamp(min=0, max=width - 1)]
-        return torch.where((members >= 0) & (column >= 0), found, -1)
+        slot = table[sets.row[:, None], column.clamp(min=0, max=width - 1)]
+        return torch.where((members >= 0) & (column >= 0), slot, -1)
 
     def _layer_attention(
         self, sets: TokenSets, note: Note, rows: str | Tensor, over: str, heads: bool
     ) -> Tensor:
-        q, k, mask = note.q[0], note.k[0], note.mask[0]
         assert note.columns is not None and note.valid is not None
+        # beams repeat the prompt, so one row of each says it all
         step = self.call.expand
-        q, k = q[::step], k[::step]
+        q, k, mask = note.q[0][::step], note.k[0][::step], note.mask[0]
         mask = mask[::step] if mask is not None and mask.shape[0] > 1 else mask
-        slots = self._slots(sets, note)
-        length, keys = q.shape[2], k.shape[2]
-        past = keys - length
-        valid = note.valid
-        chosen, weights = self._rows(sets, slots, note, rows)
+        slots = self._slots(sets, note)  # [S, n]
+        keys = k.shape[2]
+        past = keys - q.shape[2]
+        chosen, weights = self._rows(sets, slots, note, rows)  # [S, R]
         index = slots.clamp(min=0) + past
         seen = None
         if over == "visual":
@@ -106,33 +109,44 @@ class Live:
             seen = seen[:, :keys]
         elif over != "all":
             raise SecateurError(f"there is no over={over!r}", where="tokens", fix="all or visual")
+
+        # a sequence for each set; no copy where they are the same
         row = sets.row
         if len(row) != len(q) or bool((row != torch.arange(len(q), device=row.device)).any()):
             q, k = q[row], k[row]
             mask = mask[row] if mask is not None and mask.shape[0] > 1 else mask
-        usable = valid[row]
-        causal = note.causal and length > 1
-        if chosen.shape[1] > CHUNK and (mask is None or mask.dim() == 4):
-            share = torch.zeros(len(q), length, device=q.device)
-            share.scatter_add_(1, chosen.clamp(min=0), weights.float())
-            seen_by: Tensor | None = None if mask is None else mask[..., -keys:]
-            if mask is None and not bool(usable.all()):
-                seen_by = _padded(usable, past)[:, None, None]
-            out = received_attention(
-                q,
-                k,
-                share,
-                mask=seen_by,
-                over=seen,
-                causal=causal and not self.call.family.bidirectional,
-                scale=note.scale,
-                heads=True,
-            )
-        else:
-            out = self._some_rows(q, k, mask, chosen, weights, usable, causal, seen, note.scale)
+        usable = note.valid[row]
+        causal = note.causal and q.shape[2] > 1
+        many = chosen.shape[1] > CHUNK and (mask is None or mask.dim() == 4)
+        compute = self._many_rows if many else self._some_rows
+        out = compute(q, k, mask, chosen, weights, usable, causal, seen, note.scale)
         picked = out.gather(2, index[:, None].expand(-1, out.shape[1], -1))
         picked = picked.masked_fill((slots < 0)[:, None], 0)
         return picked if heads else picked.mean(1)
+
+    def _many_rows(
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None,
+        chosen: Tensor,
+        weights: Tensor,
+        usable: Tensor,
+        causal: bool,
+        seen: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        """`_some_rows` by weights over all query slots, 0 for those that aren't chosen: nothing is gathered."""
+        length, keys = q.shape[2], k.shape[2]
+        share = torch.zeros(len(q), length, device=q.device)
+        share.scatter_add_(1, chosen.clamp(min=0), weights.float())
+        seen_by: Tensor | None = None if mask is None else mask[..., -keys:]
+        if mask is None and not bool(usable.all()):
+            seen_by = _padded(usable, keys - length)[:, None, None]
+        causal = causal and not self.call.setup.family.bidirectional
+        return received_attention(
+            q, k, share, mask=seen_by, over=seen, causal=causal, scale=scale, heads=True
+        )
 
     @staticmethod
     def _some_rows(
@@ -193,6 +207,7 @@ class Live:
             raise SecateurError(
                 f"there are no rows {rows!r}", where="tokens", fix="cls, last, text, visual, all or weights"
             )
+        # the chosen slots first, padded by slots of weight 0
         order = (~mine).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(mine.sum(1).max())]
         share = mine / mine.sum(1, keepdim=True).clamp(min=1)
         return order, share.gather(1, order)
@@ -209,76 +224,66 @@ class Live:
         slot = where[patches.clamp(min=0)]
         there = there & (slot >= 0)
         if patches.shape[-1] == 1:
-            found = values[slot[..., 0].clamp(min=0)]
+            picked = values[slot[..., 0].clamp(min=0)]
             gone = ~there[..., 0]
-            return found.masked_fill(gone.view(*gone.shape, *[1] * (found.dim() - 2)), 0)
-        found = values[slot.clamp(min=0)]
+            return picked.masked_fill(gone.view(*gone.shape, *[1] * (picked.dim() - 2)), 0)
+        picked = values[slot.clamp(min=0)]  # [S, n, m, ...]
         shape = (*there.shape, *[1] * (values.dim() - 1))
         weight = there.view(shape).to(values.dtype)
-        return (found * weight).sum(2) / weight.sum(2).clamp(min=1)
+        return (picked * weight).sum(2) / weight.sum(2).clamp(min=1)
 
     def _tower_attention(
         self, sets: TokenSets, note: Note, rows: str | Tensor, over: str, heads: bool
     ) -> Tensor:
-        prefix = self.call.facts.prefix
-        share: Tensor | None = None
         if isinstance(rows, Tensor):
-            share = self._spread(sets, note, rows)
-        elif rows == "cls" and not prefix:
+            whole = self._tower_rows(note, self._spread(sets, note, rows), "", over)
+        elif rows == "cls" and not self.facts.prefix:
             raise Missing("CLS token", where="tokens", fix="the method's form without CLS")
         elif rows not in ("cls", "all", "visual", "last"):
             raise Missing(f"row {rows!r} in a vision tower", where="tokens")
-        key = (id(note), rows, over) if isinstance(rows, str) else None
-        if key is None or key not in self._memo:
-            flat: list[Tensor] = []
-            done = 0
-            for q, k, mask in zip(note.q, note.k, note.mask):
-                batch, _, length = q.shape[:3]
-                chosen = torch.zeros(length, dtype=torch.float32, device=q.device)
-                if rows == "cls":
-                    chosen[0] = 1
-                elif rows == "last":
-                    chosen[-1] = 1
-                else:
-                    chosen[prefix if rows == "visual" else 0 :] = 1
-                weight = chosen.expand(batch, length)
-                if share is not None:
-                    weight = share[done : done + batch * length].view(batch, length)
-                    use = slice(0, length)
-                else:
-                    weight = weight / weight.sum(1, keepdim=True)
-                    first = {"cls": 0, "last": length - 1, "visual": prefix}.get(str(rows), 0)
-                    use = slice(first, 1 if rows == "cls" else length)
-                seen = None
-                if over == "visual":
-                    seen = torch.arange(length, device=q.device).expand(batch, length) >= prefix
-                out = None
-                for start in range(use.start, use.stop, CHUNK):
-                    stop = min(start + CHUNK, use.stop)
-                    piece = mask
-                    if mask is not None and mask.shape[-2] > 1:
-                        piece = mask[..., start:stop, :]
-                    found = attention_rows(
-                        q[:, :, start:stop],
-                        k,
-                        weight[:, start:stop].float(),
-                        mask=piece,
-                        over=seen,
-                        scale=note.scale,
-                        heads=True,
-                    )
-                    out = found if out is None else out + found
-                assert out is not None
-                flat.append(out.transpose(1, 2).flatten(0, 1))
-                done += batch * length
-            whole = torch.cat(flat)
-            if key is not None:
-                self._memo[key] = whole
         else:
+            # named rows are the same for every crop, whatever the sets
+            key = (id(note), rows, over)
+            if key not in self._memo:
+                self._memo[key] = self._tower_rows(note, None, rows, over)
             whole = self._memo[key]
         if not heads:
             return self._pool(sets, note, whole.mean(1))
         return self._pool(sets, note, whole).transpose(1, 2)
+
+    def _tower_rows(self, note: Note, share: Tensor | None, rows: str, over: str) -> Tensor:
+        """[F, H]: what query rows attend to, weighted by `share` [F], or the mean of the `rows` of each sequence."""
+        prefix, done = self.facts.prefix, 0
+        flat: list[Tensor] = []
+        for q, k, mask in zip(note.q, note.k, note.mask):
+            batch, _, length = q.shape[:3]
+            if share is not None:
+                weight = share[done : done + batch * length].view(batch, length)
+                first, end = 0, length
+            else:
+                first = {"cls": 0, "last": length - 1, "visual": prefix}.get(rows, 0)
+                end = 1 if rows == "cls" else length
+                each = torch.zeros(length, dtype=torch.float32, device=q.device)
+                each[first:end] = 1
+                weight = each.expand(batch, length)
+                weight = weight / weight.sum(1, keepdim=True)
+            seen = None
+            if over == "visual":
+                seen = torch.arange(length, device=q.device).expand(batch, length) >= prefix
+            out = None  # [batch, H, length], a chunk of query rows at a time
+            for start in range(first, end, CHUNK):
+                stop = min(start + CHUNK, end)
+                part = mask[..., start:stop, :] if mask is not None and mask.shape[-2] > 1 else mask
+                share_of = weight[:, start:stop].float()
+                scale = note.scale
+                more = attention_rows(
+                    q[:, :, start:stop], k, share_of, mask=part, over=seen, scale=scale, heads=True
+                )
+                out = more if out is None else out + more
+            assert out is not None
+            flat.append(out.transpose(1, 2).flatten(0, 1))
+            done += batch * length
+        return torch.cat(flat)
 
     def _spread(self, sets: TokenSets, note: Note, weights: Tensor) -> Tensor:
         """Weights [S, n] of tokens -> of the tower's flat slots, a token's divided over its patches."""
@@ -295,7 +300,7 @@ class Live:
 
     def _cls_rows(self, sets: TokenSets, length: int) -> Tensor:
         """[S] flat slot of the CLS token of each set's crop."""
-        if not self.call.facts.prefix:
+        if not self.facts.prefix:
             raise Missing("CLS token", where="tokens", fix="the method's form without CLS")
         members = sets.place.members
         crops = self.call.table.crop_id[members.clamp(min=0)]
@@ -321,9 +326,9 @@ class Live:
             if cls:
                 slots = self._rows(sets, slots, note, "last")[0]
             past = values.shape[2] - note.q[0].shape[2] if which != "q" else 0
-            found = values[sets.row[:, None], :, slots.clamp(min=0) + past]
-            found = found.masked_fill((slots < 0)[..., None, None], 0).transpose(1, 2).float()
-            return found[:, :, 0] if cls else found
+            picked = values[sets.row[:, None], :, slots.clamp(min=0) + past]  # [S, n, H, d]
+            picked = picked.masked_fill((slots < 0)[..., None, None], 0).transpose(1, 2).float()
+            return picked[:, :, 0] if cls else picked
         flat = torch.cat([p.transpose(1, 2).flatten(0, 1) for p in parts])
         if cls:
             return flat[self._cls_rows(sets, note.q[0].shape[2])].float()
@@ -336,8 +341,7 @@ class Live:
         if site.startswith("layer"):
             states = note.states[:: self.call.expand]
             slots = self._slots(sets, note)
-            found = states[sets.row[:, None], slots.clamp(min=0)]
-            return found.masked_fill((slots < 0)[..., None], 0)
+            return states[sets.row[:, None], slots.clamp(min=0)].masked_fill((slots < 0)[..., None], 0)
         flat = note.states.flatten(0, -2)
         if cls:
             return flat[self._cls_rows(sets, note.states.shape[-2])]
@@ -347,28 +351,70 @@ class Live:
         note = self.note(site, form="modules")
         if module not in note.modules:
             raise Missing(f"record of {module!r} in {site!r}", where="tokens", fix="attention or mlp")
-        given, out = note.modules[module]
+        pair = note.modules[module]  # its input and its output, [B, L, D]
         if not site.startswith("layer"):
-            flat = given.flatten(0, -2), out.flatten(0, -2)
-            return self._pool(sets, note, flat[0]), self._pool(sets, note, flat[1])
-        given, out = given[:: self.call.expand], out[:: self.call.expand]
+            return tuple(self._pool(sets, note, states.flatten(0, -2)) for states in pair)
+        first, second = (states[:: self.call.expand] for states in pair)
         assert note.valid is not None
         if whole:
-            return given, out, note.valid
+            return first, second, note.valid
         slots = self._slots(sets, note)
-        gone = (slots < 0)[..., None]
-        at = slots.clamp(min=0)
-        row = sets.row[:, None]
-        return given[row, at].masked_fill(gone, 0), out[row, at].masked_fill(gone, 0)
+        gone, at, row = (slots < 0)[..., None], slots.clamp(min=0), sets.row[:, None]
+        return first[row, at].masked_fill(gone, 0), second[row, at].masked_fill(gone, 0)
 
     def text(self, sets: TokenSets, kind: str) -> tuple[Tensor, Tensor]:
-        return self.call.text(sets, kind)
+        """Text tokens of each set's row, not visual, not padding: those after the last image, or all where none is."""
+        ids, valid, table = self.call.ids, self.call.mask, self.call.table
+        if ids is None or valid is None:
+            raise Missing("text beside a vision transformer on its own", where="tokens")
+        text = valid.clone()  # [B, L]
+        row, visual = table.row[: table.visual], table.column[: table.visual]
+        text[row, visual] = False
+        last = torch.full((len(text),), -1, device=text.device)
+        last.scatter_reduce_(0, row, visual, "amax")
+        after = text & (torch.arange(text.shape[1], device=text.device) > last[:, None])
+        text = torch.where(after.any(1, keepdim=True), after, text)
+        order = (~text).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(text.sum(1).max())]
+        there = text.gather(1, order)[sets.row]  # [S, m]
+        picked = ids.gather(1, order)[sets.row].masked_fill(~there, 0)
+        if kind == "ids":
+            return picked, there
+        if kind == "embeddings":
+            embeddings = self.call.setup.model.get_input_embeddings()(picked)
+            return embeddings.masked_fill(~there[..., None], 0), there
+        raise Missing(f"text {kind!r}", where="tokens", fix="embeddings or ids")
 
     def pixels(self, sets: TokenSets) -> Tensor:
-        return self.call.pixels(sets)
+        """Grey values; the processor's normalisation is undone with `image_mean` and `image_std` (0.5 unless given)."""
+        setup, table = self.call.setup, self.call.table
+        pixels = self.call.inputs.get("pixel_values")
+        total = int(table.patches.max()) + 1
+        if not isinstance(pixels, Tensor) or total < 1:
+            raise Missing("pixels", where="tokens")
+        if setup.family.packed:
+            # [patches, 3 * frames * size^2]: the first frame
+            size = setup.model.config.vision_config.patch_size
+            flat = pixels.view(len(pixels), 3, -1, size * size)[:, :, 0].transpose(0, 1)
+        else:
+            pictures = pixels if pixels.dim() == 4 else pixels.flatten(0, 1)
+            if pixels.dim() == 5:
+                # crops of zeros pad images with fewer crops
+                pictures = pictures[(pictures.flatten(1) != 0).any(1)]
+            per = total // len(pictures)
+            size = round((pictures.shape[-1] * pictures.shape[-2] / per) ** 0.5)
+            columns = torch.nn.functional.unfold(pictures.flatten(0, 1)[:, None].float(), size, stride=size)
+            flat = columns.view(len(pictures), 3, size * size, -1).permute(1, 0, 3, 2).flatten(1, 2)
+        # flat [3, patches, p] -> grey [patches, p] in 0..255
+        mean = torch.as_tensor(setup.given.get("image_mean", 0.5), device=flat.device).expand(3)
+        std = torch.as_tensor(setup.given.get("image_std", 0.5), device=flat.device).expand(3)
+        colour = flat.float() * std[:, None, None] + mean[:, None, None]
+        weights = flat.new_tensor([0.299, 0.587, 0.114]).float()
+        grey = ((colour * weights[:, None, None]).sum(0) * 255).clamp(0, 255)
+        patches = table.patches[sets.place.members.clamp(min=0)]  # [S, n, m]
+        return grey[patches.clamp(min=0)].masked_fill((patches < 0)[..., None], 0).flatten(2)
 
     def project(self, hidden: Tensor) -> Tensor:
-        projector = self.call.family.projector(self.call.model)
+        projector = self.call.setup.family.projector(self.call.setup.model)
         if projector is None:
             raise Missing("projector that works token by token", where="tokens")
         flat = projector(hidden.reshape(1, -1, hidden.shape[-1]))

@@ -22,9 +22,9 @@ class Stage:
 
     >>> Stage(at="layer:2", select=self.select, records=("layer:1",), keep=0.5)  # doctest: +SKIP
 
-    `at`: "input" (projected features, before the language model), "layer:K" (before decoder layer K runs) or
-    "encoder:K" (before block K of the vision tower runs), or "encoder:K:mlp" (between its attention and its MLP). `select`: `TokenSets` -> bool [S, n] of what stays, or a
-    `Reduction`. `records`: what the engine must note down for it. `scope`: who competes, None: the method's.
+    `at`: "input" (projected features, before the language model), "layer:K" (before decoder layer K runs),
+    "encoder:K" (before block K of the vision tower runs), or "encoder:K:mlp" (between its attention and its MLP).
+    `select`: `TokenSets` -> bool [S, n] of what stays, or a `Reduction`. `records`: what the engine must note for it. `scope`: which tokens compete, None: the method's.
     `keep`: float, the share of the original count of each set; int, the count; None, what the target says.
     `bias`: in the tower, the name of a carried number whose log is added to a token's attention logits as a key in the
     blocks after.
@@ -44,28 +44,44 @@ class Stage:
 class TokenMethod(Method):
     """Removes or merges visual tokens while the model runs; no weight changes.
 
-    Write `select`, and override `stages` where tokens leave in more than one place. The engine sets `share` (of the
-    visual tokens, 0..1) or `tokens` (per image) from the target before it calls `stages`.
+    Write `select`, and override `stages` where tokens leave in more than one place. How many stay is `sets.keep`; what the
+    caller asked for is `sets.target`.
     """
 
     scope: ClassVar[str] = "image"
-    """Who competes: the tokens of one "crop", one "image", or one batch "row"."""
+    """Which tokens compete: those of one "crop", one "image", or one batch "row"."""
     positions: ClassVar[str] = "original"
-    """Position ids of what stays: "original", or "compact" (counted anew; on models with 2-D positions as "original")."""
+    """Position ids of what stays: "original", or "compact" (counted again; on models with 2-D positions as "original")."""
     newlines: ClassVar[str] = "keep"
     """Separators between grid rows: "keep" (not in the sets, always stay), "drop", or "compete" with the others."""
     records: ClassVar[tuple[str, ...]] = ()
     """What the default stage reads: "encoder:-2", "layer:7", "layer:7:raw", "layer:7:modules", "layer:7:peek"."""
     adaptive: ClassVar[bool] = False
     """It finds the counts itself: the target may be None."""
-    share: ClassVar[float | None] = None
-    tokens: ClassVar[int | None] = None
 
     def select(self, sets: TokenSets) -> Tensor | Reduction:
-        """[S, n] bool, True = stays; or a `Reduction`."""
+        """The tokens that stay at the default stage.
+
+        Args:
+            sets: S sets of up to n visual tokens that compete, and what the model's statistics say about them.
+
+        Returns:
+            bool [S, n], True = stays, never where `sets.valid` is False; or a `Reduction` where tokens merge or move.
+
+        Raises:
+            Missing: the model has no statistic that the method can't do without.
+        """
         raise TypeError(f"{type(self).__name__} must define select")
 
     def stages(self, facts: Facts) -> list[Stage]:
+        """The places where tokens leave, in the order in which the model comes to them.
+
+        Args:
+            facts: depths and widths of the model; `facts.layer` and `facts.spread` scale published layers to its depth.
+
+        Returns:
+            At least one stage; `select` at the input unless overridden.
+        """
         return [Stage(at="input", select=self.select, records=self.records)]
 
 

@@ -1,7 +1,7 @@
 """Notes taken beside a running model: queries, keys, values, hidden states and module inputs of chosen layers.
 
-Nothing is computed while the model runs; a `Live` source works out the rows that a method asks for afterwards, from q and k,
-in chunks, without the L x L matrix. The model's own attention function runs as before.
+Nothing is computed while the model runs; a `Live` source computes the rows that a method asks for afterwards, from q and k, in
+chunks, without the L x L matrix. The model's own attention function runs as before.
 """
 
 from __future__ import annotations
@@ -9,31 +9,34 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.errors import SecateurError
+from secateur.tokens.call import Current
 from secateur.tokens.site import Site
+from secateur.utils.versions import without_cache
 
-if TYPE_CHECKING:
-    from secateur.tokens.attach import Attached
-
+Key = tuple[str, int]
+"""A block: ("encoder" or "layer", number)."""
 _TAPS: weakref.WeakKeyDictionary[nn.Module, Tap] = weakref.WeakKeyDictionary()
 
 
 class Stopped(Exception):
-    """Raised at the attention function when only the queries and keys were wanted."""
+    """Raised at the attention function when only the queries and keys are asked for."""
 
 
 @dataclass(eq=False)
 class Note:
-    """What one attention module saw in one run; packed towers call it once a segment."""
+    """What one attention module saw in one run; packed towers call it once a segment.
+
+    q [B, H, L, d], k and v [B, H_kv, L, d].
+    """
 
     q: list[Tensor] = field(default_factory=list)
     k: list[Tensor] = field(default_factory=list)
@@ -54,6 +57,7 @@ class Note:
     after: Tensor | None = None
     """`where` for the output, when tokens left inside the block (towers)."""
     modules: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """"attention" and "mlp": input after the norm, output before the residual."""
 
     def add(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: Any, causal: bool) -> None:
         self.q.append(q)
@@ -80,7 +84,7 @@ class Tap:
 
 
 def _interface(base: str) -> str:
-    """Registers an attention function that tells the tap and then calls `base`; gives its name."""
+    """The name of an attention function, registered with transformers, that tells the tap and then calls `base`."""
     from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -121,10 +125,11 @@ class _Sdpa(TorchFunctionMode):
 
 
 def part(block: nn.Module, *names: str) -> nn.Module:
+    """The first module of these names that a block has."""
     for name in names:
-        found = getattr(block, name, None)
-        if isinstance(found, nn.Module):
-            return found
+        module = getattr(block, name, None)
+        if isinstance(module, nn.Module):
+            return module
     raise SecateurError(
         f"{type(block).__name__} has none of {', '.join(names)}", where="tokens", fix="its layout isn't known"
     )
@@ -135,7 +140,7 @@ def attention_of(block: nn.Module) -> nn.Module:
 
 
 def tap_on(block: nn.Module) -> tuple[Tap, Callable[[], None]]:
-    """Puts a tap on a block's attention; gives it, and what takes it off."""
+    """A tap, put on a block's attention, and the function that takes it off."""
     module = attention_of(block)
     if module in _TAPS:
         raise SecateurError(f"{type(module).__name__} is being recorded already", where="tokens")
@@ -149,6 +154,7 @@ def tap_on(block: nn.Module) -> tuple[Tap, Callable[[], None]]:
                 where="tokens",
                 fix='load the model with attn_implementation="sdpa"',
             )
+        # a config of its own: other modules share the model's
         changed = copy.copy(config)
         changed._attn_implementation_internal = _interface(base)
         module.config = changed
@@ -159,6 +165,7 @@ def tap_on(block: nn.Module) -> tuple[Tap, Callable[[], None]]:
             _TAPS.pop(module, None)
 
         return tap, off
+    # without a config (timm) the attention function can't be named, so the torch function is watched
     own = module.__dict__.get("forward")
     forward = module.forward
 
@@ -182,18 +189,21 @@ def tap_on(block: nn.Module) -> tuple[Tap, Callable[[], None]]:
 
 
 class Recorder:
-    """The taps and hooks of one attached model."""
+    """The taps and hooks of one attached model, and the notes of its current call.
 
-    def __init__(self, attached: Attached, sites: Mapping[str, Site], blocks: Any, layers: Any):
-        self.attached = attached
-        self.taps: dict[tuple[str, int], Tap] = {}
+    `forms[block]`: what is noted of it: "" (q, k, v and output), "raw" (before rotation), "modules", "peek".
+    """
+
+    def __init__(self, current: Current, sites: Mapping[str, Site], blocks: Any, layers: Any):
+        self.current = current
+        self.taps: dict[Key, Tap] = {}
         self.undo: list[Callable[[], None]] = []
         self.notes: dict[tuple[str, int, str], Note] = {}
-        self.wanted: dict[tuple[str, int], set[str]] = {}
+        self.forms: dict[Key, set[str]] = {}
         try:
             for site in sites.values():
-                self.wanted.setdefault(site.key, set()).add(site.form)
-            for key, forms in self.wanted.items():
+                self.forms.setdefault(site.key, set()).add(site.form)
+            for key, forms in self.forms.items():
                 block = (blocks if key[0] == "encoder" else layers)[key[1]]
                 if forms != {"modules"}:
                     self.taps[key], off = tap_on(block)
@@ -212,63 +222,65 @@ class Recorder:
 
     @property
     def on(self) -> bool:
-        return self.attached.call is not None
+        return self.current.call is not None
 
-    def start(self, key: tuple[str, int]) -> None:
-        """Before a recorded block runs."""
-        forms = self.wanted.get(key)
+    def begin(
+        self, key: Key, block: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any], **marks: Any
+    ) -> None:
+        """Before a block runs on `hidden`. `marks`: fields of its notes that say where its slots lie."""
+        forms = self.forms.get(key)
         if not forms or not self.on:
             return
-        if key in self.taps and "" in forms:
-            self.taps[key].note = self.notes[(*key, "")] = Note()
+        if "raw" in forms:
+            self.notes[(*key, "raw")] = self.peek(key, block, hidden, kwargs, raw=True, **marks)
+        if "" in forms:
+            self.taps[key].note = self.notes[(*key, "")] = Note(**marks)
         if "modules" in forms:
-            self.notes[(*key, "modules")] = Note()
+            self.notes[(*key, "modules")] = Note(**marks)
 
-    def stop(self, key: tuple[str, int]) -> None:
-        if key in self.taps:
-            self.taps[key].note = None
+    def peek(
+        self, key: Key, block: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any], raw: bool, **marks: Any
+    ) -> Note:
+        """q, k and v of a block on `hidden`, beside the run: it stops at its attention and writes no cache.
 
-    def place(self, key: tuple[str, int], **marks: Any) -> None:
-        """Says where the slots of a block that is about to run lie."""
-        for form in ("", "modules"):
-            note = self.notes.get((*key, form))
-            if note is not None:
-                for name, value in marks.items():
-                    setattr(note, name, value)
+        `raw`: before rotation.
+        """
+        arguments = without_cache(without_rotation(kwargs) if raw else kwargs)
+        arguments.pop("hidden_states", None)
+        tap = self.taps[key]
+        before = tap.note
+        note = Note(**marks)
+        tap.note, tap.stop = note, True
+        try:
+            with torch.no_grad():
+                block.forward(hidden, **arguments)
+        except Stopped:
+            pass
+        finally:
+            tap.note, tap.stop = before, False
+        return note
 
-    def _watch_output(self, key: tuple[str, int], block: nn.Module) -> None:
+    def _watch_output(self, key: Key, block: nn.Module) -> None:
         def after(module: nn.Module, args: Any, output: Any) -> None:
             note = self.notes.get((*key, ""))
             if self.on and note is not None and note.states is None:
                 note.states = output[0] if isinstance(output, tuple) else output
-            self.stop(key)
+            if key in self.taps:
+                self.taps[key].note = None
 
         self.undo.append(block.register_forward_hook(after).remove)
 
-    def _watch_modules(self, key: tuple[str, int], block: nn.Module) -> None:
+    def _watch_modules(self, key: Key, block: nn.Module) -> None:
         parts = {"attention": attention_of(block), "mlp": part(block, "mlp")}
         for name, module in parts.items():
 
             def after(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
                 note = self.notes.get((*key, "modules"))
                 if self.on and note is not None and name not in note.modules:
-                    given = args[0] if args else kwargs["hidden_states"]
-                    note.modules[name] = (given, output[0] if isinstance(output, tuple) else output)
+                    hidden = args[0] if args else kwargs["hidden_states"]
+                    note.modules[name] = (hidden, output[0] if isinstance(output, tuple) else output)
 
             self.undo.append(module.register_forward_hook(after, with_kwargs=True).remove)
-
-    @contextmanager
-    def peeking(self, key: tuple[str, int]) -> Iterator[Note]:
-        """Inside, the block's attention notes q, k, v and stops there."""
-        tap = self.taps[key]
-        before = tap.note
-        tap.note, tap.stop = Note(), True
-        try:
-            yield tap.note
-        except Stopped:
-            pass
-        finally:
-            tap.note, tap.stop = before, False
 
 
 def without_rotation(kwargs: Mapping[str, Any]) -> dict[str, Any]:

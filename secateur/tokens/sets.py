@@ -43,13 +43,14 @@ class Table:
     whole: Tensor
     """[T, 2] place on the picture that the crops of its image make together."""
     column: Tensor
-    """In the given input_ids."""
+    """In the input_ids as given; -1 for patches without a token."""
     visual: int
     """N."""
     rows: int
     alive: Tensor = field(init=False)
     slot: Tensor = field(init=False)
     carried: dict[str, Tensor] = field(default_factory=dict)
+    """[T] numbers that a method carries from stage to stage, NaN where it gave none."""
 
     def __post_init__(self) -> None:
         self.alive = torch.arange(self.visual, device=self.row.device)
@@ -74,89 +75,94 @@ class Table:
 
 def make_table(layouts: dict[str, Layout], places: dict[str, tuple[Tensor, Tensor]], rows: int) -> Table:
     """From layouts and where the placeholders are, by kind: (row, column), each [N], in the order of the features."""
-    parts: dict[str, list[Tensor]] = {}
-    crops = images = patches = 0
-    device = next(iter(places.values()))[0].device
     width = max(layout.patches.shape[1] for layout in layouts.values())
-
-    def add(**values: Tensor) -> None:
-        for key, value in values.items():
-            parts.setdefault(key, []).append(value)
-
-    lost: list[dict[str, Tensor]] = []
+    device = next(iter(places.values()))[0].device
+    visible: list[dict[str, Tensor]] = []
+    hidden: list[dict[str, Tensor]] = []
+    crops = images = patches = 0
     for kind, layout in layouts.items():
         layout = layout.to(device)
-        row, column = places[kind]
-        m = layout.patches.shape[1]
-        pad = torch.full((len(layout), width - m), -1, device=device)
-        shifted = torch.where(layout.patches >= 0, layout.patches + patches, -1)
-        add(
-            row=row,
-            column=column,
-            image_id=layout.image + images,
-            crop_id=layout.crop + crops,
-            frame=layout.frame,
-            grid_row=layout.grid_row,
-            grid_col=layout.grid_col,
-            newline=layout.newline,
-            patches=torch.cat([shifted, pad], 1),
-            grid=layout.grid[layout.crop],
-            whole=torch.stack([layout.grid_row, layout.grid_col], 1)
-            if layout.whole is None
-            else layout.whole,
-        )
-        used = torch.zeros(layout.total_patches, dtype=torch.bool, device=device)
-        used[layout.patches[layout.patches >= 0]] = True
-        if not bool(used.all()):
-            free = (~used).nonzero()[:, 0]
-            size = layout.grid.prod(1)
-            bounds = size.cumsum(0)
-            crop = torch.searchsorted(bounds, free, right=True)
-            inside = free - (bounds - size)[crop]
-            owner = torch.zeros(int(layout.image.max()) + 1, dtype=torch.int64, device=device)
-            owner[layout.image] = row
-            image = layout.crop_image[crop]
-            wide = layout.grid[crop, 1]
-            lost.append(
-                {
-                    "row": owner[image],
-                    "column": torch.full_like(free, -1),
-                    "image_id": image + images,
-                    "crop_id": crop + crops,
-                    "frame": torch.zeros_like(free),
-                    "grid_row": inside // wide,
-                    "grid_col": inside % wide,
-                    "newline": torch.zeros_like(free, dtype=torch.bool),
-                    "patches": torch.cat(
-                        [(free + patches)[:, None], torch.full((len(free), width - 1), -1, device=device)], 1
-                    ),
-                    "grid": layout.grid[crop],
-                    "whole": torch.stack([inside // wide, inside % wide], 1),
-                }
-            )
+        # images, crops and patches are counted over all kinds
+        start = (images, crops, patches)
+        visible.append(_tokens(layout, *places[kind], width, start))
+        hidden.append(_patches_without_token(layout, places[kind][0], width, start))
         crops += len(layout.grid)
         images += len(layout.crop_image.unique())
         patches += layout.total_patches
-    joined = {key: torch.cat(value) for key, value in parts.items()}
-    order = (
-        joined["row"] * (int(joined["column"].max()) + 1 if len(joined["row"]) else 1) + joined["column"]
-    ).argsort()
-    joined = {key: value[order] for key, value in joined.items()}
-    visual = len(order)
-    row = joined["row"]
-    first = torch.searchsorted(row, torch.arange(rows, device=device))
-    number = torch.arange(visual, device=device) - first[row]
-    for part in lost:
-        joined = {key: torch.cat([value, part[key]]) for key, value in joined.items()}
-    number = torch.cat([number, torch.full((len(joined["row"]) - visual,), -1, device=device)])
-    image = _within(joined["image_id"], joined["row"])
-    crop = _within(joined["crop_id"], joined["image_id"])
-    values: dict[str, Any] = {**joined, "image": image, "crop": crop, "number": number}
+    tokens = {key: torch.cat([part[key] for part in visible]) for key in visible[0]}
+    # features come kind by kind; the table goes row by row
+    visual = len(tokens["row"])
+    order = (tokens["row"] * (int(tokens["column"].max()) + 1 if visual else 1) + tokens["column"]).argsort()
+    tokens = {key: value[order] for key, value in tokens.items()}
+    first = torch.searchsorted(tokens["row"], torch.arange(rows, device=device))
+    number = torch.arange(visual, device=device) - first[tokens["row"]]
+
+    joined = {key: torch.cat([value, *(part[key] for part in hidden)]) for key, value in tokens.items()}
+    rest = torch.full((len(joined["row"]) - visual,), -1, device=device)
+    values: dict[str, Any] = {**joined, "number": torch.cat([number, rest])}
+    values["image"] = _within(joined["image_id"], joined["row"])
+    values["crop"] = _within(joined["crop_id"], joined["image_id"])
     return Table(visual=visual, rows=rows, **values)
 
 
+def _tokens(
+    layout: Layout, row: Tensor, column: Tensor, width: int, start: tuple[int, int, int]
+) -> dict[str, Tensor]:
+    """Columns of the table for the N visual tokens of one kind; `start`: images, crops, patches before it."""
+    images, crops, patches = start
+    pad = torch.full((len(layout), width - layout.patches.shape[1]), -1, device=row.device)
+    place = torch.stack([layout.grid_row, layout.grid_col], 1)
+    return {
+        "row": row,
+        "column": column,
+        "image_id": layout.image + images,
+        "crop_id": layout.crop + crops,
+        "frame": layout.frame,
+        "grid_row": layout.grid_row,
+        "grid_col": layout.grid_col,
+        "newline": layout.newline,
+        "patches": torch.cat([torch.where(layout.patches >= 0, layout.patches + patches, -1), pad], 1),
+        "grid": layout.grid[layout.crop],
+        "whole": place if layout.whole is None else layout.whole,
+    }
+
+
+def _patches_without_token(
+    layout: Layout, row: Tensor, width: int, start: tuple[int, int, int]
+) -> dict[str, Tensor]:
+    """Columns of the table for patches that no visual token stands for (cut away by unpadding): they leave in the tower too."""
+    images, crops, patches = start
+    device = row.device
+    used = torch.zeros(layout.total_patches, dtype=torch.bool, device=device)
+    used[layout.patches[layout.patches >= 0]] = True
+    free = (~used).nonzero()[:, 0]
+    size = layout.grid.prod(1)
+    bounds = size.cumsum(0)
+    # with every patch in use there is nothing to look up, and grids of merged patches don't count patches
+    crop = torch.searchsorted(bounds, free, right=True)
+    inside = free - (bounds - size)[crop]
+    owner = torch.zeros(int(layout.image.max()) + 1 if len(layout) else 1, dtype=torch.int64, device=device)
+    owner[layout.image] = row
+    image = layout.crop_image[crop]
+    wide = layout.grid[crop, 1]
+    pad = torch.full((len(free), width - 1), -1, device=device)
+    return {
+        "row": owner[image],
+        "column": torch.full_like(free, -1),
+        "image_id": image + images,
+        "crop_id": crop + crops,
+        "frame": torch.zeros_like(free),
+        "grid_row": inside // wide,
+        "grid_col": inside % wide,
+        "newline": torch.zeros_like(free, dtype=torch.bool),
+        "patches": torch.cat([(free + patches)[:, None], pad], 1),
+        "grid": layout.grid[crop],
+        "whole": torch.stack([inside // wide, inside % wide], 1),
+    }
+
+
 def _within(inner: Tensor, outer: Tensor) -> Tensor:
-    """Numbers of `inner` counted anew in each `outer`."""
+    """Numbers of `inner` counted from 0 within each `outer`."""
     if not len(inner):
         return inner
     first = torch.full((int(outer.max()) + 1,), int(inner.max()) + 1, device=inner.device)
@@ -181,7 +187,7 @@ def make_sets(
     scope: str,
     universe: Tensor,
     keep: float | None,
-    target: float,
+    target: float | None,
     generator: torch.Generator,
     facts: Facts,
     given: dict[str, Any],
@@ -192,69 +198,91 @@ def make_sets(
 
     `universe`: the members before any stage, from which the shares are counted.
     """
-    device = features.device
     if not len(members):
         return None
     keys = table.keys(scope)
     groups, which = keys[members].unique(return_inverse=True)
-    size = torch.bincount(which, minlength=len(groups))
-    order = which.argsort(stable=True)
-    start = size.cumsum(0) - size
-    inside = torch.arange(len(members), device=device) - start[which[order]]
-    at = torch.full((len(groups), int(size.max())), -1, device=device)
-    at[which[order], inside] = order
+    at = _padded(which, len(groups))  # [S, n]
     valid = at >= 0
     safe = at.clamp(min=0)
     member = members[safe]
+    first = member[:, 0]
+    size = valid.sum(1)
+    total = torch.bincount(keys[universe], minlength=int(keys.max()) + 1)[groups]
+    amount = keep if keep is not None else 1.0 if target is None else target
 
-    def token(values: Tensor, fill: int | bool = -1) -> Tensor:
-        return values[member].masked_fill(~valid, fill)
+    # crops that compete alone, and patches in the tower, lie on their crop's own grid
+    apart = scope == "crop" or kind == "encoder"
+    return TokenSets(
+        features=features[safe] if bool(valid.all()) else features[safe].masked_fill(~valid[..., None], 0),
+        valid=valid,
+        keep=torch.minimum(_share(table, universe, scope, amount, total, groups, first), size),
+        total=total,
+        **_columns(table, member, valid, apart),
+        generator=generator,
+        facts=facts,
+        target=target,
+        given=given,
+        source=source,
+        place=Place(torch.where(valid, member, -1), at, kind),
+    )
 
-    full = torch.bincount(keys[universe], minlength=int(keys.max()) + 1)
-    total = full[groups]
+
+def _columns(table: Table, member: Tensor, valid: Tensor, apart: bool) -> dict[str, Any]:
+    """What the table says about the tokens [S, n] and about the sets [S]. `apart`: places are those on a token's own crop."""
     first = member[:, 0]
 
+    def token(values: Tensor, fill: bool | float = -1) -> Tensor:
+        return values[member].masked_fill(~valid, fill)  # [S, n]
+
     def single(values: Tensor) -> Tensor:
+        """[S] the value of a set's tokens, -1 where they differ."""
         same = (values[member] == values[first][:, None]) | ~valid
         return torch.where(same.all(1), values[first], -1)
 
     crop = single(table.crop_id)
-    spans = (crop < 0)[:, None]
-    wanted = target if keep is None else keep
-    share = counts(total, wanted, table.image_id[first] if scope != "row" else None)
-    if scope == "row" and isinstance(wanted, int):
+    return {
+        "index": token(table.number),
+        "row": table.row[first],
+        "image": single(table.image).masked_fill(single(table.image_id) < 0, -1),
+        "crop": torch.where(crop < 0, -1, table.crop[first]),
+        "frame": single(table.frame),
+        "grid_row": token(table.grid_row if apart else table.whole[:, 0]),
+        "grid_col": token(table.grid_col if apart else table.whole[:, 1]),
+        "image_of": token(table.image),
+        "crop_of": token(table.crop),
+        "newline": token(table.newline, False),
+        "grid": table.grid[first].masked_fill((crop < 0)[:, None], 0),
+        "carried": {name: token(values, torch.nan) for name, values in table.carried.items()},
+    }
+
+
+def _padded(which: Tensor, groups: int) -> Tensor:
+    """Group of each of M tokens -> [S, n] positions of each group's tokens, ascending, -1 padding."""
+    size = torch.bincount(which, minlength=groups)
+    order = which.argsort(stable=True)
+    start = size.cumsum(0) - size
+    inside = torch.arange(len(which), device=which.device) - start[which[order]]
+    at = torch.full((groups, int(size.max())), -1, device=which.device)
+    at[which[order], inside] = order
+    return at
+
+
+def _share(
+    table: Table,
+    universe: Tensor,
+    scope: str,
+    amount: float,
+    total: Tensor,
+    groups: Tensor,
+    first: Tensor,
+) -> Tensor:
+    """[S] how many tokens of each set an amount lets stay: a count is per image, whatever the scope."""
+    if scope == "row" and isinstance(amount, int):
         pairs = torch.stack([table.row[universe], table.image_id[universe]], 1).unique(dim=0)
         images = torch.bincount(pairs[:, 0], minlength=table.rows)
-        share = torch.minimum(wanted * images[groups], total)
-    apart = scope == "crop" or kind == "encoder"
-    member_or_none = torch.where(valid, member, -1)
-    return TokenSets(
-        features=features[safe].masked_fill(~valid[..., None], 0)
-        if not bool(valid.all())
-        else features[safe],
-        valid=valid,
-        keep=torch.minimum(share, size),
-        total=total,
-        index=token(table.number),
-        row=table.row[first],
-        image=single(table.image).masked_fill(single(table.image_id) < 0, -1),
-        crop=torch.where(crop < 0, -1, table.crop[first]),
-        frame=single(table.frame),
-        grid_row=token(table.grid_row if apart else table.whole[:, 0]),
-        grid_col=token(table.grid_col if apart else table.whole[:, 1]),
-        image_of=token(table.image),
-        crop_of=token(table.crop),
-        newline=token(table.newline, False),
-        grid=table.grid[first].masked_fill(spans, 0),
-        generator=generator,
-        facts=facts,
-        carried={
-            name: values[member].masked_fill(~valid, torch.nan) for name, values in table.carried.items()
-        },
-        given=given,
-        source=source,
-        place=Place(member_or_none, at, kind),
-    )
+        return torch.minimum(amount * images[groups], total)
+    return counts(total, amount, table.image_id[first] if scope != "row" else None)
 
 
 def settle(sets: TokenSets, answer: Any, where: str) -> Reduction:
@@ -313,30 +341,29 @@ class Outcome:
         return bool((self.source[1:] < self.source[:-1]).any())
 
 
-def resolve(sets: TokenSets, reduction: Reduction, handed: int, features: Tensor) -> Outcome:
-    """Kept places ascending; in each set they are dealt to its tokens in the order of emission."""
-    device = features.device
+def resolve(sets: TokenSets, reduction: Reduction, features: Tensor) -> Outcome:
+    """Kept places ascending; in each set they are dealt to its tokens in the order of emission.
+
+    `features` [M, D] of all tokens that were handed in, also those in no set, which stay.
+    """
+    handed, device = len(features), features.device
     at = sets.place.at
     keep = torch.ones(handed, dtype=torch.bool, device=device)
     keep[at[at >= 0]] = False
     source = torch.arange(handed, device=device)
-    good = reduction.index >= 0
+    good = reduction.index >= 0  # [S, k]
     chosen = at.gather(1, reduction.index.clamp(min=0))
+    # the places ascending, and the tokens in their order, each with the padding at the end
     slots = chosen.masked_fill(~good, handed).sort(dim=1).values
-    many = good.sum(1)
-    column = torch.arange(good.shape[1], device=device)
-    packed = chosen.gather(1, (~good).to(torch.uint8).argsort(dim=1, stable=True))
-    take = column < many[:, None]
+    order = (~good).to(torch.uint8).argsort(dim=1, stable=True)
+    packed = chosen.gather(1, order)
+    take = torch.arange(good.shape[1], device=device) < good.sum(1)[:, None]
     keep[slots[take]] = True
     source[slots[take]] = packed[take]
     replaced = None
     if reduction.features is not None:
-        new = features.clone()
-        given = reduction.features.gather(
-            1, (~good).to(torch.uint8).argsort(dim=1, stable=True)[..., None].expand_as(reduction.features)
-        )
+        new = reduction.features.gather(1, order[..., None].expand_as(reduction.features))
         moved = features[source]
-        moved[slots[take]] = given[take].to(features.dtype)
-        new = moved
-        replaced = new[keep]
+        moved[slots[take]] = new[take].to(features.dtype)
+        replaced = moved[keep]
     return Outcome(keep, source[keep], replaced)

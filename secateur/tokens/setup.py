@@ -1,13 +1,20 @@
-"""Where the stages of an attached method stand, and what a call has kept."""
+"""What an attached method works with and never changes: the model, its facts, the stages and where they stand."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from secateur.tokens.method import Stage
+from secateur.errors import SecateurError
+from secateur.families.vlm import Facts, Family, facts_of, family_of
+from secateur.tokens.method import Stage, TokenMethod
+from secateur.tokens.sets import SCOPES
+from secateur.tokens.site import Site
+
+OLDEST = (5, 18)
+"""The first transformers whose models take `mm_encoder_outputs`."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +23,10 @@ class Placed:
 
     stage: Stage
     kind: str
+    """"input", "layer", "encoder" (before a block of the tower) or "inside" (between its attention and its MLP)."""
     number: int
     label: str
+    """The key under which `Attached.kept` has it."""
 
 
 class Kept(dict[str, list[Tensor]]):
@@ -27,3 +36,172 @@ class Kept(dict[str, list[Tensor]]):
         if isinstance(key, int) and -len(self) <= key < len(self):
             return list(self.values())[key]
         raise KeyError(key)
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What the drivers need of an attached model; made once by `make_setup`."""
+
+    model: Any
+    method: TokenMethod
+    family: Family
+    facts: Facts
+    target: float | int | None
+    """The share of the visual tokens that stays, their number per image, or None: the method finds it."""
+    seed: int
+    compact: bool
+    """Position ids of what stays are counted again."""
+    given: dict[str, Any]
+    """What the caller handed to the method beside its hyperparameters."""
+    stages: tuple[Placed, ...]
+    sites: dict[str, Site]
+    """What the stages have recorded, by the text that asks for it."""
+    pad: int
+    """The id that fills shortened prompts."""
+
+    @property
+    def plain(self) -> bool:
+        """A vision transformer on its own."""
+        return self.family.layout is None
+
+    @property
+    def whole(self) -> bool:
+        """Everything stays, so no stage is asked."""
+        return isinstance(self.target, float) and self.target == 1
+
+    @property
+    def in_tower(self) -> bool:
+        """Something is dropped or recorded inside the vision tower."""
+        stages = any(placed.kind in ("encoder", "inside") for placed in self.stages)
+        return stages or any(site.tower for site in self.sites.values())
+
+    @property
+    def between_layers(self) -> bool:
+        """Tokens leave between the layers of the language model."""
+        return any(placed.kind == "layer" for placed in self.stages)
+
+    @property
+    def in_decoder(self) -> bool:
+        """Something is dropped or recorded between the layers of the language model."""
+        return self.between_layers or any(not site.tower for site in self.sites.values())
+
+    def stages_at(self, kind: str, number: int = 0) -> list[Placed]:
+        return [placed for placed in self.stages if placed.kind == kind and placed.number == number]
+
+
+def make_setup(
+    model: Any,
+    method: TokenMethod,
+    *,
+    target: float | None,
+    seed: int,
+    positions: str | None,
+    given: dict[str, Any],
+) -> Setup:
+    """The setup of a method on a model.
+
+    Raises:
+        SecateurError: the model or one of the method's places can't work, with the reason.
+    """
+    family = family_of(model)
+    plain = family.layout is None
+    _check_transformers(plain)
+    facts = facts_of(model, family)
+    positions = positions or method.positions
+    if positions not in ("original", "compact"):
+        raise SecateurError(
+            f"there are no positions {positions!r}", where="attach", fix="original or compact"
+        )
+    stages = _numbered([_place(stage, method, facts, plain) for stage in method.stages(facts)])
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", lambda: None)() or config
+    pad = getattr(text, "pad_token_id", None)
+    return Setup(
+        model=model,
+        method=method,
+        family=family,
+        facts=facts,
+        target=target,
+        seed=seed,
+        # positions of two dimensions say where a patch lies, so there is nothing to count again
+        compact=positions == "compact" and not family.mrope,
+        given=given,
+        stages=stages,
+        sites=_sites(stages, facts),
+        pad=int(pad) if pad is not None else 0,
+    )
+
+
+def _check_transformers(plain: bool) -> None:
+    import transformers
+
+    version = tuple(int(p) for p in transformers.__version__.split(".")[:2] if p.isdigit())
+    if not plain and version < OLDEST:
+        raise SecateurError(
+            f"transformers {transformers.__version__} is too old: its models don't take mm_encoder_outputs",
+            where="attach",
+            fix=f"install transformers {OLDEST[0]}.{OLDEST[1]} or later",
+        )
+
+
+def _place(stage: Stage, method: TokenMethod, facts: Facts, plain: bool) -> Placed:
+    where = f"{method.name}, stage {stage.at}"
+    if (stage.scope or method.scope) not in SCOPES:
+        raise SecateurError(f"there is no scope {stage.scope!r}", where=where, fix=", ".join(SCOPES))
+    if stage.bias is not None and not stage.at.startswith("encoder"):
+        raise SecateurError(
+            "a bias of the attention is for the vision tower", where=where, fix="stages at encoder:K"
+        )
+    if stage.at == "input":
+        if plain:
+            raise SecateurError(
+                "a vision transformer on its own has no language model to shorten the input of",
+                where=where,
+                fix="use a stage at encoder:K",
+            )
+        return Placed(stage, "input", 0, "input")
+    site = Site.parse(stage.at, facts.layers, facts.blocks)
+    if site.form == "mlp" and site.tower:
+        return Placed(stage, "inside", site.number, f"encoder:{site.number}:mlp")
+    if site.form:
+        raise SecateurError(
+            f"{stage.at!r} isn't a place for a stage", where=where, fix="input, layer:K or encoder:K"
+        )
+    kind = "encoder" if site.tower else "layer"
+    if kind == "layer" and site.number < facts.first_layer:
+        reason = (
+            f"this model adds visual features to its first {facts.first_layer} layers"
+            if facts.first_layer > 1
+            else "before layer 0 stands the input itself"
+        )
+        raise SecateurError(
+            f"tokens cannot leave before layer {site.number}: {reason}",
+            where=where,
+            fix=f"use layer:{facts.first_layer} or later, or input",
+        )
+    return Placed(stage, kind, site.number, f"{kind}:{site.number}")
+
+
+def _numbered(stages: list[Placed]) -> tuple[Placed, ...]:
+    """Several stages at one place are told apart by their labels: "layer:2", "layer:2#2"."""
+    count: dict[str, int] = {}
+    numbered = []
+    for placed in stages:
+        again = count[placed.label] = count.get(placed.label, 0) + 1
+        label = placed.label if again == 1 else f"{placed.label}#{again}"
+        numbered.append(Placed(placed.stage, placed.kind, placed.number, label))
+    return tuple(numbered)
+
+
+def _sites(stages: tuple[Placed, ...], facts: Facts) -> dict[str, Site]:
+    texts = [text for placed in stages for text in placed.stage.records]
+    for text in texts:
+        if text.endswith(":mlp"):
+            raise SecateurError(f"{text!r} isn't a record", where="tokens", fix="record the block")
+    return {text: Site.parse(text, facts.layers, facts.blocks) for text in texts}
+
+
+def tower_of(setup: Setup) -> tuple[nn.Module, Any]:
+    """The vision tower and its blocks ([] where they aren't known)."""
+    tower = setup.model if setup.plain else setup.model.get_encoder("image")
+    return tower, setup.family.blocks(tower) if setup.facts.blocks else []

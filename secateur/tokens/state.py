@@ -6,9 +6,8 @@ the sets and padded at the end of the set axis.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -68,9 +67,9 @@ class Source(Protocol):
 class TokenSets:
     """S sets of up to n tokens.
 
-    >>> sets = TokenSets.from_tensors(torch.randn(1, 4, 8), keep=2, attention={("encoder:-2", "cls"): torch.rand(1, 4)})
-    >>> sets.attention("encoder:-2", rows="cls").shape
-    torch.Size([1, 4])
+    >>> top_per_row(sets.attention("encoder:-2", rows="cls"), sets.keep, sets.valid)  # doctest: +SKIP
+
+    `secateur.testing.token_sets` makes them of tensors, for worked examples.
     """
 
     features: Tensor
@@ -92,7 +91,7 @@ class TokenSets:
     grid_row: Tensor
     grid_col: Tensor
     """[S, n] int64 place on the grid of its crop; where an image's crops compete together, tiles are placed on the picture
-    that they make (after unpadding; a newline stands behind the last column), the base crop on its own."""
+    that they make (after unpadding; a newline comes after the last column), the base crop on its own."""
     image_of: Tensor
     crop_of: Tensor
     """[S, n] int64 image of the row, crop of the image; -1 padding."""
@@ -103,6 +102,8 @@ class TokenSets:
     generator: torch.Generator
     """Seeded, on the CPU."""
     facts: Facts = field(default_factory=Facts)
+    target: float | int | None = None
+    """What the caller asked for: the share of the visual tokens that stays, their number per image, or nothing."""
     carried: dict[str, Tensor] = field(default_factory=dict)
     """[S, n] numbers a method writes at one stage and reads at the next; the engine re-indexes them. NaN where new."""
     given: dict[str, Any] = field(default_factory=dict)
@@ -123,13 +124,18 @@ class TokenSets:
         return self.valid.sum(1)
 
     @property
+    def share(self) -> float | None:
+        """The share of the visual tokens that the caller asked for; None where it was a number, or nothing."""
+        return self.target if isinstance(self.target, float) else None
+
+    @property
     def device(self) -> torch.device:
         return self.features.device
 
     @property
     def _source(self) -> Source:
         if self.source is None:
-            raise Missing("recorded statistic", where="tokens", fix="give it to TokenSets.from_tensors")
+            raise Missing("recorded statistic", where="tokens", fix="give it to secateur.testing.token_sets")
         return self.source
 
     def attention(
@@ -145,10 +151,10 @@ class TokenSets:
         """
         key = ("attention", site, rows, over, heads) if isinstance(rows, str) else None
         if key is None or key not in self._memo:
-            found = self._source.attention(self, site, rows, over, heads)
+            attention = self._source.attention(self, site, rows, over, heads)
             if key is None:
-                return found
-            self._memo[key] = found
+                return attention
+            self._memo[key] = attention
         return self._memo[key]
 
     def queries(self, site: str, rope: bool = True, cls: bool = False) -> Tensor:
@@ -185,152 +191,3 @@ class TokenSets:
     def project(self, hidden: Tensor) -> Tensor:
         """[..., C] -> [..., D] through the projector, where it works token by token; else `Missing`."""
         return self._source.project(hidden)
-
-    @classmethod
-    def from_tensors(
-        cls,
-        features: Tensor,
-        keep: int | Tensor,
-        *,
-        valid: Tensor | None = None,
-        total: Tensor | None = None,
-        index: Tensor | None = None,
-        row: Tensor | None = None,
-        image: Tensor | None = None,
-        crop: Tensor | None = None,
-        frame: Tensor | None = None,
-        grid: tuple[int, int] | Tensor | None = None,
-        grid_row: Tensor | None = None,
-        grid_col: Tensor | None = None,
-        image_of: Tensor | None = None,
-        crop_of: Tensor | None = None,
-        newline: Tensor | None = None,
-        attention: Mapping[Any, Tensor] | None = None,
-        queries: Mapping[Any, Tensor] | None = None,
-        keys: Mapping[Any, Tensor] | None = None,
-        values: Mapping[Any, Tensor] | None = None,
-        hidden: Mapping[Any, Tensor] | None = None,
-        transition: Mapping[Any, Any] | None = None,
-        text: Mapping[str, Any] | None = None,
-        pixels: Tensor | None = None,
-        project: Any = None,
-        carried: dict[str, Tensor] | None = None,
-        given: dict[str, Any] | None = None,
-        facts: Facts | None = None,
-        seed: int = 0,
-    ) -> Self:
-        """Sets made by hand, for worked examples: features [S, n, D] and whatever the method reads.
-
-        Keys: `attention` (site, rows), or (site, rows, over), (site, rows, over, "heads"); `queries`, `keys`, `values`,
-        `hidden` site, (site, "cls"), (site, "raw"); `transition` (site, module) or (site, module, "whole"); `text` kind.
-        """
-        sets, n = features.shape[:2]
-        device = features.device
-        place = torch.arange(n, device=device).expand(sets, n)
-        if valid is None:
-            valid = torch.ones(sets, n, dtype=torch.bool, device=device)
-        zero = torch.zeros(sets, dtype=torch.int64, device=device)
-        if grid is None:
-            side = int(n**0.5)
-            grid = (side, side) if side * side == n else (1, n)
-        size = torch.as_tensor(grid, device=device).expand(sets, 2)
-        width = size[:, 1:].clamp(min=1)
-        count = valid.sum(1)
-        wanted = torch.as_tensor(keep, device=device).expand(sets)
-
-        def per_token(tensor: Tensor | None, default: Tensor) -> Tensor:
-            return default if tensor is None else tensor.expand(sets, n)
-
-        return cls(
-            features=features,
-            valid=valid,
-            keep=torch.minimum(wanted, count),
-            total=count if total is None else total,
-            index=per_token(index, place.masked_fill(~valid, -1)),
-            row=torch.arange(sets, device=device) if row is None else row,
-            image=zero if image is None else image,
-            crop=zero if crop is None else crop,
-            frame=zero if frame is None else frame,
-            grid_row=per_token(grid_row, place // width),
-            grid_col=per_token(grid_col, place % width),
-            image_of=per_token(image_of, torch.zeros_like(place)),
-            crop_of=per_token(crop_of, torch.zeros_like(place)),
-            newline=per_token(newline, torch.zeros_like(valid)),
-            grid=size,
-            generator=torch.Generator().manual_seed(seed),
-            facts=facts or Facts(),
-            carried={} if carried is None else carried,
-            given={} if given is None else given,
-            source=Given(
-                attention or {},
-                {"q": queries or {}, "k": keys or {}, "v": values or {}},
-                hidden or {},
-                transition or {},
-                text or {},
-                pixels,
-                project,
-            ),
-        )
-
-
-@dataclass
-class Given:
-    """Statistics that were given as tensors."""
-
-    maps: Mapping[Any, Tensor]
-    qkv: Mapping[str, Mapping[Any, Tensor]]
-    states: Mapping[Any, Tensor]
-    changes: Mapping[Any, Any]
-    texts: Mapping[str, Any]
-    image: Tensor | None
-    projector: Any
-
-    def _take(self, table: Mapping[Any, Any], what: str, *keys: Any) -> Any:
-        for key in keys:
-            if key in table:
-                return table[key]
-        raise Missing(f"{what} {keys[0]!r}", where="tokens", fix=f"given were {list(table)}")
-
-    def attention(self, sets: TokenSets, site: str, rows: str | Tensor, over: str, heads: bool) -> Tensor:
-        name = rows if isinstance(rows, str) else "weights"
-        full = (site, name, over, "heads")
-        if heads:
-            return self._take(self.maps, "attention", full)
-        keys: list[Any] = [(site, name, over)] + ([(site, name)] if over == "all" else [])
-        if full in self.maps and not any(key in self.maps for key in keys):
-            return self.maps[full].mean(1)
-        if name == "cls" and not any(key in self.maps for key in keys):
-            raise Missing("CLS token", where="tokens")
-        return self._take(self.maps, "attention", *keys)
-
-    def vectors(self, sets: TokenSets, which: str, site: str, rope: bool, cls: bool) -> Tensor:
-        name = {"q": "queries", "k": "keys", "v": "values"}[which]
-        if cls:
-            if (site, "cls") not in self.qkv[which]:
-                raise Missing("CLS token", where="tokens")
-            return self.qkv[which][site, "cls"]
-        return self._take(self.qkv[which], name, *([site] if rope else [(site, "raw"), site]))
-
-    def hidden(self, sets: TokenSets, site: str, cls: bool) -> Tensor:
-        if cls and (site, "cls") not in self.states:
-            raise Missing("CLS token", where="tokens")
-        return self._take(self.states, "hidden", (site, "cls") if cls else site)
-
-    def transition(self, sets: TokenSets, site: str, module: str, whole: bool) -> tuple[Tensor, ...]:
-        return self._take(self.changes, "transition", (site, module, "whole") if whole else (site, module))
-
-    def text(self, sets: TokenSets, kind: str) -> tuple[Tensor, Tensor]:
-        found = self._take(self.texts, "text", kind)
-        if isinstance(found, Tensor):
-            found = (found, torch.ones(found.shape[:2], dtype=torch.bool, device=found.device))
-        return found
-
-    def pixels(self, sets: TokenSets) -> Tensor:
-        if self.image is None:
-            raise Missing("pixels", where="tokens")
-        return self.image
-
-    def project(self, hidden: Tensor) -> Tensor:
-        if self.projector is None:
-            raise Missing("projector that works token by token", where="tokens")
-        return self.projector(hidden)

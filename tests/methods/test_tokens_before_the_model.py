@@ -8,9 +8,10 @@ import torch
 from secateur import SecateurError
 from secateur.families.vlm import Facts
 from secateur.method import make_method
+from secateur.testing import token_sets
 from secateur.tokens.greedy import cosine_distance, directions
 from secateur.tokens.question import question_tokens, words
-from secateur.tokens.state import Reduction, TokenSets
+from secateur.tokens.state import Reduction
 
 CLIP = Facts(layers=32, blocks=24, feature_block=-2, has_cls=True)
 PLAIN = Facts(layers=28, blocks=32, feature_block=-1, has_cls=False, merge=4, mrope=True)
@@ -34,7 +35,7 @@ def circle(degrees, norms=None):
 def given(attention, keep, features=None, site=SITE, rows="cls", facts=CLIP, **more):
     scores = torch.tensor([attention])
     features = torch.randn(1, scores.shape[1], 4) if features is None else features
-    return TokenSets.from_tensors(features, keep, attention={(site, rows): scores}, facts=facts, **more)
+    return token_sets(features, keep, attention={(site, rows): scores}, facts=facts, **more)
 
 
 def given_grid(scores):
@@ -47,7 +48,7 @@ class TestFasterVLM:
 
     @pytest.mark.parametrize("keep, expected", [(1, [3]), (2, [3, 4]), (3, [3, 4, 5]), (4, [0, 3, 4, 5])])
     def test_heads_are_averaged(self, keep, expected):
-        sets = TokenSets.from_tensors(
+        sets = token_sets(
             torch.randn(1, 6, 4), keep, attention={(SITE, "cls", "all", "heads"): self.HEADS}, facts=CLIP
         )
         assert kept("fastervlm", sets) == [expected]
@@ -80,9 +81,7 @@ DEEP = [0.50, 0.10, 0.90, 0.95, 0.85, 0.20, 0.75, 0.99, 0.30, 0.80, 0.15, 0.25, 
 class TestHiPrune:
     def sets(self, keep, mid=MID, deep=DEEP, facts=CLIP, grid=None):
         maps = {("encoder:8", "all"): torch.tensor([mid]), ("encoder:-2", "all"): torch.tensor([deep])}
-        return TokenSets.from_tensors(
-            torch.randn(1, len(mid), 4), keep, attention=maps, facts=facts, grid=grid
-        )
+        return token_sets(torch.randn(1, len(mid), 4), keep, attention=maps, facts=facts, grid=grid)
 
     @pytest.mark.parametrize("edges", ["wrap", "clip"])
     def test_the_worked_example(self, edges):
@@ -131,17 +130,17 @@ class TestHiPrune:
 class TestDivPrune:
     def test_the_worked_example_whatever_the_norms(self):
         for norms in (None, [1.0, 2, 1, 3, 1, 0.5]):
-            sets = TokenSets.from_tensors(circle([0, 10, 20, 90, 100, 200], norms), 4)
+            sets = token_sets(circle([0, 10, 20, 90, 100, 200], norms), 4)
             assert kept("divprune", sets) == [[0, 2, 4, 5]]
 
     def test_exact_duplicates_are_never_chosen_twice(self):
-        sets = TokenSets.from_tensors(torch.ones(2, 9, 5), torch.tensor([4, 9]))
+        sets = token_sets(torch.ones(2, 9, 5), torch.tensor([4, 9]))
         assert [len(row) for row in kept("divprune", sets)] == [4, 9]
 
     def test_permuting_the_tokens_permutes_the_choice(self):
         x, order = torch.randn(1, 40, 8), torch.randperm(40)
-        first = kept("divprune", TokenSets.from_tensors(x, 11))[0]
-        moved = kept("divprune", TokenSets.from_tensors(x[:, order], 11))[0]
+        first = kept("divprune", token_sets(x, 11))[0]
+        moved = kept("divprune", token_sets(x[:, order], 11))[0]
         assert sorted(int(order[i]) for i in moved) == first
 
     def test_published_cost_at_the_published_share(self):
@@ -165,7 +164,7 @@ class TestDivPrune:
     def test_its_smallest_distance_beats_random_choices(self):
         x = torch.randn(1, 60, 4)
         distance = cosine_distance(x)[0] + 9 * torch.eye(60)
-        ours = kept("divprune", TokenSets.from_tensors(x, 12))[0]
+        ours = kept("divprune", token_sets(x, 12))[0]
         least = distance[ours][:, ours].min()
         for seed in range(20):
             other = torch.randperm(60, generator=torch.Generator().manual_seed(seed))[:12]
@@ -202,7 +201,7 @@ class TestHoloV:
         sets = given(SEEN, 4, HOLO)
         assert kept("holov", sets, crops=2, compat="code", order="official") == [[1, 7, 6, 4]]
         valid = torch.tensor([[True] * 8, [True] * 5 + [False] * 3])
-        both = TokenSets.from_tensors(
+        both = token_sets(
             HOLO.expand(2, -1, -1),
             torch.tensor([4, 2]),
             valid=valid,
@@ -277,7 +276,7 @@ LIKE = torch.tensor([[1, 0.8, 0.1, 0], [0.8, 1, 0.2, 0], [0.1, 0.2, 1, 0.3], [0,
 class TestMMTok:
     def sets(self, keep, text=None, n=6, facts=CLIP, **more):
         generator = torch.Generator().manual_seed(5)
-        return TokenSets.from_tensors(
+        return token_sets(
             torch.randn(1, n, 8, generator=generator),
             keep,
             hidden={f"encoder:{facts.feature_block}": torch.randn(1, n, 5, generator=generator)},
@@ -305,13 +304,9 @@ class TestMMTok:
         features[0, torch.arange(4), torch.arange(1, 5)] = (1 - norm**2).sqrt()
         text = torch.tensor([[[1.0, 0, 0, 0, 0]]])
         for keep, expected in ((1, [0]), (2, [0, 3]), (3, [0, 2, 3])):
-            sets = TokenSets.from_tensors(
-                features, keep, hidden={SITE: hidden}, text={"embeddings": text}, facts=CLIP
-            )
+            sets = token_sets(features, keep, hidden={SITE: hidden}, text={"embeddings": text}, facts=CLIP)
             assert kept("mmtok", sets) == [expected]
-        silent = TokenSets.from_tensors(
-            features, 1, hidden={SITE: hidden}, text={"embeddings": text}, facts=CLIP
-        )
+        silent = token_sets(features, 1, hidden={SITE: hidden}, text={"embeddings": text}, facts=CLIP)
         assert kept("mmtok", silent, tau_text=1e9) == [[1]]
 
     def test_order_and_number_of_text_tokens_do_not_matter(self):
@@ -379,7 +374,7 @@ class TestMMTok:
                 return "".join(back[i] for i in ids)
 
         text = {"embeddings": torch.randn(1, 6, 8), "ids": torch.tensor([[1, 2, 3, 4, 5, 6]])}
-        sets = TokenSets.from_tensors(torch.randn(1, 4, 8), 2, text=text, facts=CLIP)
+        sets = token_sets(torch.randn(1, 4, 8), 2, text=text, facts=CLIP)
         assert question_tokens(sets)[1].all()
         for extra in ({}, {"question": "is the cup red?"}, {"question": ["is the cup red?"]}):
             sets.given = {"tokenizer": Letters(), **extra}
@@ -411,16 +406,14 @@ class TestToDRE:
     def test_without_cls_the_pivot_is_drawn_and_kept(self):
         pivots = set()
         for seed in range(12):
-            sets = TokenSets.from_tensors(self.FEATURES, 1, facts=PLAIN, seed=seed)
+            sets = token_sets(self.FEATURES, 1, facts=PLAIN, seed=seed)
             pivots.add(kept("todre", sets)[0][0])
         assert len(pivots) > 2
 
     def test_removal_of_the_worked_example(self):
         """Text rows give [.04 .06] and [.03 .02] to the two visual tokens: 0.075 in all."""
         mean = torch.tensor([[0.035, 0.04]])
-        sets = TokenSets.from_tensors(
-            torch.randn(1, 2, 4), 2, attention={("layer:27", "text"): mean}, facts=CLIP
-        )
+        sets = token_sets(torch.randn(1, 2, 4), 2, attention={("layer:27", "text"): mean}, facts=CLIP)
         assert not make_method("todre").remove("layer:27", sets).any()
         for tau, stays in ((0.05, True), (0.0, True), (1.01, False)):
             assert bool(make_method("todre", tau=tau).remove("layer:27", sets).all()) == stays
@@ -464,9 +457,7 @@ class TestFoPru:
         heads = torch.tensor([[[-2.0, 5, 5], [-7, 3, 8], [-7, -7, -8]], [[6, 9, 8], [3, 10, 7], [2, 9, -9]]])
         q = heads[None] * 3**0.5
         k = torch.eye(3).expand(1, 2, 3, 3)
-        sets = TokenSets.from_tensors(
-            torch.randn(1, 3, 4), 2, queries={SITE: q}, keys={SITE: k}, facts=CLIP, grid=(1, 3)
-        )
+        sets = token_sets(torch.randn(1, 3, 4), 2, queries={SITE: q}, keys={SITE: k}, facts=CLIP, grid=(1, 3))
         received, row = make_method("fopru", scores="logits").candidates(sets)
         assert torch.allclose(row, torch.tensor([[5.166667, 4, -3.333333]]), atol=1e-5)
         assert torch.allclose(received, torch.tensor([[-0.833333, 4.833333, 1.833333]]), atol=1e-5)
@@ -477,7 +468,7 @@ class TestFoPru:
     def test_attention_given_leaves_out_what_goes_to_cls(self):
         q, k, cls = torch.randn(1, 2, 9, 4) * 3, torch.randn(1, 2, 9, 4), torch.randn(1, 2, 4) * 3
         full = (q @ torch.cat([cls[:, :, None], k], 2).mT / 2).softmax(-1)[..., 1:].mean(1)
-        sets = TokenSets.from_tensors(
+        sets = token_sets(
             torch.randn(1, 9, 4),
             3,
             attention={(SITE, "visual"): full.mean(1)},
@@ -510,18 +501,18 @@ class TestFoPru:
 class TestBaselines:
     def test_random_draws_image_after_image_so_a_batch_is_its_images_in_turn(self):
         valid = torch.arange(30) < torch.tensor([30, 7, 19])[:, None]
-        batch = TokenSets.from_tensors(torch.randn(3, 30, 2), 5, valid=valid, seed=4)
+        batch = token_sets(torch.randn(3, 30, 2), 5, valid=valid, seed=4)
         together = kept("random-tokens", batch)
-        one = TokenSets.from_tensors(torch.randn(1, 30, 2), 5, seed=4)
+        one = token_sets(torch.randn(1, 30, 2), 5, seed=4)
         singles = kept("random-tokens", one)
         for n in (7, 19):
-            sets = TokenSets.from_tensors(torch.randn(1, n, 2), 5)
+            sets = token_sets(torch.randn(1, n, 2), 5)
             sets.generator = one.generator
             singles += kept("random-tokens", sets)
         assert together == singles and len({tuple(row) for row in together}) == 3
 
     def test_random_is_uniform(self):
-        sets = TokenSets.from_tensors(torch.randn(4000, 8, 1), 2)
+        sets = token_sets(torch.randn(4000, 8, 1), 2)
         share = make_method("random-tokens").select(sets).float().mean(0)
         assert (share - 0.25).abs().max() < 0.03
 
@@ -529,7 +520,7 @@ class TestBaselines:
     def test_the_uniform_grid_keeps_exactly_the_target_and_covers_the_image(self, height, width):
         n = height * width
         for keep in {1, 2, 3, n // 4 or 1, n // 2, n - 1, n}:
-            sets = TokenSets.from_tensors(torch.randn(1, n, 2), keep, grid=(height, width))
+            sets = token_sets(torch.randn(1, n, 2), keep, grid=(height, width))
             found = kept("uniform-grid", sets)[0]
             assert len(found) == len(set(found)) == keep
             if keep >= 4:
@@ -538,12 +529,12 @@ class TestBaselines:
                 assert ((centre - middle).abs() <= torch.tensor([height, width]) / 6 + 0.5).all()
 
     def test_a_quarter_of_an_even_grid_is_every_second_row_and_column(self):
-        sets = TokenSets.from_tensors(torch.randn(1, 576, 2), 144)
+        sets = token_sets(torch.randn(1, 576, 2), 144)
         assert kept("uniform-grid", sets)[0] == [r * 24 + c for r in range(1, 24, 2) for c in range(1, 24, 2)]
 
     def test_downsampling_to_a_quarter_is_two_by_two_average_pooling(self):
         x = torch.randn(2, 576, 3)
-        found = make_method("downsample").select(TokenSets.from_tensors(x, 144))
+        found = make_method("downsample").select(token_sets(x, 144))
         pooled = torch.nn.functional.avg_pool2d(x.mT.reshape(2, 3, 24, 24), 2).flatten(2).mT
         assert torch.allclose(found.features, pooled, atol=1e-6)
         assert found.index[0, :3].tolist() == [0, 2, 4]
@@ -553,12 +544,10 @@ class TestBaselines:
     )
     def test_downsampling_never_exceeds_the_target_and_averages_everything(self, height, width, keep):
         x = torch.randn(1, height * width, 2)
-        found = make_method("downsample").select(TokenSets.from_tensors(x, keep, grid=(height, width)))
+        found = make_method("downsample").select(token_sets(x, keep, grid=(height, width)))
         index = found.index[0].tolist()
         assert keep / 2 < len(index) <= keep and index == sorted(set(index))
-        ones = make_method("downsample").select(
-            TokenSets.from_tensors(torch.ones_like(x), keep, grid=(height, width))
-        )
+        ones = make_method("downsample").select(token_sets(torch.ones_like(x), keep, grid=(height, width)))
         assert torch.allclose(ones.features, torch.ones_like(ones.features))
 
     def test_ragged_sets_are_pooled_each_by_itself(self):
@@ -566,7 +555,7 @@ class TestBaselines:
         valid = torch.arange(16) < torch.tensor([16, 6])[:, None]
         row = torch.arange(16).expand(2, 16) // torch.tensor([[4], [3]])
         column = torch.arange(16).expand(2, 16) % torch.tensor([[4], [3]])
-        sets = TokenSets.from_tensors(
+        sets = token_sets(
             x,
             torch.tensor([4, 2]),
             valid=valid,
@@ -576,7 +565,7 @@ class TestBaselines:
         )
         found = make_method("downsample").select(sets)
         assert found.index[1].tolist()[2:] == [-1, -1]
-        alone = TokenSets.from_tensors(x[1:, :6], 2, grid=(2, 3))
+        alone = token_sets(x[1:, :6], 2, grid=(2, 3))
         other = make_method("downsample").select(alone)
         assert torch.equal(found.index[1, :2], other.index[0])
         assert torch.allclose(found.features[1, :2], other.features[0])
@@ -597,7 +586,7 @@ def everything(n=16, sets=1, keep=4, dtype=torch.float32, facts=CLIP, valid=None
     }
     if not facts.has_cls:
         maps = {key: value for key, value in maps.items() if key[1] != "cls"}
-    return TokenSets.from_tensors(
+    return token_sets(
         draw(sets, n, 6).to(dtype),
         keep,
         attention=maps,

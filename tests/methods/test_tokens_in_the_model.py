@@ -12,10 +12,11 @@ from secateur.methods.flowcut import FlowCut, removed, strength
 from secateur.methods.recoverable_compression import RecoverableCompression
 from secateur.methods.transprune import variation
 from secateur.methods.vflowopt import important
+from secateur.testing import token_sets
 from secateur.tokens.budget import last_ratio, outlier_factor, outliers
 from secateur.tokens.reduce import clusters
 from secateur.tokens.scores import likeness, patch_entropy
-from secateur.tokens.state import Facts, Missing, TokenSets
+from secateur.tokens.state import Facts, Missing
 
 
 def row(*numbers):
@@ -29,7 +30,7 @@ def kept(mask):
 def test_fastv_keeps_what_the_last_token_attends_to():
     """Spec: fastv (a)."""
     a = row(0.10, 0.02, 0.05, 0.03, 0.20, 0.01, 0.04, 0.06)
-    sets = TokenSets.from_tensors(torch.zeros(1, 8, 2), keep=4, attention={("layer:1", "last"): a})
+    sets = token_sets(torch.zeros(1, 8, 2), keep=4, attention={("layer:1", "last"): a})
     assert kept(make_method("fastv").select(sets)) == [0, 2, 4, 7]
 
 
@@ -38,9 +39,12 @@ def test_fastv_counts_by_rounding_or_down():
     scores = torch.rand(1, 576, generator=torch.Generator().manual_seed(0))
     for rounding, count in (("round", 58), ("int", 57)):
         method = make_method("fastv", rounding=rounding)
-        method.share = 1 - 0.9
-        sets = TokenSets.from_tensors(
-            torch.zeros(1, 576, 1), keep=round(576 * method.share), attention={("layer:1", "last"): scores}
+        share = 1 - 0.9
+        sets = token_sets(
+            torch.zeros(1, 576, 1),
+            keep=round(576 * share),
+            target=share,
+            attention={("layer:1", "last"): scores},
         )
         assert len(kept(method.select(sets))) == count
 
@@ -53,16 +57,15 @@ FEATHER = row(
 def test_feather_adds_a_grid_then_cuts_harder():
     """Spec: feather (a)."""
     method = make_method("feather")
-    method.share = 0.5
-    first = TokenSets.from_tensors(
-        torch.zeros(1, 16, 1), keep=8, attention={("layer:7:raw", "last", "visual"): FEATHER}
-    )
+    attention = {("layer:7:raw", "last", "visual"): FEATHER}
+    first = token_sets(torch.zeros(1, 16, 1), keep=8, target=0.5, attention=attention)
     stay = kept(method.cut(7, first, grid=True))
     assert stay == [0, 3, 4, 5, 7, 8, 9, 12, 13, 14, 15]
     scores = row(3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5)
-    second = TokenSets.from_tensors(
+    second = token_sets(
         torch.zeros(1, 11, 1),
         keep=8,
+        target=0.5,
         total=torch.tensor([16]),
         attention={("layer:15:raw", "last", "visual"): scores},
     )
@@ -85,7 +88,7 @@ def test_transprune_scores():
     for name, pair in (("attention", attention), ("mlp", mlp)):
         changes["layer:6", name] = pair
         changes["layer:6", name, "whole"] = (*pair, torch.ones(1, 4, dtype=torch.bool))
-    sets = TokenSets.from_tensors(
+    sets = token_sets(
         torch.zeros(1, 4, 2),
         keep=2,
         transition=changes,
@@ -99,7 +102,6 @@ def test_transprune_scores():
 
 def test_transprune_cuts_after_the_published_layers():
     method = make_method("transprune")
-    method.share = 0.125
     assert [stage.at for stage in method.stages(Facts(layers=32))] == ["layer:7", "layer:9", "layer:12"]
     assert method.stages(Facts(layers=32))[1].records == (
         "layer:7:modules",
@@ -229,7 +231,7 @@ def test_recoverable_cluster():
 def recoverable_sets(n=60, keep=12, **more):
     random = partial(torch.randn, generator=torch.Generator().manual_seed(3))
     hidden = random(1, n, 6)
-    return TokenSets.from_tensors(
+    return token_sets(
         hidden,
         keep,
         queries={("encoder:-1", "cls"): 3 * random(1, 2, 4), "encoder:-1": random(1, 2, n, 4)},
@@ -244,9 +246,7 @@ def recoverable_sets(n=60, keep=12, **more):
 @pytest.mark.parametrize("keep", [None, 1, 2, 7, 30, 59])
 def test_recoverable_meets_a_target_and_copies_main_tokens(keep):
     method = RecoverableCompression(neighbours=(8, 8))
-    if keep is not None:
-        method.tokens = keep
-    sets = recoverable_sets(keep=keep or 60)
+    sets = recoverable_sets(keep=keep or 60, target=keep)
     found = method.select(sets)
     index = found.index[0]
     assert (index >= 0).all() and len(index.unique()) == len(index)
@@ -270,7 +270,7 @@ def visiondrop_sets(**more):
         "hidden": {("encoder:-2", "cls"): torch.full((1, 3), 7.0)},
         "project": lambda hidden: 2 * hidden,
     }
-    return TokenSets.from_tensors(random(1, 16, 3), keep=4, **{**given, **more})
+    return token_sets(random(1, 16, 3), keep=4, **{**given, **more})
 
 
 def test_visiondrop_passes_the_cls_token_on_and_merges_one_in_eight():
@@ -293,7 +293,7 @@ def test_visiondrop_without_cls_uses_attention_received():
 @pytest.mark.parametrize(("target", "sizes"), [(32, [(42, 6), (30, 5), (22, 4), (16, 3)])])
 def test_visiondrop_schedule(target, sizes):
     """Spec: visiondrop: the published setting for 32 tokens."""
-    sets = TokenSets.from_tensors(torch.zeros(1, 576, 1), keep=target)
+    sets = token_sets(torch.zeros(1, 576, 1), keep=target)
     method = make_method("visiondrop")
     found = [tuple(int(part) for part in method.counts(sets, stage)) for stage in range(4)]
     assert found == sizes and sum(map(sum, found)) * 8 / 32 == 32.0

@@ -45,12 +45,12 @@ def family_of(model: Any) -> Family:
                 fix="give the model that generates, not its base",
             )
         return family
-    found = tower_family(model)
-    if isinstance(found, Family):
-        return found
+    tower = tower_family(model)
+    if isinstance(tower, Family):
+        return tower
     name = kind or type(model).__name__
-    if found is not None:
-        raise SecateurError(f"tokens cannot leave {name}: {found}", where="attach")
+    if tower is not None:
+        raise SecateurError(f"tokens cannot leave {name}: {tower}", where="attach")
     raise SecateurError(
         f"{name} isn't a vision-language model or vision transformer that secateur knows",
         where="attach",

@@ -24,6 +24,7 @@ def _tiled(
     tools: Any, index: Tensor, size: Any, pinpoints: Any, side: int, image_size: int, limit: int | None
 ) -> Tensor:
     """[crops, side * side] patch numbers -> those of the visual tokens in order, -1 for newlines."""
+    # the model's own functions cut the picture's numbers as they cut its features
     base, tiles = index[0], index[1:]
     if not len(tiles):
         return torch.cat([base, base.new_tensor([-1])])
@@ -51,6 +52,7 @@ def _place(tokens: Tensor, line: Tensor, base: int, side: int) -> Tensor:
 
 
 def layout(model: Any, inputs: Mapping[str, Any]) -> dict[str, Layout]:
+    """The base crop of each image, then its tiles as one picture."""
     if inputs.get("pixel_values") is None:
         return {}
     tools, config = _tools(model), model.config
@@ -70,6 +72,7 @@ def layout(model: Any, inputs: Mapping[str, Any]) -> dict[str, Layout]:
         start = len(crop_image)
         index = torch.arange(crops * side**2).view(crops, -1)
         tokens = _tiled(tools, index, size, config.image_grid_pinpoints, side, image_size, limit)
+        # a newline has the crop and row of the token before it, one column further
         line = tokens < 0
         before = torch.where(line, -1, torch.arange(len(tokens))).cummax(0).values
         nearest = tokens[before]

@@ -58,7 +58,7 @@ class Facts:
         return int(number) if number >= 0 else self.layers + int(number)
 
     def spread(self, numbers: Sequence[int], of: int) -> list[int]:
-        """Published decoder layers scaled to this depth: different ones, none before `first_layer`, none behind the last.
+        """Published decoder layers scaled to this depth: different ones, none before `first_layer`, none after the last.
 
         >>> Facts(layers=28).spread((8, 16), of=32), Facts(layers=4).spread((7, 9, 12), of=32)
         ([7, 14], [1, 2, 3])
@@ -69,12 +69,12 @@ class Facts:
                 where="layers",
                 fix=f"this one has {self.layers}; choose a method that prunes before it",
             )
-        found: list[int] = []
+        layers: list[int] = []
         for i, number in enumerate(numbers):
-            least = found[-1] + 1 if found else self.first_layer
+            least = layers[-1] + 1 if layers else self.first_layer
             most = self.layers - (len(numbers) - i)
-            found.append(min(max(math.floor(number * self.layers / of + 0.5), least), most))
-        return found
+            layers.append(min(max(math.floor(number * self.layers / of + 0.5), least), most))
+        return layers
 
     def block(self, number: float, of: int | None = None) -> int:
         """A block of the tower, like `layer`."""
@@ -99,7 +99,7 @@ class Layout:
     grid_col: Tensor
     """[N] place on the grid of its crop, in visual tokens."""
     newline: Tensor
-    """[N] bool: a separator that no patch stands behind."""
+    """[N] bool: a separator, which no patch belongs to."""
     patches: Tensor
     """[N, m] flat numbers (crop * patches per crop + patch, or the row of a packed tower) of its patches; -1 none."""
     grid: Tensor
@@ -114,6 +114,7 @@ class Layout:
         return len(self.image)
 
     def to(self, device: torch.device) -> Layout:
+        """The layout with its tensors on a device."""
         moved: dict[str, Any] = {
             k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()
         }
@@ -164,13 +165,14 @@ def grids(
     """The layout of pictures that are each one grid.
 
     `sizes`: patches (h, w) of each crop; `patches(h, w)` -> [n, m] the patches of each token; `lead`: tokens in front of
-    each grid that no patch stands behind (CLS taken for a visual token).
+    each grid that no patch belongs to (CLS taken for a visual token).
     """
     parts: dict[str, list[Tensor]] = {k: [] for k in ("image", "crop", "row", "col", "line", "patches")}
     shapes, start = [], 0
     for crop, (h, w) in enumerate(sizes):
-        index = patches(h, w)
+        index = patches(h, w)  # [n, m]
         n = len(index)
+        # a token lies where its first patch does; merges are square
         row, col = torch.div(index, w, rounding_mode="floor").amin(1), (index % w).amin(1)
         scale = max(1, round((h * w / n) ** 0.5))
         fill = torch.full((lead,), 0)

@@ -14,30 +14,21 @@ from secateur.families.vlm.facts import Family, Layout
 def layout(model: Any, inputs: Mapping[str, Any]) -> dict[str, Layout]:
     """Patches lie in groups of one token each, groups in raster order; windows are permuted later, by `windows`."""
     side = model.config.vision_config.spatial_merge_size
-    found: dict[str, Layout] = {}
+    layouts: dict[str, Layout] = {}
     for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         grid = inputs.get(f"{kind}_grid_thw")
         if inputs.get(pixels) is None or grid is None:
             continue
-        parts: list[list[Tensor]] = [[], [], [], []]
-        shapes = []
+        parts, shapes = [], []
         for image, (t, h, w) in enumerate(grid.tolist()):
             rows, cols = h // side, w // side
             place = torch.arange(t * rows * cols)
-            for part, value in zip(
-                parts,
-                (
-                    torch.full_like(place, image),
-                    place // (rows * cols),
-                    place // cols % rows,
-                    place % cols,
-                ),
-            ):
-                part.append(value)
+            frame, row, col = place // (rows * cols), place // cols % rows, place % cols
+            parts.append(torch.stack([torch.full_like(place, image), frame, row, col]))
             shapes.append((rows, cols))
-        image_, frame, row, col = map(torch.cat, parts)
+        image_, frame, row, col = torch.cat(parts, 1)  # [N] each
         merge = side * side
-        found[kind] = Layout(
+        layouts[kind] = Layout(
             image=image_,
             crop=image_.clone(),
             frame=frame,
@@ -49,7 +40,7 @@ def layout(model: Any, inputs: Mapping[str, Any]) -> dict[str, Layout]:
             crop_image=torch.arange(len(shapes)),
             total_patches=len(image_) * merge,
         )
-    return found
+    return layouts
 
 
 def windows(model: Any, grid: Tensor) -> Tensor:
@@ -89,6 +80,7 @@ def _no_prefix(tower: nn.Module) -> int:
 
 
 def family(name: str, permuted: bool = False) -> Family:
+    """A Qwen-VL family. `permuted`: the tower reorders its patches by windows."""
     return Family(
         name,
         _blocks,

@@ -21,8 +21,8 @@ def _internvl(model: Any, inputs: Mapping[str, Any]) -> dict[str, Layout]:
 
     def shuffle(h: int, w: int) -> Tensor:
         number = torch.arange(h * w, dtype=torch.float64).view(1, h, w, 1)
-        found = model.model.pixel_shuffle(number, scale_factor=model.config.downsample_ratio)
-        return found.flatten(0, 2).long()
+        shuffled = model.model.pixel_shuffle(number, scale_factor=model.config.downsample_ratio)
+        return shuffled.flatten(0, 2).long()
 
     return {"image": grids(picture_sizes(pixels, patch), shuffle)}
 
@@ -31,6 +31,7 @@ def _idefics(model: Any, inputs: Mapping[str, Any]) -> dict[str, Layout]:
     pixels = inputs.get("pixel_values")
     if pixels is None:
         return {}
+    # crops of zeros are padding, and the model drops them
     real = (pixels.flatten(2) != 0).any(-1).flatten()
     connector = model.model.connector
 

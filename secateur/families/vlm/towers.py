@@ -14,11 +14,11 @@ def _layers(*paths: str) -> Callable[[nn.Module], nn.ModuleList]:
     def find(tower: nn.Module) -> nn.ModuleList:
         for path in paths:
             try:
-                found = tower.get_submodule(path)
+                blocks = tower.get_submodule(path)
             except AttributeError:
                 continue
-            if isinstance(found, nn.ModuleList | nn.Sequential):
-                return found  # type: ignore[return-value]
+            if isinstance(blocks, nn.ModuleList | nn.Sequential):
+                return blocks  # type: ignore[return-value]
         raise AttributeError(f"none of {', '.join(paths)}")
 
     return find

@@ -1,0 +1,43 @@
+"""What every shorter sequence needs: the kept columns side by side, and masks for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pack(keep: Tensor, right: bool = False) -> tuple[Tensor, Tensor]:
+    """bool [B, L] -> (index [B, L'], bool [B, L']): the kept columns of each row, padded on the left (or right).
+
+    >>> pack(torch.tensor([[True, False, True], [False, False, True]]))
+    (tensor([[0, 2], [0, 2]]), tensor([[ True,  True], [False,  True]]))
+    """
+    count = keep.sum(1)
+    width = int(count.max()) if len(count) else 0
+    order = keep.to(torch.uint8).argsort(dim=1, stable=True)
+    place = torch.arange(width, device=keep.device)
+    if right:
+        order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
+        valid = place < count[:, None]
+    else:
+        order = order[:, keep.shape[1] - width :]
+        valid = place >= width - count[:, None]
+    return order.masked_fill(~valid, 0), valid
+
+
+def gather_columns(values: Tensor, index: Tensor) -> Tensor:
+    """[B, L, D] at index [B, L'] -> [B, L', D]."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def gather_mask(mask: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """[B or 1, H, L or 1, L] at queries [B, n] and keys [B, m] -> [B, H, n or 1, m]."""
+    mask = mask.expand(len(queries), *mask.shape[1:])
+    if mask.shape[2] > 1:
+        mask = mask.gather(2, queries[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    return mask.gather(3, keys[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask (True = may be seen) as what eager attention adds to its logits."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
