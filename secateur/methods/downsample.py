@@ -13,7 +13,7 @@ import torch
 
 from secateur.method import register
 from secateur.taxonomy import record
-from secateur.tokens.budget import rectangle
+from secateur.tokens.grid import rectangle
 from secateur.tokens.method import TokenMethod
 from secateur.tokens.reduce import best_of_cell, pour
 from secateur.tokens.state import Reduction, TokenSets

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from secateur.method import register
 from secateur.taxonomy import record
-from secateur.tokens.budget import strided_grid, top_per_row
+from secateur.tokens.grid import strided_grid
 from secateur.tokens.method import Facts, Stage, TokenMethod
+from secateur.tokens.select import top_per_row
 from secateur.tokens.state import TokenSets
 
 

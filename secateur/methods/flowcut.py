@@ -16,9 +16,10 @@ from torch import Tensor
 
 from secateur.method import register
 from secateur.taxonomy import record
-from secateur.tokens.budget import entropy_share, top_per_row
+from secateur.tokens.counts import entropy_share
 from secateur.tokens.method import Facts, Stage, TokenMethod
 from secateur.tokens.scores import likeness, normalised
+from secateur.tokens.select import top_per_row
 from secateur.tokens.state import Missing, TokenSets
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from secateur.method import register
 from secateur.taxonomy import record
-from secateur.tokens.budget import complement, neighbours, top_per_row
+from secateur.tokens.grid import neighbours
 from secateur.tokens.method import Facts, Stage, TokenMethod
+from secateur.tokens.select import complement, top_per_row
 from secateur.tokens.state import TokenSets
 
 

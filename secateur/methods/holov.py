@@ -14,10 +14,10 @@ from torch import Tensor
 
 from secateur.method import register
 from secateur.taxonomy import record
-from secateur.tokens.budget import even_runs, quotas, top_per_group
 from secateur.tokens.greedy import directions
 from secateur.tokens.method import Facts, Stage, TokenMethod
 from secateur.tokens.scores import cls_or_received
+from secateur.tokens.select import even_runs, quotas, top_per_group
 from secateur.tokens.state import Reduction, TokenSets
 
 

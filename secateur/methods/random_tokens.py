@@ -13,8 +13,8 @@ from torch import Tensor
 
 from secateur.method import register
 from secateur.taxonomy import record
-from secateur.tokens.budget import top_per_row
 from secateur.tokens.method import TokenMethod
+from secateur.tokens.select import top_per_row
 from secateur.tokens.state import TokenSets
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from secateur.method import register
 from secateur.taxonomy import record
-from secateur.tokens.budget import outliers
+from secateur.tokens.counts import outliers
 from secateur.tokens.method import TokenMethod
 from secateur.tokens.reduce import clusters, first, others
 from secateur.tokens.state import Missing, Reduction, TokenSets

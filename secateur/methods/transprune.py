@@ -17,9 +17,9 @@ from torch import Tensor
 
 from secateur.method import register
 from secateur.taxonomy import record
-from secateur.tokens.budget import top_per_row
 from secateur.tokens.method import Facts, Stage, TokenMethod
 from secateur.tokens.scores import normalised
+from secateur.tokens.select import top_per_row
 from secateur.tokens.state import TokenSets
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.method import register
 from secateur.taxonomy import record
-from secateur.tokens.budget import even_grid, rectangle
+from secateur.tokens.grid import even_grid, rectangle
 from secateur.tokens.method import TokenMethod
 from secateur.tokens.state import TokenSets
 

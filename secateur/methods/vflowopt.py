@@ -18,10 +18,11 @@ from torch import Tensor
 from secateur.errors import SecateurError
 from secateur.method import register
 from secateur.taxonomy import record
-from secateur.tokens.budget import last_ratio, top_per_row
+from secateur.tokens.counts import last_ratio
 from secateur.tokens.method import Facts, Stage, TokenMethod
 from secateur.tokens.reduce import in_order, recycle_cells
 from secateur.tokens.scores import over_crop, patch_entropy
+from secateur.tokens.select import top_per_row
 from secateur.tokens.state import Reduction, TokenSets
 
 FOUND = {

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from secateur.method import register
 from secateur.taxonomy import record
-from secateur.tokens.budget import geometric, top_per_row
+from secateur.tokens.counts import geometric
 from secateur.tokens.method import Facts, Stage, TokenMethod
 from secateur.tokens.reduce import in_order, merge_nearest, with_token
+from secateur.tokens.select import top_per_row
 from secateur.tokens.state import Missing, Reduction, TokenSets
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from secateur.errors import SecateurError
 
 FRESH = 16
-"""Candidates whose gain is worked out again at once by the lazy form of coverage."""
+"""Candidates whose gain is computed again at once by the lazy form of coverage."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def coverage(
     tensor([[0, 2]])
 
     `gains` [S, m, n]: how well candidate j covers row i (MMTok, arXiv 2508.18264); a row of padding is all 0. `covered`:
-    what every row starts from, one number or [S, m]. `lazy`: work out again only gains that can still win, since they
+    what every row starts from, one number or [S, m]. `lazy`: compute again only gains that can still win, since they
     never rise (Minoux 1978); picks are the same. None: on the CPU.
     """
     sets, _, n = gains.shape

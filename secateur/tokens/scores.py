@@ -37,8 +37,8 @@ def attention_rows(
     if weights is None:
         batch, rows = q.shape[0], q.shape[2]
         weights = torch.full((batch, rows), 1 / max(rows, 1), device=q.device)
-    found = _weighted(q, k.float(), weights.float(), mask, over, scale)
-    return found if heads else found.mean(1)
+    attention = _weighted(q, k.float(), weights.float(), mask, over, scale)
+    return attention if heads else attention.mean(1)
 
 
 def received_attention(
@@ -67,7 +67,7 @@ def received_attention(
     if weights is None:
         weights = torch.full((batch, total), 1 / max(total, 1), device=q.device)
     weights, keys = weights.float(), k.float()
-    found = torch.zeros(batch, count, length, device=q.device)
+    received = torch.zeros(batch, count, length, device=q.device)
     for start in range(0, total, rows):
         stop = min(start + rows, total)
         if partial and not weights[:, start:stop].any():
@@ -75,7 +75,7 @@ def received_attention(
         seen = length - total + stop if causal else length
         part = mask[:, :, start:stop, :seen] if mask is not None and mask.shape[2] > 1 else mask
         part = part[..., :seen] if part is not None and part.shape[3] > 1 else part
-        found[:, :, :seen] += _weighted(
+        received[:, :, :seen] += _weighted(
             q[:, :, start:stop],
             keys[:, :, :seen],
             weights[:, start:stop],
@@ -84,7 +84,7 @@ def received_attention(
             scale,
             length - total + start if causal else None,
         )
-    return found if heads else found.mean(1)
+    return received if heads else received.mean(1)
 
 
 def given_attention(

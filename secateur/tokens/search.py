@@ -34,8 +34,8 @@ def calibrate(
 ) -> dict[str, float]:
     """The best hyperparameters found for `method` at `target`, to pass to `attach`.
 
-    >>> found = calibrate(vlm, [processor(...) for ... in thirty], target="25%")  # doctest: +SKIP
-    >>> secateur.attach(vlm, "vflowopt", target="25%", **found)  # doctest: +SKIP
+    >>> best = calibrate(vlm, [processor(...) for ... in thirty], target="25%")  # doctest: +SKIP
+    >>> secateur.attach(vlm, "vflowopt", target="25%", **best)  # doctest: +SKIP
 
     samples: about 30 inputs of the model, each a dict of keyword arguments of `forward` (an image and a prompt).
     bounds: hyperparameter -> (low, high); None: those VFlowOpt was searched in. start: random settings before the model of
@@ -84,15 +84,15 @@ def calibrate(
 @torch.no_grad()
 def final_state(model: nn.Module, sample: Mapping[str, Any]) -> Tensor:
     """The last prompt token's hidden state after the final norm, [B, D]."""
-    found: list[Tensor] = []
+    states: list[Tensor] = []
     handle = model.get_decoder().register_forward_hook(  # type: ignore[operator]
-        lambda module, args, output: found.append(output.last_hidden_state[:, -1].detach())
+        lambda module, args, output: states.append(output.last_hidden_state[:, -1].detach())
     )
     try:
         model(**sample)
     finally:
         handle.remove()
-    return found[-1]
+    return states[-1]
 
 
 def agreement(pruned: Tensor, dense: Tensor) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError, choose
 from secateur.families.vlm import Facts, Layout
-from secateur.tokens.budget import counts
+from secateur.tokens.counts import counts
 from secateur.tokens.state import Reduction, Source, TokenSets
 
 SCOPES = ("crop", "image", "row")

@@ -145,8 +145,8 @@ class TestDivPrune:
 
     def test_published_cost_at_the_published_share(self):
         """Eleven prompts, 56 of 576 tokens left: mean 3.22796 and 0.51225 TFLOPs, mean ratio 15.6303 %."""
-        from secateur.tokens.budget import counts
         from secateur.tokens.cost import layer_flops
+        from secateur.tokens.counts import counts
 
         left = int(counts(torch.tensor([576]), 0.098))
         texts = (15, 15, 23, 83, 25, 113, 15, 39, 21, 91, 57)
@@ -178,7 +178,7 @@ SEEN = [0.090, 0.100, 0.085, 0.095, 0.120, 0.110, 0.125, 0.130]
 class TestHoloV:
     def test_variance_weights_and_scores_of_the_worked_example(self):
         from secateur.methods.holov import holistic
-        from secateur.tokens.budget import even_runs, quotas
+        from secateur.tokens.select import even_runs, quotas
 
         runs, sizes = even_runs(torch.ones(1, 8, dtype=torch.bool), 2)
         variance = make_method("holov").variance(directions(HOLO, eps=1e-6), runs, sizes)
@@ -225,7 +225,7 @@ class TestHoloV:
 
     def test_quotas_follow_mean_attention_whatever_the_variance(self):
         from secateur.methods.holov import holistic
-        from secateur.tokens.budget import even_runs
+        from secateur.tokens.select import even_runs
 
         runs, sizes = even_runs(torch.ones(1, 576, dtype=torch.bool), 16)
         seen, x = torch.rand(1, 576) * 1000, directions(torch.randn(1, 576, 8))

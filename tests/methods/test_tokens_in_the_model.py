@@ -13,7 +13,7 @@ from secateur.methods.recoverable_compression import RecoverableCompression
 from secateur.methods.transprune import variation
 from secateur.methods.vflowopt import important
 from secateur.testing import token_sets
-from secateur.tokens.budget import last_ratio, outlier_factor, outliers
+from secateur.tokens.counts import last_ratio, outlier_factor, outliers
 from secateur.tokens.reduce import clusters
 from secateur.tokens.scores import likeness, patch_entropy
 from secateur.tokens.state import Facts, Missing

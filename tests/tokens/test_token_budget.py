@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from secateur import SecateurError
-from secateur.tokens import budget
+from secateur.tokens import counts, grid, select
 
 
 def rows(mask):
@@ -20,65 +20,65 @@ def places(height, width):
 class TestCounts:
     def test_published_budgets_of_a_share(self):
         """Spec fastervlm: R = 25, 50, 75, 90, 95 % of 576."""
-        found = [int(budget.counts(torch.tensor([576]), share)) for share in (0.75, 0.5, 0.25, 0.1, 0.05)]
+        found = [int(counts.counts(torch.tensor([576]), share)) for share in (0.75, 0.5, 0.25, 0.1, 0.05)]
         assert found == [432, 288, 144, 58, 29]
 
     def test_half_goes_to_even_and_one_token_always_stays(self):
         total = torch.tensor([5, 7, 45, 1, 0])
-        assert budget.counts(total, 0.5).tolist() == [2, 4, 22, 1, 0]
-        assert budget.counts(total, 0.01).tolist() == [1, 1, 1, 1, 0]
-        assert budget.counts(total, 1.0).tolist() == total.tolist()
+        assert counts.counts(total, 0.5).tolist() == [2, 4, 22, 1, 0]
+        assert counts.counts(total, 0.01).tolist() == [1, 1, 1, 1, 0]
+        assert counts.counts(total, 1.0).tolist() == total.tolist()
 
     def test_divprune_budgets(self):
-        found = budget.counts(torch.tensor([576, 2880, 2340, 1152]), 0.098)
+        found = counts.counts(torch.tensor([576, 2880, 2340, 1152]), 0.098)
         assert found.tolist() == [56, 282, 229, 113]
 
     def test_a_count_is_an_images_and_is_shared_by_its_crops(self):
         crops = torch.tensor([576, 576, 576, 576, 576, 100])
         image = torch.tensor([0, 0, 0, 0, 0, 7])
-        found = budget.counts(crops, 64, image)
+        found = counts.counts(crops, 64, image)
         assert found.tolist() == [13, 13, 13, 13, 12, 64]
-        assert budget.counts(crops, 640, image).tolist() == [128] * 5 + [100]
-        assert budget.counts(torch.tensor([300, 100]), 20, torch.tensor([3, 3])).tolist() == [15, 5]
-        assert budget.counts(torch.tensor([4, 4, 4]), 2, torch.tensor([0, 0, 0])).tolist() == [1, 1, 1]
+        assert counts.counts(crops, 640, image).tolist() == [128] * 5 + [100]
+        assert counts.counts(torch.tensor([300, 100]), 20, torch.tensor([3, 3])).tolist() == [15, 5]
+        assert counts.counts(torch.tensor([4, 4, 4]), 2, torch.tensor([0, 0, 0])).tolist() == [1, 1, 1]
 
     @pytest.mark.parametrize("target", [0, -3, 0.0, 1.5, -0.1])
     def test_nonsense(self, target):
         with pytest.raises(SecateurError, match="no number of tokens"):
-            budget.counts(torch.tensor([9]), target)
+            counts.counts(torch.tensor([9]), target)
 
 
 class TestTop:
     def test_ties_go_to_the_lowest_index(self):
         scores = torch.tensor([[1.0, 2, 2, 2, 0], [7, 7, 7, 7, 7]])
-        assert rows(budget.top_per_row(scores, torch.tensor([2, 3]))) == [[1, 2], [0, 1, 2]]
+        assert rows(select.top_per_row(scores, torch.tensor([2, 3]))) == [[1, 2], [0, 1, 2]]
 
     def test_padding_and_what_is_no_candidate_never_stay(self):
         scores = torch.tensor([[9.0, 1, 2, torch.nan]])
         valid = torch.tensor([[False, True, True, False]])
-        assert rows(budget.top_per_row(scores, 1, valid)) == [[2]]
-        assert rows(budget.top_per_row(scores, 4, valid)) == [[1, 2]]
+        assert rows(select.top_per_row(scores, 1, valid)) == [[2]]
+        assert rows(select.top_per_row(scores, 4, valid)) == [[1, 2]]
         low = torch.full((1, 4), -torch.inf)
-        assert rows(budget.top_per_row(low, 1, valid)) == [[1]]
+        assert rows(select.top_per_row(low, 1, valid)) == [[1]]
 
     @pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.bfloat16, torch.float64, torch.bool])
     def test_any_type_of_score(self, dtype):
-        assert rows(budget.top_per_row(torch.tensor([[0, 1, 0, 1]]).to(dtype), 2)) == [[1, 3]]
+        assert rows(select.top_per_row(torch.tensor([[0, 1, 0, 1]]).to(dtype), 2)) == [[1, 3]]
 
     def test_against_a_plain_sort(self):
         scores = torch.randint(0, 6, (40, 25)).float()
         keep = torch.randint(0, 26, (40,))
-        for row, k, found in zip(scores.tolist(), keep.tolist(), rows(budget.top_per_row(scores, keep))):
+        for row, k, found in zip(scores.tolist(), keep.tolist(), rows(select.top_per_row(scores, keep))):
             assert found == sorted(sorted(range(25), key=lambda i: (-row[i], i))[:k])
 
     def test_nan_is_named(self):
         with pytest.raises(SecateurError, match="isn't a number"):
-            budget.top_per_row(torch.tensor([[1.0, torch.nan]]), 1)
+            select.top_per_row(torch.tensor([[1.0, torch.nan]]), 1)
 
     def test_groups_against_a_plain_sort(self):
         scores, groups = torch.randint(0, 5, (20, 30)).float(), torch.randint(0, 4, (20, 30))
         valid, quota = torch.rand(20, 30) > 0.2, torch.randint(0, 9, (20, 4))
-        found = rows(budget.top_per_group(scores, groups, quota, valid))
+        found = rows(select.top_per_group(scores, groups, quota, valid))
         for i in range(20):
             expected = []
             for g in range(4):
@@ -89,7 +89,7 @@ class TestTop:
 
 class TestQuotas:
     def divide(self, weights, k, caps):
-        return budget.quotas(torch.tensor([weights]), k, torch.tensor([caps]))[0].tolist()
+        return select.quotas(torch.tensor([weights]), k, torch.tensor([caps]))[0].tolist()
 
     def test_published_examples(self):
         """Spec holov (a)."""
@@ -118,10 +118,10 @@ class TestQuotas:
         weights = torch.rand(200, 7) ** 8
         weights = weights / weights.sum(1, keepdim=True)
         caps, keep = torch.randint(0, 20, (200, 7)), torch.randint(0, 90, (200,))
-        found = budget.quotas(weights, keep, caps)
+        found = select.quotas(weights, keep, caps)
         assert (found >= 0).all() and (found <= caps).all()
         assert torch.equal(found.sum(1), torch.minimum(keep, caps.sum(1)))
-        roomy = budget.quotas(weights, 50, torch.full((200, 7), 50))
+        roomy = select.quotas(weights, 50, torch.full((200, 7), 50))
         assert ((roomy - weights * 50).abs() < 1 + 1e-4).all()
 
     def test_nan_is_named(self):
@@ -132,13 +132,13 @@ class TestQuotas:
         "n, parts, sizes", [(576, 16, [36] * 16), (10, 4, [3, 3, 2, 2]), (3, 5, [1, 1, 1])]
     )
     def test_runs(self, n, parts, sizes):
-        runs, found = budget.even_runs(torch.ones(1, n, dtype=torch.bool), parts)
+        runs, found = select.even_runs(torch.ones(1, n, dtype=torch.bool), parts)
         assert found.tolist() == [sizes]
         assert runs[0].tolist() == [i for i, size in enumerate(sizes) for _ in range(size)]
 
     def test_runs_of_ragged_sets(self):
         valid = torch.arange(6) < torch.tensor([6, 3])[:, None]
-        runs, sizes = budget.even_runs(valid, torch.tensor([2, 3]))
+        runs, sizes = select.even_runs(valid, torch.tensor([2, 3]))
         assert runs[0].tolist() == [0, 0, 0, 1, 1, 1] and runs[1, :3].tolist() == [0, 1, 2]
         assert sizes.tolist() == [[3, 3, 0], [1, 1, 1]]
 
@@ -151,46 +151,46 @@ class TestOutliers:
 
     def test_published_factors(self):
         expected = [1.153, 0.882, 73.716, 0.980, 1.153, 1.153, 114.546, 1.035, 0.888, 1.170, 1.170, 1.170]
-        found = budget.outlier_factor(torch.tensor([Z], dtype=torch.float64), 3)[0]
+        found = counts.outlier_factor(torch.tensor([Z], dtype=torch.float64), 3)[0]
         assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), atol=6e-4)
 
     @pytest.mark.parametrize("neighbours, expected", [(3, [2, 6]), (10, [6]), (20, []), (11, [])])
     def test_the_number_of_neighbours_matters(self, neighbours, expected):
-        assert rows(budget.outliers(torch.tensor([Z], dtype=torch.float64), neighbours)) == [expected]
+        assert rows(counts.outliers(torch.tensor([Z], dtype=torch.float64), neighbours)) == [expected]
 
     def test_factor_of_the_one_outlier_with_ten_neighbours(self):
-        found = budget.outlier_factor(torch.tensor([Z], dtype=torch.float64), 10)[0, 6]
+        found = counts.outlier_factor(torch.tensor([Z], dtype=torch.float64), 10)[0, 6]
         assert found.item() == pytest.approx(2.509, abs=6e-4)
 
     def test_shifting_and_scaling_change_nothing_and_padding_is_not_seen(self):
         z = torch.rand(1, 40, dtype=torch.float64) ** 6
-        base = budget.outliers(z, 10)
-        assert torch.equal(budget.outliers(z * 7 + 3, 10), base)
+        base = counts.outliers(z, 10)
+        assert torch.equal(counts.outliers(z * 7 + 3, 10), base)
         padded = torch.cat([z, torch.full((1, 9), torch.nan, dtype=torch.float64)], 1)
-        found = budget.outliers(padded, 10, torch.arange(49)[None] < 40)
+        found = counts.outliers(padded, 10, torch.arange(49)[None] < 40)
         assert torch.equal(found[:, :40], base) and not found[:, 40:].any()
 
     def test_one_number_and_equal_numbers_are_no_outliers(self):
-        assert not budget.outliers(torch.tensor([[3.0]]), 20).any()
-        assert not budget.outliers(torch.full((1, 30), 0.5), 20).any()
+        assert not counts.outliers(torch.tensor([[3.0]]), 20).any()
+        assert not counts.outliers(torch.full((1, 30), 0.5), 20).any()
 
 
 class TestEntropy:
     def test_the_published_ratio_and_what_leaves(self):
         """Spec flowcut (a): N = 8, T = 2; before rounding 0.44066, 0.98533, 1.39347 at 20, 4, 2 layers to go."""
         attention = torch.tensor([[0.40, 0.20, 0.10, 0.05, 0.05, 0.05, 0.05, 0.05]])
-        assert budget.entropy_ratio(attention).item() == pytest.approx(0.819485, abs=1e-6)
-        share = budget.entropy_share(attention).item()
+        assert counts.entropy_ratio(attention).item() == pytest.approx(0.819485, abs=1e-6)
+        share = counts.entropy_share(attention).item()
         assert [6 / left**0.5 * share for left in (20, 4, 2)] == pytest.approx(
             [0.44066, 0.98533, 1.39347], abs=1e-5
         )
 
     def test_even_and_single(self):
         even, one = torch.full((1, 9), 0.3), torch.eye(9)[:1]
-        assert budget.entropy_share(even).item() == pytest.approx(0, abs=1e-12)
-        assert budget.entropy_share(one).item() == 1
+        assert counts.entropy_share(even).item() == pytest.approx(0, abs=1e-12)
+        assert counts.entropy_share(one).item() == 1
         padded = torch.cat([even, torch.rand(1, 4)], 1)
-        found = budget.entropy_ratio(padded, torch.arange(13)[None] < 9)
+        found = counts.entropy_ratio(padded, torch.arange(13)[None] < 9)
         assert found.item() == pytest.approx(1, abs=1e-12)
 
 
@@ -206,57 +206,57 @@ class TestSchedules:
     )
     def test_geometric_stages(self, target, expected):
         """Spec visiondrop: 1.5 T, falling by rho = 0.73362."""
-        assert [target * share for share in budget.geometric()] == pytest.approx(expected, abs=0.05)
+        assert [target * share for share in counts.geometric()] == pytest.approx(expected, abs=0.05)
 
     def test_geometric_has_mean_one(self):
         for stages, first in ((4, 3.0), (3, 1.0), (5, 0.5)):
-            assert sum(budget.geometric(stages, first)) == pytest.approx(stages)
+            assert sum(counts.geometric(stages, first)) == pytest.approx(stages)
         with pytest.raises(SecateurError, match="can't start"):
-            budget.geometric(4, 4.0)
+            counts.geometric(4, 4.0)
 
     def test_means_over_layers(self):
         """Spec visiondrop and vflowopt: 32 tokens, and the three shipped rows."""
-        assert budget.mean_over_layers([48, 35, 26, 19], [8, 8, 8, 8]) == 32
+        assert counts.mean_over_layers([48, 35, 26, 19], [8, 8, 8, 8]) == 32
         shipped = [
             ((0.7233201, 0.7487476, 0.487), 0.500773),
             ((0.2651026, 0.9833433, 0.8773258), 0.250685),
             ((0.1166153, 1.0, 0.6011), 0.100002),
         ]
         for (a, b, c), mean in shipped:
-            assert budget.mean_over_layers([a, a * b, a * b * c], [9, 9, 10]) == pytest.approx(mean, abs=1e-6)
-            assert budget.last_ratio(mean, [a, b], [9, 9, 10]) == pytest.approx(c, abs=1e-4)
+            assert counts.mean_over_layers([a, a * b, a * b * c], [9, 9, 10]) == pytest.approx(mean, abs=1e-6)
+            assert counts.last_ratio(mean, [a, b], [9, 9, 10]) == pytest.approx(c, abs=1e-4)
 
     def test_the_last_ratio_stays_a_ratio(self):
-        assert budget.last_ratio(0.9, [0.5, 0.5], [9, 9, 10]) == 1
-        assert budget.last_ratio(0.1, [0.9, 0.9], [9, 9, 10]) == 0
+        assert counts.last_ratio(0.9, [0.5, 0.5], [9, 9, 10]) == 1
+        assert counts.last_ratio(0.1, [0.9, 0.9], [9, 9, 10]) == 0
 
 
 class TestGrids:
     def test_the_published_stride(self):
         """Spec feather (a): g = 4, s = 3; and 81 of 27 x 27."""
         at = places(4, 4)
-        assert rows(budget.strided_grid(at // 4, at % 4, 3)) == [[0, 3, 12, 15]]
+        assert rows(grid.strided_grid(at // 4, at % 4, 3)) == [[0, 3, 12, 15]]
         at = places(27, 27)
-        assert budget.strided_grid(at // 27, at % 27, 3).sum() == 81
-        assert not budget.strided_grid(torch.tensor([[-1, 0]]), torch.tensor([[-1, -1]]), 1).any()
+        assert grid.strided_grid(at // 27, at % 27, 3).sum() == 81
+        assert not grid.strided_grid(torch.tensor([[-1, 0]]), torch.tensor([[-1, -1]]), 1).any()
 
     @pytest.mark.parametrize("height, width", [(24, 24), (5, 3), (1, 7), (7, 1)])
     def test_even_grids_have_exactly_the_count(self, height, width):
         for keep in range(1, height * width + 1):
-            found = budget.even_grid(height, width, keep).tolist()
+            found = grid.even_grid(height, width, keep).tolist()
             assert found == sorted(set(found)) and len(found) == keep and found[-1] < height * width
 
     def test_no_two_tokens_of_an_even_grid_are_crowded(self):
         """64 of 24 x 24 stand 3 apart."""
-        found = budget.even_grid(24, 24, 64)
+        found = grid.even_grid(24, 24, 64)
         apart = (found[:, None] // 24 - found // 24).abs() + (found[:, None] % 24 - found % 24).abs()
         assert (apart + 99 * torch.eye(64)).min() == 3
 
     def test_neighbours_wrap_or_stop_at_the_edge(self):
         """Spec hiprune (a): 4 x 4, token 3: {0, 2, 3, 4, 7} as released, {2, 3, 7} geometrically."""
         mask, four = torch.arange(16)[None] == 3, torch.tensor([4])
-        assert rows(budget.neighbours(mask, places(4, 4), four, four, "wrap")) == [[0, 2, 3, 4, 7]]
-        assert rows(budget.neighbours(mask, places(4, 4), four, four, "clip")) == [[2, 3, 7]]
+        assert rows(grid.neighbours(mask, places(4, 4), four, four, "wrap")) == [[0, 2, 3, 4, 7]]
+        assert rows(grid.neighbours(mask, places(4, 4), four, four, "clip")) == [[2, 3, 7]]
 
     def test_the_middle_the_last_row_and_other_shapes(self):
         three, five = torch.tensor([3]), torch.tensor([5])
@@ -267,26 +267,26 @@ class TestGrids:
             (0, [0, 1, 5], [0, 1, 5]),
         ):
             mask = places(3, 5) == token
-            assert rows(budget.neighbours(mask, places(3, 5), five, three, "wrap")) == [wrap]
-            assert rows(budget.neighbours(mask, places(3, 5), five, three, "clip")) == [clip]
+            assert rows(grid.neighbours(mask, places(3, 5), five, three, "wrap")) == [wrap]
+            assert rows(grid.neighbours(mask, places(3, 5), five, three, "clip")) == [clip]
 
     def test_tokens_that_are_gone_are_passed_over_in_batches(self):
         at = torch.tensor([[0, 1, 2, 3], [0, 3, 4, -1]])
         size = torch.tensor([2, 3])
         mask = torch.tensor([[True, False, False, False], [True, False, False, False]])
-        assert rows(budget.neighbours(mask, at, size, size)) == [[0, 1, 2], [0, 1]]
+        assert rows(grid.neighbours(mask, at, size, size)) == [[0, 1, 2], [0, 1]]
 
     def test_an_unknown_rule(self):
         with pytest.raises(SecateurError, match="clip or wrap"):
-            budget.neighbours(
+            grid.neighbours(
                 torch.ones(1, 1).bool(), places(1, 1), torch.ones(1).long(), torch.ones(1).long(), "x"
             )
 
     def test_rectangles(self):
         at = places(3, 5)
         valid = torch.ones_like(at, dtype=torch.bool)
-        assert budget.rectangle(at // 5 + 2, at % 5 + 1, valid) == [(3, 5)]
+        assert grid.rectangle(at // 5 + 2, at % 5 + 1, valid) == [(3, 5)]
         valid[0, -1] = False
-        assert budget.rectangle(at // 5, at % 5, valid) == [(1, 14)]
-        assert budget.rectangle(at // 5, at % 5, torch.arange(15)[None] < 10) == [(2, 5)]
-        assert budget.rectangle(at % 3, at // 3, torch.arange(15)[None] < 15) == [(1, 15)]
+        assert grid.rectangle(at // 5, at % 5, valid) == [(1, 14)]
+        assert grid.rectangle(at // 5, at % 5, torch.arange(15)[None] < 10) == [(2, 5)]
+        assert grid.rectangle(at % 3, at // 3, torch.arange(15)[None] < 15) == [(1, 15)]

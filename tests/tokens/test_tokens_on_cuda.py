@@ -12,7 +12,8 @@ from test_every_token_method import METHODS, lists, run
 from tiny_models import inputs_for, make
 
 from secateur.tokens import greedy
-from secateur.tokens.budget import even_runs, outlier_factor, quotas, top_per_group
+from secateur.tokens.counts import outlier_factor
+from secateur.tokens.select import even_runs, quotas, top_per_group
 
 DEVICE = torch.device(os.environ.get("SECATEUR_TEST_DEVICE", "cuda"))
 pytestmark = pytest.mark.skipif(

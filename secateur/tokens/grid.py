@@ -1,0 +1,73 @@
+"""Places on a grid of tokens: strides, even spreads, rectangles, neighbours. Specs: feather (strided grid), hiprune (neighbours)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur.errors import SecateurError
+
+
+def strided_grid(grid_row: Tensor, grid_col: Tensor, stride: int) -> Tensor:
+    """[S, n] bool: tokens whose row and column are both multiples of `stride`, from the top left; -1 is no place."""
+    placed = (grid_row >= 0) & (grid_col >= 0)
+    return (grid_row % stride == 0) & (grid_col % stride == 0) & placed
+
+
+def even_grid(height: int, width: int, keep: int) -> Tensor:
+    """Places (row * width + column, ascending) of exactly `keep` tokens spread evenly over a grid: int64 [keep].
+
+    >>> even_grid(4, 4, 4)
+    tensor([ 5,  7, 13, 15])
+
+    Rows are taken evenly in a number that makes the spacing as square as it can be; the tokens are divided evenly over
+    them, and stand evenly within each.
+    """
+    keep = min(keep, height * width)
+    rows = min(height, max(1, round((keep * height / width) ** 0.5), -(-keep // width)))
+    rows = min(rows, max(keep, 1))
+    spread = lambda count, size: ((torch.arange(count) + 0.5) * size / max(count, 1)).floor().long()
+    edges = [keep * i // rows for i in range(rows + 1)]
+    chosen = [row * width + spread(b - a, width) for row, a, b in zip(spread(rows, height), edges, edges[1:])]
+    return torch.cat(chosen) if chosen else torch.zeros(0, dtype=torch.int64)
+
+
+def rectangle(grid_row: Tensor, grid_col: Tensor, valid: Tensor) -> list[tuple[int, int]]:
+    """Height and width of the rectangle that each set's tokens fill in raster order; (1, count) where they fill none."""
+    shapes = []
+    for row, column, count in zip(grid_row, grid_col, valid.sum(1).tolist()):
+        row, column, place = row[:count], column[:count], torch.arange(count, device=row.device)
+        height, width = len(row.unique()), max(len(column.unique()), 1)
+        full = height * width == count and bool(
+            (row - row[:1] == place // width).all() and (column - column[:1] == place % width).all()
+        )
+        shapes.append((height, width) if count and full else (1, count))
+    return shapes
+
+
+def neighbours(mask: Tensor, places: Tensor, width: Tensor, height: Tensor, edges: str = "clip") -> Tensor:
+    """`mask` and the tokens left, right, above and below of it on their grid, [S, n] bool.
+
+    `places` [S, n] int64: row * width + column of every token, -1 for none; `width`, `height` [S]. `edges`: "clip" stops at the
+    grid's border; "wrap" counts on flat places, so the right edge's neighbour is the next row's first, and clamps what
+    falls outside to the first and last place (as HiPrune's code does). A place whose token is gone is passed over.
+    """
+    if edges not in ("clip", "wrap"):
+        raise SecateurError(f"there is no rule {edges!r} for edges", where="neighbours", fix="clip or wrap")
+    width, last = width[:, None], (width * height)[:, None] - 1
+    taken = torch.zeros(len(mask), int(last.max()) + 2, dtype=torch.bool, device=mask.device)
+    column = places % width.clamp(min=1)
+    there = mask & (places >= 0)
+    steps = (
+        (0, True),
+        (-1, column > 0),
+        (1, column < width - 1),
+        (-width, places >= width),
+        (width, places + width <= last),
+    )
+    for step, inside in steps:
+        at = (places + step).clamp(min=0).minimum(last) if edges == "wrap" else places + step
+        who = there if edges == "wrap" else there & inside
+        taken.scatter_(1, at.masked_fill(~who, taken.shape[1] - 1), True)
+    taken[:, -1] = False
+    return mask | taken.gather(1, places.masked_fill(places < 0, taken.shape[1] - 1))
