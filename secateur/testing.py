@@ -129,7 +129,7 @@ def names_its_source(cls: type[Method]) -> None:
 
 def _ids(model: nn.Module, rows: int = 6, length: int = 24) -> Tensor:
     """Token ids [rows, length]."""
-    size = model.config.vocab_size  # type: ignore[union-attr, operator]
+    size = model.config.vocab_size  # type: ignore[union-attr]
     return torch.randint(0, size, (rows, length), generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
 
 
@@ -210,7 +210,9 @@ def cut_equals_masked(cls: type[Method]) -> None:
 
     model = _llama()
     kinds = getattr(cls, "kinds", None)
-    settings = {"kinds": ("kv_groups", "neurons")} if kinds is None or "hidden" in kinds else {}
+    settings: dict[str, Any] = {}
+    if kinds is None or "hidden" in kinds:
+        settings["kinds"] = ("kv_groups", "neurons")
     pruned = _pruned(cls, model, **settings)
     masked = copy.deepcopy(model)
     set_values(masked, pruned.plan.values)
