@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, require
 from secateur.io.reshape import (
     BROKEN,
     FORMAT,
@@ -24,7 +25,7 @@ from secateur.io.reshape import (
     kept_blocks,
     reshape,
 )
-from secateur.io.timm import LOAD, save_plain
+from secateur.io.timm import LOAD, build, save_plain
 from secateur.utils.files import atomic_write_json, atomic_write_text
 from secateur.utils.inputs import default_inputs, from_description
 
@@ -114,26 +115,32 @@ def _save_module(model: nn.Module, folder: Path, plan: Plan | None) -> dict[str,
             "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         )
         save_file(part, folder / name)
-    build = f"build_{cls.__name__}()"
+    build_it = f"build_{_word(cls.__name__)}()"
     atomic_write_text(
         folder / "load_pruned.py",
         LOADER.format(
             reshape=inspect.getsource(reshape),
             assemble=inspect.getsource(assemble),
             timm=", and timm" if timm_kwargs else "",
-            argument="" if timm_kwargs else build,
-            comment=f"timm {timm_kwargs['model_name']}"
+            argument="" if timm_kwargs else build_it,
+            comment=f"timm {_word(timm_kwargs['model_name'])}"
             if timm_kwargs
-            else f"the dense {cls.__name__}, freshly built",
+            else f"the dense {_word(cls.__name__)}, freshly built",
         ),
     )
     return {
         "form": "module",
-        "load": f"load_pruned.load({'' if timm_kwargs else build})",
+        "load": f"load_pruned.load({'' if timm_kwargs else build_it})",
         "why": f"no arguments of timm's {timm_kwargs['model_name']} build these shapes"
         if timm_kwargs
         else f"{cls.__module__}.{cls.__qualname__} isn't a transformers model, so it has no config to load it from",
     }
+
+
+def _word(name: str) -> str:
+    """A name that goes into the written loader: it can't leave the comment or the call that it stands in."""
+    require(re.fullmatch(r"[\w.]+", name), f"{name!r} isn't a name", where="model")
+    return name
 
 
 def _picture(model: nn.Module, plan: Plan | None) -> Any:
@@ -198,8 +205,13 @@ def _load_module(path: Path, model: nn.Module | None) -> nn.Module:
             f"it needs a freshly built dense {about['class']}", where=str(path), fix="pass it as model="
         )
     try:
+        if model is None:
+            arguments = {
+                key: value for key, value in about["timm"].items() if key not in ("model_name", "pretrained")
+            }
+            model = build(about["timm"]["model_name"], arguments, str(path / "model.json"))
         return assemble(path, about, model)
-    except (RuntimeError, KeyError, AttributeError, IndexError, SafetensorError, OSError) as error:
+    except (*BROKEN, SafetensorError, OSError, AssertionError) as error:
         raise SecateurError(
             f"it can't be loaded ({str(error).strip().splitlines()[0]})",
             where=str(path),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+import hashlib
 import inspect
 import json
+import re
 import sys
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, require
 from secateur.io.reshape import (
     BROKEN,
     CONFIG_KEYS,
@@ -27,6 +29,7 @@ from secateur.io.reshape import (
     reshape,
     swap,
 )
+from secateur.io.trusted import auto_or_model_class, check_config, pruned_from, without_adapter
 from secateur.utils.files import atomic_write_json, atomic_write_text
 from secateur.utils.inputs import default_inputs, from_description, map_tensors
 from secateur.utils.running import call, device_of, evaluating
@@ -214,16 +217,13 @@ def _auto_classes(cls: type, model_type: str) -> list[str]:
     return sorted(names, key=lambda name: (name != "AutoModelForCausalLM", len(name))) or ["AutoModel"]
 
 
-def _render(cls: type, config: type, model_type: str) -> str:
-    return MODELING.format(
-        name=cls.__name__,
-        module=cls.__module__,
-        config=config.__name__,
-        config_module=config.__module__,
-        model_type=model_type,
-        swap=inspect.getsource(swap),
-        reshape=inspect.getsource(reshape),
-    )
+def _render(cls: Any) -> str:
+    config = cls.config_class
+    names = {"name": cls.__name__, "module": cls.__module__, "config": config.__name__}
+    names |= {"config_module": config.__module__, "model_type": f"pruned_{config.model_type}"}
+    for text in names.values():
+        require(re.fullmatch(r"[\w.-]+", text), f"{text!r} isn't a name", where=cls.__name__)
+    return MODELING.format(**names, swap=inspect.getsource(swap), reshape=inspect.getsource(reshape))
 
 
 def _save_custom(
@@ -245,8 +245,7 @@ def _save_custom(
     cut["dense"] = {key: value for key, value in was.items() if key in now and now[key] != value}
     cut["config"] = _valid_fields(dense, {key: now[key] for key in cut["dense"]})
 
-    model_type = f"pruned_{dense.model_type}"
-    text = _render(cls, type(dense), model_type)
+    text = _render(cls)
     state = model.state_dict()
     state |= {name: tensor for name, tensor in _tensors(model).items() if name in cut["shapes"]}
     automatic = getattr(model.config, "auto_map", None)
@@ -261,7 +260,7 @@ def _save_custom(
         if automatic is not None:
             model.config.auto_map = automatic
 
-    autos = _auto_classes(cls, dense.model_type)
+    autos = _auto_classes(cls, cls.config_class.model_type)
     dense.dtype = model.config.dtype
     document = json.loads(dense.to_json_string(use_diff=True))
     document |= {
@@ -270,12 +269,12 @@ def _save_custom(
             "AutoConfig": "modeling_pruned.PrunedConfig",
             **{auto: f"modeling_pruned.Pruned{cls.__name__}" for auto in autos},
         },
-        "model_type": model_type,
+        "model_type": f"pruned_{cls.config_class.model_type}",
         "pruned": {"class": f"{cls.__module__}:{cls.__name__}", **cut},
     }
     atomic_write_json(folder / "config.json", document)
     atomic_write_text(folder / "modeling_pruned.py", text)
-    _verify(model, text, folder / "config.json")
+    _verify(model, cls, folder / "config.json")
     return {
         "form": "custom",
         "load": f"{autos[0]}.from_pretrained(folder, trust_remote_code=True)",
@@ -297,9 +296,9 @@ def _valid_fields(dense: Any, fields: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _verify(model: nn.Module, text: str, config_file: Path) -> None:
+def _verify(model: nn.Module, cls: type, config_file: Path) -> None:
     """Builds the model as a loader would and compares shapes and attributes."""
-    config, built = _module_from(text, "verify")
+    config, built = _pruned_classes(cls, "verify")
     again = _build(lambda: built(config.from_dict(json.loads(config_file.read_text()))))
     left = compare(model, again)
     if left["blocks"] or left["identity"] or left["shapes"]:
@@ -310,54 +309,61 @@ def _verify(model: nn.Module, text: str, config_file: Path) -> None:
         )
 
 
-class _Text(importlib.abc.InspectLoader):
-    """Imports a module from its text."""
+def _pruned_classes(cls: Any, name: str, file: Path | None = None) -> tuple[Any, Any]:
+    """(config class, model class) that `MODELING` writes for a class of transformers, made without running any text.
 
-    def __init__(self, text: str):
-        self.text = text
+    file: the written text, which transformers copies when it saves the model.
+    """
+    module = types.ModuleType(f"secateur_{name}.modeling_pruned")
+    module.__file__ = str(file) if file else None
+    sys.modules[module.__name__] = module
 
-    def get_source(self, fullname: str) -> str:
-        return self.text
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        swap(config, config.pruned["dense"])
+        cls.__init__(self, config, *args, **kwargs)
+        swap(config, config.pruned["config"])
+        reshape(self, config.pruned)
+        self.tie_weights()
 
-
-def _module_from(text: str, name: str, file: Path | None = None) -> tuple[Any, Any]:
-    """(config class, model class) of a rendered modeling file. `file` is where transformers finds it to copy it."""
-    spec = importlib.util.spec_from_loader(f"secateur_{name}.modeling_pruned", _Text(text))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    if file:
-        module.__file__ = str(file)
-    built = [cls for key, cls in vars(module).items() if key.startswith("Pruned") and hasattr(cls, "forward")]
-    return module.PrunedConfig, built[0]
+    own = {"__module__": module.__name__}
+    model_type = f"pruned_{cls.config_class.model_type}"
+    config = types.new_class(
+        "PrunedConfig", (cls.config_class,), exec_body=lambda body: body.update(own, model_type=model_type)
+    )
+    body = {**own, "config_class": config, "__init__": __init__}
+    return config, types.new_class(
+        f"Pruned{cls.__name__}", (cls,), exec_body=lambda space: space.update(body)
+    )
 
 
 def _load_transformers(path: Path, dtype: torch.dtype | None) -> nn.Module:
-    import transformers
     from safetensors import SafetensorError
 
+    where = str(path / "config.json")
     try:
-        document = json.loads((path / "config.json").read_text())
+        without_adapter(path)
+        document = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        require(isinstance(document, dict), "it isn't an object", where=where, fix="save the model again")
+        check_config(document, where)
         if "pruned" in document:
             cls, config = _trusted_classes(document, path)
             config = config.from_dict(document)
         else:
-            name = (document.get("architectures") or ["AutoModelForCausalLM"])[0]
-            cls, config = getattr(transformers, name, None), None
-            if cls is None:
-                raise SecateurError(
-                    f"transformers has no {name!r}", where=str(path), fix="update transformers"
-                )
+            cls, config = auto_or_model_class(document, where), None
         with quiet():
             model, info = cls.from_pretrained(
-                path, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+                path,
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                local_files_only=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (*BROKEN, OSError, ImportError, AssertionError, SafetensorError) as error:
+        reason = str(error).strip() or type(error).__name__
         raise SecateurError(
-            f"it can't be loaded ({str(error).strip().splitlines()[0]})",
-            where=str(path),
-            fix="save the model again",
+            f"it can't be loaded ({reason.splitlines()[0]})", where=str(path), fix="save the model again"
         ) from error
     if info["missing_keys"]:
         raise SecateurError(
@@ -367,14 +373,17 @@ def _load_transformers(path: Path, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _trusted_classes(document: dict[str, Any], path: Path) -> tuple[Any, Any]:
-    module, _, name = document["pruned"]["class"].partition(":")
-    if not module.startswith("transformers.models.") or not name.isidentifier():
-        raise SecateurError(f"{module}:{name} isn't a class of transformers", where=str(path))
-    cls = getattr(importlib.import_module(module), name)
-    text = _render(cls, cls.config_class, document["model_type"])
-    config, pruned = _module_from(text, f"{abs(hash((text, str(path)))):x}", path / "modeling_pruned.py")
-    for auto in document["auto_map"]:
-        (config if auto == "AutoConfig" else pruned).register_for_auto_class(auto)
+    """(model class, config class) of a folder that `save_model` wrote; nothing of the folder is run."""
+    cls = pruned_from(document, str(path / "config.json"))
+    name = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    file = path / "modeling_pruned.py"
+    # transformers copies the file when it saves the model again: only one that says what these classes do
+    ours = file.is_file() and file.read_text(encoding="utf-8", errors="replace") == _render(cls)
+    config, pruned = _pruned_classes(cls, name, file if ours else None)
+    if ours:
+        config.register_for_auto_class("AutoConfig")
+        for auto in _auto_classes(cls, cls.config_class.model_type):
+            pruned.register_for_auto_class(auto)
     return pruned, config
 
 
@@ -398,5 +407,9 @@ def _load_tokenizer(path: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise SecateurError(f"its tokenizer can't be loaded ({error})", where=str(path)) from error
+    # a damaged tokenizer.json raises a bare Exception
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SecateurError(
+            f"its tokenizer can't be loaded ({reason})", where=str(path), fix="save the tokenizer again"
+        ) from error
