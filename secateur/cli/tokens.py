@@ -94,7 +94,9 @@ def open_any(name: str, image: str | None, flags: Tokens) -> Asked:
     """A model of `transformers` with its processor."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from secateur.io.reshape import BROKEN
     from secateur.io.transformers import quiet
+    from secateur.io.trusted import check_folder
 
     if image is None or flags.prompt is None:
         what = "a picture" if image is None else "a question"
@@ -104,10 +106,13 @@ def open_any(name: str, image: str | None, flags: Tokens) -> Asked:
     pixels = read_picture(image)
     try:
         with quiet():
-            processor = AutoProcessor.from_pretrained(name)
-            model = AutoModelForImageTextToText.from_pretrained(name, dtype=_dtype(flags.dtype))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+            check_folder(name)
+            processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+            model = AutoModelForImageTextToText.from_pretrained(
+                name, dtype=_dtype(flags.dtype), trust_remote_code=False, use_safetensors=True
+            )
+    except (*BROKEN, OSError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise SecateurError(
             f"can't be opened as a vision-language model ({reason})",
             where=name,
@@ -134,14 +139,9 @@ def read_picture(path: str, size: int | None = None) -> Any:
     """A picture file as uint8 [H, W, 3], resized to a square of `size`."""
     import torch
 
-    from secateur.saliency.picture import _pillow
+    from secateur.utils.pictures import open_picture
 
-    try:
-        image = _pillow().open(Path(path).expanduser()).convert("RGB")
-    except (OSError, ValueError) as error:
-        raise SecateurError(
-            f"isn't a picture that can be read ({error})", where=path, fix="a .png or .jpg"
-        ) from error
+    image = open_picture(path)
     if size is not None:
         image = image.resize((size, size))
     data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)

@@ -29,7 +29,7 @@ from secateur.io.reshape import (
     reshape,
     swap,
 )
-from secateur.io.trusted import auto_or_model_class, check_config, pruned_from, without_adapter
+from secateur.io.trusted import auto_or_model_class, check_folder, pruned_from
 from secateur.utils.files import atomic_write_json, atomic_write_text
 from secateur.utils.inputs import default_inputs, from_description, map_tensors
 from secateur.utils.running import call, device_of, evaluating
@@ -341,10 +341,9 @@ def _load_transformers(path: Path, dtype: torch.dtype | None) -> nn.Module:
 
     where = str(path / "config.json")
     try:
-        without_adapter(path)
+        check_folder(path)
         document = json.loads((path / "config.json").read_text(encoding="utf-8"))
         require(isinstance(document, dict), "it isn't an object", where=where, fix="save the model again")
-        check_config(document, where)
         if "pruned" in document:
             cls, config = _trusted_classes(document, path)
             config = config.from_dict(document)

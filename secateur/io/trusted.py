@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -105,8 +106,19 @@ def check_config(value: Any, where: str, depth: int = 0) -> None:
         check_config(item, where, depth + 1)
 
 
-def without_adapter(path: Path) -> None:
-    """Refuse a folder with an adapter beside its weights: it may name another model, and is no part of this one."""
+def check_folder(path: str | Path) -> None:
+    """Refuse a folder whose `config.json` leads elsewhere, or with an adapter, which may name another model.
+
+    A name that is no folder passes: that is the hub's.
+    """
+    path = Path(path).expanduser()
+    if (file := path / "config.json").is_file():
+        try:
+            check_config(json.loads(file.read_text(encoding="utf-8")), str(file))
+        except (ValueError, RecursionError) as error:
+            raise SecateurError(
+                f"it isn't JSON ({error})", where=str(file), fix="save the model again"
+            ) from error
     there = (path / "adapter_config.json").exists()
     require(
         not there,

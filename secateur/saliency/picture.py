@@ -13,6 +13,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.utils.files import atomic_write_bytes
+from secateur.utils.pictures import open_picture
 
 WARM = (
     (0.0, (30, 15, 60)),
@@ -33,17 +34,7 @@ def read_picture(
 
     Raises `SecateurError` where there is no picture, or Pillow isn't installed.
     """
-    image_module = _pillow()
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise SecateurError("no such picture", where=str(path), fix="check the path")
-    try:
-        with image_module.open(file) as opened:
-            image = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise SecateurError(
-            f"it can't be read as a picture ({error})", where=str(path), fix="give a PNG or JPEG"
-        ) from error
+    image_module, image = _pillow(), open_picture(path)
     height, width = size
     factor = max(height / image.height, width / image.width)
     if factor != 1:

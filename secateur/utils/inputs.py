@@ -53,7 +53,11 @@ def describe(inputs: Inputs | None) -> Any:
 def from_description(spec: Any) -> Any:
     """Inputs of the described shapes: ones for integers and booleans, seeded noise for floats."""
     if isinstance(spec, dict) and set(spec) == {"tensor", "dtype"}:
-        dtype = getattr(torch, spec["dtype"])
+        dtype = getattr(torch, str(spec["dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise SecateurError(
+                f"{spec['dtype']!r} is no dtype", where="inputs", fix="such as float32, int64"
+            )
         if dtype.is_floating_point:
             return torch.randn(spec["tensor"], generator=torch.Generator().manual_seed(0)).to(dtype)
         return torch.ones(spec["tensor"], dtype=dtype)

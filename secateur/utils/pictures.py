@@ -1,0 +1,36 @@
+"""Picture files of a user, read by Pillow's own decoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import SecateurError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Formats that Pillow reads by itself; PostScript, for one, it hands to another program."""
+
+
+def open_picture(path: str | Path) -> Any:
+    """A picture file as a Pillow image in RGB.
+
+    >>> open_picture("cat.jpg").size  # doctest: +SKIP
+    (640, 480)
+
+    Raises `SecateurError` where there is no picture, it is damaged or too large, or Pillow isn't installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise SecateurError("Pillow isn't installed", where=str(path), fix="pip install pillow") from error
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise SecateurError("no such picture", where=str(path), fix="check the path")
+    try:
+        with Image.open(file, formats=FORMATS) as opened:
+            return opened.convert("RGB")
+    # decoders raise what they like: struct.error, IndexError, DecompressionBombError
+    except Exception as error:
+        raise SecateurError(
+            f"it can't be read as a picture ({error})", where=str(path), fix="give a PNG or JPEG"
+        ) from error
