@@ -228,7 +228,7 @@ def _render(cls: Any) -> str:
 
 def _save_custom(
     model: Any,
-    cls: type,
+    cls: Any,
     folder: Path,
     plan: Plan | None,
     dense_config: Any,

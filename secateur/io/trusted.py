@@ -101,8 +101,8 @@ def check_config(value: Any, where: str, depth: int = 0) -> None:
             require(plain, f"{key} names code of a hub", where=where, fix="remove it")
         # timm takes sources such as hf-hub:NAME where an architecture stands
         if key == "architecture":
-            plain = item is None or (isinstance(item, str) and re.fullmatch(r"[\w.]+", item))
-            require(plain, f"{item!r} isn't an architecture", where=where, fix="save the model again")
+            named = item is None or (isinstance(item, str) and re.fullmatch(r"[\w.]+", item))
+            require(named, f"{item!r} isn't an architecture", where=where, fix="save the model again")
         check_config(item, where, depth + 1)
 
 
