@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from secateur.measure import measure
     from secateur.method import Method, list_methods, recommend, register
     from secateur.pruning.method import UnitMethod, WeightMethod
+    from secateur.pruning.options import Options
     from secateur.pruning.plan import Plan
-    from secateur.pruning.prune import Options, Pruned, apply_plan, prune
+    from secateur.pruning.prune import Pruned, apply_plan, prune
     from secateur.saliency import saliency
     from secateur.taxonomy import MethodInfo
     from secateur.tokens.attach import Attached, attach
@@ -70,7 +71,8 @@ _HOME = {
     "method": "Method list_methods recommend register",
     "pruning.method": "UnitMethod WeightMethod",
     "pruning.plan": "Plan",
-    "pruning.prune": "Options Pruned apply_plan prune",
+    "pruning.options": "Options",
+    "pruning.prune": "Pruned apply_plan prune",
     "saliency": "saliency",
     "taxonomy": "MethodInfo",
     "tokens.attach": "Attached attach",

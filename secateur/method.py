@@ -15,28 +15,55 @@ from typing import Any, ClassVar, TypeVar
 from secateur.errors import SecateurError, choose
 from secateur.taxonomy import MethodInfo, filter_records
 from secateur.taxonomy import recommend as advise
+from secateur.utils.ranges import check_fields
+
+KINDS = {
+    "WeightMethod": "secateur.pruning.method",
+    "UnitMethod": "secateur.pruning.method",
+    "TrainMethod": "secateur.training.method",
+    "TokenMethod": "secateur.tokens.method",
+    "SaliencyMethod": "secateur.saliency.method",
+}
+"""Where the kinds of method stand: each beside its engine. This file knows none of them."""
+VERBS = {
+    "prune": ("prunes without training", "secateur.prune, or `secateur prune`"),
+    "train_prune": (
+        "prunes while the network is trained",
+        "secateur.train_prune, or `secateur train-prune`",
+    ),
+    "attach": ("removes visual tokens while a model runs", "secateur.attach, or `secateur tokens`"),
+    "saliency": ("draws where a network looks", "secateur.saliency, or `secateur saliency`"),
+}
+"""What a method of each verb does, and where it is used."""
 
 
 @dataclasses.dataclass
 class Method:
-    """The base of all methods. Fields of a subclass are its hyperparameters, with the paper's defaults."""
+    """The base of all methods. Fields of a subclass are its hyperparameters, with the paper's defaults.
+
+    >>> damping: float = field(default=0.01, metadata={"help": "of the Hessian", "above": 0, "max": 1})  # doctest: +SKIP
+
+    A field's metadata says what it may be (`secateur.utils.ranges`): choices, min, max, above, below.
+    """
 
     name: ClassVar[str] = ""
+    verb: ClassVar[str] = ""
+    """What runs it: "prune", "train_prune", "attach" or "saliency"; a kind of method sets it."""
     info: ClassVar[MethodInfo]
     needs: ClassVar[frozenset[str]] = frozenset()
     """Statistics the method reads, by the names of `secateur.stats`: input_norm, hessian, gradient, ..."""
     allocation: ClassVar[str] = "uniform"
-    """How a share is divided over layers when the caller doesn't say: uniform, global, owl, per-kind."""
+    """How a share is divided over layers when the caller doesn't say: uniform, global, per-kind; owl or own for single weights."""
     quick: ClassVar[Mapping[str, Any]] = {}
     """Hyperparameters with which a check is short (`secateur.testing`); the defaults are for real runs."""
 
     def __post_init__(self) -> None:
-        """Refuses a value that isn't among its field's `metadata["choices"]`."""
-        for item in dataclasses.fields(self):
-            known, value = item.metadata.get("choices"), getattr(self, item.name)
-            if known:
-                fix = " or ".join(map(str, known)) if len(known) == 2 else None
-                choose(value, known, what=item.name, where=self.name, fix=fix)
+        """Refuses a hyperparameter outside the range that its field declares."""
+        check_fields(self, self.name)
+
+    def statistics(self) -> frozenset[str]:
+        """What this method reads with these hyperparameters; `needs`, unless a method says otherwise."""
+        return self.needs
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -102,6 +129,16 @@ def make_method(method: str | Method | type[Method], **hyperparameters: Any) -> 
     return cls(**{key: _coerce(cls, known[key], value) for key, value in hyperparameters.items()})
 
 
+def expect(method: Method | type[Method], verb: str, where: str = "") -> None:
+    """Refuse a method that another verb runs, with the name of that verb.
+
+    Raises `SecateurError`.
+    """
+    if method.verb != verb:
+        does, use = VERBS.get(method.verb, ("is of no kind that can be run", "a method of another kind"))
+        raise SecateurError(f"{method.name} {does}", where=where or verb, fix=f"use {use}")
+
+
 def _coerce(cls: type[Method], field: dataclasses.Field, value: Any) -> Any:
     """Text from a command line becomes the type of the field's default."""
     default = field.default
@@ -144,3 +181,10 @@ def recommend(**situation: Any) -> list[tuple[MethodInfo, str]]:
     The questions and the advice are the survey's (`secateur.taxonomy.recommend`).
     """
     return advise([cls.info for cls in _load_all().values()], **situation)
+
+
+def __getattr__(name: str) -> Any:
+    """The kinds of method by their old place: `from secateur.method import WeightMethod` goes on working."""
+    if name in KINDS:
+        return getattr(importlib.import_module(KINDS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -36,7 +36,6 @@ FLOORS = [
 KNOWN: set[tuple[str, str]] = {
     ("secateur.cli.main", "secateur"),
     ("secateur.pruning.prune", "secateur.io.artefact"),
-    ("secateur.pruning.prune", "secateur.training.method"),
     ("secateur.stats.divergence", "secateur.solvers.evolution"),
     ("secateur.tasks.scenes.evaluate", "secateur"),
     ("secateur.tasks.scenes.evaluate", "secateur.tasks.scenes.real"),

@@ -10,8 +10,6 @@ INTERRUPTED = 130
 def interrupted(argv: Sequence[str]) -> str:
     """What is true after Ctrl-C, and how to go on."""
     again = "run it again to start from the beginning"
-    if argv[:1] == ["prune"] and "--no-resume" not in argv:
+    if argv[:1] in (["prune"], ["train-prune"]) and "--no-resume" not in argv:
         again = "run the same command again to continue"
-    if argv[:1] == ["train-prune"] and any(token.startswith("--out") for token in argv):
-        again = "run the same command with --resume to continue"
     return f"interrupted; nothing is half written; {again}"

@@ -91,7 +91,7 @@ class Output:
         "cut the loaded model itself; a copy takes twice the memory", True
     )
     resume: Annotated[bool, OUTPUT] = flag(
-        "keep finished steps, so that a killed run goes on where it was", True
+        "go on with an unfinished run of this command; no: start it again, and keep nothing of it", True
     )
     json: Annotated[bool, OUTPUT, SWITCH] = flag(JSON_HELP, False)
 

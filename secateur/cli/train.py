@@ -41,9 +41,11 @@ class Train:
     test: int | None = flag("measure quality on at most this many samples", None)
     device: str | None = flag(DEVICE_HELP, None)
     out: Annotated[str | None, OUTPUT] = flag("a new folder for the result", None)
-    resume: Annotated[bool, OUTPUT, SWITCH] = flag("go on with the unfinished run of the same command", False)
+    resume: Annotated[bool, OUTPUT] = flag(
+        "go on with an unfinished run of this command; no: start it again", True
+    )
     every: Annotated[int, OUTPUT] = flag(
-        "steps between checkpoints, which lie in OUT.run until the run ends", 100
+        "steps between checkpoints, which lie in OUT.run, or the cache, until the run ends", 100
     )
     report: Annotated[str | None, OUTPUT] = flag(REPORT_HELP, None)
     json: Annotated[bool, OUTPUT, SWITCH] = flag(JSON_HELP, False)
@@ -76,7 +78,7 @@ def train_prune(
     if is_main():
         check_new_folder(out)
         check_new_file(page)
-    work = _work_folder(out, flags.resume or not is_main())
+    work = _work_folder(out, flags.resume, is_main())
     with quiet_stdout():
         method = train_method(flags.method)["name"]
         own = {name: value for name, value in vars(settings).items() if value is not None}
@@ -93,14 +95,14 @@ def train_prune(
             device=flags.device,
             resume=work,
             every=flags.every,
-            clean=False,
+            clean=not isinstance(work, Path),  # the result is written before its folder goes
             **own,
         )
         report = pruned.report
         report |= {"model": task, "out": out, "command": line}
         if is_main():
             _write(pruned, out, page)
-            if work:
+            if isinstance(work, Path):
                 shutil.rmtree(work, ignore_errors=True)
     if is_main():
         show(report, flags.json, lambda console: _draw(report, console))
@@ -125,21 +127,13 @@ def _recipe(flags: Settings) -> dict[str, Any]:
     return recipe
 
 
-def _work_folder(out: str | None, resume: bool) -> Path | None:
-    """Where the run's checkpoints lie: beside the result. Refuses to start over an unfinished run."""
+def _work_folder(out: str | None, resume: bool, main: bool) -> bool | Path:
+    """Where the run's checkpoints lie: beside the result, else in the cache. Without `resume` an unfinished run is removed."""
     if out is None:
-        if resume:
-            raise SecateurError(
-                "there is nothing to go on with", where="--resume", fix="name the folder with --out"
-            )
-        return None
+        return resume
     work = Path(f"{Path(out).expanduser()}.run")
-    if work.exists() and not resume:
-        raise SecateurError(
-            "an unfinished run is there",
-            where=str(work),
-            fix="go on with --resume, or remove it to start anew",
-        )
+    if main and not resume and (work / "run.json").exists():  # a folder of anything else is refused later
+        shutil.rmtree(work)
     return work
 
 

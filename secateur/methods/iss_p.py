@@ -88,15 +88,18 @@ class IssP(TrainMethod):
     """
 
     alpha: float = field(
-        default=0.95, metadata={"help": "what the smallest weights are multiplied by, each step"}
+        default=0.95,
+        metadata={"help": "what the smallest weights are multiplied by, each step", "min": 0, "max": 1},
     )
     stage: float = field(
-        default=1 / 3, metadata={"help": "share of the steps that shrink; the rest fine-tunes"}
+        default=1 / 3,
+        metadata={"help": "share of the steps that shrink; the rest fine-tunes", "above": 0, "below": 1},
     )
     sample: int = field(
         default=0,
         metadata={
-            "help": "estimate a large layer's threshold from so many entries (published: 32400); 0: exact"
+            "help": "estimate a large layer's threshold from this many entries (published: 32400); 0: exact",
+            "min": 0,
         },
     )
     skip: tuple[str, ...] = field(
@@ -105,15 +108,6 @@ class IssP(TrainMethod):
 
     starts: ClassVar[str] = "init"
     info = record("iss-p")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.alpha <= 1 or not 0 < self.stage < 1 or self.sample < 0:
-            raise SecateurError(
-                f"alpha {self.alpha}, stage {self.stage}, sample {self.sample}",
-                where=self.name,
-                fix="alpha in 0..1, stage between 0 and 1, sample 0 or more",
-            )
 
     def prune(self, job: Job) -> Plan:
         weights = {

@@ -24,7 +24,13 @@ class Magnitude(WeightMethod):
     >>> secateur.prune(model, method="magnitude", target="50%", scope="global")  # doctest: +SKIP
     """
 
-    scope: str = field(default="layer", metadata={"help": "where weights compete: layer, global or row"})  # type: ignore[misc]
+    scope: str = field(
+        default="layer",
+        metadata={
+            "help": "where weights compete: layer, global or row",
+            "choices": ("layer", "row", "global"),
+        },
+    )
 
     info = record("magnitude")
 

@@ -18,7 +18,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import SecateurError
 from secateur.graph import Group
 from secateur.method import register
 from secateur.pruning.context import Context
@@ -59,7 +58,7 @@ class MaskSparsity(TrainMethod):
     statistics anew. Short trainings want a larger `lam`: an SGD step moves a scale by lr * lam.
     """
 
-    lam: float = field(default=5e-4, metadata={"help": "weight of the penalty"})
+    lam: float = field(default=5e-4, metadata={"help": "weight of the penalty", "min": 0})
     penalty: str = field(default="l1", metadata={"help": ", ".join(PENALTIES), "choices": PENALTIES})
     mask: str = field(
         default="uniform",
@@ -75,12 +74,17 @@ class MaskSparsity(TrainMethod):
             "choices": ("mask", "threshold", "ot"),
         },
     )
-    threshold: float = field(default=0.01, metadata={"help": "|gamma| up to which a channel leaves"})
-    tune: float = field(default=0.4, metadata={"help": "length of fine-tuning, of the training's"})
-    tune_lr: float = field(default=5e-4, metadata={"help": "learning rate of fine-tuning"})
+    threshold: float = field(
+        default=0.01, metadata={"help": "|gamma| up to which a channel leaves", "min": 0}
+    )
+    tune: float = field(default=0.4, metadata={"help": "length of fine-tuning, of the training's", "min": 0})
+    tune_lr: float = field(default=5e-4, metadata={"help": "learning rate of fine-tuning", "above": 0})
     reestimate: int = field(
         default=0,
-        metadata={"help": "batches to take BatchNorm statistics anew on, between the cut and fine-tuning"},
+        metadata={
+            "help": "batches to take BatchNorm statistics anew on, between the cut and fine-tuning",
+            "min": 0,
+        },
     )
 
     starts: ClassVar[str] = "trained"
@@ -88,15 +92,6 @@ class MaskSparsity(TrainMethod):
     kinds: ClassVar[tuple[str, ...] | None] = ("channels", "neurons", "hidden")
     share_of: ClassVar[str] = "units"
     info = record("masksparsity")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lam < 0 or self.threshold < 0 or self.tune < 0 or self.tune_lr <= 0 or self.reestimate < 0:
-            raise SecateurError(
-                f"lam {self.lam}, threshold {self.threshold}, tune {self.tune}, tune_lr {self.tune_lr}",
-                where=self.name,
-                fix="numbers of 0 or more, and a rate above 0",
-            )
 
     def prune(self, job: Job) -> Plan:
         if not job.trained:

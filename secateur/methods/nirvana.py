@@ -21,7 +21,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import SecateurError
 from secateur.method import register
 from secateur.pruning.allocate import Competitor, Step, lowest, paced_path, spare_last, spare_to_multiple
 from secateur.pruning.context import Context
@@ -79,11 +78,16 @@ class Nirvana(UnitMethod):
 
     gamma: float | None = field(
         default=None,
-        metadata={"help": "how much less attention is cut than MLPs, by share; default: by their weights"},
+        metadata={
+            "help": "how much less attention is cut than MLPs, by share; default: by their weights",
+            "above": 0,
+        },
     )
-    windows: int = field(default=32, metadata={"help": "calibration windows"})
-    length: int = field(default=128, metadata={"help": "tokens of a window"})
-    candidates: int = field(default=1, metadata={"help": "calibration draws to choose from, by divergence"})
+    windows: int = field(default=32, metadata={"help": "calibration windows", "min": 1})
+    length: int = field(default=128, metadata={"help": "tokens of a window", "min": 1})
+    candidates: int = field(
+        default=1, metadata={"help": "calibration draws to choose from, by divergence", "min": 1}
+    )
     rounding: str = field(
         default="exact",
         metadata={
@@ -98,22 +102,14 @@ class Nirvana(UnitMethod):
     share_of: ClassVar[str] = "weights"
     info = record("nirvana")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.gamma is not None and not self.gamma > 0:
-            raise SecateurError(
-                f"gamma is {self.gamma}", where="nirvana", fix="give a ratio above 0, such as 3.36"
-            )
-        if self.candidates < 1:
-            raise SecateurError(f"{self.candidates} candidates", where="nirvana", fix="1 or more")
-
     def plan(self, context: Context) -> Plan:
         tries = []
         for draw in range(self.candidates):
             scores = context.remember(f"scores-{draw}", partial(self.scores, context, draw))
             keep = self.divide(context, scores)
-            tries.append((self.divergence(context, keep) if self.candidates > 1 else 0.0, draw, keep))
-        loss, draw, keep = min(tries, key=lambda item: item[0])
+            tries.append((self.divergence(context, keep) if self.candidates > 1 else 0.0, draw, keep, scores))
+        loss, draw, keep, scores = min(tries, key=lambda item: item[0])
+        context.competitors(scores)  # the report shows the scores of the draw that stays
         notes = {"calibration": f"draw {draw} of {self.candidates}, KL divergence {loss:.4g}"}
         return context.make_plan(keep=keep, notes=notes if self.candidates > 1 else {})
 

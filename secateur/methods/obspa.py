@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from secateur.errors import SecateurError, choose
+from secateur.errors import SecateurError
 from secateur.method import register
-from secateur.methods.spa import Spa
+from secateur.methods.spa import BATCHNORM, Spa
 from secateur.pruning.context import Context
 from secateur.scores.criteria import CRITERIA
 from secateur.solvers.least_squares import least_squares
@@ -44,39 +44,39 @@ class Obspa(Spa):
     there are none: uniform noise (random tokens for a language model), by which BatchNorm statistics are still shifted.
     """
 
-    criterion: str = field(default="obs", metadata={"help": f"of single weights: {', '.join(CRITERIA)}"})
+    criterion: str = field(
+        default="obs",
+        metadata={"help": f"of single weights: {', '.join(CRITERIA)}", "choices": tuple(CRITERIA)},
+    )
     batchnorm: str = field(
         default="shift",
         metadata={
-            "help": "BatchNorm statistics after the cut: keep, new (of the data), shift (by the change on the data)"
+            "help": "BatchNorm statistics after the cut: keep, new (of the data), shift (by the change on the data)",
+            "choices": BATCHNORM,
         },
     )
-    calibration: str = field(default="data", metadata={"help": "data, or noise: no data at all"})
-    noise_samples: int = field(default=128, metadata={"help": "inputs of noise"})
+    calibration: str = field(
+        default="data", metadata={"help": "data, or noise: no data at all", "choices": CALIBRATIONS}
+    )
+    noise_samples: int = field(default=128, metadata={"help": "inputs of noise", "min": 1})
     noise_mean: float = field(default=0.45, metadata={"help": "noise is (U(0, 1) - this) / noise-std"})
-    noise_std: float = field(default=0.225, metadata={"help": "as pictures are normalised"})
+    noise_std: float = field(default=0.225, metadata={"help": "as pictures are normalised", "above": 0})
 
     kinds: ClassVar[tuple[str, ...] | None] = Spa.kinds
     info = record("obspa")
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
     def __post_init__(self) -> None:
-        choose(self.calibration, CALIBRATIONS, what="calibration", where=self.name)
-        if self.noise_samples < 1 or self.noise_std <= 0:
-            raise SecateurError(
-                f"{self.noise_samples} inputs of noise, noise_std {self.noise_std}",
-                where=self.name,
-                fix="both above 0",
-            )
+        super().__post_init__()
         if self.calibration == "noise" and self.batchnorm == "new":
             raise SecateurError(
                 "noise doesn't have the statistics of data", where=self.name, fix="batchnorm=shift or keep"
             )
-        super().__post_init__()
 
-    def _needs(self) -> set[str]:
+    def statistics(self) -> frozenset[str]:
+        hessian = frozenset({"hessian"})
         return (
-            super()._needs() - {"hessian"} if self.calibration == "noise" else super()._needs() | {"hessian"}
+            super().statistics() - hessian if self.calibration == "noise" else super().statistics() | hessian
         )
 
     def batches(self, context: Context) -> list[Any]:

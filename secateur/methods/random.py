@@ -30,6 +30,5 @@ class Random(WeightMethod):
     info = record("random")
 
     def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
-        return torch.rand(weight.shape, generator=seeded(self.seed or 0, "random", stats.name)).to(
-            weight.device
-        )
+        seed = stats.seed if self.seed is None else self.seed
+        return torch.rand(weight.shape, generator=seeded(seed, "random", stats.name)).to(weight.device)

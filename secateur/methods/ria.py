@@ -29,7 +29,10 @@ class RIA(WeightMethod):
     """
 
     a: float = field(default=0.5, metadata={"help": "exponent of the input's norm; 0 ignores the data"})
-    scope: str = field(default="layer", metadata={"help": "where weights compete: layer or row"})  # type: ignore[misc]
+    scope: str = field(
+        default="layer",
+        metadata={"help": "where weights compete: layer or row", "choices": ("layer", "row", "global")},
+    )
 
     needs: ClassVar[frozenset[str]] = frozenset({"input_norm"})
 

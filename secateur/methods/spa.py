@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from secateur.errors import SecateurError, choose
 from secateur.graph import Group
 from secateur.graph.groups import HOW, KINDS
 from secateur.method import register
@@ -44,17 +43,25 @@ class Spa(UnitMethod):
     """
 
     criterion: str = field(
-        default="magnitude", metadata={"help": f"of single weights: {', '.join(CRITERIA)}"}
+        default="magnitude",
+        metadata={"help": f"of single weights: {', '.join(CRITERIA)}", "choices": tuple(CRITERIA)},
     )
-    aggregate: str = field(default="sum", metadata={"help": f"over a unit's weights: {', '.join(HOW)}"})
-    normalise: str = field(default="mean", metadata={"help": f"over a group's units: {', '.join(NORMALISE)}"})
+    aggregate: str = field(
+        default="sum", metadata={"help": f"over a unit's weights: {', '.join(HOW)}", "choices": tuple(HOW)}
+    )
+    normalise: str = field(
+        default="mean",
+        metadata={"help": f"over a group's units: {', '.join(NORMALISE)}", "choices": tuple(NORMALISE)},
+    )
     damping: float = field(
-        default=0.01, metadata={"help": "for obd and obs: share of the Hessian's mean diagonal added to it"}
+        default=0.01,
+        metadata={"help": "for obd and obs: share of the Hessian's mean diagonal added to it", "min": 0},
     )
     batchnorm: str = field(
         default="keep",
         metadata={
-            "help": "BatchNorm statistics after the cut: keep, new (of the data), shift (by the change on the data)"
+            "help": "BatchNorm statistics after the cut: keep, new (of the data), shift (by the change on the data)",
+            "choices": BATCHNORM,
         },
     )
 
@@ -63,29 +70,19 @@ class Spa(UnitMethod):
     share_of: ClassVar[str] = "units"
     info = record("spa")
 
-    def __post_init__(self) -> None:
-        for value, known in (
-            (self.criterion, CRITERIA),
-            (self.aggregate, HOW),
-            (self.normalise, NORMALISE),
-            (self.batchnorm, BATCHNORM),
-        ):
-            choose(value, known, error=f"there is no {value!r}", where=self.name)
-        if self.damping < 0:
-            raise SecateurError(f"damping is {self.damping}", where=self.name, fix="0 or more, such as 0.01")
-        self.needs = frozenset(self._needs())  # type: ignore[misc]
-
-    def _needs(self) -> set[str]:
+    def statistics(self) -> frozenset[str]:
         needs = {"gradient"} if self.criterion in OF_LOSS else set()
-        return needs | ({"hessian"} if self.criterion in OF_INPUTS or self.batchnorm != "keep" else set())
+        if self.criterion in OF_INPUTS or self.batchnorm != "keep":
+            needs.add("hessian")
+        return frozenset(needs)
 
     def batches(self, context: Context) -> list[Any]:
         """What is calibrated on; labels, where there are, beside the inputs."""
         return as_batches(context.require_data())
 
     def plan(self, context: Context) -> Plan:
-        found = context.remember("scores", lambda: self.scores(context))
-        keep = context.allocate(found)
+        scores = context.remember("scores", lambda: self.scores(context))
+        keep = context.allocate(scores)
         notes: dict[str, str] = {}
         values = self.changes(context, keep, notes) if _cuts(context, keep) else {}
         return context.make_plan(keep=keep, values=values, notes=notes)

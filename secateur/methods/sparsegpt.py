@@ -45,7 +45,7 @@ class SparseGPT(WeightMethod):
     )
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
-    scope: ClassVar[str] = "layer"
+    scope = "layer"
 
     info = record("sparsegpt")
 

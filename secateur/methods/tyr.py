@@ -60,15 +60,25 @@ class Tyr(UnitMethod):
     generations: int = field(default=10, metadata={"help": "of a search (paper: 50)"})
     offspring: int = field(default=16, metadata={"help": "of a generation (paper: 128)"})
     flips: int = field(default=4, metadata={"help": "a child is at most so many moves away"})
-    tokens: tuple[float, ...] = field(default=(1 / 32, 1 / 4), metadata={"help": "a stage's; <= 1: share"})
-    survivors: tuple[int, ...] = field(default=(2, 1), metadata={"help": "of each stage (paper: 16, 4, 2)"})
+    tokens: tuple[float, ...] = field(
+        default=(1 / 32, 1 / 4), metadata={"help": "a stage's; <= 1: share", "above": 0}
+    )
+    survivors: tuple[int, ...] = field(
+        default=(2, 1), metadata={"help": "of each stage (paper: 16, 4, 2)", "above": 0}
+    )
     fixed: bool = field(default=False, metadata={"help": "draw the last stage's tokens once a round"})
     topk: int = field(default=1024, metadata={"help": "logits compared per token (paper: 8192)"})
     obs_rounds: int = field(default=16, metadata={"help": "rounds in which neurons leave; heads take one"})
     damping: float = field(default=0.01, metadata={"help": "of the Hessian, times the mean of its diagonal"})
     first_order: bool = field(default=True, metadata={"help": "add the energy term to the removal cost"})
     nested: bool = field(default=True, metadata={"help": "one path through all versions (paper: no)"})
-    expected: str = field(default="mean", metadata={"help": "what the next block sees: mean, median, off"})
+    expected: str = field(
+        default="mean",
+        metadata={
+            "help": "what the next block sees: mean, median, off",
+            "choices": ("mean", "median", "off"),
+        },
+    )
     supernet: float = field(default=0.25, metadata={"help": "share of data to prune versions on (paper: 1)"})
     final: bool = field(default=True, metadata={"help": "prune the result again on all data (paper: no)"})
     dtype: str = field(default="auto", metadata={"help": "of the search; auto: bfloat16 where that is fast"})
@@ -82,10 +92,8 @@ class Tyr(UnitMethod):
     quick: ClassVar[Mapping[str, Any]] = {"generations": 2, "offspring": 4}
 
     def __post_init__(self) -> None:
-        where, sizes = "tyr.expected", (*self.tokens, *self.survivors)
-        if self.expected not in ("mean", "median", "off"):
-            raise SecateurError(f"there is no {self.expected!r}", where=where, fix="mean, median or off")
-        if len(self.tokens) != len(self.survivors) or not sizes or min(sizes) <= 0:
+        super().__post_init__()
+        if len(self.tokens) != len(self.survivors) or not self.tokens:
             raise SecateurError("tokens and survivors don't match", where="tyr", fix="one of each per stage")
         if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise SecateurError(
@@ -96,10 +104,11 @@ class Tyr(UnitMethod):
         layers = find_sublayers(context.groups, context.matrices, context.graph.shapes)
         if not layers:
             raise SecateurError("no group is consumed by exactly one matrix", where="tyr", fix="try `taylor`")
-        removed, notes = even_base(context, layers), {}
+        removed = even_base(context, layers)
+        notes = {"scores": "how many units leave is searched, so that no unit has a score of its own"}
         if not any(removed):
             return context.make_plan()
-        search = not context.uniform and self.rounds > 0 and self.generations > 0
+        search = not context.options.uniform and self.rounds > 0 and self.generations > 0
         with Supernet(context, layers, self.solve, self.damping, self.expected, self.offload) as net:
             if search:
                 removed, notes["search"] = self.search(context, net, removed)
@@ -122,7 +131,9 @@ class Tyr(UnitMethod):
         check = draw_tokens(fitness.lengths, max(2, sum(fitness.lengths) // 4), context.generator("check"))
         for index in range(self.rounds):
             share = self.step / 2**index
-            steps = [n.step(share, self.finest, context.round_to, n.group.kind in COARSE) for n in layers]
+            steps = [
+                n.step(share, self.finest, context.options.round_to, n.group.kind in COARSE) for n in layers
+            ]
             limits = ranges(context, layers, removed, steps, self.reach)
             counts = [[r + i * s for i in range(a, b + 1)] for r, s, (a, b) in zip(removed, steps, limits)]
             net.build(f"search-{index}", part, counts, removed)

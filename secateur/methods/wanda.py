@@ -28,7 +28,7 @@ class Wanda(WeightMethod):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"input_norm"})
-    scope: ClassVar[str] = "row"
+    scope = "row"
 
     info = record("wanda")
 

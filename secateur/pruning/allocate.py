@@ -15,10 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 from secateur.pruning.select import top_k
-
-ALLOCATIONS = ("uniform", "global", "per-kind", "owl")
 
 
 def divide(sizes: Sequence[int], shares: Sequence[float], total: int) -> list[int]:
@@ -31,10 +29,10 @@ def divide(sizes: Sequence[int], shares: Sequence[float], total: int) -> list[in
     """
     if not 0 <= total <= sum(sizes):
         raise SecateurError(f"can't keep {total} of {sum(sizes)} weights", where="budget")
-    wanted = [min(max(share, 0.0), 1.0) * size for size, share in zip(sizes, shares)]
-    keep = [min(size, math.floor(want + 1e-9)) for size, want in zip(sizes, wanted)]
+    exact = [min(max(share, 0.0), 1.0) * size for size, share in zip(sizes, shares)]
+    keep = [min(size, math.floor(share + 1e-9)) for size, share in zip(sizes, exact)]
     left = total - sum(keep)
-    order = sorted(range(len(sizes)), key=lambda i: (keep[i] - wanted[i], i))
+    order = sorted(range(len(sizes)), key=lambda i: (keep[i] - exact[i], i))
     while left:
         step = 1 if left > 0 else -1
         movable = [i for i in (order if left > 0 else order[::-1]) if 0 <= keep[i] + step <= sizes[i]]
@@ -88,31 +86,53 @@ class Competitor:
 
 
 Step = list[tuple[str, int]]
+Order = Callable[[Sequence[Competitor]], list[Step]]
+ORDERS: dict[str, Order] = {}
+"""Allocations of a budget over units, by name: the competing groups -> the order in which units leave."""
+
+
+def order(name: str) -> Callable[[Order], Order]:
+    """Decorator: an allocation for units under this name, for `allocation=`.
+
+    >>> @order("largest-first")  # doctest: +SKIP
+    ... def largest_first(groups): ...
+    """
+
+    def add(function: Order) -> Order:
+        ORDERS[name] = function
+        return function
+
+    return add
 
 
 def build_path(groups: Sequence[Competitor], allocation: str = "uniform") -> list[Step]:
-    """The order in which units leave, as steps of (group name, unit).
+    """The order in which units leave, as steps of (group name, unit), under the allocation of this name.
 
     uniform: all groups of a kind lose their next unit together, kinds in step by share; global: by score over all
     groups; per-kind: by score within a kind, kinds in step by share.
+
+    Raises `SecateurError` where there is no such allocation for units.
     """
-    if allocation == "uniform":
-        steps: dict[tuple[float, str, int, int], Step] = {}
-        for group in groups:
-            gone = 0
-            for index, grain in enumerate(group.grains()):
-                # a unit leaves when its kind's share has fallen by the whole of it: few large units (a third of the
-                # heads) stay while many small ones can make up the difference
-                gone += len(grain)
-                key = (gone / group.size, group.kind, group.size, index)
-                steps.setdefault(key, []).extend((group.name, unit) for unit in grain)
-        return [steps[key] for key in sorted(steps)]
-    if allocation not in ("global", "per-kind"):
-        raise SecateurError(
-            f"there is no allocation {allocation!r} for units",
-            where="allocation",
-            fix="uniform, global or per-kind",
-        )
+    return ORDERS[choose(allocation, ORDERS, what="allocation for units", where="allocation")](groups)
+
+
+@order("uniform")
+def in_step(groups: Sequence[Competitor]) -> list[Step]:
+    """All groups of a kind and size lose their next unit together, kinds in step by share."""
+    steps: dict[tuple[float, str, int, int], Step] = {}
+    for group in groups:
+        gone = 0
+        for index, grain in enumerate(group.grains()):
+            # a unit leaves when its kind's share has fallen by the whole of it: few large units (a third of the
+            # heads) stay while many small ones can make up the difference
+            gone += len(grain)
+            key = (gone / group.size, group.kind, group.size, index)
+            steps.setdefault(key, []).extend((group.name, unit) for unit in grain)
+    return [steps[key] for key in sorted(steps)]
+
+
+def _ranked(groups: Sequence[Competitor]) -> list[tuple[str, Step]]:
+    """(kind, step) of all groups, lowest score first; of equals the later group's."""
     ranked: list[tuple[float, str, int, Step]] = []
     for position, group in enumerate(groups):
         level, values = -math.inf, group.scores.tolist()
@@ -121,12 +141,22 @@ def build_path(groups: Sequence[Competitor], allocation: str = "uniform") -> lis
             level = max(level, sum(values[unit] for unit in grain) / len(grain))
             ranked.append((level, group.kind, position, [(group.name, unit) for unit in grain]))
     ranked.sort(key=lambda item: (item[0], -item[2]))
-    if allocation == "global":
-        return [step for *_, step in ranked]
+    return [(kind, step) for _, kind, _, step in ranked]
+
+
+@order("global")
+def by_score(groups: Sequence[Competitor]) -> list[Step]:
+    """By score over all groups."""
+    return [step for _, step in _ranked(groups)]
+
+
+@order("per-kind")
+def by_score_in_kind(groups: Sequence[Competitor]) -> list[Step]:
+    """By score within a kind, kinds in step by share."""
     total = {kind: sum(g.size for g in groups if g.kind == kind) for kind in {g.kind for g in groups}}
     gone_of = dict.fromkeys(total, 0)
     keyed = []
-    for _, kind, _, step in ranked:
+    for kind, step in _ranked(groups):
         gone_of[kind] += len(step)
         keyed.append((gone_of[kind] / total[kind], kind, step))
     keyed.sort(key=lambda item: item[:2])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -109,3 +109,44 @@ def _apart(first: list[Tensor], again: list[Tensor]) -> str | None:
         if gap > 1e-2 * a.abs().nan_to_num().max():
             return f"they differ by {float(gap):.2g}"
     return None
+
+
+def check_tensors(
+    model: nn.Module, tensors: Mapping[str, Tensor], what: str, *, where: str, fix: str, new: bool = False
+) -> dict[str, nn.Parameter]:
+    """The model's parameters by name, once these tensors (`what`, such as "mask") are seen to be of their shapes.
+
+    new: whether a name that the model lacks is fine. Raises `SecateurError` otherwise; nothing is changed.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        own = parameters.get(name)
+        if (own is None and not new) or (own is not None and own.shape != tensor.shape):
+            has = "no such tensor" if own is None else list(own.shape)
+            raise SecateurError(
+                f"there is a {what} of {list(tensor.shape)} for {name}, the model has {has}",
+                where=where,
+                fix=fix,
+            )
+    return parameters
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what isn't a module, has no parameters, or holds weights that aren't finite."""
+    if not isinstance(model, nn.Module):
+        raise SecateurError(
+            f"got a {type(model).__name__}",
+            where="model",
+            fix="pass a torch.nn.Module (the command line takes names)",
+        )
+    count = 0
+    for name, parameter in model.named_parameters():
+        count += parameter.numel()
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise SecateurError(
+                "its weights hold NaN or infinite values", where=name, fix="load or train the model again"
+            )
+    if not count:
+        raise SecateurError(
+            "it has no parameters", where=type(model).__name__, fix="pass a model with weights"
+        )

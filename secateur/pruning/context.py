@@ -16,9 +16,11 @@ from secateur.graph import Graph, Group, Slice, trace
 from secateur.graph.blocks import Matrix, find_matrices
 from secateur.method import Method
 from secateur.pruning.allocate import Competitor, Step, build_path, follow
+from secateur.pruning.options import Options
 from secateur.pruning.plan import Plan
 from secateur.pruning.resume import Checkpoint
 from secateur.pruning.target import Target
+from secateur.pruning.undo import Undo
 from secateur.stats.collect import collect
 from secateur.stats.layer import LayerStats
 from secateur.stats.stream import Block, stream
@@ -43,28 +45,38 @@ class Context:
     inputs: Inputs | None
     data: Any = None
     seed: int = 0
-    allocation: str | None = None
-    floor: float = 0.0
-    round_to: int = 1
-    kinds: tuple[str, ...] | None = None
+    options: Options = field(default_factory=Options)
     loss: Objective | None = None
-    uniform: bool = False
+    progress: Callable[..., Iterable] | None = None
+    announce: Callable[[str], None] | None = None
+    """Called with a line to tell, such as the memory that calibration will need."""
+    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(None))
+    undo: Undo | None = None
+    """Copies of what a method changes in place, so that a failure puts it back."""
+    lean: bool = False
+    """The plan shares the model's tensors instead of holding copies."""
+    round: int = 0
     skip_blocks: tuple[int, int] = (0, 0)
     """Leading and final blocks that are left whole; a method may set it."""
-    options: dict[str, Any] = field(default_factory=dict)
-    progress: Callable[..., Iterable] | None = None
-    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(None))
-    round: int = 0
     gone: dict[str, Tensor] = field(default_factory=dict)
     """Units that an earlier round of an iterative schedule removed (bool per unit); they leave first."""
+
+    # what the report tells of the run
+
     scores: dict[str, Tensor] = field(default_factory=dict)
-    """The scores that the budget was divided by, for the report."""
+    """The scores that units competed with, by group name."""
     limit: float | None = None
     """Seconds that a latency target came to."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Groups that stay whole because their cut isn't provably right, and why."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Matrices that stay whole because the target's pattern doesn't fit them, and why."""
+    met: bool = True
+    """Whether the plan keeps no more than the share that was asked for."""
 
     @cached_property
     def graph(self) -> Graph:
-        return trace(self.model, self.example, inner="head_dim" in (self.kinds or ()))
+        return trace(self.model, self.example, inner="head_dim" in (self.options.kinds or ()))
 
     @property
     def example(self) -> Inputs:
@@ -84,7 +96,7 @@ class Context:
 
         Raises `SecateurError` with the reasons when there are none.
         """
-        kinds = self.kinds or getattr(self.method, "kinds", None)
+        kinds = self.options.kinds or getattr(self.method, "kinds", None)
         groups = self.graph.prunable(kinds)
         if not groups:
             frozen = [g for g in self.graph.groups if g.reason and (not kinds or g.kind in kinds)]
@@ -103,12 +115,13 @@ class Context:
 
     @property
     def share(self) -> float:
-        """The share kept, where the target is one."""
-        if self.target.kind != "share":
-            raise SecateurError(
-                f"{self.method.name} needs a share", where=f"target {self.target}", fix="such as 50%"
-            )
-        return self.target.value
+        """The share kept; raises `SecateurError` where the target is another."""
+        return self.target.share(self.method.name)
+
+    @property
+    def allocation(self) -> str | None:
+        """How the budget is divided where the caller says so; None: as the method does."""
+        return self.options.divides
 
     def generator(self, *parts: object) -> torch.Generator:
         return seeded(self.seed, self.method.name, *parts)
@@ -131,16 +144,25 @@ class Context:
     ) -> dict[str, LayerStats]:
         """Statistics of every matrix of the dense model, gathered once: parameter name -> LayerStats.
 
-        With `data` they are those of these inputs, gathered anew; `loss` is then differentiated instead of the run's.
+        With `data` they are those of these inputs, gathered again; `loss` is then differentiated instead of the run's.
         """
-        wanted = frozenset(needs if needs is not None else self.method.needs)
-        if data is not None:
-            return collect(
-                self.model, data, wanted, self.matrices, loss=loss or self.loss, progress=self.progress
-            )
-        if wanted not in self._collected:
-            self._collected[wanted] = self.stats(wanted, data=self.require_data())
-        return self._collected[wanted]
+        names = self._needs(needs)
+        if data is None:
+            if names not in self._collected:
+                self._collected[names] = self.stats(names, data=self.require_data())
+            return self._collected[names]
+        found = collect(
+            self.model, data, names, self.matrices, loss=loss or self.loss, progress=self.progress
+        )
+        return self._seeded(found)
+
+    def _needs(self, needs: Iterable[str] | None) -> frozenset[str]:
+        return self.method.statistics() if needs is None else frozenset(needs)
+
+    def _seeded(self, stats: dict[str, LayerStats]) -> dict[str, LayerStats]:
+        for layer in stats.values():
+            layer.seed = self.seed
+        return stats
 
     def draw(self, count: int, length: int, *parts: object) -> Any:
         """`count` windows of `length` tokens of the calibration data (`draw_windows`); `parts` name the draw."""
@@ -150,16 +172,18 @@ class Context:
         self, needs: Iterable[str] | None = None, *, propagate: bool = True, skip: int = 0
     ) -> Iterator[Block]:
         """Blocks in order with their statistics; with `propagate`, each sees what was done to those before it."""
-        wanted = frozenset(needs if needs is not None else self.method.needs)
-        return stream(
+        names = self._needs(needs)
+        for block in stream(
             self.model,
-            self.require_data() if wanted else self.data,
-            wanted,
+            self.require_data() if names else self.data,
+            names,
             self.matrices,
             propagate=propagate,
             skip=skip,
             progress=self.progress,
-        )
+        ):
+            self._seeded(block.stats)
+            yield block
 
     def remember(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of a finished step, from disk where an earlier, killed run got that far."""
@@ -171,20 +195,20 @@ class Context:
         self, group: Group, roles: tuple[str, ...] = ("out", "in"), kinds: tuple[str, ...] | None = None
     ) -> list[tuple[Slice, Matrix]]:
         """The group's slices of weight matrices, each with its matrix (of these kinds); biases and norms are none."""
-        found = [
+        pairs = [
             (s, self.matrices[s.name]) for s in group.slices if s.role in roles and s.name in self.matrices
         ]
-        return [(s, matrix) for s, matrix in found if kinds is None or matrix.kind in kinds]
+        return [(s, matrix) for s, matrix in pairs if kinds is None or matrix.kind in kinds]
 
     def all_coupled(self) -> dict[str, list[tuple[Slice, Matrix]]]:
         """`coupled` by group name; groups without matrices are left out.
 
         Raises `SecateurError` when no group has any.
         """
-        found = {group.name: pairs for group in self.groups if (pairs := self.coupled(group))}
-        if not found:
+        coupled = {group.name: pairs for group in self.groups if (pairs := self.coupled(group))}
+        if not coupled:
             raise SecateurError("no weight matrix leaves with its units", where=self.groups[0].name)
-        return found
+        return coupled
 
     def unit_weights(self, group: Group) -> int:
         """How many weights leave with one unit (biases and norms not counted)."""
@@ -195,20 +219,27 @@ class Context:
     # Dividing a budget over units
 
     def floor_of(self, group: Group) -> int:
-        return max(group.least, int(group.size * self.floor))
+        return max(group.least, int(group.size * self.options.floor))
 
-    def competitors(self, scores: Mapping[str, Tensor]) -> list[Competitor]:
-        """The groups that have scores, as the allocator sees them."""
+    def competitors(self, scores: Mapping[str, Tensor], *, keep_scores: bool = True) -> list[Competitor]:
+        """The groups that have scores, as the allocator sees them.
+
+        keep_scores: hold the scores for the report; no where they only say an order.
+        """
         first, last = self.skip_blocks
         blocks = sorted({b for g in self.groups if (b := self.block_of(g.name)) is not None})
         spared = {*blocks[:first], *blocks[len(blocks) - last :]} if first or last else set()
+        if keep_scores:
+            self.scores.update(
+                {g.name: scores[g.name].detach().float().cpu() for g in self.groups if g.name in scores}
+            )
         return [
             Competitor(
                 name=group.name,
                 kind=group.kind,
                 scores=self._finite(group, scores[group.name]),
                 floor=group.size if self.block_of(group.name) in spared else self.floor_of(group),
-                round_to=lcm(1 if group.kind in COARSE else self.round_to, group.multiple),
+                round_to=lcm(1 if group.kind in COARSE else self.options.round_to, group.multiple),
             )
             for group in self.groups
             if group.name in scores
@@ -280,11 +311,11 @@ class Context:
             cut_units(model, self.graph, keep)
         return latency(model, self.example)
 
-    def allocate(self, scores: Mapping[str, Tensor], allocation: str | None = None) -> dict[str, Tensor]:
+    def allocate(
+        self, scores: Mapping[str, Tensor], allocation: str | None = None, *, keep_scores: bool = True
+    ) -> dict[str, Tensor]:
         """Kept units per group: the scores' order, divided so that the target is met exactly and never exceeded."""
-        groups = self.competitors(scores)
-        self.scores.update({group.name: scores[group.name].detach().float().cpu() for group in groups})
-        method = self.method
+        groups, method = self.competitors(scores, keep_scores=keep_scores), self.method
         if self.target.kind == "share" and getattr(method, "share_of", None) == "units":
             return self._share_of_units(groups, allocation)
         path = build_path(groups, allocation or self.allocation or method.allocation)
@@ -366,7 +397,9 @@ class Context:
         masks: Mapping[str, Tensor] | None = None,
         values: Mapping[str, Tensor] | None = None,
         notes: Mapping[str, str] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> Plan:
+        """The plan of this run. Groups that are kept whole aren't in it; `options` join those of the caller."""
         kept = {
             name: units.cpu() for name, units in (keep or {}).items() if len(units) < self.graph[name].size
         }
@@ -375,7 +408,7 @@ class Context:
             target=str(self.target),
             seed=self.seed,
             hyperparameters=self.method.hyperparameters,
-            options=self.options,
+            options={**self.options.changed(), **(options or {})},
             inputs=describe(self.inputs),
             keep=kept,
             sizes={name: self.graph[name].size for name in kept},

@@ -27,10 +27,15 @@ class WeightMethod(Method):
     Write `score`; override `solve` when choosing and repairing happen together, as in SparseGPT.
     """
 
-    scope: ClassVar[str] = "row"
+    verb: ClassVar[str] = "prune"
+    scope = "row"
     """Where weights compete: in their output row, in their layer, or globally."""
     propagate: ClassVar[bool] = True
     """Whether a block's statistics are gathered after the blocks before it were pruned."""
+
+    def shares(self, context: Context, share: float) -> Mapping[str, float]:
+        """The share kept of every matrix, by name, where all together keep `share`: with `allocation = "own"`."""
+        raise TypeError(f"{type(self).__name__} must define shares")
 
     def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
         """[out, in] -> [out, in], higher = keep."""
@@ -61,6 +66,7 @@ class UnitMethod(Method):
     closed form; override `plan` when the method divides the budget itself.
     """
 
+    verb: ClassVar[str] = "prune"
     kinds: ClassVar[tuple[str, ...] | None] = None
     """The kinds of unit it cuts; None: every kind the graph has."""
     share_of: ClassVar[str] = "units"

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from secateur.errors import SecateurError, choose
-from secateur.pruning.allocate import ALLOCATIONS
 from secateur.pruning.target import parse_schedule
+from secateur.utils.ranges import check_fields
 
 
 @dataclass(frozen=True)
 class Options:
     """What every method understands. The command line's flags and their help are these fields."""
 
-    samples: int = field(default=32, metadata={"help": "calibration sequences"})
-    seqlen: int = field(default=512, metadata={"help": "tokens per calibration and evaluation window"})
+    samples: int = field(default=32, metadata={"help": "calibration sequences", "min": 1})
+    seqlen: int = field(
+        default=512, metadata={"help": "tokens per calibration and evaluation window", "min": 2}
+    )
     schedule: str = field(
         default="once",
-        metadata={"help": "once, or iterative:K to reach the target in K rounds, scoring anew in each"},
+        metadata={"help": "once, or iterative:K to reach the target in K rounds, scored again in each"},
     )
     allocation: str | None = field(
         default=None,
-        metadata={"help": f"how the budget is divided: {', '.join(ALLOCATIONS)}; default: the method's"},
+        metadata={"help": "how the budget is divided: uniform, global, per-kind, owl; default: the method's"},
     )
-    floor: float = field(default=0.0, metadata={"help": "least share kept of any layer or group, 0..1"})
-    round_to: int = field(default=1, metadata={"help": "keep multiples of this many channels or neurons"})
+    floor: float = field(
+        default=0.0, metadata={"help": "least share kept of any layer or group, 0..1", "min": 0, "max": 1}
+    )
+    round_to: int = field(
+        default=1, metadata={"help": "keep multiples of this many channels or neurons", "min": 1}
+    )
     kinds: tuple[str, ...] | None = field(
         default=None, metadata={"help": "kinds of unit to cut, e.g. neurons,kv_groups; default: the method's"}
     )
@@ -44,20 +50,16 @@ class Options:
     )
 
     def check(self) -> None:
-        if self.samples < 1 or self.seqlen < 2:
-            raise SecateurError(
-                f"{self.samples} samples of {self.seqlen} tokens is no calibration data",
-                where="samples, seqlen",
-                fix="at least 1 sample of 2 tokens",
-            )
-        if not 0 <= self.floor <= 1:
-            raise SecateurError(
-                f"{self.floor} is outside 0..1", where="floor", fix="give a share such as 0.1"
-            )
-        if self.round_to < 1:
-            raise SecateurError(
-                f"{self.round_to} isn't a multiple", where="round_to", fix="give 1, 8, 16, 64, ..."
-            )
-        if self.allocation is not None:
-            choose(self.allocation, ALLOCATIONS, what="allocation", where="allocation")
+        """Raises `SecateurError` for a value outside its range; which allocations there are, the method's kind says."""
+        check_fields(self)
         parse_schedule(self.schedule)
+
+    def changed(self) -> dict[str, Any]:
+        """The fields that differ from the default, as a plan keeps them."""
+        default = Options()
+        return {name: value for name, value in asdict(self).items() if value != getattr(default, name)}
+
+    @property
+    def divides(self) -> str | None:
+        """The allocation that was asked for, if any; `uniform` asks for one."""
+        return "uniform" if self.uniform else self.allocation

@@ -18,19 +18,21 @@ from secateur.errors import SecateurError
 from secateur.graph import Graph, trace
 from secateur.io.artefact import save_model
 from secateur.measure import latency, measure
-from secateur.method import Method, make_method
-from secateur.pruning.checks import Buffers, check_forward
+from secateur.method import Method
+from secateur.pruning.checks import Buffers, check_forward, check_model, check_tensors
+from secateur.pruning.context import Context
 from secateur.pruning.method import UnitMethod, WeightMethod
-from secateur.pruning.options import Options
-from secateur.pruning.plan import DENSE_NOTE, Plan
-from secateur.pruning.resume import Checkpoint, fingerprint
-from secateur.pruning.run import Run, Undo
-from secateur.pruning.target import Target, parse_target
+from secateur.pruning.plan import Plan
+from secateur.pruning.report import build_report
+from secateur.pruning.request import read_request
+from secateur.pruning.resume import Checkpoint, fingerprint, run_directory
+from secateur.pruning.target import Target, parse_schedule, rounds
+from secateur.pruning.undo import Undo
+from secateur.pruning.units import plan_units
+from secateur.pruning.weights import plan_weights
 from secateur.surgery import cut_units
 from secateur.surgery.changes import set_values
-from secateur.training.method import TrainMethod
-from secateur.utils.files import cache_dir
-from secateur.utils.inputs import Inputs, default_inputs, from_description
+from secateur.utils.inputs import Inputs, default_inputs, from_description, map_tensors
 from secateur.utils.running import device_of
 from secateur.utils.types import Objective
 
@@ -122,28 +124,20 @@ def prune(
     Raises `SecateurError`: unknown method or setting, a target that can't be met, no data, NaN weights, nothing to cut.
     """
     started = time.perf_counter()
-    names = {f.name for f in dataclasses.fields(Options)}
-    options = Options(**{key: value for key, value in settings.items() if key in names})
-    options.check()
-    chosen = make_method(method, **{key: value for key, value in settings.items() if key not in names})
-    if getattr(chosen, "seed", seed) is None:
-        chosen = dataclasses.replace(chosen, seed=seed)  # type: ignore[call-arg]
-    goal = parse_target(target)
+    request = read_request("prune", method, target, settings)
+    chosen, options, goal = request.method, request.options, request.target
+    units = isinstance(chosen, UnitMethod)
     check_model(model)
-    _check_pair(chosen, goal, options)
-    if inputs is None and (
-        isinstance(chosen, UnitMethod) or hasattr(getattr(model, "config", None), "vocab_size")
-    ):
+    if inputs is None and (units or hasattr(getattr(model, "config", None), "vocab_size")):
         inputs = default_inputs(model, min(options.seqlen, TRACED))
     batches = None
-    if chosen.needs:
+    if chosen.statistics():
         batches = calibration_batches(data, tokenizer, model, options.samples, options.seqlen, seed)
 
-    tasks = tuple(tasks)
     measured: dict[str, Any] = {
         "inputs": inputs,
         "tokenizer": tokenizer,
-        "tasks": tasks,
+        "tasks": tuple(tasks),
         "limit": limit,
         "seqlen": options.seqlen,
     }
@@ -155,15 +149,27 @@ def prune(
     undo: Undo | None = None
     try:
         if inputs is not None:
-            check_forward(working, inputs, steady=isinstance(chosen, UnitMethod) and options.prove)
+            check_forward(working, inputs, steady=units and options.prove)
         before = measure(working, **measured)
         undo = Undo(working, rollback and inplace)
         key = (chosen.name, chosen.hyperparameters, str(goal), dataclasses.asdict(options), seed)
-        checkpoint = _checkpoint(resume, model, *key, batches)
-        run = Run(working, chosen, goal, options, inputs, batches, seed, loss, progress, checkpoint, undo)
-        run.lean = inplace and not rollback
-        run.announce = announce
-        plan, graph = run.plan()
+        checkpoint = Checkpoint(run_directory(resume, lambda: fingerprint(model, *key, batches)))
+        context = Context(
+            working,
+            chosen,
+            goal,
+            inputs,
+            data=batches,
+            seed=seed,
+            options=options,
+            loss=loss,
+            progress=progress,
+            announce=announce,
+            checkpoint=checkpoint,
+            undo=undo,
+            lean=inplace and not rollback,
+        )
+        plan, graph = make_plan(context)
         buffers.restore()
         if plan.structured:
             undo.release()
@@ -179,11 +185,21 @@ def prune(
         for module, mode in modes:
             module.training = mode
     checkpoint.remove()
-    report = _report(chosen, goal, options, seed, before, after, plan, graph, run)
-    if run.limit is not None and inputs is not None:
-        seconds = latency(working, inputs)
-        report["latency"] = {"limit_seconds": run.limit, "after_seconds": seconds}
-        report["met"] = seconds <= run.limit
+    seconds = latency(working, inputs) if context.limit is not None and inputs is not None else None
+    report = build_report(
+        chosen,
+        goal,
+        plan,
+        graph,
+        before,
+        after,
+        options=dataclasses.asdict(options),
+        kinds=options.kinds or getattr(chosen, "kinds", None),
+        kept_share=context.met,
+        refused=context.refused,
+        skipped=context.skipped,
+        latency=(context.limit, seconds),
+    )
     report["seconds"] = time.perf_counter() - started
     return Pruned(
         model=working,
@@ -191,9 +207,28 @@ def prune(
         report=report,
         tokenizer=tokenizer,
         dense_config=dense_config,
-        scores=run.scores,
+        scores=context.scores,
         _graph=graph or (lambda: trace(model, inputs)) if inputs is not None else graph,
     )
+
+
+def make_plan(context: Context) -> tuple[Plan, Graph | None]:
+    """(the plan, the groups it was made along where the method removes units), in the rounds of the schedule."""
+    method, target = context.method, context.target
+    count = parse_schedule(context.options.schedule)
+    targets = [target]
+    if count > 1:
+        targets = [dataclasses.replace(target, value=share) for share in rounds(target.value, count)]
+    if isinstance(method, UnitMethod):
+        return plan_units(method, context, targets)
+    assert isinstance(method, WeightMethod)
+    if target.kind == "share" and target.value == 1:
+        return context.make_plan(), None
+    # each round prunes what the one before left in the model
+    for index, goal in enumerate(targets):
+        plan = plan_weights(method, dataclasses.replace(context, target=goal, round=index))
+    plan.target = str(target)
+    return plan, None
 
 
 def apply_plan(
@@ -205,26 +240,14 @@ def apply_plan(
 
     Raises `SecateurError` when the plan is another model's; the model is then untouched.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, mask in plan.masks.items():
-        if name not in parameters or parameters[name].shape != mask.shape:
-            found = tuple(parameters[name].shape) if name in parameters else "no such tensor"
-            raise SecateurError(
-                f"the plan masks {name} {tuple(mask.shape)}, the model has {found}",
-                where="plan",
-                fix="apply it to the model it was made for",
-            )
-    for name, value in plan.values.items():
-        if name in parameters and parameters[name].shape != value.shape:
-            raise SecateurError(
-                f"the plan sets {name} {tuple(value.shape)}, the model has {tuple(parameters[name].shape)}",
-                where="plan",
-                fix="apply it to the model it was made for",
-            )
+    fix = "apply it to the model it was made for"
+    check_tensors(model, plan.values, "value", where="plan", fix=fix, new=True)
+    parameters = check_tensors(model, plan.masks, "mask", where="plan", fix=fix)
     if plan.keep:
         if graph is None:
             if inputs is None:
-                inputs = _on_device(from_description(plan.inputs), model)
+                device = device_of(model)
+                inputs = map_tensors(from_description(plan.inputs), lambda tensor: tensor.to(device))
             graph = trace(model, inputs)
             if "head_dim" in plan.kinds.values() and plan.keep.keys() - {g.name for g in graph.groups}:
                 graph = trace(model, inputs, inner=True)
@@ -235,7 +258,7 @@ def apply_plan(
                 raise SecateurError(
                     f"the plan cuts {name} of {plan.sizes[name]} units, the model has {size}",
                     where="plan",
-                    fix="apply it to the model it was made for",
+                    fix=fix,
                 )
             if group.reason:
                 raise SecateurError(f"{name} can't be cut: {group.reason}", where="plan")
@@ -246,135 +269,3 @@ def apply_plan(
     if plan.keep:
         assert graph is not None
         cut_units(model, graph, plan.keep)
-
-
-def _on_device(inputs: Inputs, model: nn.Module) -> Inputs:
-    from secateur.utils.inputs import map_tensors
-
-    device = device_of(model)
-    return map_tensors(inputs, lambda tensor: tensor.to(device))
-
-
-def check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise SecateurError(
-            f"got a {type(model).__name__}",
-            where="model",
-            fix="pass a torch.nn.Module (the command line takes names)",
-        )
-    count = 0
-    for name, parameter in model.named_parameters():
-        count += parameter.numel()
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            raise SecateurError(
-                "its weights hold NaN or infinite values", where=name, fix="load or train the model again"
-            )
-    if not count:
-        raise SecateurError(
-            "it has no parameters", where=type(model).__name__, fix="pass a model with weights"
-        )
-
-
-def _check_pair(method: Method, target: Target, options: Options) -> None:
-    if isinstance(method, TrainMethod):
-        raise SecateurError(
-            f"{method.name} prunes while the network is trained",
-            where="prune",
-            fix="use secateur.train_prune, or `secateur train-prune`",
-        )
-    if target.kind == "tokens":
-        raise SecateurError(
-            f"{method.name} cuts weights, not tokens", where=f"target {target}", fix="give a share"
-        )
-    if isinstance(method, WeightMethod) and target.kind in ("macs", "size", "latency"):
-        raise SecateurError(
-            f"{method.name} sets single weights to zero, which changes no {target.kind}",
-            where=f"target {target}",
-            fix="use a structured method, or a share, params<= or N:M target",
-        )
-    if isinstance(method, UnitMethod) and target.n_m:
-        raise SecateurError(
-            f"{method.name} removes whole units",
-            where=f"target {target}",
-            fix="N:M needs an unstructured method",
-        )
-    if options.schedule != "once" and target.kind != "share":
-        raise SecateurError(
-            "an iterative schedule needs a share",
-            where=f"target {target}",
-            fix="give a share, or schedule=once",
-        )
-
-
-def _checkpoint(resume: bool | str | Path, model: nn.Module, *parts: Any) -> Checkpoint:
-    if not resume:
-        return Checkpoint(None)
-    if resume is True:
-        return Checkpoint(cache_dir() / "runs" / fingerprint(model, *parts))
-    return Checkpoint(Path(resume) / fingerprint(model, *parts))
-
-
-def _report(
-    method: Method,
-    target: Target,
-    options: Options,
-    seed: int,
-    before: dict[str, Any],
-    after: dict[str, Any],
-    plan: Plan,
-    graph: Graph | None,
-    run: Run,
-) -> dict[str, Any]:
-    """Everything the run did, JSON-able."""
-    groups = []
-    if graph is not None:
-        kinds = options.kinds or (method.kinds if isinstance(method, UnitMethod) else None)
-        for group in graph.groups:
-            kept = len(plan.keep[group.name]) if group.name in plan.keep else group.size
-            reason = group.reason
-            if reason is None and kept == group.size:
-                untouched = kinds is not None and group.kind not in kinds
-                reason = (
-                    f"{method.name} doesn't cut {group.kind}" if untouched else "kept whole by the budget"
-                )
-            groups.append(
-                {"name": group.name, "kind": group.kind, "size": group.size, "kept": kept, "reason": reason}
-            )
-    weights = [
-        {"name": name, "size": mask.numel(), "kept": int(mask.sum())} for name, mask in plan.masks.items()
-    ]
-    weights += [
-        {"name": name, "size": 0, "kept": 0, "reason": reason} for name, reason in run.skipped.items()
-    ]
-    notes = [DENSE_NOTE] if plan.masks else []
-    notes += list(plan.notes.values()) if not plan.masks else []
-    notes += [f"{name}: {reason}" for name, reason in {**run.refused, **run.skipped}.items()]
-    return {
-        "method": method.name,
-        "hyperparameters": method.hyperparameters,
-        "target": str(target),
-        "met": _met(target, before, after, plan, run),
-        "seed": seed,
-        "out": None,
-        "options": dataclasses.asdict(options),
-        "before": before,
-        "after": after,
-        "groups": groups,
-        "weights": weights,
-        "notes": notes,
-    }
-
-
-def _met(target: Target, before: dict, after: dict, plan: Plan, run: Run) -> bool:
-    if target.kind in ("share", "n_m"):
-        if run.skipped or not plan.masks:
-            return run.met and not run.skipped
-        kept = sum(int(mask.sum()) for mask in plan.masks.values())
-        return kept <= target.value * sum(mask.numel() for mask in plan.masks.values()) + 1e-6
-    if target.kind == "params":
-        key = "params_nonzero" if plan.masks else "params"
-        return after[key] <= target.limit(before["params"]) + 1e-6
-    if target.kind == "latency":
-        return run.limit is None  # measured again by the caller
-    key = {"macs": "macs", "size": "size_bytes"}[target.kind]
-    return after[key] <= target.limit(before[key]) + 1e-6

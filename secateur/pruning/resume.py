@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from secateur.utils.files import atomic_write_bytes
+from secateur.utils.files import atomic_write_bytes, cache_dir
 
 Tensors = dict[str, Tensor]
 
@@ -50,15 +50,22 @@ class Checkpoint:
 
     def remember(self, key: str, compute: Callable[[], Tensors]) -> Tensors:
         """What `compute` gives, or gave in a run before this one."""
-        found = self.load(key)
-        if found is None:
-            found = compute()
-            self.save(key, found)
-        return found
+        tensors = self.load(key)
+        if tensors is None:
+            tensors = compute()
+            self.save(key, tensors)
+        return tensors
 
     def remove(self) -> None:
         if self.directory:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def run_directory(resume: bool | str | Path, name: Callable[[], str]) -> Path | None:
+    """Where a run keeps what is finished: a folder of this name in the directory given, or (True) in the cache; None for False."""
+    if resume is False:
+        return None
+    return (cache_dir() / "runs" if resume is True else Path(resume)) / name()
 
 
 def fingerprint(model: nn.Module, *parts: Any) -> str:

@@ -31,6 +31,31 @@ class Target:
         """The absolute limit, given the dense model's figure."""
         return self.value * dense if self.relative else self.value
 
+    def share(self, who: str) -> float:
+        """The share kept, which `who` needs; raises `SecateurError` where the target is of another kind."""
+        if self.kind != "share":
+            raise SecateurError(f"{who} needs a share", where=f"target {self}", fix="such as 20%")
+        return self.value
+
+    def weights(self, total: int, others: int, who: str) -> int:
+        """How many of `total` prunable weights stay, where `others` parameters lie outside them.
+
+        >>> parse_target("params<=60").weights(80, 20, "wanda"), parse_target("30%").weights(80, 20, "wanda")
+        (40, 24)
+
+        Raises `SecateurError` where the others alone are over the limit, or the target says neither.
+        """
+        if self.kind != "params":
+            return int(self.share(who) * total + 1e-9)
+        keep = int(self.limit(total + others)) - others
+        if keep < 1:
+            raise SecateurError(
+                f"{others:,} parameters lie outside linear and convolution weights, which alone is over the limit",
+                where=f"target {self}",
+                fix=f"ask for more than params<={others}",
+            )
+        return min(keep, total)
+
     def __str__(self) -> str:
         return self.text
 

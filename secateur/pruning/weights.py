@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.method import make_method
-from secateur.pruning.allocate import divide, owl_shares
+from secateur.pruning.allocate import divide
 from secateur.pruning.context import Context
 from secateur.pruning.method import WeightMethod
 from secateur.pruning.plan import DENSE_NOTE, Plan
@@ -18,39 +17,58 @@ from secateur.pruning.select import Pattern, top_k
 from secateur.stats.layer import LayerStats
 from secateur.stats.memory import estimate
 
-if TYPE_CHECKING:
-    from secateur.pruning.run import Run
+Allocation = Callable[[WeightMethod, Context, int], dict[str, Pattern]]
+ALLOCATIONS: dict[str, Allocation] = {}
+"""Allocations of a budget over matrices, by name: (method, context, weights kept in all) -> a pattern for each."""
 
 
-def plan_weights(method: WeightMethod, context: Context, run: Run) -> Plan:
+def allocation(name: str) -> Callable[[Allocation], Allocation]:
+    """Decorator: an allocation for single weights under this name, for `allocation=`.
+
+    >>> @allocation("mine")  # doctest: +SKIP
+    ... def mine(method, context, keep):
+    ...     return by_shares(method, context, keep, {name: 0.5 for name in context.matrices})
+    """
+
+    def add(function: Allocation) -> Allocation:
+        ALLOCATIONS[name] = function
+        return function
+
+    return add
+
+
+def plan_weights(method: WeightMethod, context: Context) -> Plan:
     """Masks (and changed weights) for every prunable matrix, block by block; the model is left pruned.
 
     Blocks that an earlier, killed run finished are taken from its checkpoint.
     """
-    matrices = context.matrices
-    patterns = _patterns(method, context, run)
-    if run.announce and method.needs:
-        needed = estimate(context.model, context.require_data(), method.needs, matrices)
-        run.announce(f"calibration needs about {needed / 1e6:,.0f} MB above the model, one block at a time")
+    matrices, needs = context.matrices, method.statistics()
+    patterns = _patterns(method, context)
+    if context.announce and needs:
+        needed = estimate(context.model, context.require_data(), needs, matrices)
+        context.announce(
+            f"calibration needs about {needed / 1e6:,.0f} MB above the model, one block at a time"
+        )
     plan = context.make_plan(notes={"weights": DENSE_NOTE})
-    order = sorted({matrix.block for matrix in matrices.values()})
+
+    # finished blocks stand at the front of the order, since a run writes them one after the other
     done = 0
-    for index in order:
-        found = run.checkpoint.load(f"round-{context.round}-block-{index}")
-        if found is None:
+    for index in sorted({matrix.block for matrix in matrices.values()}):
+        finished = context.checkpoint.load(f"round-{context.round}-block-{index}")
+        if finished is None:
             break
-        _install(run, found, plan)
+        _install(context, finished, plan)
         done += 1
+
     with torch.no_grad():
-        for block in context.stream(method.needs, propagate=method.propagate, skip=done):
-            wanted = {
-                n: patterns[n]
-                for n in block.matrices
-                if n in patterns and patterns[n].keep < matrices[n].numel
+        for block in context.stream(needs, propagate=method.propagate, skip=done):
+            cut = {
+                name: patterns[name]
+                for name in block.matrices
+                if name in patterns and patterns[name].keep < matrices[name].numel
             }
-            solved = method.solve_block(block, wanted)
             result: dict[str, Tensor] = {}
-            for name, (weight, mask) in solved.items():
+            for name, (weight, mask) in method.solve_block(block, cut).items():
                 matrix = matrices[name]
                 if not torch.isfinite(weight).all():
                     raise SecateurError(
@@ -62,33 +80,34 @@ def plan_weights(method: WeightMethod, context: Context, run: Run) -> Plan:
                 result[f"mask/{name}"] = matrix.unfold(mask).to(torch.bool)
                 if changed:
                     result[f"value/{name}"] = matrix.unfold(weight)
-            run.checkpoint.save(f"round-{context.round}-block-{block.index}", result)
-            _install(run, result, plan)
+            context.checkpoint.save(f"round-{context.round}-block-{block.index}", result)
+            _install(context, result, plan)
     return plan
 
 
-def _install(run: Run, result: Mapping[str, Tensor], plan: Plan) -> None:
+def _install(context: Context, result: Mapping[str, Tensor], plan: Plan) -> None:
     """One block's masks and weights, into the model and the plan."""
     with torch.no_grad():
         for key, tensor in result.items():
             what, _, name = key.partition("/")
-            parameter = run.model.get_parameter(name)
-            run.undo.remember(name)
+            parameter = context.model.get_parameter(name)
+            if context.undo:
+                context.undo.remember(name)
             if what == "mask":
                 plan.masks[name] = tensor
                 parameter.masked_fill_(~tensor.to(parameter.device), 0)
+        # values last: a repaired weight is written over the masked one
         for key, tensor in result.items():
             what, _, name = key.partition("/")
             if what == "value":
-                parameter = run.model.get_parameter(name)
+                parameter = context.model.get_parameter(name)
                 parameter.copy_(tensor)
-                plan.values[name] = parameter.detach() if run.lean else parameter.detach().clone().cpu()
+                plan.values[name] = parameter.detach() if context.lean else parameter.detach().clone().cpu()
 
 
-def _patterns(method: WeightMethod, context: Context, run: Run) -> dict[str, Pattern]:
+def _patterns(method: WeightMethod, context: Context) -> dict[str, Pattern]:
     """How many weights each matrix keeps, and where they compete."""
-    matrices = dict(context.matrices)
-    target, scope = context.target, method.scope
+    matrices, target = context.matrices, context.target
     if not matrices:
         raise SecateurError(
             "it has no linear or convolution weights",
@@ -96,74 +115,98 @@ def _patterns(method: WeightMethod, context: Context, run: Run) -> dict[str, Pat
             fix="nothing can be pruned",
         )
     if target.n_m:
-        n, m = target.n_m
-        for name, matrix in list(matrices.items()):
-            if matrix.shape[1] % m:
-                run.skipped[name] = f"{matrix.shape[1]} inputs can't be parted into groups of {m}"
-                del matrices[name]
-        if not matrices:
-            raise SecateurError(
-                f"no layer's inputs can be parted into groups of {m}",
-                where=f"target {target}",
-                fix="give a share",
-            )
-        return {
-            name: Pattern(matrix.numel // m * n, scope=scope, n_m=target.n_m)
-            for name, matrix in matrices.items()
-        }
-    sizes = {name: matrix.numel for name, matrix in matrices.items()}
-    total = sum(sizes.values())
-    if target.kind == "params":
-        others = sum(p.numel() for p in context.model.parameters()) - total
-        keep = int(target.limit(total + others)) - others
-        if keep < 1:
-            raise SecateurError(
-                f"{others:,} parameters lie outside the prunable matrices, which alone is over the limit",
-                where=f"target {target}",
-                fix=f"ask for more than params<={others}",
-            )
-        keep = min(keep, total)
-    else:
-        keep = int(target.value * total + 1e-9)
-    share = keep / total
-    allocation = context.allocation or method.allocation
-    if allocation == "global" or scope == "global":
-        return _ranked(method, context, [list(sizes)], [keep])
-    if allocation == "per-kind":
-        kinds: dict[str, list[str]] = {}
-        for name in sizes:
-            kinds.setdefault(matrices[name].role, []).append(name)
-        totals = [sum(sizes[name] for name in names) for names in kinds.values()]
-        return _ranked(method, context, list(kinds.values()), divide(totals, [share] * len(totals), keep))
-    shares = dict.fromkeys(sizes, share)
-    if allocation == "owl":
-        blocks = outlier_shares(method, context, share)
-        shares = {name: blocks[matrix.block] for name, matrix in matrices.items()}
-    if context.floor:
-        shares = {name: max(value, context.floor) for name, value in shares.items()}
-    counts = divide(list(sizes.values()), list(shares.values()), keep)
-    return {name: Pattern(count, scope=scope) for name, count in zip(sizes, counts)}
+        return _n_m_patterns(method, context, *target.n_m)
+    total = sum(matrix.numel for matrix in matrices.values())
+    others = sum(p.numel() for p in context.model.parameters()) - total
+    keep = target.weights(total, others, method.name)
+    name = "global" if method.scope == "global" else context.allocation or method.allocation
+    return ALLOCATIONS[name](method, context, keep)
 
 
-def _dense_scores(method: WeightMethod, context: Context) -> dict[str, Tensor]:
-    stats = context.stats(method.needs) if method.needs else {}
-    return {
-        name: method.scores(matrix.weight(), stats.get(name) or LayerStats(name=name))
-        for name, matrix in context.matrices.items()
-    }
+def _n_m_patterns(method: WeightMethod, context: Context, n: int, m: int) -> dict[str, Pattern]:
+    """N of every M inputs, in each matrix where M divides them; the others are skipped with a reason."""
+    patterns: dict[str, Pattern] = {}
+    for name, matrix in context.matrices.items():
+        if matrix.shape[1] % m:
+            context.skipped[name] = f"{matrix.shape[1]} inputs can't be parted into groups of {m}"
+        else:
+            patterns[name] = Pattern(matrix.numel // m * n, scope=method.scope, n_m=(n, m))
+    if not patterns:
+        raise SecateurError(
+            f"no layer's inputs can be parted into groups of {m}",
+            where=f"target {context.target}",
+            fix="give a share",
+        )
+    return patterns
+
+
+def by_shares(
+    method: WeightMethod, context: Context, keep: int, shares: Mapping[str, float]
+) -> dict[str, Pattern]:
+    """Patterns of matrices that keep these shares, moved as little as it takes to keep `keep` weights exactly."""
+    sizes = {name: matrix.numel for name, matrix in context.matrices.items()}
+    floored = [max(shares[name], context.options.floor) for name in sizes]
+    counts = divide(list(sizes.values()), floored, keep)
+    return {name: Pattern(count, scope=method.scope) for name, count in zip(sizes, counts)}
+
+
+def _share(context: Context, keep: int) -> float:
+    return keep / sum(matrix.numel for matrix in context.matrices.values())
+
+
+@allocation("uniform")
+def uniform(method: WeightMethod, context: Context, keep: int) -> dict[str, Pattern]:
+    """The same share of every matrix."""
+    return by_shares(method, context, keep, dict.fromkeys(context.matrices, _share(context, keep)))
+
+
+@allocation("global")
+def all_compete(method: WeightMethod, context: Context, keep: int) -> dict[str, Pattern]:
+    """Matrices compete with their dense scores."""
+    return _ranked(method, context, [list(context.matrices)], [keep])
+
+
+@allocation("per-kind")
+def kinds_compete(method: WeightMethod, context: Context, keep: int) -> dict[str, Pattern]:
+    """Matrices of one role compete (all down projections, ...); each role keeps the same share."""
+    roles: dict[str, list[str]] = {}
+    for name, matrix in context.matrices.items():
+        roles.setdefault(matrix.role, []).append(name)
+    totals = [sum(context.matrices[name].numel for name in names) for names in roles.values()]
+    counts = divide(totals, [_share(context, keep)] * len(totals), keep)
+    return _ranked(method, context, list(roles.values()), counts)
+
+
+@allocation("owl")
+def by_outliers(method: WeightMethod, context: Context, keep: int) -> dict[str, Pattern]:
+    """The shares of OWL: blocks with more outliers keep more."""
+    owl = method if method.allocation == "owl" else make_method("owl")
+    assert isinstance(owl, WeightMethod)
+    return by_shares(method, context, keep, owl.shares(context, _share(context, keep)))
+
+
+@allocation("own")
+def of_the_method(method: WeightMethod, context: Context, keep: int) -> dict[str, Pattern]:
+    """The shares that the method itself gives its matrices: `WeightMethod.shares`."""
+    return by_shares(method, context, keep, method.shares(context, _share(context, keep)))
 
 
 def _ranked(
-    method: WeightMethod, context: Context, pools: list[list[str]], keeps: list[int]
+    method: WeightMethod, context: Context, pools: Sequence[list[str]], keeps: Sequence[int]
 ) -> dict[str, Pattern]:
-    """Matrices of a pool compete with their dense scores; within a matrix the method then chooses as many."""
-    scores = _dense_scores(method, context)
+    """Matrices of a pool compete with their dense scores; within a matrix the method then chooses that many."""
+    stats = context.stats(method.statistics()) if method.statistics() else {}
+    scores = {
+        name: method.scores(matrix.weight(), stats.get(name) or LayerStats(name=name, seed=context.seed))
+        for name, matrix in context.matrices.items()
+    }
     patterns: dict[str, Pattern] = {}
     for names, keep in zip(pools, keeps):
-        floors = {name: max(1, int(context.floor * scores[name].numel())) for name in names}
+        floors = {name: max(1, int(context.options.floor * scores[name].numel())) for name in names}
         joined = torch.cat([scores[name].flatten().float() for name in names])
-        chosen = top_k(joined, keep).split([scores[name].numel() for name in names])
-        counts = [max(int(mask.sum()), floors[name]) for name, mask in zip(names, chosen)]
+        masks = top_k(joined, keep).split([scores[name].numel() for name in names])
+        counts = [max(int(mask.sum()), floors[name]) for name, mask in zip(names, masks)]
+        # what the floors added is taken back where most is left above one
         while (over := sum(counts) - keep) > 0:
             largest = max(range(len(names)), key=lambda i: counts[i] - floors[names[i]])
             room = counts[largest] - floors[names[largest]]
@@ -174,19 +217,3 @@ def _ranked(
             counts[largest] -= min(over, room)
         patterns |= {name: Pattern(count, scope="layer") for name, count in zip(names, counts)}
     return patterns
-
-
-def outlier_shares(method: WeightMethod, context: Context, share: float) -> dict[int, float]:
-    """OWL: blocks whose Wanda scores have more outliers keep more (weight-baselines, 15)."""
-    owl = method if hasattr(method, "outliers") else make_method("owl")
-    stats = context.stats(owl.needs)
-    ratios: dict[int, float] = {}
-    for block in sorted({matrix.block for matrix in context.matrices.values()}):
-        scores = [
-            owl.scores(matrix.weight(), stats[name])  # type: ignore[attr-defined]
-            for name, matrix in context.matrices.items()
-            if matrix.block == block
-        ]
-        ratios[block] = owl.outliers(scores)  # type: ignore[attr-defined]
-    shares = owl_shares(list(ratios.values()), share, owl.lam)  # type: ignore[attr-defined]
-    return dict(zip(ratios, shares))

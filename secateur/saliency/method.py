@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -31,6 +31,8 @@ class SaliencyMethod(Method):
     Write `draw`. The engines record activations and gradients (`saliency.record`), propagate relevance
     (`saliency.relevance`) and leave the model as it was; a map has no budget and removes nothing.
     """
+
+    verb: ClassVar[str] = "saliency"
 
     def draw(self, model: nn.Module, image: Tensor, target: Any) -> Drawn:
         """Draw the map of each picture.

@@ -94,7 +94,7 @@ def even_base(context: Context, layers: Sequence[Sublayer]) -> list[int]:
     for layer in layers:
         order[layer.name] = (torch.arange(layer.size).double() + halving(seen[layer.group.kind])) / layer.size
         seen[layer.group.kind] += 1
-    keep = context.allocate(order)
+    keep = context.allocate(order, keep_scores=False)
     return [layer.size - len(keep[layer.name]) for layer in layers]
 
 

@@ -158,6 +158,7 @@ class LayerStats:
     gradient: [out, in], mean over batches of dLoss/dW
     fisher: [out, in], mean over single samples of (dLoss/dW)²
     name: the matrix's
+    seed: the run's, for methods that draw
     inputs: the `InputStats` behind them, one object for all matrices with the same input tensor
 
     Spec: weight-baselines, 6-8 and 12.
@@ -171,8 +172,9 @@ class LayerStats:
         part: int | None = None,
         gradient: Tensor | None = None,
         fisher: Tensor | None = None,
+        seed: int = 0,
     ):
-        self.inputs, self.name, self.part = inputs, name, part
+        self.inputs, self.name, self.part, self.seed = inputs, name, part, seed
         self._gradient, self._fisher = gradient, fisher
 
     @property
@@ -249,6 +251,7 @@ class LayerStats:
                     part=part,
                     gradient=None if self._gradient is None else self._gradient[own],
                     fisher=None if self._fisher is None else self._fisher[own],
+                    seed=self.seed,
                 ),
             )
 

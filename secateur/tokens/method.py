@@ -48,6 +48,7 @@ class TokenMethod(Method):
     caller asked for is `sets.target`.
     """
 
+    verb: ClassVar[str] = "attach"
     scope: ClassVar[str] = "image"
     """Which tokens compete: those of one "crop", one "image", or one batch "row"."""
     positions: ClassVar[str] = "original"

@@ -15,20 +15,21 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.graph import Graph
 from secateur.graph.blocks import find_matrices
+from secateur.method import Method
 from secateur.pruning.context import Context
 from secateur.pruning.options import Options
 from secateur.pruning.plan import DENSE_NOTE, Plan
+from secateur.pruning.request import removes_units
 from secateur.pruning.target import Target
 from secateur.surgery import cut_units, prove
 from secateur.training.batches import length
 from secateur.training.checkpoint import Moments, copy_moments
 from secateur.training.fit import fit
 from secateur.training.masks import Masked
-from secateur.training.method import TrainMethod
 from secateur.training.recipe import Recipe
 from secateur.training.state import Hook, State
 from secateur.training.task import Task
-from secateur.utils.inputs import Inputs, describe
+from secateur.utils.inputs import Inputs
 from secateur.utils.random import seeded
 from secateur.utils.types import Objective
 
@@ -39,7 +40,7 @@ class Job:
 
     model: nn.Module
     task: Task
-    method: TrainMethod
+    method: Method
     target: Target
     steps: int
     recipe: Recipe
@@ -57,16 +58,13 @@ class Job:
     _names: list[str] = field(default_factory=list)
     _cut: dict[str, Tensor] = field(default_factory=dict)
     _graph: Graph | None = None
+    _contexts: list[Context] = field(default_factory=list)
     _dense: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
-        """The share kept, where the target is one."""
-        if self.target.kind != "share":
-            raise SecateurError(
-                f"{self.method.name} needs a share", where=f"target {self.target}", fix="such as 20%"
-            )
-        return self.target.value
+        """The share kept; raises `SecateurError` where the target is another."""
+        return self.target.share(self.method.name)
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
@@ -153,6 +151,11 @@ class Job:
         return losses
 
     @property
+    def graph(self) -> Graph | None:
+        """The groups of the dense network; None where the method removes no units."""
+        return self._graph
+
+    @property
     def removed_units(self) -> bool:
         return bool(self._cut)
 
@@ -182,24 +185,20 @@ class Job:
 
     def context(self) -> Context:
         """Groups, matrices and the division of the budget, of the model as it is now."""
-        options = self.options
-        made = Context(
-            model=self.model,
-            method=self.method,
-            target=self.target,
-            inputs=self.inputs,
-            seed=self.seed,
-            allocation="uniform" if options.uniform else options.allocation,
-            floor=options.floor,
-            round_to=options.round_to,
-            kinds=options.kinds,
-            uniform=options.uniform,
-            options={k: v for k, v in dataclasses.asdict(options).items() if v != getattr(Options(), k)},
+        context = Context(
+            self.model, self.method, self.target, self.inputs, seed=self.seed, options=self.options
         )
         if self._graph is not None and not self._cut:
-            made.graph = self._graph
-        self._graph = self._graph or (made.graph if self.method.removes == "units" else None)
-        return made
+            context.graph = self._graph
+        if self._graph is None and removes_units(self.method):
+            self._graph = context.graph
+        self._contexts.append(context)
+        return context
+
+    @property
+    def limit(self) -> float | None:
+        """Seconds that a latency target came to, once the budget was divided."""
+        return next((c.limit for c in reversed(self._contexts) if c.limit is not None), None)
 
     def cut(self, keep: Mapping[str, Tensor]) -> None:
         """Cut the model to the kept units now, so that what follows trains the small one.
@@ -208,13 +207,13 @@ class Job:
         """
         context = self.context()
         graph = context.graph
-        chosen = {name: units.cpu() for name, units in keep.items() if len(units) < graph[name].size}
-        if self.options.prove and chosen:
-            self.frozen = prove(self.model, graph, chosen, context.example)
-            chosen = {name: units for name, units in chosen.items() if name not in self.frozen}
-        self._dense, self._cut, self._graph = self.snapshot(), chosen, graph
-        if chosen:
-            cut_units(self.model, graph, chosen)
+        smaller = {name: units.cpu() for name, units in keep.items() if len(units) < graph[name].size}
+        if self.options.prove and smaller:
+            self.frozen = prove(self.model, graph, smaller, context.example)
+            smaller = {name: units for name, units in smaller.items() if name not in self.frozen}
+        self._dense, self._cut, self._graph = self.snapshot(), smaller, graph
+        if smaller:
+            cut_units(self.model, graph, smaller)
 
     def plan(
         self,
@@ -226,27 +225,17 @@ class Job:
         if keep is not None and not self._cut:
             self.cut(keep)
         values = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(self.model).items()}
-        graph, kept = self._graph, self._cut
-        if kept:
+        context, graph = self.context(), self._graph
+        if self._cut:
             assert graph is not None
-            values = _at_dense_shape(values, self._dense, graph, kept)
-        return Plan(
-            method=self.method.name,
-            target=str(self.target),
-            seed=self.seed,
-            hyperparameters=self.method.hyperparameters,
-            options={
-                **{k: v for k, v in dataclasses.asdict(self.options).items() if v != getattr(Options(), k)},
-                "steps": self.steps,
-                "recipe": dataclasses.asdict(self.recipe),
-            },
-            inputs=describe(self.inputs),
-            keep=kept,
-            sizes={name: graph[name].size for name in kept} if graph else {},
-            kinds={name: graph[name].kind for name in kept} if graph else {},
-            masks={name: mask.cpu() for name, mask in (masks or {}).items()},
+            context.graph = graph  # that of the dense model
+            values = _at_dense_shape(values, self._dense, graph, self._cut)
+        return context.make_plan(
+            keep=self._cut,
+            masks=masks,
             values=values,
             notes={**({"weights": DENSE_NOTE} if masks else {}), **(notes or {})},
+            options={"steps": self.steps, "recipe": dataclasses.asdict(self.recipe)},
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.pruning.checks import check_tensors
 from secateur.pruning.select import top_k_rows
 
 if TYPE_CHECKING:
@@ -42,15 +43,8 @@ class Masked:
 
 def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Refuse masks of tensors that the model lacks, of other shapes, and those that empty a layer."""
-    parameters = dict(model.named_parameters())
+    check_tensors(model, masks, "mask", where="masks", fix="use masks that were made for this model")
     for name, mask in masks.items():
-        if name not in parameters or parameters[name].shape != mask.shape:
-            found = list(parameters[name].shape) if name in parameters else "no such tensor"
-            raise SecateurError(
-                f"there is a mask of {list(mask.shape)} for {name}, the model has {found}",
-                where="masks",
-                fix="use masks that were made for this model",
-            )
         if mask.numel() and not mask.any():
             raise SecateurError(
                 "the mask empties the layer: no weight is left",

@@ -19,6 +19,7 @@ class TrainMethod(Method):
     Write `prune`: phases of training (`job.train`), what is removed between or during them, and the plan at the end.
     """
 
+    verb: ClassVar[str] = "train_prune"
     starts: ClassVar[str] = "init"
     """What the first phase begins with: "init", untrained weights, or "trained" ones."""
     removes: ClassVar[str] = "weights"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.pruning.checks import check_tensors
 from secateur.training.distill import distillation
 from secateur.training.fit import fit
 from secateur.training.state import State
@@ -74,15 +75,10 @@ def recover(
 
 
 def _check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = check_tensors(
+        model, masks, "mask", where="masks", fix="use the masks of the plan that pruned this model"
+    )
     for name, mask in masks.items():
-        if name not in parameters or parameters[name].shape != mask.shape:
-            found = list(parameters[name].shape) if name in parameters else "no such tensor"
-            raise SecateurError(
-                f"there is a mask of {list(mask.shape)} for {name}, the model has {found}",
-                where="masks",
-                fix="use the masks of the plan that pruned this model",
-            )
         if parameters[name].detach()[~mask.to(parameters[name].device)].any():
             raise SecateurError(
                 f"{name} isn't zero where its mask says so",

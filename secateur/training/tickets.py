@@ -62,21 +62,11 @@ class TicketMethod(TrainMethod):
 
 def weights_kept(job: Job) -> int:
     """How many of the prunable weights the target keeps."""
-    sizes = {name: weight.numel() for name, weight in job.weights.items()}
-    total, target = sum(sizes.values()), job.target
+    total = sum(weight.numel() for weight in job.weights.values())
     if not total:
         raise SecateurError("it has no linear or convolution weights", where=type(job.model).__name__)
-    if target.kind == "params":
-        others = sum(p.numel() for p in job.model.parameters()) - total
-        keep = int(target.limit(total + others)) - others
-        if keep < 1:
-            raise SecateurError(
-                f"{others:,} parameters lie outside linear and convolution weights, which alone is over the limit",
-                where=f"target {target}",
-                fix=f"ask for more than params<={others}",
-            )
-        return min(keep, total)
-    return int(job.share * total + 1e-9)
+    others = sum(p.numel() for p in job.model.parameters()) - total
+    return job.target.weights(total, others, job.method.name)
 
 
 def rounds_to(share: float, rate: float, rounds: int | None = None) -> int:

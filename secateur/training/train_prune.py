@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.graph import trace
-from secateur.measure import measure
-from secateur.method import Method, make_method
-from secateur.pruning.options import Options
-from secateur.pruning.prune import Pruned, check_model
-from secateur.pruning.resume import fingerprint
-from secateur.pruning.target import Target, parse_target
+from secateur.measure import latency, measure
+from secateur.method import Method
+from secateur.pruning.checks import check_model
+from secateur.pruning.prune import Pruned
+from secateur.pruning.report import build_report
+from secateur.pruning.request import read_request
+from secateur.pruning.resume import fingerprint, run_directory
+from secateur.pruning.target import Target
 from secateur.training import parallel
 from secateur.training.batches import check_classes, length
 from secateur.training.finite import nonfinite_tensor
@@ -37,6 +39,7 @@ from secateur.utils.types import Objective
 
 MEANT = ("floor", "round_to", "kinds", "prove", "allocation", "uniform")
 """The fields of `Options` that mean something here."""
+RECIPE = tuple(item.name for item in dataclasses.fields(Recipe))
 
 
 def train_prune(
@@ -53,7 +56,7 @@ def train_prune(
     quality: Callable[[nn.Module], float] | None = None,
     recipe: Recipe | None = None,
     device: str | torch.device | None = None,
-    resume: str | Path | None = None,
+    resume: bool | str | Path = False,
     every: int = 100,
     clean: bool = True,
     **settings: Any,
@@ -67,12 +70,13 @@ def train_prune(
     target: `20%` is the share kept, of the weights of linear and convolution layers, or of units for methods that
         remove those; further as in `prune`.
     epochs, steps: the length of one training; None: the task's. A method may train several times.
-    seed: of the untrained weights, the order of the data, its augmentation, and all else that is drawn by chance.
+    seed: of the untrained weights, the order of the data, its augmentation, and all else that is drawn at random.
     quality: what is measured before and after, where the task is a network.
     recipe: optimiser, rate, batch and schedule; None: the task's. device: where to train; None: where the network is.
-    resume: a directory for what is needed to go on after a kill: the same call goes on there, and ends with the same
-        bits. It is removed at the end, unless `clean=False` (so that the result can be written first). `every`: steps
-        between checkpoints.
+    resume: keep what is needed to go on after a kill: True for the cache, or a directory of its own. The same call then
+        goes on there and ends with the same bits; False keeps nothing and starts from the beginning. What was kept is
+        removed at the end, unless `clean=False` (so that the result can be written first). `every`: steps between
+        checkpoints.
     settings: hyperparameters of the method, fields of `Recipe`, and of `Options` (floor, round_to, kinds, prove,
         allocation, uniform).
 
@@ -80,9 +84,9 @@ def train_prune(
     for, a class without samples, a loss that isn't finite, a directory of another run. What is there stays.
     """
     started = time.perf_counter()
-    chosen, options, changes = _split(method, settings)
-    goal = parse_target(target)
-    _check_target(chosen, goal)
+    request = read_request("train_prune", method, target, settings, options=MEANT, others=RECIPE)
+    chosen, options, goal = request.method, request.options, request.target
+    assert isinstance(chosen, TrainMethod)
     if isinstance(task, nn.Module):
         check_model(task)
         task = _as_task(task, inputs, data, loss, quality)
@@ -92,7 +96,7 @@ def train_prune(
             where=f"task {task.name}",
             fix="leave them out",
         )
-    recipe = (recipe or task.recipe).replace(**changes)
+    recipe = (recipe or task.recipe).replace(**request.others)
     if task.classes is not None and isinstance(task.train, tuple) and len(task.train) == 2:
         check_classes(task.train[1], task.classes)
     total = _steps(task, recipe, epochs, steps)
@@ -103,7 +107,6 @@ def train_prune(
     place = device_of(model)
     rank, size = parallel.join(place)
     example = map_tensors(task.inputs, lambda t: t.to(place)) if task.inputs is not None else None
-    directory = Path(resume) if resume else None
     identity = {
         "task": task.name,
         "network": fingerprint(model),
@@ -115,6 +118,9 @@ def train_prune(
         **dataclasses.asdict(recipe),
         **{key: getattr(options, key) for key in MEANT},
     }
+    directory = Path(resume) if isinstance(resume, str | Path) else None
+    if resume is True:
+        directory = run_directory(True, lambda: fingerprint(model, identity))
     if rank == 0:
         _claim(directory, identity)
     parallel.barrier(size)
@@ -126,58 +132,33 @@ def train_prune(
     if broken := nonfinite_tensor(model):
         raise SecateurError("it isn't finite at the end of training", where=broken, fix="lower lr")
     after = measure(model, inputs=example) | _quality(job)
-    report = {
-        "method": chosen.name,
-        "hyperparameters": chosen.hyperparameters,
-        "target": str(goal),
-        "met": _met(job, before, after, plan.masks),
-        "seed": seed,
-        "out": None,
-        "options": {key: getattr(options, key) for key in MEANT},
+    report = build_report(
+        chosen,
+        goal,
+        plan,
+        job.graph,
+        before,
+        after,
+        options={key: getattr(options, key) for key in MEANT},
+        kinds=options.kinds or chosen.kinds,
+        kept_share=bool(plan.masks) or goal.value == 1 or (job.removed_units and not job.frozen),
+        refused=job.frozen,
+        latency=(
+            job.limit,
+            latency(model, example) if job.limit is not None and example is not None else None,
+        ),
+    )
+    report |= {
         "task": {"name": task.name, "metric": task.metric, "steps": total, **dataclasses.asdict(recipe)},
-        "before": before,
-        "after": after,
-        "groups": _group_rows(job),
-        "weights": [{"name": n, "size": m.numel(), "kept": int(m.sum())} for n, m in plan.masks.items()],
         "phases": job.phases,
-        "notes": [*plan.notes.values(), *(f"{name}: {why}" for name, why in job.frozen.items())],
         "processes": size,
         "seconds": time.perf_counter() - started,
     }
     parallel.barrier(size)
     if directory and clean and rank == 0:
         shutil.rmtree(directory, ignore_errors=True)
-    graph = job._graph or ((lambda: trace(model, example)) if example is not None else None)
+    graph = job.graph or ((lambda: trace(model, example)) if example is not None else None)
     return Pruned(model=model, plan=plan, report=report, _graph=graph)
-
-
-def _split(method: str | Method, settings: dict[str, Any]) -> tuple[TrainMethod, Options, dict[str, Any]]:
-    """(the method, options, what is changed in the recipe)."""
-    recipes = {f.name for f in dataclasses.fields(Recipe)}
-    own = {key: value for key, value in settings.items() if key not in recipes and key not in MEANT}
-    chosen = make_method(method, **own)
-    if not isinstance(chosen, TrainMethod):
-        raise SecateurError(
-            f"{chosen.name} prunes without training", where="train_prune", fix="use secateur.prune"
-        )
-    options = Options(**{key: value for key, value in settings.items() if key in MEANT})
-    options.check()
-    return chosen, options, {key: value for key, value in settings.items() if key in recipes}
-
-
-def _check_target(method: TrainMethod, target: Target) -> None:
-    weights = method.removes == "weights"
-    if target.kind == "tokens" or (weights and target.kind in ("macs", "size", "latency")):
-        what = "sets single weights to zero" if weights else "cuts weights"
-        raise SecateurError(
-            f"{method.name} {what}, which no {target.kind} target measures",
-            where=f"target {target}",
-            fix="such as 20%",
-        )
-    if target.n_m and "N:M" not in method.info.members("granularity"):
-        raise SecateurError(
-            f"{method.name} makes no N:M pattern", where=f"target {target}", fix="give a share such as 20%"
-        )
 
 
 def _as_task(model: nn.Module, inputs: Any, data: Any, loss: Any, quality: Any) -> Task:
@@ -234,63 +215,37 @@ def _claim(directory: Path | None, identity: dict[str, Any]) -> None:
     if directory is None:
         return
     file = directory / "run.json"
-    wanted = json.loads(json.dumps(identity))
+    own = json.loads(json.dumps(identity))
     if file.exists():
         try:
-            found = json.loads(file.read_text())
+            other = json.loads(file.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
             raise SecateurError(
-                f"it can't be read ({error})", where=str(file), fix="remove its folder to start anew"
+                f"it can't be read ({error})", where=str(file), fix="remove its folder to start again"
             ) from error
-        changed = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
+        changed = [key for key in {**own, **other} if own.get(key) != other.get(key)]
         if changed:
             raise SecateurError(
                 f"the run there was begun with another {', '.join(changed)}",
                 where=str(directory),
-                fix="use the same settings to go on, or another directory",
+                fix="use the same settings to go on, --no-resume to start again, or another directory",
             )
         return
     if directory.exists() and any(directory.iterdir()):
         raise SecateurError(
-            "it isn't empty and holds no run", where=str(directory), fix="give a new directory to resume from"
+            "it isn't empty and holds no run",
+            where=str(directory),
+            fix="give a new directory for what is kept",
         )
-    atomic_write_json(file, wanted)
+    atomic_write_json(file, own)
 
 
 def _quality(job: Job) -> dict[str, Any]:
     """The task's number, also where reports look for it."""
     value, metric, name = job.quality(), job.task.metric, job.task.name
-    found: dict[str, Any] = {"quality": value}
+    figures: dict[str, Any] = {"quality": value}
     if value is not None and metric in ("psnr", "perplexity"):
-        found[metric] = {name: value}
+        figures[metric] = {name: value}
     elif value is not None and metric in ("accuracy", "miou"):
-        found["accuracy"] = {name: {"acc" if metric == "accuracy" else metric: value}}
-    return found
-
-
-def _met(job: Job, before: dict[str, Any], after: dict[str, Any], masks: Any) -> bool:
-    target = job.target
-    if target.kind in ("share", "n_m"):
-        if masks:
-            kept = sum(int(mask.sum()) for mask in masks.values())
-            return kept <= target.value * sum(mask.numel() for mask in masks.values()) + 1e-6
-        return target.value == 1 or (job.removed_units and not job.frozen)
-    key = {"params": "params_nonzero" if masks else "params", "macs": "macs", "size": "size_bytes"}.get(
-        target.kind
-    )
-    if key is None:
-        return True
-    return after[key] <= target.limit(before[key.removesuffix("_nonzero")]) + 1e-6
-
-
-def _group_rows(job: Job) -> list[dict[str, Any]]:
-    rows = []
-    for group in job._graph.groups if job._graph is not None else ():
-        kept = len(job._cut[group.name]) if group.name in job._cut else group.size
-        reason = group.reason or job.frozen.get(group.name)
-        if reason is None and kept == group.size:
-            reason = "kept whole by the budget"
-        rows.append(
-            {"name": group.name, "kind": group.kind, "size": group.size, "kept": kept, "reason": reason}
-        )
-    return rows
+        figures["accuracy"] = {name: {"acc" if metric == "accuracy" else metric: value}}
+    return figures

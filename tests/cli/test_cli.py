@@ -398,11 +398,11 @@ def test_stdout_is_json_and_nothing_else(tiny_folder: Path) -> None:
 
 
 def test_ctrl_c(tiny_folder: Path, tmp_path: Path) -> None:
-    code = "import os, signal, secateur.pruning.run as p\n"
+    code = "import os, signal, sys, secateur.pruning.prune\np = sys.modules['secateur.pruning.prune']\n"
     code += (
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
     )
-    code += f"p.Run.plan = lambda self: os.kill(os.getpid(), {int(signal.SIGINT)})"
+    code += f"p.make_plan = lambda context: os.kill(os.getpid(), {int(signal.SIGINT)})"
     out = tmp_path / "out"
     done = process(code, "prune", tiny_folder, "--method", "wanda", "--target", "50%", "--out", out, *QUICK)
     assert (done.returncode, done.stdout) == (130, "")

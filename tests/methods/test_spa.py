@@ -340,10 +340,10 @@ def test_a_criterion_that_says_nothing_here():
 def test_nonsense_is_refused():
     net = convolutions()
     for settings, message in (
-        ({"criterion": "charm"}, "no 'charm'"),
-        ({"aggregate": "median"}, "no 'median'"),
-        ({"normalise": "softmax"}, "no 'softmax'"),
-        ({"batchnorm": "perhaps"}, "no 'perhaps'"),
+        ({"criterion": "charm"}, "no criterion 'charm'"),
+        ({"aggregate": "median"}, "no aggregate 'median'"),
+        ({"normalise": "softmax"}, "no normalise 'softmax'"),
+        ({"batchnorm": "perhaps"}, "no batchnorm 'perhaps'"),
         ({"damping": -1.0}, "damping"),
         ({"method": "obspa", "calibration": "dreams"}, "no calibration 'dreams'"),
         ({"method": "obspa"}, "needs calibration data"),

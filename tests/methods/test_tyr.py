@@ -285,7 +285,7 @@ def test_the_published_hyperparameters_run(llama: nn.Module) -> None:
 
 
 def test_bad_settings_are_refused() -> None:
-    with pytest.raises(SecateurError, match="mean, median or off"):
+    with pytest.raises(SecateurError, match="one of mean, median, off"):
         Tyr(expected="average")
     with pytest.raises(SecateurError, match="one of each"):
         Tyr(tokens=(128.0,), survivors=(4, 2))

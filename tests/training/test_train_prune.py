@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import secateur
 from secateur.cli.main import main
 from secateur.training import fit
 
@@ -67,13 +68,12 @@ def test_killed_at_a_random_step_and_resumed_gives_the_same_bits(
     assert not out.exists() and (work / "run.json").exists()
     found = sorted(work.glob("*.safetensors"))
 
-    assert main([*RUN, "--out", str(out)]) == 2  # it doesn't start over an unfinished run
-    assert "go on with --resume" in capsys.readouterr().err
-    assert main([*RUN, "--out", str(out), "--resume", "--lr", "0.5"]) == 2
-    assert "begun with another lr" in capsys.readouterr().err
+    assert main([*RUN, "--out", str(out), "--lr", "0.5"]) == 2
+    message = capsys.readouterr().err
+    assert "begun with another lr" in message and "--no-resume" in message
     assert sorted(work.glob("*.safetensors")) == found
 
-    assert main([*RUN, "--out", str(out), "--resume"]) == 0 and not work.exists()
+    assert main([*RUN, "--out", str(out)]) == 0 and not work.exists()
     assert main([*RUN, "--out", str(tmp_path / "whole")]) == 0
     resumed, whole = load_file(out / "model.safetensors"), load_file(tmp_path / "whole" / "model.safetensors")
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[n], whole[n]) for n in whole)
@@ -84,6 +84,53 @@ def test_killed_at_a_random_step_and_resumed_gives_the_same_bits(
     assert [row["phase"] for row in one["phases"]] == ["early", "level-0", "level-1", "level-2"]
 
 
+def test_no_resume_starts_again_and_removes_only_what_is_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out, work = tmp_path / "out", tmp_path / "out.run"
+    work.mkdir()
+    (work / "letters.txt").write_text("not a run")
+    assert main([*RUN, "--out", str(out), "--no-resume"]) == 2
+    assert "holds no run" in capsys.readouterr().err and (work / "letters.txt").exists()
+    (work / "run.json").write_text('{"lr": 0.5}')
+    assert main([*RUN, "--out", str(out)]) == 2 and (work / "letters.txt").exists()
+    assert main([*RUN, "--out", str(out), "--no-resume"]) == 0 and not work.exists()
+
+
+def test_without_a_folder_the_cache_keeps_an_unfinished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)), torch.randn(48, 6)
+    steps: list[int] = []
+
+    def run(stop: int | None, resume: bool = True) -> Any:
+        steps.clear()
+
+        def loss(network: nn.Module, batch: Any) -> torch.Tensor:
+            if len(steps) == stop:
+                raise KeyboardInterrupt
+            steps.append(len(steps))
+            return nn.functional.cross_entropy(network(batch[0]), batch[1])
+
+        settings: dict[str, Any] = {"method": "lottery-ticket", "target": "60%", "steps": 8, "every": 2}
+        data = (x, (x[:, 0] > 0).long())
+        return secateur.train_prune(model, data=data, loss=loss, resume=resume, rounds=2, **settings)
+
+    whole = run(None, resume=False)
+    total = len(steps)
+    assert not list(tmp_path.glob("runs/*"))
+    with pytest.raises(KeyboardInterrupt):
+        run(11)
+    assert list(tmp_path.glob("runs/*/run.json"))
+    resumed = run(None)
+    assert len(steps) == total - 10 and not list(
+        tmp_path.glob("runs/*")
+    )  # 8 of one level and 2 of the next are read
+    assert resumed.plan == whole.plan
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -92,7 +139,6 @@ def test_killed_at_a_random_step_and_resumed_gives_the_same_bits(
         (["digits", "--method", "lottery-tickets", "--target", "20%"], "did you mean lottery-ticket"),
         (["digits", "--method", "lottery-ticket", "--target", "macs<=20%"], "no macs target"),
         (["digits", "--method", "lottery-ticket", "--target", "20%", "--epochs", "0"], "no training"),
-        (["digits", "--method", "lottery-ticket", "--target", "20%", "--resume"], "with --out"),
         (["digits", "--method", "lottery-ticket", "--target", "20%", "--rewind", "3"], "lottery-rewinding"),
         (["digits", "--method", "lottery-ticket", "--target", "20%", "--milestones", "a"], "isn't numbers"),
         (["digits", "--method", "lottery-ticket", "--target", "20%", "--device", "tpu"], "can't be used"),

@@ -1,0 +1,94 @@
+"""What a run did, as a JSON-able report: the same rows for pruning and for training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from secateur.graph import Graph
+from secateur.method import Method
+from secateur.pruning.plan import Plan
+from secateur.pruning.target import Target
+
+
+def build_report(
+    method: Method,
+    target: Target,
+    plan: Plan,
+    graph: Graph | None,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    *,
+    options: dict[str, Any],
+    kinds: tuple[str, ...] | None,
+    kept_share: bool,
+    refused: Mapping[str, str],
+    skipped: Mapping[str, str] | None = None,
+    latency: tuple[float | None, float | None] = (None, None),
+) -> dict[str, Any]:
+    """Method, target, figures before and after, a row for each group and masked tensor, and notes.
+
+    options: as the report shows them. kinds: the kinds of unit that were to be cut; None: all. kept_share: whether a
+    share target is met where the plan has no masks. refused, skipped: reasons by group and by matrix. latency: (the
+    limit in seconds, seconds of one forward of the result), where the target is one.
+    """
+    skipped = skipped or {}
+    weights: list[dict[str, Any]] = [
+        {"name": name, "size": mask.numel(), "kept": int(mask.sum())} for name, mask in plan.masks.items()
+    ]
+    weights += [{"name": name, "size": 0, "kept": 0, "reason": reason} for name, reason in skipped.items()]
+    limit, seconds = latency
+    report = {
+        "method": method.name,
+        "hyperparameters": method.hyperparameters,
+        "target": str(target),
+        "met": seconds <= limit if limit is not None and seconds is not None else False,
+        "seed": plan.seed,
+        "out": None,
+        "options": options,
+        "before": before,
+        "after": after,
+        "groups": group_rows(method, graph, plan, kinds, refused),
+        "weights": weights,
+        "notes": [*plan.notes.values(), *(f"{name}: {why}" for name, why in {**refused, **skipped}.items())],
+    }
+    if target.kind == "latency":
+        report["latency"] = {"limit_seconds": limit, "after_seconds": seconds}
+    else:
+        report["met"] = target_met(target, before, after, plan, kept_share and not skipped)
+    return report
+
+
+def group_rows(
+    method: Method,
+    graph: Graph | None,
+    plan: Plan,
+    kinds: tuple[str, ...] | None,
+    refused: Mapping[str, str],
+) -> list[dict[str, Any]]:
+    """One row a group: name, kind, size, units kept, and why it is whole."""
+    rows = []
+    for group in graph.groups if graph is not None else ():
+        kept = len(plan.keep[group.name]) if group.name in plan.keep else group.size
+        reason = group.reason or refused.get(group.name)
+        if reason is None and kept == group.size:
+            untouched = kinds is not None and group.kind not in kinds
+            reason = f"{method.name} doesn't cut {group.kind}" if untouched else "kept whole by the budget"
+        rows.append(
+            {"name": group.name, "kind": group.kind, "size": group.size, "kept": kept, "reason": reason}
+        )
+    return rows
+
+
+def target_met(
+    target: Target, before: Mapping[str, Any], after: Mapping[str, Any], plan: Plan, kept_share: bool
+) -> bool:
+    """Whether the result keeps no more than the target allows; for all targets but a latency."""
+    if target.kind in ("share", "n_m"):
+        if not plan.masks or not kept_share:
+            return kept_share
+        sizes = [(int(mask.sum()), mask.numel()) for mask in plan.masks.values()]
+        return sum(kept for kept, _ in sizes) <= target.value * sum(size for _, size in sizes) + 1e-6
+    key = {"params": "params", "macs": "macs", "size": "size_bytes"}[target.kind]
+    figure = "params_nonzero" if key == "params" and plan.masks else key
+    return after[figure] <= target.limit(before[key]) + 1e-6

@@ -1,0 +1,101 @@
+"""What a caller asks for, read once: a method of this verb, its settings, and a target that they fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.errors import SecateurError, choose
+from secateur.method import Method, expect, make_method
+from secateur.pruning.allocate import ORDERS
+from secateur.pruning.method import UnitMethod, WeightMethod
+from secateur.pruning.options import Options
+from secateur.pruning.target import Target, parse_target
+from secateur.pruning.weights import ALLOCATIONS
+
+OPTIONS = tuple(item.name for item in dataclasses.fields(Options))
+OF_UNITS = ("macs", "size", "latency")
+"""Targets that zeros in dense tensors don't move."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A method, a target, the options, and the settings that are neither (such as those of a recipe)."""
+
+    method: Method
+    target: Target
+    options: Options
+    others: dict[str, Any]
+
+
+def read_request(
+    verb: str,
+    method: str | Method,
+    target: str | float | Target,
+    settings: Mapping[str, Any],
+    *,
+    options: Collection[str] = OPTIONS,
+    others: Collection[str] = (),
+) -> Request:
+    """The parts of a call of `verb`, checked against each other before anything is run.
+
+    >>> request = read_request("prune", "ria", "50%", {"a": 1.0, "seqlen": 64})
+    >>> request.method, request.options.seqlen
+    (RIA(a=1.0, scope='layer'), 64)
+
+    Args:
+        verb: "prune" or "train_prune".
+        settings: keywords of the call; `options` and `others` name those that aren't hyperparameters.
+
+    Raises:
+        SecateurError: an unknown method or setting, a value out of its range, a method of another verb, a target that
+            the method can't meet.
+    """
+    apart = {*options, *others}
+    chosen = make_method(method, **{key: value for key, value in settings.items() if key not in apart})
+    expect(chosen, verb)
+    read = Options(**{key: value for key, value in settings.items() if key in options})
+    read.check()
+    goal = parse_target(target)
+    _check_pair(chosen, goal)
+    if read.schedule != "once" and goal.kind != "share":
+        raise SecateurError(
+            "an iterative schedule needs a share",
+            where=f"target {goal}",
+            fix="give a share, or schedule=once",
+        )
+    _check_allocation(chosen, read.divides)
+    return Request(chosen, goal, read, {key: value for key, value in settings.items() if key in others})
+
+
+def removes_units(method: Method) -> bool:
+    """Whether it makes tensors smaller, or else sets single weights to zero."""
+    return isinstance(method, UnitMethod) or getattr(method, "removes", "") == "units"
+
+
+def _check_pair(method: Method, target: Target) -> None:
+    if target.kind == "tokens":
+        raise SecateurError(
+            f"{method.name} cuts weights, not tokens", where=f"target {target}", fix="give a share"
+        )
+    if not removes_units(method) and target.kind in OF_UNITS:
+        raise SecateurError(
+            f"{method.name} sets single weights to zero, so no {target.kind} target can be met",
+            where=f"target {target}",
+            fix="use a structured method, or a share, params<= or N:M target",
+        )
+    patterns = isinstance(method, WeightMethod) or "N:M" in method.info.members("granularity")
+    if target.n_m and not patterns:
+        raise SecateurError(
+            f"{method.name} makes no N:M pattern",
+            where=f"target {target}",
+            fix="give a share such as 20%, or take an unstructured method",
+        )
+
+
+def _check_allocation(method: Method, allocation: str | None) -> None:
+    if allocation is not None:
+        known, what = (ORDERS, "units") if removes_units(method) else (ALLOCATIONS, "weights")
+        choose(allocation, known, what=f"allocation for {what}", where="allocation")

@@ -1,0 +1,95 @@
+"""Plans of methods that remove whole units: in rounds, each proven, with what can't be proven frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from secateur.errors import SecateurError
+from secateur.graph import Graph
+from secateur.pruning.context import Context
+from secateur.pruning.method import UnitMethod
+from secateur.pruning.plan import Plan
+from secateur.pruning.target import Target
+from secateur.pruning.undo import Undo, has_tensor
+from secateur.surgery import mask_units, prove
+from secateur.surgery.changes import set_values
+
+
+def plan_units(method: UnitMethod, context: Context, targets: Sequence[Target]) -> tuple[Plan, Graph]:
+    """(the plan of the last round, the groups it was made along); the model ends as it was.
+
+    Each round scores what the one before left, masked. A group whose cut isn't provably right is frozen, and the round
+    planned again without it. What the report tells is left in `context`.
+    """
+    graph: Graph | None = None
+    plan: Plan | None = None
+    scratch = Undo(context.model)
+    for index, target in enumerate(targets):
+        while True:
+            current = dataclasses.replace(context, target=target, round=index, scores={})
+            if graph is not None:
+                current.graph = graph
+            graph = current.graph
+            if plan is not None:
+                current.gone = {
+                    name: _complement(units, graph[name].size) for name, units in plan.keep.items()
+                }
+            try:
+                proposal = method.plan(current)
+            except SecateurError as error:
+                raise _with_frozen(error, graph) from error
+            options, inputs = context.options, current.inputs
+            failures = {}
+            if options.prove and inputs is not None:
+                failures = prove(context.model, graph, proposal.keep, inputs, export=options.prove_export)
+            if not failures:
+                break
+            for name, reason in failures.items():
+                graph[name].reason = context.refused[name] = f"the cut isn't provably right: {reason}"
+        if plan is not None:
+            proposal.values = {**plan.values, **proposal.values}
+        plan = proposal
+        if index + 1 < len(targets):
+            graph = _leave_masked(context, graph, plan, scratch)
+    assert plan is not None and graph is not None
+    scratch.restore()
+    plan.target = str(context.target)
+    if not plan.keep:
+        plan.values = {}
+    context.scores, context.limit = current.scores, current.limit
+    if context.target.kind == "share":
+        context.met = current.keeps_share(plan.keep)
+    return plan, graph
+
+
+def _leave_masked(context: Context, graph: Graph, plan: Plan, scratch: Undo) -> Graph | None:
+    """The model as this round's plan leaves it, for the next to score; None for the graph where it must be traced again."""
+    model = context.model
+    touched = {part.name for name in plan.keep for part in graph[name].slices} | set(plan.values)
+    for name in touched:
+        if has_tensor(model, name):
+            scratch.remember(name)
+    grown = any(not has_tensor(model, name) for name in plan.values)
+    set_values(model, plan.values)
+    mask_units(model, graph, plan.keep)
+    return None if grown else graph  # a repair added a bias: the groups are traced with it
+
+
+def _with_frozen(error: SecateurError, graph: Graph) -> SecateurError:
+    """A target out of reach, with what can't be cut and why."""
+    frozen = {group.name: group.reason for group in graph.groups if group.reason}
+    if error.where != "target" or not frozen:
+        return error
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in list(frozen.items())[:8])
+    more = f"; and {len(frozen) - 8} more" if len(frozen) > 8 else ""
+    return SecateurError(f"{error.what} (not cut: {reasons}{more})", where=error.where, fix=error.fix)
+
+
+def _complement(units: Tensor, size: int) -> Tensor:
+    gone = torch.ones(size, dtype=torch.bool)
+    gone[units] = False
+    return gone
