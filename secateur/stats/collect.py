@@ -77,11 +77,11 @@ def _inputs(
     if not needs:
         return {name: LayerStats(name=name) for name in matrices}
     for share in (True, False):
-        recorder = Recorder(matrices, needs, share)
+        recorder = Recorder(model, matrices, needs, share)
         try:
             with torch.no_grad(), evaluating(model), recorder:
                 for batch in progress(batches, "activations", len(batches)) if progress else batches:
-                    recorder.begin(sequences_in(batch), token_mask(batch))
+                    recorder.begin(batch)
                     run(model, batch)
         except NotShared:
             continue

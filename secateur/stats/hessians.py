@@ -12,7 +12,7 @@ from secateur.graph import Graph
 from secateur.graph.blocks import Matrix, every_matrix
 from secateur.stats.layer import LayerStats
 from secateur.stats.record import NotShared, Recorder
-from secateur.utils.batches import as_batches, sequences_in, token_mask
+from secateur.utils.batches import as_batches
 from secateur.utils.inputs import map_tensors
 from secateur.utils.running import device_of, evaluating, run
 
@@ -56,12 +56,12 @@ def _record(
 ) -> Recorder:
     device = device_of(model)
     for share in (True, False):
-        recorder = Recorder(matrices, frozenset({"hessian"}), share)
+        recorder = Recorder(model, matrices, frozenset({"hessian"}), share)
         try:
             with torch.no_grad(), evaluating(model), recorder:
                 for item in progress(batches, "Hessians", len(batches)) if progress else batches:
                     batch = map_tensors(item, lambda tensor: tensor.to(device))
-                    recorder.begin(sequences_in(batch), token_mask(batch))
+                    recorder.begin(batch)
                     run(model, batch)
         except NotShared:
             continue

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,6 +17,11 @@ from torch.overrides import TorchFunctionMode
 from secateur.errors import SecateurError
 from secateur.graph.blocks import Matrix, plain_experts
 from secateur.stats.layer import InputStats, LayerStats
+from secateur.utils.batches import sequences_in, token_mask
+from secateur.utils.inputs import Inputs, map_tensors
+
+MASKS = {"encoder": "attention_mask", "decoder": "decoder_attention_mask"}
+"""Which mask hides the padding of a side; a model without two sides has only the first."""
 
 
 class NotShared(Exception):
@@ -23,23 +29,31 @@ class NotShared(Exception):
 
 
 class Recorder:
-    """Gathers the input statistics of `matrices` while its context is open.
+    """Gathers the input statistics of `matrices` of a model while its context is open.
 
-    >>> recorder = Recorder(matrices, {"input_norm"})
+    >>> recorder = Recorder(model, matrices, {"input_norm"})
     >>> with recorder:
-    ...     recorder.begin(sequences=4)
-    ...     model(ids)
+    ...     recorder.begin(batch)
+    ...     model(**batch)
     >>> recorder.stats[name].input_norm
 
-    Layers that are given the same tensor (the object, not its name) share one `InputStats`; it is filled once.
+    Layers that are given the same tensor (the object, not its name) share one `InputStats`; it is filled once. Tokens
+    that a batch's `attention_mask` hides don't count, nor in a decoder beside an encoder those that its
+    `decoder_attention_mask` does.
     """
 
-    def __init__(self, matrices: Mapping[str, Matrix], needs: frozenset[str], share: bool = True):
+    def __init__(
+        self, model: nn.Module, matrices: Mapping[str, Matrix], needs: frozenset[str], share: bool = True
+    ):
         self.matrices, self.needs, self.share = dict(matrices), needs, share
+        self.decoder = _decoder_of(model)
         self.inputs: dict[str, InputStats] = {}
         self._leads: dict[str, bool] = {}
         self._sequences = 0
-        self._mask: Tensor | None = None
+        self._masks: dict[str, Tensor | None] = {}
+        self._encoded: Tensor | None = None
+        self._counts = True
+        self._of_decoder = {id(module) for module in self.decoder.modules()} if self.decoder else set()
         self._seen: list[tuple[weakref.ref[Tensor], int, InputStats, tuple]] = []
         self._exit = contextlib.ExitStack()
 
@@ -63,20 +77,27 @@ class Recorder:
                     fix="check the calibration data and the weights",
                 )
 
-    def begin(self, sequences: int, mask: Tensor | None = None) -> None:
-        """Starts a batch. `mask` [sequences, length], True for the tokens that count."""
-        self._sequences += sequences
-        self._mask = mask
+    def begin(self, batch: Inputs) -> None:
+        """Starts a batch."""
+        self._sequences += sequences_in(batch)
+        self._masks = {side: token_mask(batch, key) for side, key in MASKS.items()}
+        self._encoded = None
         self._seen.clear()
         for inputs in self.inputs.values():
             inputs.sequences = self._sequences
 
     def __enter__(self) -> Self:
         experts = []
+        if self.decoder is not None:
+            self._exit.callback(
+                self.decoder.register_forward_pre_hook(self._see_encoded, with_kwargs=True).remove
+            )
         for matrix in self.matrices.values():
             if matrix.kind.startswith("experts"):
                 experts.append(matrix)
                 self._exit.enter_context(plain_experts(matrix.module))
+                if "forward" not in matrix.module.__dict__:
+                    self._exit.enter_context(self._parted(matrix))
             else:
                 hook = matrix.module.register_forward_pre_hook(self._hook(matrix), with_kwargs=True)
                 self._exit.callback(hook.remove)
@@ -124,17 +145,72 @@ class Recorder:
             for sample in x.split(1):
                 inputs.add_parts(_unfolded(matrix.module, sample))
         else:
-            inputs.add(self._visible(x))
+            inputs.add(self._visible(matrix, x))
 
-    def _visible(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if self._mask is None or len(rows) != self._mask.numel():
-            return rows
-        return rows[self._mask.reshape(-1)]
+    def _see_encoded(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._encoded = kwargs.get("encoder_hidden_states")
+
+    def _mask(self, matrix: Matrix, x: Tensor) -> Tensor | None:
+        """[tokens] bool, those of `x` [..., in] that count; cross-attention reads the encoder's inside the decoder."""
+        inside = id(matrix.module) in self._of_decoder
+        mask = self._masks["decoder" if inside and x is not self._encoded else "encoder"]
+        rows = x.shape[:-1].numel()
+        # some experts are given all tokens once for each of them, one expert after the other
+        if mask is None or rows not in (mask.numel(), matrix.parts * mask.numel()):
+            return None
+        return mask.reshape(-1).to(x.device).repeat(rows // mask.numel())
+
+    def _visible(self, matrix: Matrix, x: Tensor) -> Tensor:
+        mask, rows = self._mask(matrix, x), x.reshape(-1, x.shape[-1])
+        return rows if mask is None else rows[mask]
+
+    @contextlib.contextmanager
+    def _parted(self, matrix: Matrix) -> Iterator[None]:
+        """Experts are given the hidden tokens of a batch in a call of their own, which isn't counted."""
+        module = matrix.module
+        original = module.forward
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            x = args[0] if args else next(iter(kwargs.values()))
+            visible = self._mask(matrix, x)
+            if visible is None:
+                return original(*args, **kwargs)
+            result = torch.empty_like(x).reshape(-1, x.shape[-1])  # [tokens, hidden]
+            for who, counts in ((visible, True), (~visible, False)):
+                if who.any():
+                    self._counts = counts
+                    own = map_tensors((args, kwargs), functools.partial(_rows_of, who=who, lead=x.shape[:-1]))
+                    result[who] = original(*own[0], **own[1]).reshape(-1, x.shape[-1])
+            self._counts = True
+            return result.reshape(x.shape)
+
+        module.forward = forward
+        try:
+            yield
+        finally:
+            del module.__dict__["forward"]
 
     def _add_expert(self, matrix: Matrix, expert: int, rows: Tensor) -> None:
+        if not self._counts:
+            return
         self._leads[matrix.name] = True
         self.of(matrix.name).add(rows.detach(), expert)
+
+
+def _decoder_of(model: Any) -> nn.Module | None:
+    """The decoder of a model that has an encoder beside it."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder if isinstance(decoder, nn.Module) else None
+
+
+def _rows_of(tensor: Tensor, who: Tensor, lead: torch.Size) -> Tensor:
+    """The rows `who` [tokens] of a tensor that has one for every token; others as they are."""
+    if tensor.shape[: len(lead)] == lead:
+        tensor = tensor.flatten(0, len(lead) - 1)
+    return tensor[who] if tensor.dim() and len(tensor) == len(who) else tensor
 
 
 class _ExpertInputs(TorchFunctionMode):

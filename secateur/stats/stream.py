@@ -19,8 +19,8 @@ from secateur.errors import SecateurError
 from secateur.graph.blocks import Matrix, check_weights, find_blocks
 from secateur.stats.layer import OF_GRADIENTS, LayerStats, check_needs
 from secateur.stats.record import NotShared, Recorder
-from secateur.utils.batches import as_batches, batch_numel, sequences_in, token_mask
-from secateur.utils.running import device_of, evaluating, run
+from secateur.utils.batches import as_batches, batch_numel
+from secateur.utils.running import evaluating, run
 
 
 @dataclass
@@ -54,7 +54,7 @@ def stream(
     Parameters
     ----------
     batches: token ids [N, L] (int64), pictures [N, ...], or a list of batches (tensor, tuple or dict of model inputs);
-        tokens that an `attention_mask` hides are left out of the statistics.
+        tokens that an `attention_mask` (in a decoder beside an encoder: a `decoder_attention_mask`) hides are left out.
     needs: input_norm, hessian, input_mean, input_var; with none the blocks come without running the model.
     matrices: as `find_matrices` gives them.
     propagate: a block's inputs come from the blocks before it as the caller left them; else from the dense model.
@@ -115,21 +115,17 @@ class Flow:
         self, index: int, matrices: Mapping[str, Matrix], needs: frozenset[str], keep_output: bool
     ) -> dict[str, LayerStats]:
         for share in (True, False):
-            recorder = Recorder(matrices, needs, share)
+            recorder = Recorder(self.model, matrices, needs, share)
             try:
                 with torch.no_grad(), evaluating(self.model), recorder:
                     for number, batch in enumerate(self.batches):
-                        recorder.begin(sequences_in(batch), self._mask(batch))
+                        recorder.begin(batch)
                         self._forward(number, index, keep_output)
             except NotShared:
                 continue
             break
         recorder.check()
         return recorder.stats
-
-    def _mask(self, batch: Any) -> Tensor | None:
-        mask = token_mask(batch)
-        return None if mask is None else mask.to(device_of(self.model))
 
     def _forward(self, number: int, index: int, keep_output: bool) -> None:
         """Block `index` on one batch. The states before it (or, with `keep_output`, behind it) are kept."""

@@ -54,9 +54,12 @@ def batch_numel(batch: Inputs) -> int:
     return next((v.numel() for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.numel()), 1)
 
 
-def token_mask(batch: Inputs) -> Tensor | None:
-    """[sequences, length] bool of the tokens that aren't padding; None when none is."""
-    mask = batch.get("attention_mask") if hasattr(batch, "get") else None
+def token_mask(batch: Inputs, key: str = "attention_mask") -> Tensor | None:
+    """[sequences, length] bool of the tokens that aren't padding; None when none is.
+
+    key: the mask's name in the batch; an encoder-decoder has a `decoder_attention_mask` beside its encoder's.
+    """
+    mask = batch.get(key) if hasattr(batch, "get") else None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
     mask = mask.bool()

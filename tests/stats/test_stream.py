@@ -48,6 +48,39 @@ MODELS = {
 IDS = torch.randint(0, 64, (6, 12), generator=torch.Generator().manual_seed(1))
 
 
+EXPERTS = {
+    "mixtral": lambda: hf.MixtralForCausalLM(
+        hf.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2)
+    ),
+    "gpt_oss": lambda: hf.GptOssForCausalLM(
+        hf.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
+    ),
+    "llama4": lambda: hf.Llama4ForCausalLM(
+        hf.Llama4TextConfig(
+            **GROUPED, head_dim=8, intermediate_size_mlp=48, num_local_experts=4, num_experts_per_tok=1
+        )
+    ),
+}
+TWO_SIDED = {
+    "t5": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, vocab_size=64)
+    ),
+    "bart": lambda: hf.BartForConditionalGeneration(
+        hf.BartConfig(
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            vocab_size=64,
+            pad_token_id=0,
+        )
+    ),
+}
+
+
 def make(name):
     torch.manual_seed(0)
     return MODELS[name]().eval()
@@ -200,6 +233,86 @@ def test_experts_see_only_the_tokens_routed_to_them():
         assert close(stats.hessian, 2 / 6 * own.T.double() @ own.double())
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, dense)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4"])
+def test_padding_is_left_out_of_the_statistics_of_experts(family, side):
+    """Padded rows give what the sequences give one by one, each without its padding."""
+    torch.manual_seed(0)
+    model = EXPERTS[family]().eval()
+    lengths = (12, 5, 8)
+    ids, mask = torch.zeros(3, 12, dtype=torch.int64), torch.zeros(3, 12, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        own = slice(0, length) if side == "right" else slice(12 - length, 12)
+        ids[row, own], mask[row, own] = IDS[row, :length], 1
+    place = (mask.cumsum(1) - 1).clamp(min=0)
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": place}
+    alone = [IDS[row : row + 1, :length] for row, length in enumerate(lengths)]
+    matrices = find_matrices(model)
+    with torch.no_grad():
+        dense = model(**batch).logits
+    for gather in (collect, stream):
+        found, expected = (
+            gather(model, batches, {"hessian", "input_mean"}, matrices) for batches in ([batch], alone)
+        )
+        if gather is collect:
+            pairs = [(found, expected)]
+        else:
+            pairs = [(dict(a.stats), dict(b.stats)) for a, b in zip(found, expected, strict=True)]
+        for left, right in pairs:
+            for name in left:
+                weight = matrices[name].weight()
+                for (_, a), (_, b) in zip(left[name].split(weight), right[name].split(weight)):
+                    assert a.tokens == b.tokens, name
+                    assert close(a.hessian, b.hessian.double())
+                    assert close(a.input_mean, b.input_mean.double())
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, dense)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_each_side_of_an_encoder_decoder_has_its_own_mask(family):
+    """Encoder and decoder tokens of one length: each layer counts what its own side's mask shows."""
+    torch.manual_seed(0)
+    model = TWO_SIDED[family]().eval()
+    ids, answer = IDS[:2, :8] % 60 + 2, IDS[2:4, :8] % 60 + 2
+    seen, written = torch.ones_like(ids), torch.ones_like(ids)
+    seen[0, 5:] = 0
+    written[1, 3:] = 0
+    batch = {
+        "input_ids": ids,
+        "attention_mask": seen,
+        "decoder_input_ids": answer,
+        "decoder_attention_mask": written,
+    }
+    matrices = find_matrices(model)
+    inputs = {}
+    hooks = [
+        matrix.module.register_forward_pre_hook(
+            lambda module, args, name=name: inputs.__setitem__(name, args[0].detach())
+        )
+        for name, matrix in matrices.items()
+    ]
+    with torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    stats = collect(model, [batch], {"hessian"}, matrices)
+    cross = 0
+    for name, x in inputs.items():
+        of_encoder = "encoder." in name and "decoder." not in name
+        if ("EncDecAttention" in name or "encoder_attn" in name) and name.split(".")[-2] in (
+            "k",
+            "v",
+            "k_proj",
+            "v_proj",
+        ):
+            of_encoder, cross = True, cross + 1
+        rows = x[(seen if of_encoder else written).bool()].double()
+        assert close(stats[name].hessian, 2 / 2 * rows.T @ rows), name
+    assert cross == 4
 
 
 def test_convolutions_see_the_patches_they_multiply():
