@@ -26,6 +26,8 @@ class RIA(WeightMethod):
     """(|w| / sum of its column + |w| / sum of its row) * norm of its input ** a; compared within each layer.
 
     >>> secateur.prune(model, method="ria", target="50%", data=ids)  # doctest: +SKIP
+
+    An expert is a layer of its own, and so is a group of a convolution: their norms are over different tokens.
     """
 
     a: float = field(default=0.5, metadata={"help": "exponent of the input's norm; 0 ignores the data"})

@@ -47,7 +47,7 @@ class WeightMethod(Method):
 
     def solve(self, weight: Tensor, stats: LayerStats, pattern: Pattern) -> tuple[Tensor, Tensor]:
         """(new weight, kept mask), both [out, in]; the mask satisfies `pattern` exactly."""
-        mask = pattern.select(self.scores(weight, stats))
+        mask = pattern.select(self.scores(weight, stats), stats.parts)
         return weight.masked_fill(~mask, 0), mask
 
     def solve_block(self, block: Block, patterns: Mapping[str, Pattern]) -> dict[str, tuple[Tensor, Tensor]]:

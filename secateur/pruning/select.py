@@ -123,15 +123,22 @@ def ahead_of(lanes: Tensor) -> Tensor:
 class Pattern:
     """What a layer's mask must look like: how many weights stay and where they compete.
 
-    `keep` weights stay in all, compared per `scope` (row, layer); with `n_m` every m consecutive inputs keep n.
+    `keep` weights stay in all, compared per `scope` (row, layer, or global, whose counts come from a comparison over
+    layers); with `n_m` every m consecutive inputs keep n.
     """
 
     keep: int
     scope: str = "row"
     n_m: tuple[int, int] | None = None
 
-    def select(self, scores: Tensor) -> Tensor:
-        """Bool mask like `scores` [out, in], True = kept."""
+    def select(self, scores: Tensor, parts: int = 1) -> Tensor:
+        """Bool mask like `scores` [out, in], True = kept.
+
+        parts: equal runs of rows with inputs of their own (experts). Each is a layer: norms over different tokens can't
+        be compared.
+        """
         if self.n_m:
             return n_of_m(scores, *self.n_m)
+        if self.scope == "layer":
+            return exact_rows(scores.reshape(parts, -1), self.keep).reshape(scores.shape)
         return exact_rows(scores, self.keep) if self.scope == "row" else top_k(scores, self.keep)

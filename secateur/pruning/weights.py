@@ -215,5 +215,5 @@ def _ranked(
                     "the floors alone are over the target", where="floor", fix="lower the floor"
                 )
             counts[largest] -= min(over, room)
-        patterns |= {name: Pattern(count, scope="layer") for name, count in zip(names, counts)}
+        patterns |= {name: Pattern(count, scope="global") for name, count in zip(names, counts)}
     return patterns

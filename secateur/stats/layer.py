@@ -155,7 +155,7 @@ class LayerStats:
     input_norm: [in], the root of the mean over sequences of the sum over tokens of x²
     hessian: [in, in], 2 / sequences * sum over tokens of x xᵀ
     input_mean, input_var: [in], over tokens; the variance is unbiased
-    gradient: [out, in], mean over batches of dLoss/dW
+    gradient: [out, in], dLoss/dW; over batches the mean, weighted by tokens where the loss is the model's own
     fisher: [out, in], mean over single samples of (dLoss/dW)²
     name: the matrix's
     seed: the run's, for methods that draw
@@ -186,6 +186,11 @@ class LayerStats:
         if self.inputs is None:
             return 0
         return sum(self.inputs.tokens) if self.part is None else self.inputs.tokens[self.part]
+
+    @property
+    def parts(self) -> int:
+        """How many equal runs of rows have inputs of their own: experts, convolution groups; 1 for a plain layer."""
+        return self.inputs.parts if self.inputs and self.part is None else 1
 
     def _one(self, name: str) -> tuple[InputStats, int]:
         if self.inputs is None:
@@ -236,7 +241,7 @@ class LayerStats:
 
     def split(self, weight: Tensor) -> Iterator[tuple[Tensor, LayerStats]]:
         """(rows of `weight` [out, in], their statistics) for every part; just (weight, self) for a plain layer."""
-        parts = self.inputs.parts if self.inputs and self.part is None else 1
+        parts = self.parts
         if parts == 1:
             yield weight, self
             return

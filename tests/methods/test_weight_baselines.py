@@ -60,6 +60,21 @@ def test_ria():
     assert near(make_method("ria").score(W, stats_of(TOKENS)), expected)
 
 
+def test_ria_lets_no_expert_compete_with_another():
+    """Two experts with equal weights: the one that saw a hundred times the activations doesn't take the other's share."""
+    inputs = InputStats(4, frozenset({"input_norm"}), parts=2)
+    inputs.add(TOKENS)
+    inputs.add(100 * TOKENS, 1)
+    inputs.sequences = 1
+    both, alone = LayerStats(inputs, name="experts"), stats_of(TOKENS)
+    method = make_method("ria")
+    mask = method.solve(torch.cat([W, W]), both, Pattern(8, "layer"))[1]
+    expected = method.solve(W, alone, Pattern(4, "layer"))[1]
+    assert torch.equal(mask[:2], expected) and torch.equal(mask[2:], expected)
+    odd = method.solve(torch.cat([W, W]), both, Pattern(9, "layer"))[1]
+    assert [int(odd[:2].sum()), int(odd[2:].sum())] == [4, 5]
+
+
 def test_sparsegpt():
     method, stats = make_method("sparsegpt"), stats_of(TOKENS, 4)
     expected = [[1.0460, 4.5823, 8.3427, 9.36], [0.1674, 0.1031, 41.1985, 1.04]]
