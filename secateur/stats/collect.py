@@ -43,7 +43,8 @@ def collect(
     batches, batch_size: as for `stream`.
     needs: any of input_norm, hessian, input_mean, input_var, gradient, fisher.
     loss: (model, batch) -> scalar, for gradients; None: the causal language modelling loss of the ids, or the model's
-        own where a batch holds labels.
+        own where a batch holds labels. Those are means over tokens (or samples), and so is the gradient over all batches;
+        with a loss of yours it is the mean over batches.
 
     The model is left as it was: modes, `requires_grad` flags and `.grad`.
     Raises `SecateurError` when a layer's values are NaN or infinite, or there is no loss to take.
@@ -59,7 +60,8 @@ def collect(
     stats = _inputs(model, chunks, needs & OF_INPUTS, matrices, progress)
     if needs & OF_GRADIENTS:
         of_loss = loss or default_loss(model, chunks[0])
-        gradient, fisher = _gradients(model, chunks, needs, matrices, of_loss, progress)
+        shares = [1.0] * len(chunks) if loss else [float(predictions(model, batch)) for batch in chunks]
+        gradient, fisher = _gradients(model, chunks, needs, matrices, of_loss, progress, shares)
         for name in matrices:
             stats[name] = LayerStats(
                 stats[name].inputs, name=name, gradient=gradient.get(name), fisher=fisher.get(name)
@@ -97,8 +99,9 @@ def _gradients(
     matrices: Mapping[str, Matrix],
     loss: Loss,
     progress: Callable[..., Iterable] | None,
+    shares: list[float],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(mean over batches of the gradient, mean over single samples of its square), each [out, in]."""
+    """(mean over batches of the gradient, weighted by `shares`; mean over single samples of its square), [out, in]."""
     parameters = {name: matrix.parameter for name, matrix in matrices.items()}
     flags = {id(p): (p, p.requires_grad) for p in model.parameters()}
     gradient = {
@@ -114,13 +117,14 @@ def _gradients(
         for wanted in parameters.values():
             wanted.requires_grad_(True)
         with torch.enable_grad(), evaluating(model):
-            for batch in progress(batches, "gradients", len(batches)) if progress else batches:
+            every = progress(batches, "gradients", len(batches)) if progress else batches
+            for batch, share in zip(every, shares):
                 size = sequences_in(batch)
                 alone = size == 1
                 if gradient:
                     for name, g in _backward(model, batch, loss, parameters):
                         g = matrices[name].fold(g).float()
-                        gradient[name] += g / len(batches)
+                        gradient[name].add_(g, alpha=share / sum(shares))
                         if fisher and alone:
                             fisher[name] += g.square_()
                 if fisher and not (gradient and alone):
@@ -190,6 +194,20 @@ def default_loss(model: nn.Module, batch: Inputs) -> Loss:
             fix="give pairs (inputs, labels), or pass loss=, a function of (model, batch) that gives a scalar",
         )
     return causal_lm_loss
+
+
+def predictions(model: nn.Module, batch: Inputs) -> int:
+    """Over how many predictions the default loss of a batch is a mean: next tokens that aren't padding, or samples."""
+    if (labels := labels_in(model, batch)) is not None:
+        return len(labels)
+    args, kwargs = as_call(batch)
+    if isinstance(labels := kwargs.get("labels"), Tensor):
+        generates = getattr(model, "can_generate", lambda: False)()
+        shifted = generates and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        return int((labels[..., shifted:] != -100).sum())
+    ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+    mask = token_mask(batch)
+    return ids[:, 1:].numel() if mask is None else int(mask[:, 1:].sum())
 
 
 def labelled_loss(model: nn.Module, batch: Inputs, temperature: float = 1.0) -> Tensor:

@@ -58,6 +58,42 @@ def test_language_models_have_a_loss_and_padding_does_not_count(tiny_llama):
     assert torch.allclose(again[name].gradient, expected, atol=1e-6)
 
 
+def test_the_gradient_weighs_tokens_and_not_batches(tiny_llama):
+    """Sequences of 30 and of 4 tokens: one by one, padded together and by hand it's the mean over all next tokens."""
+    model = tiny_llama()
+    long, short = torch.randint(0, 64, (1, 30)), torch.randint(0, 64, (1, 4))
+    name = "model.layers.0.mlp.up_proj.weight"
+    loss = sum(
+        nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+        for ids in (long, short)
+    )
+    expected = torch.autograd.grad(loss / (29 + 3), model.get_parameter(name))[0]
+    padded = torch.zeros(2, 30, dtype=torch.int64)
+    padded[0], padded[1, :4] = long[0], short[0]
+    mask = torch.ones_like(padded)
+    mask[1, 4:] = 0
+    labels = padded.masked_fill(mask == 0, -100)
+    for batches in (
+        [long, short],
+        [{"input_ids": long}, {"input_ids": short}],
+        [{"input_ids": long, "labels": long}, {"input_ids": short, "labels": short}],
+        [{"input_ids": padded, "attention_mask": mask}],
+        [{"input_ids": padded, "attention_mask": mask, "labels": labels}],
+    ):
+        found = collect(model, batches, {"gradient"}, find_matrices(model))[name].gradient
+        assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_labelled_batches_of_unequal_size_weigh_samples():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 4)
+    x, y = torch.randn(7, 3), torch.randint(0, 4, (7,))
+    expected = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), model.weight)[0]
+    batches = [(x[:5], y[:5]), (x[5:], y[5:])]
+    found = collect(model, batches, {"gradient"}, find_matrices(model))["weight"].gradient
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
 def test_the_model_is_left_as_it_was(tiny_llama):
     model = tiny_llama().train()
     model.model.layers[0].eval()
