@@ -10,6 +10,8 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from secateur.utils.about import __version__ as __version__
+
 if TYPE_CHECKING:
     from secateur.doctor import doctor
     from secateur.errors import SecateurError, SecateurWarning
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from secateur.training.recover import recover
     from secateur.training.train_prune import train_prune
 
-__version__ = "0.1.0"
 
 __all__ = [
     "Attached",

@@ -17,13 +17,13 @@ from typing import Any
 import cyclopts
 from cyclopts import App
 
-from secateur import __version__
 from secateur.cli import catalogue, doctor, inspect, plan, prune, saliency, scenes, tokens, train
 from secateur.cli.flags import command, flag_names, named_method, on_off, settings
 from secateur.cli.interrupt import INTERRUPTED, interrupted
 from secateur.cli.shared import entries, method_entry, method_flags
 from secateur.errors import SecateurError
 from secateur.taxonomy import catalogue as data
+from secateur.utils.about import __version__
 
 MISTAKE = 2
 HELP = """Find what is redundant in a neural network, cut it out, and see what the cut did.

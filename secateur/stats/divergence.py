@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.solvers.evolution import Batch
 from secateur.utils.batches import TOKENS_PER_BATCH
 from secateur.utils.running import logits_of, run
 
@@ -50,7 +49,7 @@ class TopKDivergence:
         inputs = self.samples[rows][:, :length] if self.ids else self.samples[rows[0]]
         return logits_of(run(self.model, inputs))
 
-    def __call__(self, batch: Batch) -> float:
+    def __call__(self, batch: tuple[tuple[int, int], ...]) -> float:
         """Mean over the positions of `batch`: pairs of (sample, tokens taken from its start)."""
         total, count = 0.0, 0
         by_length: dict[int, list[int]] = {}

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.tasks.scenes.draw import ID, SIZE, WORDS, encode
-from secateur.tasks.scenes.evaluate import Group, accuracy
 from secateur.tasks.scenes.models import inputs, load_scenes
+from secateur.tasks.scenes.questions import Group, accuracy
 from secateur.tasks.scenes.train import Recipe
 from secateur.utils.files import require_data
 
