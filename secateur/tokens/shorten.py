@@ -9,8 +9,9 @@ from torch import Tensor
 def pack(keep: Tensor, right: bool = False) -> tuple[Tensor, Tensor]:
     """bool [B, L] -> (index [B, L'], bool [B, L']): the kept columns of each row, padded on the left (or right).
 
-    >>> pack(torch.tensor([[True, False, True], [False, False, True]]))
-    (tensor([[0, 2], [0, 2]]), tensor([[ True,  True], [False,  True]]))
+    >>> index, valid = pack(torch.tensor([[True, False, True], [False, False, True]]))
+    >>> index.tolist(), valid.tolist()
+    ([[0, 2], [0, 2]], [[True, True], [False, True]])
     """
     count = keep.sum(1)
     width = int(count.max()) if len(count) else 0
