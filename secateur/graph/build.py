@@ -213,6 +213,7 @@ def finish(t: Tracer, groups: list[Group], classes: Classes, queries: list[Any])
         dict(notes.unknown),
         frozenset(notes.normalised),
         rule_errors=list(notes.rule_errors),
+        unreached=tuple(t.unreached()),
         _parameters=[n for n, v in parameters if distinct[id(v)] == n and n not in t.aliases],
         _class=classes.of,
         _open=np.zeros(len(classes), bool),

@@ -118,6 +118,8 @@ class Graph:
     unknown: dict[str, str] = field(default_factory=dict)
     normalised: frozenset[str] = frozenset()
     rule_errors: list[RuleError] = field(default_factory=list)
+    unreached: tuple[str, ...] = ()
+    """Parameters that no run read: what they would tie to is unknown."""
     _parameters: list[str] = field(default_factory=list, repr=False)
     _class: np.ndarray = field(default_factory=lambda: np.zeros(0, int), repr=False)
     _open: np.ndarray = field(default_factory=lambda: np.zeros(0, bool), repr=False)
@@ -172,7 +174,9 @@ class Graph:
     def explain(self) -> str:
         """Every group: kind, number of units, share of the parameters it touches, and why it is frozen."""
         total = max(1, self.params())
-        lines = []
+        lines = [f"not reached by the trace: {name} {list(self.shapes[name])}" for name in self.unreached]
+        if lines:
+            lines.append("a branch that reads them may not run after a cut; trace it too, with also=[inputs]")
         for g in self.groups:
             share = self._touched(g) / total
             note = (
@@ -185,6 +189,32 @@ class Graph:
             )
         lines += [f"operation without a rule: {name}: {why}" for name, why in self.unknown.items()]
         return "\n".join(lines)
+
+    def endangered(self, keep: Mapping[str, Tensor]) -> list[str]:
+        """Parameters out of the trace's reach with an axis that may need to shrink with what this cut removes.
+
+        >>> graph.endangered({"fc1:neurons": torch.arange(4)})
+        ['aux.weight']
+
+        May need: it is as long as an axis that is cut, or a multiple of it (a flattened picture).
+        """
+        sizes = {
+            self.shapes[s.name][s.dim]
+            for group, kept in self._kept(keep)
+            if len(kept) < group.size and group.kind != "layers"
+            for s in group.slices
+        }
+        gone = [
+            path
+            for group, kept in self._kept(keep)
+            for unit, path in enumerate(group.modules)
+            if unit not in set(kept.tolist())
+        ]
+        return [
+            name
+            for name in self.unreached
+            if not _under(name, gone) and any(n % size == 0 for n in self.shapes[name] for size in sizes)
+        ]
 
     def _touched(self, group: Group) -> int:
         inside = [n for n in self._parameters if _under(n, group.modules)]

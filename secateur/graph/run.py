@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -52,10 +52,17 @@ WHOLE = {
 """Python calls that one rule sees as a whole: what they dispatch to says less."""
 
 
-def run_model(t: Tracer, inputs: Any) -> list[Axes]:
-    """The axes of the model's outputs, after one run in which the tracer has noted everything else."""
+def run_model(t: Tracer, inputs: Any, training: Collection[nn.Module] = ()) -> list[Axes]:
+    """The axes of the model's outputs, after one run in which the tracer has noted everything else.
+
+    The modules in `training` run in train mode. A further run of the same tracer adds constraints only: costs and
+    calls stay those of the first.
+    """
     args, kwargs = as_call(inputs)
     modules = list(t.unique())
+    costs, calls = t.notes.costs, t.notes.calls
+    if calls:
+        t.notes.costs, t.notes.calls = [], {}
     for value in flat_tensors((args, kwargs)):
         t.env[value] = Axes(tuple(value.shape), [], None)
     with ExitStack() as stack:
@@ -70,6 +77,8 @@ def run_model(t: Tracer, inputs: Any) -> list[Axes]:
             Functions(t),
         ):
             stack.enter_context(context)
+        for module in training:
+            module.training = True
         try:
             output = t.model(*args, **kwargs)
         except (SecateurError, RuleFailure):
@@ -80,6 +89,8 @@ def run_model(t: Tracer, inputs: Any) -> list[Axes]:
                 where="trace",
                 fix="give inputs on which model(*inputs) or model(**inputs) works",
             ) from error
+    if calls:
+        t.notes.costs, t.notes.calls = costs, {**t.notes.calls, **calls}
     return [t.axes(value) for value in flat_tensors(output)]
 
 
@@ -224,11 +235,15 @@ def apply(t: Tracer, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], re
         elif isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
             axes[key] = [t.axes(v) if isinstance(v, torch.Tensor) else None for v in value]
     outs = list(flat_tensors(result))
+    call = Call(name, named, axes, [tuple(o.shape) for o in outs])
+    xs = call.tensors()
+    uses = t.notes.uses
+    for x in xs:
+        for used in sorted(x.params or ()):
+            uses.setdefault(used, len(uses))
     if not outs:
         _left_tensors(t, axes.get("self"))
         return
-    call = Call(name, named, axes, [tuple(o.shape) for o in outs])
-    xs = call.tensors()
     labelled = _labelled(t, call, xs, is_pointwise)
     if any(x.picks is not None for x in xs):
         numbers(t, call, labelled)
@@ -240,10 +255,6 @@ def apply(t: Tracer, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], re
         if in_place and n == 0:
             _written(t, out, new)
         t.env[out] = new
-    uses = t.notes.uses
-    for x in xs:
-        for used in sorted(x.params or ()):
-            uses.setdefault(used, len(uses))
 
 
 def _labelled(t: Tracer, call: Call, xs: Sequence[Axes], is_pointwise: bool) -> list[Axes]:

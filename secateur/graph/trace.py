@@ -2,23 +2,28 @@
 
 `trace` runs the model's own forward on the given inputs and watches each operation: high-level ones (linear, matmul,
 einsum, attention, recurrent layers) where Python calls them, all others where PyTorch dispatches them. No graph is
-exported, so data-dependent code, caches and nested outputs need nothing special.
+exported, so caches and nested outputs need nothing special. A run sees the branches that its inputs take: parameters
+that no run reached are named.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
+from secateur.errors import SecateurError
 from secateur.graph.build import build_graph
 from secateur.graph.groups import Graph
+from secateur.graph.labels import Axes
 from secateur.graph.run import run_model
 from secateur.graph.tracer import Tracer
 
 
-def trace(model: nn.Module, inputs: Any, *, inner: bool = False) -> Graph:
+def trace(model: nn.Module, inputs: Any, *, also: Sequence[Any] = (), inner: bool = False) -> Graph:
     """The groups of coupled parameter slices of a model.
 
     >>> graph = trace(model, {"input_ids": torch.zeros(2, 8, dtype=torch.long)})
@@ -26,34 +31,81 @@ def trace(model: nn.Module, inputs: Any, *, inner: bool = False) -> Graph:
     >>> graph["model.layers.0.mlp:neurons"].size
     24
 
-    The model is run once, in evaluation mode and without gradients, and is left as it was. Spec: spa (arXiv
-    2403.18955), algorithm A.
+    The model is run in evaluation mode and without gradients, and is left as it was; once more with the modules that
+    hold parameters out of reach in train mode, if there are any. Spec: spa (arXiv 2403.18955), algorithm A.
 
     Args:
         model: any module; nothing of it need be exportable.
         inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments of `model.forward`. Use a batch
             of two or more: an axis of size one is never taken for a prunable one, but its merges with other axes are
             ambiguous.
+        also: further inputs, of the same forms, that take the branches which `inputs` doesn't. Costs are those of
+            `inputs`.
         inner: the units of attention are entries of its heads' width (kind `head_dim`: the same entry of every head, of
             queries and keys with the partner it is rotated with) instead of whole heads. A tensor can be cut along one
             of them.
 
     Returns:
-        The graph; groups that can't be cut are in it with the reason.
+        The graph; groups that can't be cut are in it with the reason, and parameters that no run reached are named in
+        `graph.unreached`.
 
     Raises:
         SecateurError: the model cannot be run on the inputs.
     """
-    tracer, graph = _traced(model, inputs, frozenset(), inner)
+    tracer, outputs = _ran(model, [inputs, *also], inner)
+    training: list[nn.Module] = []
+    if missed := tracer.unreached():
+        tracer, outputs, training = _in_training(model, [inputs, *also], inner, missed, tracer, outputs)
+    graph = build_graph(tracer, outputs)
     stuck = collapsed(tracer, graph)
     if stuck:  # grouped convolutions that cannot lose the same channel of every group: let whole groups leave
-        _, graph = _traced(model, inputs, stuck, inner)
+        tracer, outputs = _ran(model, [inputs, *also], inner, stuck, training)
+        graph = build_graph(tracer, outputs)
     return graph
 
 
-def _traced(model: nn.Module, inputs: Any, whole_groups: frozenset[str], inner: bool) -> tuple[Tracer, Graph]:
+def _ran(
+    model: nn.Module,
+    inputs: Sequence[Any],
+    inner: bool,
+    whole_groups: frozenset[str] = frozenset(),
+    training: Sequence[nn.Module] = (),
+) -> tuple[Tracer, list[Axes]]:
+    """A tracer that saw a run on each of these inputs, then one with `training` in train mode; all outputs."""
     tracer = Tracer(model, whole_groups, inner)
-    return tracer, build_graph(tracer, run_model(tracer, inputs))
+    outputs = [axes for each in inputs for axes in run_model(tracer, each)]
+    if training:
+        # Norms and dropout stay in eval mode, but a module of the model's own may count or draw as it trains.
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+        try:
+            with torch.random.fork_rng(devices=devices):
+                outputs += run_model(tracer, inputs[0], training)
+        finally:
+            for buffer, before in buffers:
+                buffer.data.copy_(before)
+    return tracer, outputs
+
+
+def _in_training(
+    model: nn.Module,
+    inputs: Sequence[Any],
+    inner: bool,
+    missed: Sequence[str],
+    tracer: Tracer,
+    outputs: list[Axes],
+) -> tuple[Tracer, list[Axes], list[nn.Module]]:
+    """What a run in train mode adds, if it reaches more; else what there was."""
+    above = {".".join(name.split(".")[:n]) for name in missed for n in range(name.count(".") + 1)}
+    still = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+    training = [m for path, m in tracer.unique() if path in above and not isinstance(m, still)]
+    try:
+        trained, found = _ran(model, inputs, inner, frozenset(), training)
+    except SecateurError:  # a model that doesn't train on these inputs, as without its labels
+        return tracer, outputs, []
+    if len(trained.unreached()) < len(missed):
+        return trained, found, training
+    return tracer, outputs, []
 
 
 def collapsed(tracer: Tracer, graph: Graph) -> frozenset[str]:

@@ -112,6 +112,14 @@ class Tracer:
                 if tensor is not None:
                     yield start + name, tensor
 
+    def unreached(self) -> list[str]:
+        """Parameters that no operation of a run has read, by their first names."""
+        return [
+            name
+            for name, tensor in self.tensors("_parameters")
+            if name in self.own and tensor.numel() and name not in self.notes.uses
+        ]
+
     def _label_parameters(self) -> None:
         """Fresh labels for every index of every axis; two names of one storage share theirs."""
         names: dict[tuple, str] = {}

@@ -73,10 +73,12 @@ class Context:
     """Matrices that stay whole because the target's pattern doesn't fit them, and why."""
     met: bool = True
     """Whether the plan keeps no more than the share that was asked for."""
+    also: Sequence[Inputs] = ()
+    """Further example inputs, which take other branches."""
 
     @cached_property
     def graph(self) -> Graph:
-        return trace(self.model, self.example, inner="head_dim" in (self.options.kinds or ()))
+        return trace(self.model, self.example, also=self.also, inner="head_dim" in (self.options.kinds or ()))
 
     @property
     def example(self) -> Inputs:
@@ -403,12 +405,13 @@ class Context:
         kept = {
             name: units.cpu() for name, units in (keep or {}).items() if len(units) < self.graph[name].size
         }
+        also = {"also": [describe(each) for each in self.also]} if self.also else {}
         return Plan(
             method=self.method.name,
             target=str(self.target),
             seed=self.seed,
             hyperparameters=self.method.hyperparameters,
-            options={**self.options.changed(), **(options or {})},
+            options={**self.options.changed(), **also, **(options or {})},
             inputs=describe(self.inputs),
             keep=kept,
             sizes={name: self.graph[name].size for name in kept},

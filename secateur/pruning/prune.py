@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,7 @@ def prune(
     method: str | Method,
     target: str | float | Target,
     data: Any = None,
+    also: Sequence[Inputs] = (),
     seed: int = 0,
     tokenizer: Any = None,
     loss: Objective | None = None,
@@ -111,6 +112,7 @@ def prune(
     target: `50%` (share kept), `params<=100e6`, `macs<=50%`, `size<=200MB`, `latency<=8ms`, `2:4`.
     data: calibration data: token ids [samples, length], a list of model inputs, a text file, the name of a text, or
         None for English that every machine has. Vision models need a list of inputs where the method needs data.
+    also: further example inputs that take other branches of the model: they are traced and proved, but not counted.
     loss: `loss(model, batch) -> scalar` for methods that need gradients of models that don't return their own loss.
     inplace: cut the model itself instead of a copy. A failed run leaves it as it was either way, unless `rollback` is
         False, which saves a copy of every changed tensor (for a model that is thrown away on failure).
@@ -149,7 +151,8 @@ def prune(
     undo: Undo | None = None
     try:
         if inputs is not None:
-            check_forward(working, inputs, steady=units and options.prove)
+            for each in (inputs, *also):
+                check_forward(working, each, steady=units and options.prove)
         before = measure(working, **measured)
         undo = Undo(working, rollback and inplace)
         key = (chosen.name, chosen.hyperparameters, str(goal), dataclasses.asdict(options), seed)
@@ -168,6 +171,7 @@ def prune(
             checkpoint=checkpoint,
             undo=undo,
             lean=inplace and not rollback,
+            also=tuple(also),
         )
         plan, graph = make_plan(context)
         buffers.restore()
@@ -200,6 +204,8 @@ def prune(
         skipped=context.skipped,
         latency=(context.limit, seconds),
     )
+    if graph is not None and (endangered := graph.endangered(plan.keep)):
+        report["unreached"], report["met"] = endangered, False
     report["seconds"] = time.perf_counter() - started
     return Pruned(
         model=working,
@@ -208,7 +214,7 @@ def prune(
         tokenizer=tokenizer,
         dense_config=dense_config,
         scores=context.scores,
-        _graph=graph or (lambda: trace(model, inputs)) if inputs is not None else graph,
+        _graph=graph or (lambda: trace(model, inputs, also=also)) if inputs is not None else graph,
     )
 
 
@@ -232,9 +238,15 @@ def make_plan(context: Context) -> tuple[Plan, Graph | None]:
 
 
 def apply_plan(
-    model: nn.Module, plan: Plan, inputs: Inputs | None = None, graph: Graph | None = None
+    model: nn.Module,
+    plan: Plan,
+    inputs: Inputs | None = None,
+    graph: Graph | None = None,
+    also: Sequence[Inputs] | None = None,
 ) -> None:
     """Do what a plan says, in place: repaired tensors, zeros, and cut units.
+
+    `inputs` and `also` are those of `prune`; without them noise of their shapes is traced.
 
     >>> secateur.apply_plan(fresh_model, secateur.Plan.load("pruned/"))  # doctest: +SKIP
 
@@ -245,12 +257,20 @@ def apply_plan(
     parameters = check_tensors(model, plan.masks, "mask", where="plan", fix=fix)
     if plan.keep:
         if graph is None:
-            if inputs is None:
-                device = device_of(model)
-                inputs = map_tensors(from_description(plan.inputs), lambda tensor: tensor.to(device))
-            graph = trace(model, inputs)
+            device = device_of(model)
+            stored = from_description({"inputs": plan.inputs, "also": plan.options.get("also", [])})
+            stored = map_tensors(stored, lambda tensor: tensor.to(device))
+            inputs = stored["inputs"] if inputs is None else inputs
+            also = stored["also"] if also is None else also
+            graph = trace(model, inputs, also=also)
             if "head_dim" in plan.kinds.values() and plan.keep.keys() - {g.name for g in graph.groups}:
-                graph = trace(model, inputs, inner=True)
+                graph = trace(model, inputs, also=also, inner=True)
+            if also and graph.unreached:  # noise may take another branch than what was traced
+                raise SecateurError(
+                    f"these inputs don't reach {graph.unreached[0]}",
+                    where="plan",
+                    fix="pass inputs= and also=, those that the plan was made with",
+                )
         for name in plan.keep:
             group = next((g for g in graph.groups if g.name == name), None)
             if group is None or group.size != plan.sizes[name]:

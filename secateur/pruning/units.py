@@ -45,7 +45,14 @@ def plan_units(method: UnitMethod, context: Context, targets: Sequence[Target]) 
             options, inputs = context.options, current.inputs
             failures = {}
             if options.prove and inputs is not None:
-                failures = prove(context.model, graph, proposal.keep, inputs, export=options.prove_export)
+                failures = prove(
+                    context.model,
+                    graph,
+                    proposal.keep,
+                    inputs,
+                    also=context.also,
+                    export=options.prove_export,
+                )
             if not failures:
                 break
             for name, reason in failures.items():

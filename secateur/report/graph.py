@@ -47,7 +47,13 @@ def describe_groups(graph: Graph) -> dict[str, Any]:
                 "tensors": len({s.name for s in group.slices}),
             }
         )
-    return {"params": params, "macs": macs, "groups": made, "unknown": dict(graph.unknown)}
+    return {
+        "params": params,
+        "macs": macs,
+        "groups": made,
+        "unknown": dict(graph.unknown),
+        "unreached": list(graph.unreached),
+    }
 
 
 def write_graph(path: str | Path, graph: Graph, title: str) -> None:

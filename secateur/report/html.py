@@ -27,7 +27,7 @@ from secateur.report.figures import (
     speed_text,
     strip_figures,
 )
-from secateur.report.summary import command_line, in_seconds, notes, parted, rows
+from secateur.report.summary import command_line, in_seconds, lost, notes, parted, rows
 from secateur.report.terminal import kept_by_kind, merge_alike
 from secateur.utils.files import atomic_write_text
 
@@ -134,6 +134,8 @@ def _head(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     facts = [("method", report.get("method"), ""), ("target", report.get("target"), "")]
     if report.get("met") is not None:
         facts.append(("target met", *(("yes", " good") if report["met"] else ("no", " bad"))))
+    if report.get("unreached"):
+        facts.append(("warning", lost(report["unreached"]), " bad"))
     facts.append(("seed", report.get("seed"), ""))
     if report.get("seconds") is not None:
         facts.append(("time", in_seconds(report["seconds"]), ""))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,6 +192,16 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     if report.get("met") is False:
         found.append("the target was not met")
     return list(dict.fromkeys(found))
+
+
+def lost(unreached: Sequence[str]) -> str:
+    """What to say of parameters that no traced run read, though what was cut is as wide as they are.
+
+    >>> lost(["aux.weight", "aux.bias"])
+    'never reached by the trace: aux.weight and 1 more; a branch that reads them may not run any more'
+    """
+    more = f" and {len(unreached) - 1} more" if len(unreached) > 1 else ""
+    return f"never reached by the trace: {unreached[0]}{more}; a branch that reads them may not run any more"
 
 
 def parted(reason: str) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.pruning.document import to_ranges
-from secateur.report.summary import in_seconds, notes, number, parted, rows
+from secateur.report.summary import in_seconds, lost, notes, number, parted, rows
 from secateur.taxonomy import MethodInfo
 from secateur.taxonomy.axes import AXES, MEANING, notation
 
@@ -39,6 +39,8 @@ def report_tables(report: Mapping[str, Any]) -> list[Any]:
         ("met" if met else "not met", "green" if met else "bold red") if met is not None else "",
     )
     parts: list[Any] = [head]
+    if report.get("unreached"):
+        parts.append(Text(lost(report["unreached"]), style="bold red"))
     figures = table("", "before", "after", "after/before", right=("before", "after", "after/before"))
     for row in rows(report.get("before") or {}, report.get("after") or {}):
         figures.add_row(*row.texts)
@@ -122,6 +124,11 @@ def print_graph(found: Mapping[str, Any], console: Console, full: bool = False) 
     console.print(
         f"{number(found['params'])} parameters, {number(found['macs'])} multiply-adds on the example inputs"
     )
+    if unreached := found.get("unreached"):
+        names = ", ".join(unreached[:3]) + (f" and {len(unreached) - 3} more" if len(unreached) > 3 else "")
+        console.print(
+            Text(f"never reached by the trace, so what they tie is unknown: {names}", style="yellow")
+        )
     made = table("group", "kind", "units", "params", "macs", right=("units", "params", "macs"))
     groups = found["groups"] if full else merge_alike(found["groups"])
     for row in groups:

@@ -24,7 +24,14 @@ from secateur.utils.running import call, evaluating, flat_tensors, without_cache
 
 
 def prove(
-    model: nn.Module, graph: Graph, keep: Keep, inputs: Any, *, backward: bool = True, export: bool = False
+    model: nn.Module,
+    graph: Graph,
+    keep: Keep,
+    inputs: Any,
+    *,
+    also: Sequence[Any] = (),
+    backward: bool = True,
+    export: bool = False,
 ) -> dict[str, str]:
     """Cut a copy and check it; the groups whose cut is not provably right, with the reason (empty: all sound).
 
@@ -32,14 +39,14 @@ def prove(
     {}
 
     Checked: the forward runs and has the same output shapes, with another batch size too (two examples instead of one,
-    or one instead of several) where the model takes it; all values are finite, gradients flow, the number of parameters
+    or one instead of several) where the model takes it, and on the inputs in `also`; all values are finite, gradients flow, the number of parameters
     is the predicted one and, for groups where no norm or softmax mixes units, the cut model gives what the masked one
     gives (1e-5 relative, in double precision where the model is small). With `export`, which takes seconds, a model that
     `torch.export` takes must be taken by it afterwards. The model is not changed.
     """
     left = {g.name: kept for g, kept in graph._kept(keep)}
     bad: dict[str, str] = {}
-    expected = _expected(model, inputs, export)
+    expected = _expected(model, inputs, also, export)
     while left:
         why = _check(model, graph, left, inputs, expected, backward)
         if why is None:
@@ -52,23 +59,22 @@ def prove(
 
 @dataclass
 class _Expected:
-    """What the dense model does: its outputs, inputs of another batch size with their output shapes, if exported."""
+    """What the dense model does: its outputs, other inputs (name, inputs, output shapes), if exported."""
 
     outputs: list[Tensor]
-    other: tuple[Any, list[tuple[int, ...]]] | None
+    others: list[tuple[str, Any, list[tuple[int, ...]]]]
     exports: bool
 
 
-def _expected(model: nn.Module, inputs: Any, export: bool) -> _Expected:
-    outputs, other = _forward(model, inputs), None
+def _expected(model: nn.Module, inputs: Any, also: Sequence[Any], export: bool) -> _Expected:
+    outputs = _forward(model, inputs)
+    others = [("another of the inputs", fed, _shapes(_forward(model, fed))) for fed in also]
     batches = {t.shape[0] if t.dim() else 0 for t in flat_tensors(as_call(inputs))}
     if len(batches) == 1 and batches != {0}:
         fed = map_tensors(inputs, _rebatched)
-        try:
-            other = fed, [tuple(o.shape) for o in _forward(model, fed)]
-        except Exception:  # noqa: BLE001  a model made for one batch size
-            other = None
-    return _Expected(outputs, other, export and _exports(model, inputs) is None)
+        with contextlib.suppress(Exception):  # a model made for one batch size
+            others.append(("another batch size", fed, _shapes(_forward(model, fed))))
+    return _Expected(outputs, others, export and _exports(model, inputs) is None)
 
 
 def _rebatched(tensor: Tensor) -> Tensor:
@@ -92,6 +98,10 @@ def _forward(model: nn.Module, inputs: Any, grad: bool = False) -> list[Tensor]:
         return list(flat_tensors(call(model, inputs)))
 
 
+def _shapes(outputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(o.shape) for o in outputs]
+
+
 def _double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
     """A copy, in double precision when that is cheap."""
     clone = copy.deepcopy(model)
@@ -112,7 +122,7 @@ def _check(
         if got != predicted:
             return f"{got} parameters where {predicted} were predicted"
         outputs = _forward(cut, inputs, grad=backward)
-        shapes, wanted = [tuple(o.shape) for o in outputs], [tuple(o.shape) for o in expected.outputs]
+        shapes, wanted = _shapes(outputs), _shapes(expected.outputs)
         if shapes != wanted:
             return f"output shapes {shapes} where the model had {wanted}"
         for o, e in zip(outputs, expected.outputs, strict=True):
@@ -122,10 +132,9 @@ def _check(
             loss = sum(o.float().sum() for o in outputs if o.requires_grad)
             if isinstance(loss, Tensor):
                 loss.backward()
-        if expected.other is not None:
-            fed, wanted = expected.other
-            if [tuple(o.shape) for o in _forward(cut, fed)] != wanted:
-                return "another batch size gives other output shapes"
+        for what, fed, wanted in expected.others:
+            if _shapes(_forward(cut, fed)) != wanted:
+                return f"{what} gives other output shapes"
         if expected.exports and (why := _exports(cut, inputs)) is not None:
             return f"torch.export no longer takes it: {why}"
         exact = {name: kept for name, kept in keep.items() if graph[name].exact}
