@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
@@ -30,6 +30,8 @@ from secateur.tokens.tower import TowerDriver
 from secateur.utils.tested import warn_outside_tested
 from secateur.utils.versions import cache_in, cache_of
 
+GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+"""Settings of generate under which another model, or the prompt itself, guesses words that are then checked."""
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attached] = weakref.WeakKeyDictionary()
 
 
@@ -53,6 +55,8 @@ class Attached:
         self._depth = 0
         self._pending: tuple[Call, Turn | None] | None = None
         """What `generate` prepared, for the first forward inside it."""
+        self._prompt = 0
+        """Columns of the prompt that `generate` was handed."""
         self._undo: list[Callable[[], None]] = []
         self._prefill: cost.Prefill | None = None
         try:
@@ -195,9 +199,11 @@ class Attached:
         """A forward inside generate."""
         pending, self._pending = self._pending, None
         if pending is None:
+            self.input.step(kwargs)
             out = self._run_forward(original, kwargs, None, None)
         else:
             call, turn = pending
+            self._refuse_guesses(kwargs, call)
             rows = kwargs["input_ids"].shape[0] if kwargs.get("input_ids") is not None else call.table.rows
             call.expand = rows // call.table.rows
             if call.mask is not None and self.decoder is not None and kwargs.get("use_cache") is False:
@@ -211,7 +217,10 @@ class Attached:
     ) -> Any:
         cache = cache_in(kwargs)
         if self.setup.family.stacked and kwargs.get("mm_encoder_outputs"):
-            kwargs = {**kwargs, "mm_encoder_outputs": stacked(kwargs["mm_encoder_outputs"])}
+            kwargs = {
+                **kwargs,
+                "mm_encoder_outputs": stacked(kwargs["mm_encoder_outputs"], self.setup.family.stacked),
+            }
         if self.decoder is not None:
             self.decoder.begin(kwargs, call)
         # later steps choose nothing, so an error of theirs is the caller's and leaves the method on
@@ -237,6 +246,7 @@ class Attached:
         if removed:
             new = self._shift(new, removed)
         self._pending = None if call is None else (call, turn)
+        self._prompt = 0 if short is None else short.shape[1]
         self._depth += 1
         try:
             out = original(**new)
@@ -273,10 +283,13 @@ class Attached:
                 value = getattr(config, name, None) if value is None else value
             return value
 
+        for name in GUESSING:
+            if setting(name):
+                raise _guesses(name)
         kind = setting("cache_implementation")
         if kind not in (None, "dynamic", "dynamic_full"):
             raise SecateurError(
-                f"a {kind} cache has one length for all layers, and tokens leave between them",
+                f"a {kind} cache shows attention every column it has room for, and masks between layers cover those that are filled",
                 where="generate",
                 fix="leave cache_implementation out, or use a method that drops at the input",
             )
@@ -288,6 +301,12 @@ class Attached:
             )
         if setting("use_cache") is False:
             raise _no_cache()
+
+    def _refuse_guesses(self, kwargs: Mapping[str, Any], call: Call) -> None:
+        """Refuses a first forward that is longer than its prompt, whatever way of generating it comes from."""
+        ids = kwargs.get("input_ids")
+        if self.setup.between_layers and ids is not None and ids.shape[1] > self._prompt:
+            raise _guesses("guessing")
 
     def _plain_forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """A forward of a vision transformer on its own."""
@@ -346,6 +365,14 @@ def _with_prompt(out: Any, ids: Tensor, short: Tensor) -> Any:
 def _no_cache() -> SecateurError:
     return SecateurError(
         "without a cache every step would choose again", where="generate", fix="leave use_cache on"
+    )
+
+
+def _guesses(name: str) -> SecateurError:
+    return SecateurError(
+        f"{name} reads the prompt with guessed words behind it, which methods between layers would take for the question",
+        where="generate",
+        fix=f"leave {name} out, or use a method that drops at the input",
     )
 
 

@@ -21,8 +21,11 @@ from secateur.tokens.choose import run_stage
 from secateur.tokens.record import Key, Note, Recorder, attention_of
 from secateur.tokens.sets import Outcome
 from secateur.tokens.setup import Setup
-from secateur.tokens.shorten import additive, gather_columns, gather_mask, pack
+from secateur.tokens.shorten import additive, gather_columns, gather_mask, pack, window_of
 from secateur.utils.versions import cache_in
+
+KEYED = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layer whose cache holds one key and value a token, and nothing else."""
 
 
 @dataclass(eq=False)
@@ -111,6 +114,15 @@ class DecoderDriver:
                 fix='load the model with attn_implementation="sdpa"',
             )
         self.eager, self.flash = base == "eager", "flash" in base
+        self.window = window_of(self.decoder.config) if self.stages else None
+        kinds = getattr(self.decoder.config, "layer_types", None) or ()
+        strange = set(kinds[min(self.stages, default=len(kinds)) :]) - KEYED
+        if strange:
+            raise SecateurError(
+                f"its {', '.join(sorted(strange))} layers keep other things than one key a token, and tokens that leave would still be in them",
+                where="attach",
+                fix="use a method that drops at the input",
+            )
         # layers before the first stage run as they are, so they need no hook
         first = self.stages[0] if self.stages else len(layers)
         for number, layer in enumerate(layers):
@@ -219,7 +231,7 @@ class DecoderDriver:
         kind = type(layers[min(number, len(layers) - 1)]).__name__
         if "Dynamic" not in kind:
             raise SecateurError(
-                f"a cache of {kind} has one length for all layers, and tokens leave between them",
+                f"a cache of {kind} shows attention every column it has room for, and masks between layers cover those that are filled",
                 where="layer drop",
                 fix="use a DynamicCache, or a method that drops at the input",
             )
@@ -301,6 +313,18 @@ class DecoderDriver:
         kwargs: Mapping[str, Any],
     ) -> dict[str, Any]:
         """The keyword arguments of a layer that sees the tokens of `now`."""
+        assert run.base is not None
+        if self.window is not None and run.base.columns.shape[1] > self.window[1]:
+            name, size = self.window
+            # both are counted by the attention itself, in the columns that are left
+            if self.flash or name == "attention chunk":
+                raise SecateurError(
+                    f"{run.base.columns.shape[1]} tokens are more than the {name} of {size}, which counts tokens, not positions",
+                    where="layer drop",
+                    fix="shorten the prompt"
+                    if name == "attention chunk"
+                    else 'load the model with attn_implementation="sdpa"',
+                )
         new = dict(kwargs)
         new["attention_mask"] = self._mask(run, now, number, layer, hidden, kwargs)
         rows = len(hidden)

@@ -9,6 +9,7 @@ import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from secateur.tokens.choose import run_stage
 from secateur.tokens.record import Recorder
 from secateur.tokens.sets import make_table
 from secateur.tokens.setup import Setup
-from secateur.tokens.shorten import pack
+from secateur.tokens.shorten import pack, window_of
 from secateur.utils.versions import cache_in, cache_name
 
 Places = dict[str, tuple[Tensor, Tensor]]
@@ -103,6 +104,10 @@ class InputDriver:
     current: Current
     recorder: Recorder | None
 
+    @cached_property
+    def window(self) -> tuple[str, int] | None:
+        return window_of(self.setup.model.config.get_text_config())
+
     def prepare(
         self, kwargs: dict[str, Any], generating: bool
     ) -> tuple[dict[str, Any], Call | None, Turn | None]:
@@ -130,6 +135,14 @@ class InputDriver:
         if len(layouts) > 1 and setup.in_tower:
             raise SecateurError(
                 "images and videos in one batch", where="encoder", fix="give them in two calls"
+            )
+
+        unknown = [kind for kind, layout in layouts.items() if not layout.total_patches]
+        if unknown and setup.in_tower:
+            raise SecateurError(
+                f"the frames of these {unknown[0]}s are interpolated behind the tower, so no patch belongs to one token",
+                where="encoder",
+                fix="use a method that reads and drops nothing in the tower",
             )
 
         table = make_table(layouts, places, len(ids))
@@ -172,8 +185,7 @@ class InputDriver:
         """Ids, mask, positions, types and labels of the columns that stay."""
         table, ids, compact = call.table, kwargs["input_ids"], self.setup.compact
         rows, length = ids.shape
-        if not compact:
-            _check_windows(self.setup.model, length + int(kwargs.get("max_new_tokens") or 0))
+        self._check_window(length + (_to_come(self.setup.model, kwargs, length) if generating else 0))
         # text and padding inside the mask stay, and of the visual columns those whose place is taken
         keep = mask.bool().clone()
         keep[table.row[: table.visual], table.column[: table.visual]] = False
@@ -209,6 +221,27 @@ class InputDriver:
         self.current.columns = torch.where(valid, index, -1)
         return new, call, Turn(length, index, valid, short, mask.bool())
 
+    def step(self, kwargs: Mapping[str, Any]) -> None:
+        """Before a later step: refuses what its window would get wrong."""
+        turn = getattr(cache_in(kwargs), "_secateur_turn", None)
+        tokens = kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        if turn is not None and tokens is not None and self.window is not None:
+            past = _length(cache_in(kwargs)) - turn.columns.shape[1]
+            self._check_window(turn.seen + past + tokens.shape[1])
+
+    def _check_window(self, length: int) -> None:
+        """Windows count columns, so what lies in one would change with what has left before it."""
+        if self.setup.compact or self.window is None:
+            return
+        name, size = self.window
+        if length > size:
+            raise SecateurError(
+                f"{length} tokens are more than the {name} of {size}, which counts tokens, not positions",
+                where="input",
+                fix='use positions="compact", or a method that drops between layers',
+            )
+
     def _continue(self, kwargs: dict[str, Any], turn: Turn, generating: bool) -> dict[str, Any]:
         """A later turn or step on a cache that holds a shortened prompt."""
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
@@ -218,6 +251,7 @@ class InputDriver:
         # the whole conversation again, or only what is new
         whole = mask is not None and mask.shape[1] == count or mask is None and generating
         length = count if whole else turn.seen + past - cached + count
+        self._check_window(length)
         new = dict(kwargs)
         if whole and ids is not None:
             new["input_ids"] = turn.ids(ids, self.setup.pad)
@@ -267,15 +301,14 @@ def _places(model: Any, ids: Tensor, kinds: list[str], layouts: Mapping[str, Lay
     """The placeholders of every kind that has a layout."""
     places: Places = {}
     for kind in kinds:
-        where = (ids == getattr(model.config, f"{kind}_token_id")).nonzero(as_tuple=True)
         if kind not in layouts:
-            if kind == "image":
-                raise SecateurError(
-                    "features came without their pictures, so their grid isn't known",
-                    where="attach",
-                    fix="give pixel_values",
-                )
-            continue
+            raise SecateurError(
+                f"where the tokens of these {kind}s come from isn't known: {type(model).__name__} has no {kind}s here, "
+                "or their features came without their pixels",
+                where="attach",
+                fix=f"give {KINDS[kind]} with all that the processor makes, or leave the {kind}s to the model alone",
+            )
+        where = (ids == getattr(model.config, f"{kind}_token_id")).nonzero(as_tuple=True)
         if len(where[0]) != len(layouts[kind]):
             raise SecateurError(
                 f"the prompt has {len(where[0])} places for the {len(layouts[kind])} tokens of its {kind}s",
@@ -318,17 +351,14 @@ def positions_of(setup: Setup, kwargs: Mapping[str, Any], mask: Tensor, generati
     return torch.arange(ids.shape[1], device=ids.device)[None] + setup.family.position_offset
 
 
-def _check_windows(model: Any, length: int) -> None:
-    """Sliding windows count columns, so what lies in one would change with what has left before it."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    if window and sliding and length > window:
-        raise SecateurError(
-            f"{length} tokens are more than the sliding window of {window}, which counts tokens, not positions",
-            where="input",
-            fix='use positions="compact", or a method that drops between layers',
-        )
+def _to_come(model: Any, kwargs: Mapping[str, Any], length: int) -> int:
+    """The most tokens that generate may write after a prompt of `length`."""
+    given = kwargs.get("generation_config")
+    for name in ("max_new_tokens", "max_length"):
+        for value in (kwargs.get(name), *(getattr(c, name, None) for c in (given, model.generation_config))):
+            if value is not None:
+                return int(value) if name == "max_new_tokens" else max(0, int(value) - length)
+    return 20  # of transformers, where nothing says how many
 
 
 def _features(
@@ -357,11 +387,11 @@ def _features(
     return new
 
 
-def stacked(mm: Mapping[str, Any]) -> dict[str, Any]:
+def stacked(mm: Mapping[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:
     """For families that take the features of a batch as one tensor."""
     new = dict(mm)
     for kind, output in mm.items():
-        if output is not None and isinstance(output.pooler_output, list | tuple):
+        if kind in kinds and output is not None and isinstance(output.pooler_output, list | tuple):
             new[kind] = copy.copy(output)
             new[kind].pooler_output = torch.cat(list(output.pooler_output))[None]
     return new

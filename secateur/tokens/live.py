@@ -389,7 +389,8 @@ class Live:
         setup, table = self.call.setup, self.call.table
         pixels = self.call.inputs.get("pixel_values")
         total = int(table.patches.max()) + 1
-        if not isinstance(pixels, Tensor) or total < 1:
+        moving = self.call.inputs.get("pixel_values_videos") is not None
+        if not isinstance(pixels, Tensor) or total < 1 or moving:
             raise Missing("pixels", where="tokens")
         if setup.family.packed:
             # [patches, 3 * frames * size^2]: the first frame

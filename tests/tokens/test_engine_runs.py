@@ -294,17 +294,120 @@ def test_other_caches_work_at_the_input_and_are_refused_between_layers(
             with pytest.raises(SecateurError, match=word):
                 run(llava, inputs, **more)
         run(llava, inputs)
-    with attach(llava, half, at="layer:2", target="50%"), pytest.raises(SecateurError, match="one length"):
+    with attach(llava, half, at="layer:2", target="50%"), pytest.raises(SecateurError, match="every column"):
         cache = StaticCache(config=llava.config.get_text_config(), max_cache_len=64)
         llava(**inputs, past_key_values=cache)
 
 
-def test_prompt_lookup_and_a_cropped_cache(llava: Any) -> None:
-    inputs = inputs_for("llava-clip", rows=(2,))
+def test_guessed_words_are_checked_at_the_input_and_refused_between_layers(llava: Any) -> None:
+    """The first forward would read prompt and guesses together, so what attends to the prompt's last word would see a guess."""
+    inputs, other = inputs_for("llava-clip", rows=(2,)), copy.deepcopy(llava)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.05)
+    guesses: list[dict[str, Any]] = [{"prompt_lookup_num_tokens": 2}, {"assistant_model": other}]
+    with attach(llava, half, target="50%"):
+        tokens, _ = run(llava, inputs, max_new_tokens=6)
+        for more in guesses:
+            assert torch.equal(run(llava, inputs, max_new_tokens=6, **more)[0], tokens)
+    with attach(llava, "fastv", target="50%") as attached:
+        run(llava, inputs, max_new_tokens=6)
+        kept = copy.deepcopy(attached.kept)
+        for more in guesses:
+            with pytest.raises(SecateurError, match="guessed words"):
+                run(llava, inputs, max_new_tokens=6, **more)
+        # a way of guessing that has no name here
+        with pytest.raises(SecateurError, match="guessed words"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("secateur.tokens.attach.GUESSING", ())
+            run(llava, inputs, max_new_tokens=6, assistant_model=other)
+        run(llava, inputs, max_new_tokens=6)
+        assert torch.equal(attached.kept[0][0], kept[0][0])
+
+
+def mistral(**more: Any) -> Any:
+    from tiny_models import TEXT, _llava, clip, fill
+    from transformers import MistralConfig
+
+    text = MistralConfig(**{**TEXT, "tie_word_embeddings": False, **more})
+    return fill(_llava(clip(), text, vision_feature_layer=-2, vision_feature_select_strategy="default"))
+
+
+def test_a_window_that_is_one_number_holds_for_every_layer(inputs: dict[str, Any]) -> None:
+    """A Mistral's config has no list of kinds of layers. Between layers windows are counted in the columns of the prompt."""
+    model, gone = mistral(sliding_window=12), dropped(inputs, 0.5, 3)
+    assert getattr(model.config.get_text_config(), "layer_types", None) is None
+    expected, reference = generate(model, "llava-clip", inputs, {2: gone}, 5)
+    wide = generate(mistral(sliding_window=None), "llava-clip", inputs, {2: gone}, 5)[1]
+    assert (wide - reference).abs().max() > 1e-3
+    with attach_drop(model, inputs, "layer:2", gone):
+        tokens, logits = run(model, inputs, max_new_tokens=5)
+    assert torch.equal(tokens, expected) and (logits - reference).abs().max() < 1e-6
+    for at in ("input", "encoder:1"):
+        with (
+            pytest.raises(SecateurError, match="sliding window of 12"),
+            attach(model, half, at=at, target="50%", scope="image"),
+        ):
+            run(model, inputs)
+
+
+def test_a_window_that_the_answer_grows_beyond_is_refused_however_its_length_is_said(
+    inputs: dict[str, Any],
+) -> None:
+    from transformers import GenerationConfig
+
+    length = inputs["input_ids"].shape[1]
+    model, gone = mistral(sliding_window=length + 3), dropped(inputs, 0.5, 3)
+    expected, reference = generate(model, "llava-clip", inputs, {0: gone}, 3)
+    settings = {"do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
+    with attach_drop(model, inputs, "input", gone):
+        tokens, logits = run(model, inputs, max_new_tokens=3)
+        assert torch.equal(tokens, expected) and (logits - reference).abs().max() < 1e-6
+    long: list[dict[str, Any]] = [
+        {"max_new_tokens": 4},
+        {"max_length": length + 4},
+        {"generation_config": GenerationConfig(max_new_tokens=4)},
+    ]
+    for more in long:
+        with (
+            pytest.raises(SecateurError, match="more than the sliding window"),
+            attach_drop(model, inputs, "input", gone),
+        ):
+            model.generate(**inputs, **({} if "generation_config" in more else settings), **more)
+    # by hand, step by step
+    with torch.no_grad(), attach_drop(model, inputs, "input", gone):
+        out = model(**inputs)
+        word = torch.full((3, 1), 50)
+        for _ in range(3):
+            out = model(input_ids=word, past_key_values=out.past_key_values)
+        with pytest.raises(SecateurError, match="more than the sliding window"):
+            model(input_ids=word, past_key_values=out.past_key_values)
+
+
+def test_layers_that_keep_more_than_keys_are_refused_between_layers(inputs: dict[str, Any]) -> None:
+    """Qwen3-Next's linear attention keeps one state of all tokens."""
+    from tiny_models import TEXT, _llava, clip
+    from transformers import Qwen3NextConfig
+
+    text = Qwen3NextConfig(
+        **TEXT, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, layer_types=["full_attention", "linear_attention"] * 2,
+    )  # fmt: skip
+    model = _llava(clip(), text, vision_feature_layer=-2, vision_feature_select_strategy="default").eval()
+    with pytest.raises(SecateurError, match="its linear_attention layers keep other things"):
+        attach(model, half, at="layer:2", target="50%")
+    assert "forward" not in vars(model)
+
+
+def test_chunks_of_attention_are_refused_where_they_would_be_counted_anew(inputs: dict[str, Any]) -> None:
+    model = mistral(sliding_window=None)
+    model.config.get_text_config().attention_chunk_size = 16
     for at in DRIVERS:
-        with attach(llava, half, at=at, target="50%"):
-            tokens, _ = run(llava, inputs, max_new_tokens=6)
-            assert torch.equal(run(llava, inputs, max_new_tokens=6, prompt_lookup_num_tokens=2)[0], tokens)
+        with (
+            pytest.raises(SecateurError, match="attention chunk of 16"),
+            attach(model, half, at=at, target="50%"),
+        ):
+            run(model, inputs)
 
 
 def test_compact_positions_are_those_of_the_shorter_sequence(llava: Any, inputs: dict[str, Any]) -> None:

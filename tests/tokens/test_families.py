@@ -189,6 +189,113 @@ def test_frames_and_video_tokens(family: str, at: str, image: bool) -> None:
     assert (out.logits[0] - reference[0]).abs().max() < 1e-6
 
 
+def onevision_video(still: bool) -> dict[str, Tensor]:
+    """Two rows: one video, and one video with (or without) a picture before it. 3 frames of 4 x 4 patches, halved:
+    12 tokens and a newline."""
+    generator = torch.Generator().manual_seed(3)
+    picture = inputs_for("llava-onevision", rows=(1,))
+    count = int((picture["input_ids"] == IMAGE).sum()) if still else 0
+    clip = [7, *[6] * 13, 8]
+    rows = [[1, 20, *clip, 50, 51], [1, 21, 7, *[IMAGE] * count, 8, *clip, 52, 53, 54]]
+    width = max(map(len, rows))
+    made = {
+        "input_ids": torch.tensor([[0] * (width - len(row)) + row for row in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+        "pixel_values_videos": torch.randn(2, 3, 3, 16, 16, generator=generator, dtype=torch.float64),
+    }
+    pictures = {name: picture[name] for name in ("pixel_values", "image_sizes")}
+    return made | (pictures if still else {})
+
+
+@pytest.mark.parametrize("still", [False, True])
+@pytest.mark.parametrize("at", ["input", "layer:2"])
+def test_a_video_whose_frames_are_interpolated(at: str, still: bool) -> None:
+    """Dropping equals the reference, for a video alone and beside a picture; the reference masks columns and knows no layout."""
+    from reference import generate
+    from test_engine import run
+
+    model, inputs = make("llava-onevision"), onevision_video(still)
+    ids = inputs["input_ids"]
+    expected = run(model, inputs)[1]
+    with attach(model, lambda sets: sets.valid, at=at, target="50%"):
+        assert torch.equal(run(model, inputs)[1], expected)
+    visual = (ids == IMAGE) | (ids == 6)
+    gone = (torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.5) & visual
+    numbers = [gone[row, visual[row]] for row in range(2)]
+
+    def select(sets: TokenSets) -> Tensor:
+        keep = torch.ones_like(sets.valid)
+        for s in range(len(sets)):
+            there = sets.valid[s]
+            keep[s, there] = ~numbers[int(sets.row[s])][sets.index[s, there]]
+        return keep
+
+    words, reference = generate(model, "llava-onevision", inputs, {0 if at == "input" else 2: gone}, 4)
+    assert (reference[0] - expected[0]).abs().max() > 1e-3
+    chosen = attach(model, select, at=at, target="50%", scope="row")
+    chosen.method.newlines = "compete"  # type: ignore[misc]
+    with chosen as attached:
+        tokens, logits = run(model, inputs)
+        beams = model.generate(**inputs, max_new_tokens=2, do_sample=False, num_beams=2)
+    assert torch.equal(tokens, words) and (logits - reference).abs().max() < 1e-6
+    assert beams.shape == (2, ids.shape[1] + 2)
+    for row in range(2):
+        assert attached.kept[at][row].tolist() == (~numbers[row]).nonzero()[:, 0].tolist()
+
+
+def test_frames_of_a_video_and_their_newline() -> None:
+    """A changed frame changes its 4 tokens and no other; the newline is the same whatever is shown."""
+    model, inputs = make("llava-onevision"), onevision_video(False)
+    layout = family_of(model).layout(model, inputs)["video"]  # type: ignore[misc]
+    with torch.no_grad():
+        before = flat(encode(model, "video", inputs))
+        for video, frame in ((0, 1), (1, 2)):
+            pixels = inputs["pixel_values_videos"].clone()
+            pixels[video, frame] += torch.rand_like(pixels[video, frame])
+            after = flat(encode(model, "video", {**inputs, "pixel_values_videos": pixels}))
+            touched = (after - before).abs().amax(1) > 1e-9
+            said = (layout.image == video) & (layout.frame == frame) & ~layout.newline
+            assert torch.equal(touched, said)
+    assert layout.newline.nonzero()[:, 0].tolist() == [12, 25]
+    assert layout.grid_row[:5].tolist() == [0, 0, 1, 1, 0] and layout.grid_col[:5].tolist() == [0, 1, 0, 1, 0]
+    with torch.no_grad(), attach(model, lambda sets: sets.index < 2, target="50%", scope="crop") as attached:
+        model(**inputs)
+        assert attached.coordinates("input")[1]["frame"].tolist() == [0, 0, 2]  # the newline stays
+
+
+def test_videos_that_cannot_be_laid_out_are_refused() -> None:
+    model, inputs = make("llava-onevision"), onevision_video(False)
+    for more in ({"at": "encoder:1"}, {"records": ("encoder:-2",)}):
+        with (
+            pytest.raises(SecateurError, match="interpolated behind the tower"),
+            attach(model, lambda sets: sets.valid, target="50%", **more),
+        ):
+            model(**inputs)
+    for family, given in (("llava-clip", inputs), ("qwen2-vl", {"pixel_values_videos": torch.zeros(16, 48)})):
+        given = {
+            "input_ids": torch.tensor([[1, 6, 6, 40]]),
+            **{k: v for k, v in given.items() if "pixel" in k},
+        }
+        model = make(family)
+        with (
+            pytest.raises(SecateurError, match="come from isn't known"),
+            attach(model, lambda sets: sets.valid, target="50%"),
+        ):
+            model(**given)
+
+
+@pytest.mark.parametrize("name", ["LlavaNextVideo", "VideoLlava"])
+def test_other_families_of_videos_are_refused(name: str) -> None:
+    config = getattr(tf, f"{name}Config")(
+        vision_config=tf.CLIPVisionConfig(**V), text_config=tf.LlamaConfig(hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = getattr(tf, f"{name}ForConditionalGeneration")(config)
+    with pytest.raises(SecateurError, match="isn't a vision-language model"):
+        attach(model, lambda sets: sets.valid, target="50%")
+
+
 # -- vision transformers on their own --
 
 V = {

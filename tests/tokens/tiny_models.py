@@ -161,7 +161,12 @@ NAMES = {"llava-clip", "llava-siglip"}
 def make(family: str, dtype: torch.dtype = torch.float64) -> Any:
     """A random model in eval mode; weights large enough that dropping tokens moves the logits."""
     torch.manual_seed(0)
-    model = _make(family).to(dtype).eval()
+    return fill(_make(family), dtype)
+
+
+def fill(model: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """A model with random matrices, in eval mode."""
+    model = model.to(dtype).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() >= 2:

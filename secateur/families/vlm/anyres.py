@@ -52,9 +52,42 @@ def _place(tokens: Tensor, line: Tensor, base: int, side: int) -> Tensor:
 
 
 def layout(model: Any, inputs: Mapping[str, Any]) -> dict[str, Layout]:
+    """Images, and videos where the model takes them."""
+    layouts = {}
+    if inputs.get("pixel_values") is not None:
+        layouts["image"] = _images(model, inputs)
+    moving = inputs.get("pixel_values_videos")
+    if moving is not None and hasattr(model.base_model, "apply_pooling"):
+        layouts["video"] = _videos(model, moving)
+    return layouts
+
+
+def _videos(model: Any, pixels: Tensor) -> Layout:
+    """Frames one after another, each interpolated to half its sides, then one newline. `pixels`: [videos, frames, 3, H, W]."""
+    videos, frames = pixels.shape[:2]
+    config = model.config.vision_config
+    side = math.ceil(config.image_size // config.patch_size / 2)
+    place = torch.arange(frames * side**2 + 1).repeat(videos)
+    newline = place == frames * side**2
+    # a newline has the frame and row of the token before it, one column further
+    token = place - newline.long()
+    image = torch.arange(videos).repeat_interleave(frames * side**2 + 1)
+    frame, inside = token // side**2, token % side**2
+    return Layout(
+        image=image,
+        crop=image * frames + frame,
+        frame=frame,
+        grid_row=inside // side,
+        grid_col=inside % side + newline.long(),
+        newline=newline,
+        patches=torch.full((len(place), 1), -1),
+        grid=torch.tensor([[side, side]]).expand(videos * frames, 2),
+        crop_image=torch.arange(videos).repeat_interleave(frames),
+    )
+
+
+def _images(model: Any, inputs: Mapping[str, Any]) -> Layout:
     """The base crop of each image, then its tiles as one picture."""
-    if inputs.get("pixel_values") is None:
-        return {}
     tools, config = _tools(model), model.config
     image_size, patch = config.vision_config.image_size, config.vision_config.patch_size
     side = image_size // patch
@@ -86,23 +119,27 @@ def layout(model: Any, inputs: Mapping[str, Any]) -> dict[str, Layout]:
         parts["whole"].append(_place(tokens, line, side**2, side))
         crop_image += [image] * crops
     joined = {k: torch.cat(v) for k, v in parts.items()}
-    return {
-        "image": Layout(
-            image=joined["image"],
-            crop=joined["crop"],
-            frame=torch.zeros_like(joined["crop"]),
-            grid_row=joined["row"],
-            grid_col=joined["col"],
-            newline=joined["line"],
-            patches=joined["patches"],
-            grid=torch.tensor([[side, side]]).expand(len(crop_image), 2),
-            crop_image=torch.tensor(crop_image),
-            total_patches=len(crop_image) * side**2,
-            whole=joined["whole"],
-        )
-    }
+    return Layout(
+        image=joined["image"],
+        crop=joined["crop"],
+        frame=torch.zeros_like(joined["crop"]),
+        grid_row=joined["row"],
+        grid_col=joined["col"],
+        newline=joined["line"],
+        patches=joined["patches"],
+        grid=torch.tensor([[side, side]]).expand(len(crop_image), 2),
+        crop_image=torch.tensor(crop_image),
+        total_patches=len(crop_image) * side**2,
+        whole=joined["whole"],
+    )
 
 
 ANYRES = Family(
-    "anyres", blocks_of, prefix_of, layout=layout, feature_block=feature_block, projector=projector
+    "anyres",
+    blocks_of,
+    prefix_of,
+    layout=layout,
+    feature_block=feature_block,
+    projector=projector,
+    stacked=("video",),
 )

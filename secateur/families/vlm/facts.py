@@ -141,8 +141,8 @@ class Family:
     """Packed towers that permute: model and grid -> the patch in each slot."""
     full_before: Callable[[nn.Module], Sequence[nn.Module]] = lambda tower: ()
     """Packed towers: modules that need the state of every patch."""
-    stacked: bool = False
-    """The features of a batch are one tensor, not a list."""
+    stacked: tuple[str, ...] = ()
+    """Of these kinds ("image", "video") the features of a batch are one tensor, not a list."""
     position_offset: int = 0
     """Positions in forward start here."""
     bidirectional: bool = False

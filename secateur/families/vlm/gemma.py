@@ -46,8 +46,10 @@ PALIGEMMA = Family(
     prefix_of,
     layout=_paligemma,
     projector=_projector,
-    stacked=True,
+    stacked=("image",),
     position_offset=1,
     bidirectional=True,
 )
-GEMMA3 = Family("gemma3", blocks_of, prefix_of, layout=_gemma3, merge=_pool, stacked=True, bidirectional=True)
+GEMMA3 = Family(
+    "gemma3", blocks_of, prefix_of, layout=_gemma3, merge=_pool, stacked=("image",), bidirectional=True
+)
