@@ -17,6 +17,7 @@ from secateur.errors import SecateurError
 from secateur.graph.labels import Axes, NoRule
 from secateur.graph.notes import RuleError
 from secateur.graph.rules import RULES, Call
+from secateur.graph.rules.multihead import multihead, tensors_of
 from secateur.graph.rules.pick import numbers
 from secateur.graph.rules.pointwise import pointwise
 from secateur.graph.tracer import Picked, Tracer
@@ -140,6 +141,8 @@ class Functions(TorchFunctionMode):
             axes = t.env.get(args[0])
             if axes is not None and axes.picks is not None:
                 return _number(t, axes, name, func, args, kwargs)
+        if name == "multi_head_attention_forward":
+            return _multihead(t, func, args, kwargs)
         if name in WHOLE and not (
             name in RECURRENT and isinstance(args[2], torch.Tensor)
         ):  # packed sequences
@@ -160,6 +163,23 @@ class Functions(TorchFunctionMode):
             t.current = before
         note_sizes(t, name, args, kwargs, out)
         return out
+
+
+def _multihead(t: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """PyTorch's attention is seen as a whole: within it nothing that Python calls is."""
+    t.op = func.__name__
+    t.off += 1
+    try:
+        out = func(*args, **kwargs)
+        xs = [t.axes(v) for v in tensors_of(args, kwargs).values()]
+        _used(t, xs)
+        try:
+            multihead(t, args, kwargs, out)
+        except Exception as error:  # noqa: BLE001  a defect of the rule, which is noted
+            _failed(t, func.__name__, xs, error)
+    finally:
+        t.off -= 1
+    return out
 
 
 def _number(t: Tracer, axes: Axes, name: str, func: Any, args: Any, kwargs: Any) -> Any:
@@ -237,10 +257,7 @@ def apply(t: Tracer, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], re
     outs = list(flat_tensors(result))
     call = Call(name, named, axes, [tuple(o.shape) for o in outs])
     xs = call.tensors()
-    uses = t.notes.uses
-    for x in xs:
-        for used in sorted(x.params or ()):
-            uses.setdefault(used, len(uses))
+    _used(t, xs)
     if not outs:
         _left_tensors(t, axes.get("self"))
         return
@@ -266,19 +283,32 @@ def _labelled(t: Tracer, call: Call, xs: Sequence[Axes], is_pointwise: bool) -> 
                 raise NoRule
             results = rule(t, call)
             return [results] if isinstance(results, Axes) else results
-        except NoRule:
-            why = str(t.reason(f"no rule for this {call.name}"))
-        except Exception as error:  # a defect of the rule: said, counted and never taken for an answer
-            if os.environ.get(STRICT) == "1":
-                raise RuleFailure(call.name) from error
-            text = f"{type(error).__name__} {error}"
-            t.notes.rule_errors.append(RuleError(call.name, t.stack[-1], text))
-            why = str(t.reason(f"no rule for this {call.name}: {text}"))
-        t.notes.unknown.setdefault(call.name, why)
-        for x in xs:
-            for layer in [*x.layers, *([] if x.picks is None else [x.picks])]:
-                t.freeze(layer, why)
+        except Exception as error:  # noqa: BLE001  a defect of the rule, which is noted
+            _failed(t, call.name, xs, error)
     return [Axes(shape, [], t.origin(xs)) for shape in call.outs]
+
+
+def _used(t: Tracer, xs: Sequence[Axes]) -> None:
+    """Note the parameters that an operation reads."""
+    uses = t.notes.uses
+    for x in xs:
+        for used in sorted(x.params or ()):
+            uses.setdefault(used, len(uses))
+
+
+def _failed(t: Tracer, name: str, xs: Sequence[Axes], error: Exception) -> None:
+    """No rule for an operation, or one that failed: what it touches is frozen."""
+    why = str(t.reason(f"no rule for this {name}"))
+    if not isinstance(error, NoRule):  # a defect of the rule: said, counted and never taken for an answer
+        if os.environ.get(STRICT) == "1":
+            raise RuleFailure(name) from error
+        text = f"{type(error).__name__} {error}"
+        t.notes.rule_errors.append(RuleError(name, t.stack[-1], text))
+        why = str(t.reason(f"no rule for this {name}: {text}"))
+    t.notes.unknown.setdefault(name, why)
+    for x in xs:
+        for layer in [*x.layers, *([] if x.picks is None else [x.picks])]:
+            t.freeze(layer, why)
 
 
 class RuleFailure(Exception):

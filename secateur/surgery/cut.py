@@ -66,6 +66,7 @@ def _cut(model: nn.Module, graph: Graph, keep: Keep) -> Changes:
     for path in touched:
         for name, value in _standard_sizes(modules[path], before[path]).items():
             _set(changes, path, modules[path], name, value)
+    _set_transformers(modules, before, changes)
     _set_head_counts(graph, pairs, modules, changes)
     _set_expert_counts(graph, pairs, modules, changes)
     for group, kept in pairs:
@@ -173,12 +174,30 @@ def _standard_sizes(m: nn.Module, before: Mapping[str, int]) -> dict[str, Any]:
         out = {"input_size": w["weight_ih_l0"].shape[1], "hidden_size": w["weight_hh_l0"].shape[0] // gates}
         if m.proj_size:
             out["proj_size"] = w["weight_hr_l0"].shape[0]
-    elif isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None:
-        heads = m.in_proj_weight.shape[0] // 3 // m.head_dim
-        out = {"embed_dim": m.in_proj_weight.shape[1], "num_heads": heads}
-        out |= {"kdim": out["embed_dim"], "vdim": out["embed_dim"]}
+    elif isinstance(m, nn.MultiheadAttention):
+        width = m.out_proj.weight.shape[1]
+        out = {"embed_dim": width, "head_dim": width // m.num_heads, "kdim": width, "vdim": width}
+        if m.in_proj_weight is None:
+            out |= {"kdim": m.k_proj_weight.shape[1], "vdim": m.v_proj_weight.shape[1]}
     _refresh(m)
     return out
+
+
+def _set_transformers(
+    modules: Mapping[str, nn.Module], before: Mapping[str, Mapping[str, int]], changes: Changes
+) -> None:
+    """`nn.Transformer` compares its inputs with a width of its own, that of its attention."""
+    for path, module in modules.items():
+        if not isinstance(module, nn.Transformer):
+            continue
+        for inside, attention in module.named_modules(prefix=path):
+            if not isinstance(attention, nn.MultiheadAttention):
+                continue
+            old = before[inside]
+            for name, source in (("d_model", "embed_dim"), ("nhead", "num_heads")):
+                if before[path][name] == old[source]:
+                    _set(changes, path, module, name, getattr(attention, source))
+            break
 
 
 def _set_head_counts(
