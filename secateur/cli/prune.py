@@ -115,8 +115,8 @@ def prune(
     """
     from secateur.measure import measure as run_measure
     from secateur.method import make_method
-    from secateur.pruning.options import Options
     from secateur.pruning.prune import prune as run
+    from secateur.pruning.request import read_request
     from secateur.report.html import library_versions, write_report
     from secateur.report.terminal import print_report
     from secateur.utils.progress import track
@@ -126,9 +126,9 @@ def prune(
     check_new_file(output.report)
     method = make_method(method_entry(flags.method)["name"], **vars(settings))
     common = vars(options) | {"kinds": listed(vars(options)["kinds"]) or None}
-    Options(**common).check()
     at_least("--steps", recovery.steps, 1)
     check_target(flags.target)
+    read_request("prune", method, flags.target, common)
     measured.check()
     with quiet_stdout():
         network, tokenizer, inputs = open_with_inputs(model, where)
@@ -197,7 +197,7 @@ def _recover(pruned: Any, recovery: Recovery, dense: Any, data: Any, seed: int) 
 
 
 def check_target(text: str) -> None:
-    """Read the target before anything is loaded."""
+    """Read the target before anything is loaded, and say what it was taken for where it could mean two things."""
     from secateur.pruning.target import parse_target
 
     if text.strip().lower() in ("params", "macs", "size", "latency"):
@@ -206,7 +206,8 @@ def check_target(text: str) -> None:
             where="target",
             fix=f"quote it, the shell reads < and >: --target '{text}<=50%'",
         )
-    parse_target(text)
+    if meaning := parse_target(text).meaning:
+        print(meaning, file=sys.stderr)
 
 
 def _times(model: Any, inputs: Any, seqlen: int) -> tuple[dict[str, float], dict[str, str]]:

@@ -50,7 +50,11 @@ def build_report(
         "after": after,
         "groups": group_rows(method, graph, plan, kinds, refused),
         "weights": weights,
-        "notes": [*plan.notes.values(), *(f"{name}: {why}" for name, why in {**refused, **skipped}.items())],
+        "notes": [
+            *filter(None, [target.meaning]),
+            *plan.notes.values(),
+            *(f"{name}: {why}" for name, why in {**refused, **skipped}.items()),
+        ],
     }
     if target.kind == "latency":
         report["latency"] = {"limit_seconds": limit, "after_seconds": seconds}

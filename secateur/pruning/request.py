@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from secateur.errors import SecateurError, choose
+from secateur.graph.groups import KINDS
 from secateur.method import Method, expect, make_method
 from secateur.pruning.allocate import ORDERS
 from secateur.pruning.method import UnitMethod, WeightMethod
@@ -67,6 +68,7 @@ def read_request(
             fix="give a share, or schedule=once",
         )
     _check_allocation(chosen, read.divides)
+    _check_kinds(chosen, read.kinds)
     return Request(chosen, goal, read, {key: value for key, value in settings.items() if key in others})
 
 
@@ -99,3 +101,16 @@ def _check_allocation(method: Method, allocation: str | None) -> None:
     if allocation is not None:
         known, what = (ORDERS, "units") if removes_units(method) else (ALLOCATIONS, "weights")
         choose(allocation, known, what=f"allocation for {what}", where="allocation")
+
+
+def _check_kinds(method: Method, kinds: Sequence[str] | str | None) -> None:
+    for kind in (kinds,) if isinstance(kinds, str) else kinds or ():
+        choose(kind, KINDS, what="kind of unit", where="kinds", near=2)
+    if kinds and not removes_units(method):
+        raise SecateurError(
+            f"{method.name} sets single weights to zero and removes no {', '.join(kinds)}",
+            where="kinds",
+            fix="leave kinds out, or take a method that removes units",
+        )
+    if isinstance(kinds, str):
+        raise SecateurError(f"{kinds!r} is text", where="kinds", fix=f"give a tuple such as ({kinds!r},)")

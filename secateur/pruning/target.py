@@ -31,6 +31,17 @@ class Target:
         """The absolute limit, given the dense model's figure."""
         return self.value * dense if self.relative else self.value
 
+    @property
+    def meaning(self) -> str | None:
+        """What a share without a percent sign was taken for, since other libraries read it as the share removed.
+
+        >>> parse_target("0.3").meaning, parse_target("30%").meaning
+        ('the target 0.3 was read as the share kept: 30 % stays', None)
+        """
+        if self.kind != "share" or self.value == 1 or "%" in self.text:
+            return None
+        return f"the target {self.text} was read as the share kept: {self.value * 100:g} % stays"
+
     def share(self, who: str) -> float:
         """The share kept, which `who` needs; raises `SecateurError` where the target is of another kind."""
         if self.kind != "share":

@@ -27,7 +27,7 @@ from secateur.report.figures import (
     speed_text,
     strip_figures,
 )
-from secateur.report.summary import command_line, in_seconds, lost, notes, parted, rows
+from secateur.report.summary import command_line, in_seconds, left, lost, notes, parted, rows
 from secateur.report.terminal import kept_by_kind, merge_alike
 from secateur.utils.files import atomic_write_text
 
@@ -136,6 +136,8 @@ def _head(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         facts.append(("target met", *(("yes", " good") if report["met"] else ("no", " bad"))))
     if report.get("unreached"):
         facts.append(("warning", lost(report["unreached"]), " bad"))
+    if shares := left(report):
+        facts.append(("left", shares.removeprefix("left: "), ""))
     facts.append(("seed", report.get("seed"), ""))
     if report.get("seconds") is not None:
         facts.append(("time", in_seconds(report["seconds"]), ""))
@@ -148,10 +150,10 @@ def _kept_lines(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
             kind_name(kind),
             f"{groups}",
             f"{size:,}",
-            f"{left:,}",
-            f"{left / size * 100:.1f} %" if size else "–",
+            f"{stay:,}",
+            f"{stay / size * 100:.1f} %" if size else "–",
         )
-        for kind, groups, size, left in kept_by_kind(report)
+        for kind, groups, size, stay in kept_by_kind(report)
     ]
 
 

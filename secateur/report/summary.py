@@ -156,6 +156,25 @@ def rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row]:
     return found
 
 
+def left(report: Mapping[str, Any]) -> str:
+    """What share of the model is left, in one line; "" where nothing was counted.
+
+    >>> left({"before": {"params": 200, "macs": 50}, "after": {"params": 150, "macs": 20}})
+    'left: 75.0 % of the parameters, 40.0 % of the multiply-adds'
+
+    Equal targets don't mean equal sizes: what a bare share counts depends on the method. Where only zeros were set, the
+    parameters that are not zero are counted.
+    """
+    before, after = single(report.get("before") or {}), single(report.get("after") or {})
+    same = before["params"] == after["params"] and before["params_nonzero"] != after["params_nonzero"]
+    shares = []
+    for key in ("params_nonzero" if same else "params", "macs"):
+        row = Row(key, FIGURES[key], before[key], after[key])
+        if row.ratio is not None:
+            shares.append(f"{row.ratio:.1%} of the {row.label}".replace("%", " %"))
+    return f"left: {', '.join(shares)}" if shares else ""
+
+
 def _tokens(figures: Mapping[str, Any]) -> str:
     """What a language model's multiply-adds were counted on."""
     inputs = figures.get("inputs")

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.pruning.document import to_ranges
-from secateur.report.summary import in_seconds, lost, notes, number, parted, rows
+from secateur.report.summary import in_seconds, left, lost, notes, number, parted, rows
 from secateur.taxonomy import MethodInfo
 from secateur.taxonomy.axes import AXES, MEANING, notation
 
@@ -41,6 +41,7 @@ def report_tables(report: Mapping[str, Any]) -> list[Any]:
     parts: list[Any] = [head]
     if report.get("unreached"):
         parts.append(Text(lost(report["unreached"]), style="bold red"))
+    parts += filter(None, [left(report)])
     figures = table("", "before", "after", "after/before", right=("before", "after", "after/before"))
     for row in rows(report.get("before") or {}, report.get("after") or {}):
         figures.add_row(*row.texts)
@@ -48,9 +49,9 @@ def report_tables(report: Mapping[str, Any]) -> list[Any]:
         parts.append(figures)
     if kept := kept_by_kind(report):
         counts = table("cut", "groups", "units", "kept", "share", right=("groups", "units", "kept", "share"))
-        for kind, groups, size, left in kept:
-            share = f"{left / size:.1%}".replace("%", " %") if size else ""
-            counts.add_row(kind.replace("_", " "), str(groups), f"{size:,}", f"{left:,}", share)
+        for kind, groups, size, stay in kept:
+            share = f"{stay / size:.1%}".replace("%", " %") if size else ""
+            counts.add_row(kind.replace("_", " "), str(groups), f"{size:,}", f"{stay:,}", share)
         parts.append(counts)
     if lines := frozen(report.get("groups") or []):
         parts.append(

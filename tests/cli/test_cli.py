@@ -263,6 +263,7 @@ MISTAKES: list[tuple[list[str], tuple[str, ...]]] = [
     ([*BASE, "--limit", "0"], ("--limit", "1 or more")),
     ([*BASE, "--recover", "qlora"], ("qlora", "lora")),
     ([*BASE, "--recover", "lora", "--steps", "0"], ("--steps",)),
+    ([*BASE, "--kinds", "neurns"], ("neurns", "neurons")),
     ([*BASE, "--out", "FULL"], ("not empty", "new folder")),
     ([*BASE, "--out", "FULL/x"], ("is a file",)),
     ([*BASE, "--report", "FULL"], ("is a folder", ".html")),

@@ -37,6 +37,11 @@ from secateur.pruning.request import read_request
         ("prune", "wanda", "params<=50%", {"schedule": "iterative:2"}, "schedule needs a share"),
         ("prune", "taylor", "50%", {"allocation": "owl"}, "no allocation for units 'owl'"),
         ("prune", "wanda", "50%", {"allocation": "pwl"}, "no allocation for weights 'pwl'"),
+        ("prune", "wanda", "50%", {"kinds": ("neurns",)}, "^kinds: .*'neurns'; did you mean neurons"),
+        ("prune", "taylor", "50%", {"kinds": ("neurns",)}, "^kinds: .*'neurns'; did you mean neurons"),
+        ("train_prune", "lottery-ticket", "50%", {"kinds": ("head",)}, "^kinds: .*'head'; did you mean head"),
+        ("prune", "wanda", "50%", {"kinds": ("neurons",)}, "^kinds: wanda sets single weights to zero"),
+        ("prune", "taylor", "50%", {"kinds": "neurons"}, "^kinds: 'neurons' is text; give a tuple"),
         ("prune", "wanda", "50%", {"samples": 0}, "^samples: 0 is out of range"),
         ("prune", "wanda", "50%", {"floor": 2.0}, r"^floor: 2.0 is outside 0\.\.1"),
     ],
@@ -46,6 +51,16 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(SecateurError, match=message):
         read_request(verb, method, target, settings)
+
+
+@pytest.mark.parametrize("target", [0.3, "0.3", ".3"])
+def test_a_share_without_a_percent_sign_says_what_it_was_taken_for(target: str | float) -> None:
+    model = nn.Sequential(nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 4))
+    pruned = secateur.prune(model, torch.randn(2, 10), method="magnitude", target=target)
+    assert sum(int(mask.sum()) for mask in pruned.plan.masks.values()) == 42
+    assert any("read as the share kept: 30 % stays" in note for note in pruned.report["notes"])
+    plain = secateur.prune(model, torch.randn(2, 10), method="magnitude", target="30%")
+    assert not any("read as" in note for note in plain.report["notes"])
 
 
 @pytest.fixture

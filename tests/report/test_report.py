@@ -113,6 +113,17 @@ def test_before_and_after_with_ratios() -> None:
     assert "embed:hidden: a <table> fixes it" in text and "met" in text and "1 min 15 s" in text
 
 
+def test_the_first_lines_say_what_is_left() -> None:
+    """By hand: 600 of 1,000 parameters and 4,000 of 8,000 multiply-adds; 500 of 1,000 that are not zero."""
+    report, plan = structured()
+    expected = "60.0 % of the parameters, 50.0 % of the multiply-adds"
+    assert printed(report).splitlines()[1] == f"left: {expected}"
+    assert expected in html.report_html(report, plan)
+    report, _ = masked()
+    assert printed(report).splitlines()[1].startswith("left: 50.0 % of the non-zero parameters, 100.0 % of")
+    assert summary.left({"before": {}, "after": {}}) == ""
+
+
 def test_notes_are_honest() -> None:
     report, _ = masked()
     notes = summary.notes(report)
