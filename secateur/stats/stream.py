@@ -131,10 +131,11 @@ class Flow:
         """Block `index` on one batch. The states before it (or, with `keep_output`, behind it) are kept."""
         known = self.level[number]
         keep = index if keep_output else index - 1
+        passing: list[Tensor] = []
         with contextlib.ExitStack() as stack:
             for position in range(index + 1):
                 if position <= known:
-                    forward = self._replay(position, number)
+                    forward = self._replay(position, number, passing)
                 else:
                     forward = self._play(position, number, keep=position == keep, stop=position == index)
                 stack.enter_context(_forward_replaced(self.modules[position], forward))
@@ -148,9 +149,17 @@ class Flow:
             fix="give data that uses every block",
         )
 
-    def _replay(self, position: int, number: int) -> Callable[..., Any]:
+    def _replay(self, position: int, number: int, passing: list[Tensor]) -> Callable[..., Any]:
+        """A finished block gives copies, since a model may write into them.
+
+        Only what the last finished block gives is read; those before it pass one copy on, whatever becomes of it.
+        """
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return _fill(self.outputs[position], [tensor.clone() for tensor in self.hidden[number]])
+            last = position == self.level[number]
+            states = passing if passing and not last else [tensor.clone() for tensor in self.hidden[number]]
+            passing[:] = [] if last else states
+            return _fill(self.outputs[position], states)
 
         return forward
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur import SecateurError
 from secateur.graph.blocks import find_blocks, find_matrices
@@ -179,6 +180,45 @@ def test_layers_that_read_one_tensor_share_statistics_and_factor():
     assert inputs["gate_proj"] is inputs["up_proj"]
     assert len({id(shared) for shared in inputs.values()}) == 4
     assert inputs["q_proj"].tokens == [IDS.numel()]
+
+
+class Deep(nn.Module):
+    """Blocks of one matrix; between them the model writes into what they gave."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(depth))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            x += 0.1
+        return x
+
+
+class Copies(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.clone.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("propagate", [True, False])
+def test_the_states_that_are_copied_grow_with_the_depth_and_not_with_its_square(propagate):
+    counts = []
+    for depth in (4, 8, 16):
+        torch.manual_seed(0)
+        model, x = Deep(depth).eval(), torch.randn(3, 4)
+        matrices = find_matrices(model)
+        assert len(find_blocks(model)) == depth
+        expected = plain(model, [x], matrices)
+        with Copies() as copies:
+            for block in stream(model, [x], {"hessian"}, matrices, propagate=propagate):
+                for key, stats in block.stats.items():
+                    assert close(stats.hessian, expected[key])
+        counts.append(copies.count)
+    assert counts[2] - counts[1] == 2 * (counts[1] - counts[0]) > 0
 
 
 class Twice(nn.Module):
