@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -172,11 +171,11 @@ def _from_folder(path: Path) -> tuple[Any, Any]:
     import transformers
 
     from secateur.io.transformers import _dense_config, _trusted_classes
+    from secateur.io.trusted import check_folder
+    from secateur.utils.schema import read_object
 
-    try:
-        document = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SecateurError("config.json isn't JSON", where=str(path), fix="save the model again") from error
+    check_folder(path)
+    document = read_object(path / "config.json", fix="save the model again")
     if "pruned" in document:
         _, config = _trusted_classes(document, path)
         module, _, name = document["pruned"]["class"].partition(":")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,8 +25,10 @@ from secateur.io.reshape import (
     reshape,
 )
 from secateur.io.timm import LOAD, build, save_plain
+from secateur.io.trusted import ModuleEntry
 from secateur.utils.files import atomic_write_json, atomic_write_text
 from secateur.utils.inputs import default_inputs, from_description
+from secateur.utils.schema import parse, read_object
 
 if TYPE_CHECKING:
     from secateur.pruning.plan import Plan
@@ -197,9 +198,10 @@ def _shards(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 def _load_module(path: Path, model: nn.Module | None) -> nn.Module:
     from safetensors import SafetensorError
 
-    about = json.loads((path / "model.json").read_text())
+    about = read_object(path / "model.json", fix="save the model again")
     if about.get("format") != FORMAT:
         raise SecateurError("it isn't a model that secateur wrote", where=str(path))
+    parse(ModuleEntry, about, str(path / "model.json"), fix="save the model again")
     if model is None and about["timm"] is None:
         raise SecateurError(
             f"it needs a freshly built dense {about['class']}", where=str(path), fix="pass it as model="

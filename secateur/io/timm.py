@@ -23,10 +23,12 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError, require
 from secateur.io.reshape import BROKEN
+from secateur.io.trusted import TimmEntry
 from secateur.surgery.arguments import constructor_arguments
 from secateur.utils.files import atomic_write_json
 from secateur.utils.inputs import Inputs, map_tensors
 from secateur.utils.running import call, evaluating
+from secateur.utils.schema import parse, read_object
 
 SOURCE = {
     "url",
@@ -142,12 +144,13 @@ def load_plain(folder: Path) -> nn.Module:
     """
     where = str(folder / "config.json")
     try:
-        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        document = read_object(folder / "config.json", fix="save the model again")
+        entry = parse(TimmEntry, document, where, fix="save the model again")
         # timm wrote everything into one object once
-        about = document.get("pretrained_cfg", document)
-        arguments = {"num_classes": document["num_classes"]} if "num_classes" in document else {}
-        arguments |= document.get("model_args") or {}
-        model = build(document["architecture"], arguments, where, about)
+        about = document if entry.pretrained_cfg is None else entry.pretrained_cfg
+        arguments = {} if entry.num_classes is None else {"num_classes": entry.num_classes}
+        arguments |= entry.model_args or {}
+        model = build(entry.architecture, arguments, where, about)
         state = load_file(folder / "model.safetensors")
         model.load_state_dict(state)
         return model.to(state[next(name for name, _ in model.named_parameters())].dtype).eval()

@@ -33,6 +33,7 @@ from secateur.io.trusted import auto_or_model_class, check_folder, pruned_from
 from secateur.utils.files import atomic_write_json, atomic_write_text
 from secateur.utils.inputs import default_inputs, from_description, map_tensors
 from secateur.utils.running import call, device_of, evaluating
+from secateur.utils.schema import read_object
 from secateur.utils.versions import is_cache
 
 if TYPE_CHECKING:
@@ -342,8 +343,7 @@ def _load_transformers(path: Path, dtype: torch.dtype | None) -> nn.Module:
     where = str(path / "config.json")
     try:
         check_folder(path)
-        document = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        require(isinstance(document, dict), "it isn't an object", where=where, fix="save the model again")
+        document = read_object(path / "config.json", fix="save the model again")
         if "pruned" in document:
             cls, config = _trusted_classes(document, path)
             config = config.from_dict(document)

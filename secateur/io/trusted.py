@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, Field
+
 from secateur.errors import SecateurError, require
+from secateur.utils.schema import Count, Entry, Path_, parse, read_object
 
 MODELING = re.compile(r"transformers\.models\.[a-z0-9_]+\.modeling_[a-z0-9_]+")
 ELSEWHERE = (
@@ -23,6 +25,53 @@ ELSEWHERE = (
 """Keys, at any depth, by which a config makes a library read other files than the folder's."""
 KERNELS = ("attn_implementation", "experts_implementation")
 DEEPEST = 64
+COUNTS = re.compile(r"(.*_)?(num|n)_[a-z_]+|(.*_)?(size|dim|heads|layers|experts|depths?)|n_positions")
+OTHER = re.compile(
+    r".*(window|ratio|factor|scale|token|prob|eps|rate|std|init|tie|type|freeze|share|all|adjust|chunk|max)_?.*|output_.*"
+)
+"""Keys of configs that hold counts, and those that only look it."""
+REPEATED = re.compile(r".*(layers|blocks|depths?)")
+MOST_LAYERS, LARGEST = 2_000, 10**9
+
+
+class CutEntry(Entry):
+    """What `reshape` does to a dense model."""
+
+    blocks: dict[Path_, list[Count]]
+    identity: list[Path_]
+    shapes: dict[Path_, list[Count] | None]
+    attributes: dict[Path_, dict[Path_, bool | int | float | str | list[int]]]
+
+
+class PrunedEntry(CutEntry):
+    """`pruned` in the `config.json` of a folder with its own modeling file."""
+
+    class_: str = Field(alias="class")
+    dense: dict[Path_, Any]
+    config: dict[Path_, Any]
+
+
+class ModuleEntry(Entry):
+    """`model.json`."""
+
+    format: str
+    class_: str = Field(alias="class")
+    timm: dict[str, Any] | None
+    tied: dict[Path_, Path_]
+    buffers: list[Path_]
+    pruned: CutEntry
+
+
+class TimmEntry(Entry):
+    """`config.json` of a folder of timm."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    architecture: str
+    num_classes: Count | None = None
+    num_features: Count | None = None
+    pretrained_cfg: dict[str, Any] | None = None
+    model_args: dict[str, Any] | None = None
 
 
 def auto_or_model_class(document: Mapping[str, Any], where: str) -> Any:
@@ -103,7 +152,23 @@ def check_config(value: Any, where: str, depth: int = 0) -> None:
         if key == "architecture":
             named = item is None or (isinstance(item, str) and re.fullmatch(r"[\w.]+", item))
             require(named, f"{item!r} isn't an architecture", where=where, fix="save the model again")
+        if COUNTS.fullmatch(key) and not OTHER.fullmatch(key):
+            _check_count(key, item, where)
+        # some families give it as a float
+        if key == "max_position_embeddings" and item is not None:
+            right = type(item) in (int, float) and 1 <= item <= LARGEST
+            require(right, f"{key} is {item}", where=where, fix="save the model again")
         check_config(item, where, depth + 1)
+
+
+def _check_count(key: str, value: Any, where: str) -> None:
+    if isinstance(value, list):
+        for item in value:
+            _check_count(key, item, where)
+    elif isinstance(value, bool | int | float):
+        most = MOST_LAYERS if REPEATED.fullmatch(key) else LARGEST
+        right = type(value) is int and 0 <= value <= most
+        require(right, f"{key} is {value}, not a count up to {most}", where=where, fix="save the model again")
 
 
 def check_folder(path: str | Path) -> None:
@@ -113,12 +178,10 @@ def check_folder(path: str | Path) -> None:
     """
     path = Path(path).expanduser()
     if (file := path / "config.json").is_file():
-        try:
-            check_config(json.loads(file.read_text(encoding="utf-8")), str(file))
-        except (ValueError, RecursionError) as error:
-            raise SecateurError(
-                f"it isn't JSON ({error})", where=str(file), fix="save the model again"
-            ) from error
+        document = read_object(file, fix="save the model again")
+        check_config(document, str(file))
+        if "pruned" in document:
+            parse(PrunedEntry, document["pruned"], f"{file}, pruned", fix="save the model again")
     there = (path / "adapter_config.json").exists()
     require(
         not there,

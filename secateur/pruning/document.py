@@ -3,16 +3,55 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, require
+from secateur.utils.schema import Count, Entry, Size, parse, read_object
 
 FORMAT = "secateur-plan"
+LARGEST_INPUT = 2**28
+DTYPES = Literal[
+    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"
+]
+
+
+class GroupEntry(Entry):
+    kind: str
+    size: Size
+    keep: str
+
+
+class MaskEntry(Entry):
+    shape: Annotated[list[Size], Field(min_length=1, max_length=8)]
+    kept: Count
+
+
+class TensorEntry(Entry):
+    tensor: Annotated[list[Count], Field(max_length=8)]
+    dtype: DTYPES
+
+
+class Document(Entry):
+    """`plan.json`."""
+
+    format: Literal["secateur-plan"]
+    version: Literal[1] = 1
+    method: str
+    target: str
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
+    hyperparameters: dict[str, Any]
+    options: dict[str, Any]
+    inputs: Any
+    groups: dict[str, GroupEntry]
+    masks: dict[str, MaskEntry]
+    notes: dict[str, str]
 
 
 def read_document(path: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -23,17 +62,30 @@ def read_document(path: str | Path) -> tuple[Path, dict[str, Any]]:
     """
     path = Path(path)
     path = path / "plan.json" if path.is_dir() else path
-    try:
-        document = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise SecateurError(
-            "there is no plan", where=str(path), fix="give a directory that holds plan.json"
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SecateurError(f"it isn't JSON ({error})", where=str(path)) from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    if not path.exists():
+        raise SecateurError("there is no plan", where=str(path), fix="give a directory that holds plan.json")
+    document = read_object(path, fix="write the plan again")
+    if document.get("format") != FORMAT:
         raise SecateurError("it isn't a plan", where=str(path), fix="give a plan.json that secateur wrote")
+    parse(Document, document, str(path), fix="write the plan again")
+    _check_inputs(document["inputs"], str(path))
     return path, document
+
+
+def _check_inputs(spec: Any, where: str) -> None:
+    """Refuse a description of inputs that no tensors can be made from."""
+    if isinstance(spec, dict) and "tensor" in spec:
+        entry = parse(TensorEntry, spec, f"{where}, inputs", fix="write the plan again")
+        count = math.prod(entry.tensor)
+        require(
+            count <= LARGEST_INPUT,
+            f"an input of {count} numbers is too large",
+            where=where,
+            fix="write the plan again",
+        )
+    elif isinstance(spec, dict | list):
+        for item in spec.values() if isinstance(spec, dict) else spec:
+            _check_inputs(item, where)
 
 
 @contextlib.contextmanager
@@ -41,7 +93,7 @@ def undamaged(path: Path) -> Iterator[None]:
     """What fails inside says that the plan is damaged."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
         raise SecateurError(
             f"it is damaged ({type(error).__name__}: {error})", where=str(path), fix="write the plan again"
         ) from error
@@ -52,14 +104,20 @@ def kept_units(document: Mapping[str, Any], path: Path) -> dict[str, list[int]]:
     units: dict[str, list[int]] = {}
     for name, group in document["groups"].items():
         where = f"{path}, group {name}"
-        units[name] = from_ranges(group["keep"], where=where)
-        if not units[name] or units[name][-1] >= group["size"]:
+        units[name] = from_ranges(group["keep"], where=where, size=group["size"])
+        if not units[name]:
             raise SecateurError(
                 f"it keeps units {group['keep']!r} of {group['size']}",
                 where=where,
                 fix="keep at least one, all below the size",
             )
     return units
+
+
+def check_mask(name: str, bits: Any, size: int) -> None:
+    """Raises ValueError where the bits aren't those of a mask of this size."""
+    if str(bits.dtype).removeprefix("torch.") != "uint8" or tuple(bits.shape) != ((size + 7) // 8,):
+        raise ValueError(f"the mask of {name} has {tuple(bits.shape)} {bits.dtype} for {size} weights")
 
 
 def summarise(path: Path, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,8 +133,12 @@ def summarise(path: Path, document: Mapping[str, Any]) -> dict[str, Any]:
         with safe_open(beside, framework="numpy") as tensors:
             values = [name for name in tensors.keys() if name.startswith("value/")]  # noqa: SIM118
             for name, entry in document["masks"].items():
-                size = int(np.prod(entry["shape"]))
-                kept = int(np.unpackbits(tensors.get_tensor(f"mask/{name}"), count=size).sum())
+                size = math.prod(entry["shape"])
+                bits = tensors.get_tensor(f"mask/{name}")
+                check_mask(name, bits, size)
+                kept = int(np.unpackbits(bits, count=size).sum())
+                if kept != entry["kept"]:
+                    raise ValueError(f"the mask of {name} keeps {kept}, not {entry['kept']}")
                 rows.append({"name": name, "kind": "weights", "size": size, "kept": kept})
     elif document["masks"]:
         raise KeyError(f"mask/{next(iter(document['masks']))}")
@@ -101,22 +163,26 @@ def to_ranges(units: Sequence[int]) -> str:
     return ",".join(parts)
 
 
-def from_ranges(text: str, where: str = "ranges") -> list[int]:
-    """Ranges back to sorted indices.
+def from_ranges(text: str, where: str = "ranges", size: int | None = None) -> list[int]:
+    """Ranges back to sorted indices; with a size, all are below it.
 
     >>> from_ranges("0-2,5")
     [0, 1, 2, 5]
     """
     units: set[int] = set()
+    fix = "write ranges such as 0-2,5"
     for part in filter(None, (piece.strip() for piece in text.split(","))):
-        first, dash, last = part.partition("-")
-        try:
-            low, high = int(first), int(last) if dash else int(first)
-        except ValueError:
-            raise SecateurError(
-                f"{part!r} isn't a range", where=where, fix="write ranges such as 0-2,5"
-            ) from None
+        found = re.fullmatch(r"([0-9]{1,12})(?:-([0-9]{1,12}))?", part)
+        if found is None:
+            raise SecateurError(f"{part!r} isn't a range", where=where, fix=fix)
+        low, high = int(found[1]), int(found[2] or found[1])
         if high < low:
-            raise SecateurError(f"{part!r} runs backwards", where=where, fix="write ranges such as 0-2,5")
+            raise SecateurError(f"{part!r} runs backwards", where=where, fix=fix)
+        if size is not None and high >= size:
+            raise SecateurError(
+                f"it keeps units {text[:200]!r} of {size}",
+                where=where,
+                fix="keep at least one, all below the size",
+            )
         units.update(range(low, high + 1))
     return sorted(units)

@@ -7,6 +7,7 @@ On disk a plan is two files: `plan.json` (what stays of every group, as ranges a
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from secateur.pruning.document import (
     FORMAT,
+    check_mask,
     from_ranges,
     kept_units,
     read_document,
@@ -152,12 +154,13 @@ class Plan:
             tensors: dict[str, Tensor] = {}
             if (beside := path.with_name("plan.safetensors")).exists():
                 tensors = load_file(beside)
-            masks = Masks(
-                {
-                    name: unpack(tensors[f"mask/{name}"], entry["shape"])
-                    for name, entry in document["masks"].items()
-                }
-            )
+            masks = Masks()
+            for name, entry in document["masks"].items():
+                bits = tensors[f"mask/{name}"]
+                check_mask(name, bits, math.prod(entry["shape"]))
+                masks[name] = unpack(bits, entry["shape"])
+                if (kept := int(masks[name].sum())) != entry["kept"]:
+                    raise ValueError(f"the mask of {name} keeps {kept}, not {entry['kept']}")
             return cls(
                 method=document["method"],
                 target=document["target"],

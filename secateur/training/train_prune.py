@@ -35,6 +35,7 @@ from secateur.utils.files import atomic_write_json
 from secateur.utils.inputs import Inputs, map_tensors
 from secateur.utils.random import seeded
 from secateur.utils.running import device_of
+from secateur.utils.schema import read_object
 from secateur.utils.types import Objective
 
 MEANT = ("floor", "round_to", "kinds", "prove", "allocation", "uniform")
@@ -217,12 +218,7 @@ def _claim(directory: Path | None, identity: dict[str, Any]) -> None:
     file = directory / "run.json"
     own = json.loads(json.dumps(identity))
     if file.exists():
-        try:
-            other = json.loads(file.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-            raise SecateurError(
-                f"it can't be read ({error})", where=str(file), fix="remove its folder to start again"
-            ) from error
+        other = read_object(file, fix="remove its folder to start again")
         changed = [key for key in {**own, **other} if own.get(key) != other.get(key)]
         if changed:
             raise SecateurError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from secateur.tasks.scenes.draw import (
 )
 from secateur.utils.files import atomic_directory, atomic_write_json
 from secateur.utils.running import device_of
+from secateur.utils.schema import read_object
 
 VARIANTS = ("llava", "qwen")
 WIDTH, DEPTH, HEADS, INNER, CONTEXT = 128, 4, 4, 384, 512
@@ -270,7 +270,7 @@ def load_scenes(name: str | Path = "llava", seed: int = 0, dtype: torch.dtype = 
 
     with quiet():
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-    model.scenes = json.loads((folder / "scenes.json").read_text())
+    model.scenes = read_object(folder / "scenes.json")  # type: ignore[assignment]
     return model.eval()
 
 
