@@ -28,6 +28,7 @@ BROKEN = (
     AttributeError,
     ArithmeticError,
     StrictDataclassError,
+    StopIteration,
 )
 SHARD_BYTES = 5_000_000_000
 TRANSIENT = {

@@ -42,7 +42,7 @@ class Document(Entry):
     """`plan.json`."""
 
     format: Literal["secateur-plan"]
-    version: Literal[1] = 1
+    version: Annotated[int, Field(ge=1, le=1)] = 1
     method: str
     target: str
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]

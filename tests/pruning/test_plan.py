@@ -46,7 +46,7 @@ def test_an_edit_of_the_json_is_what_counts(tmp_path):
         ('"0-2,5"', '"x"', "isn't a range"),
         ('"0-2,5"', '"5-2"', "backwards"),
         ('"secateur-plan"', '"other"', "isn't a plan"),
-        ('"method"', '"metod"', "damaged"),
+        ('"method"', '"metod"', "method: Field required"),
         ("{", "", "isn't JSON"),
     ],
 )
