@@ -9,6 +9,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -33,6 +34,10 @@ from secateur.utils.versions import cache_in, cache_of
 GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 """Settings of generate under which another model, or the prompt itself, guesses words that are then checked."""
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attached] = weakref.WeakKeyDictionary()
+
+
+_PROVEN: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models of registered families that gave the same logits with every token kept."""
 
 
 class Attached:
@@ -189,11 +194,35 @@ class Attached:
     ) -> tuple[dict[str, Any], Call | None, Turn | None]:
         if any(kwargs.get(name) is not None for name in KINDS.values()) or kwargs.get("mm_encoder_outputs"):
             self._current.clear()
+        unproven = not self.setup.family.proven and self.model not in _PROVEN
+        if unproven and kwargs.get(KINDS["image"]) is not None:
+            self._prove(kwargs)
         new, call, turn = self.input.prepare(dict(kwargs), generating)
         if call is not None:
             self._current.table = call.table
             self._prefill = cost.Prefill(call, new)
         return new, call, turn
+
+    def _prove(self, kwargs: dict[str, Any]) -> None:
+        """Runs a model of a registered family as it is, and again with every token of its pictures laid out and kept."""
+        names = inspect.signature(type(self.model).forward).parameters
+        others = ("labels", "past_key_values", "cache")
+        given = {k: v for k, v in kwargs.items() if k in names and k not in others} | {"use_cache": False}
+        whole = replace(self.setup, target=1.0, stages=(), sites={})
+        own = type(self.model).forward
+        with torch.no_grad():
+            expected = own(self.model, **given).logits
+            laid, call, _ = InputDriver(whole, Current(), None).prepare(dict(given), generating=False)
+            if whole.family.stacked:
+                laid["mm_encoder_outputs"] = stacked(laid["mm_encoder_outputs"], whole.family.stacked)
+            found = own(self.model, **laid).logits
+        if call is None or not torch.equal(found, expected):
+            raise SecateurError(
+                f"with every token kept this model gives other logits, so {whole.family.name!r} isn't laid out as was registered",
+                where="attach",
+                fix="mend what register_family was given",
+            )
+        _PROVEN.add(self.model)
 
     def _step(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """A forward inside generate."""

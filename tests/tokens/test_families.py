@@ -13,7 +13,8 @@ from tiny_models import FAMILIES, IMAGE, inputs_for, make
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.families.vlm import facts_of, family_of
+from secateur.families.vlm import VLMS, Layout, facts_of, family_of, register_family
+from secateur.families.vlm.facts import each_patch, grids, picture_sizes
 from secateur.tokens.attach import attach
 from secateur.tokens.input import encode, flat
 from secateur.tokens.state import TokenSets
@@ -294,6 +295,85 @@ def test_other_families_of_videos_are_refused(name: str) -> None:
         model = getattr(tf, f"{name}ForConditionalGeneration")(config)
     with pytest.raises(SecateurError, match="isn't a vision-language model"):
         attach(model, lambda sets: sets.valid, target="50%")
+
+
+# -- families of users --
+
+
+@pytest.fixture
+def vip() -> Any:
+    """A VipLlava: features of five blocks side by side, then a projector; its type isn't among the known ones."""
+    from tiny_models import IDS, clip, fill, llama
+
+    config = tf.VipLlavaConfig(
+        vision_config=clip(), text_config=llama(), vision_feature_layers=[-2, -3, 1], tie_word_embeddings=False, **IDS
+    )  # fmt: skip
+    yield fill(tf.VipLlavaForConditionalGeneration(config))
+    VLMS.pop("vipllava", None)
+
+
+@pytest.mark.parametrize(("at", "layer"), [("input", 0), ("layer:2", 2)])
+def test_a_family_of_ones_own_in_a_few_lines(vip: Any, at: str, layer: int) -> None:
+    from reference import generate
+    from test_engine import attach_drop, dropped, run
+
+    with pytest.raises(SecateurError, match="register_family"):
+        attach(vip, lambda sets: sets.valid, target="50%")
+
+    def layout(model: Any, inputs: Any) -> dict[str, Layout]:
+        if inputs.get("pixel_values") is None:
+            return {}
+        return {"image": grids(picture_sizes(inputs["pixel_values"], 4), each_patch)}
+
+    register_family(
+        "vipllava",
+        like="llava",
+        layout=layout,
+        stacked=("image",),
+        feature_block=lambda model: -2,
+        projector=lambda model: None,
+    )
+    inputs = inputs_for("llava-clip")
+    gone = dropped(inputs, 0.5, 3)
+    words, reference = generate(vip, "llava-clip", inputs, {layer: gone}, 4)
+    with attach_drop(vip, inputs, at, gone):
+        tokens, logits = run(vip, inputs)
+    assert torch.equal(tokens, words) and (logits - reference).abs().max() < 1e-6
+
+
+def test_a_family_that_keeps_everything_and_gives_other_logits_is_refused(vip: Any) -> None:
+    """The model's forward does something with its pictures that features given from outside miss."""
+    model, inputs = make("llava-clip"), inputs_for("llava-clip")
+    register_family("vipllava", like="llava")
+    model.config.model_type = "vipllava"
+    with attach(model, lambda sets: sets.valid, target="50%"), torch.no_grad():
+        model(**{**inputs_for("llava-clip", rows=(0,)), "pixel_values": None})
+        cache = tf.DynamicCache()
+        model(**inputs, past_key_values=cache)
+        assert cache.get_seq_length() == inputs["input_ids"].shape[1]
+    other = make("llava-clip")
+    other.config.model_type = "vipllava"
+    calls: list[int] = []
+    tower = other.get_encoder("image")
+    tower.register_forward_hook(lambda m, a, out: calls.append(1))
+    other.model.multi_modal_projector.register_forward_hook(lambda m, a, out: out * len(calls))
+    with (
+        pytest.raises(SecateurError, match="gives other logits"),
+        attach(other, lambda sets: sets.valid, target="50%"),
+    ):
+        other(**inputs)
+    assert "forward" not in vars(other)
+
+
+def test_what_cannot_be_registered() -> None:
+    for name, like, more, word in (
+        ("llava", "llava", {}, "already"),
+        ("mine", "lava", {}, "did you mean llava"),
+        ("mine", "llava", {"layouts": None}, "did you mean layout"),
+    ):
+        with pytest.raises(SecateurError, match=word):
+            register_family(name, like=like, **more)
+        assert "mine" not in VLMS
 
 
 # -- vision transformers on their own --

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 from secateur.families.vlm.anyres import ANYRES
 from secateur.families.vlm.facts import Facts, Family, Layout
 from secateur.families.vlm.gemma import GEMMA3, PALIGEMMA
@@ -13,7 +14,7 @@ from secateur.families.vlm.qwen import QWEN2, QWEN2_5, QWEN3
 from secateur.families.vlm.shuffled import IDEFICS3, INTERNVL
 from secateur.families.vlm.towers import tower_family
 
-__all__ = ["Facts", "Family", "Layout", "facts_of", "family_of"]
+__all__ = ["Facts", "Family", "Layout", "facts_of", "family_of", "register_family"]
 
 VLMS: dict[str, Family] = {
     "llava": LLAVA,
@@ -28,6 +29,33 @@ VLMS: dict[str, Family] = {
     "paligemma": PALIGEMMA,
     "gemma3": GEMMA3,
 }
+
+
+def register_family(model_type: str, like: str, **changes: Any) -> Family:
+    """Lets token methods work on a family of models that secateur doesn't know, and returns what is known of it now.
+
+    >>> register_family("my_vlm", like="llava").name
+    'my_vlm'
+    >>> del VLMS["my_vlm"]
+
+    The first inputs with pictures are run twice, as they are and with every token kept; other logits are an error.
+
+    Args:
+        model_type: as the model's config says it.
+        like: the known family whose parts are found in the same way.
+        **changes: fields of `Family` that differ, such as `layout`, `merge` or `first_layer`.
+
+    Raises:
+        SecateurError: the name is taken, or there is no such family or field.
+    """
+    if model_type in VLMS:
+        raise SecateurError(f"there is a family {model_type!r} already", where="register_family")
+    choose(like, VLMS, what="family", where="register_family", near=1)
+    fields = [f.name for f in dataclasses.fields(Family) if f.name not in ("name", "proven")]
+    for name in changes:
+        choose(name, fields, what="field", where="register_family", near=1)
+    VLMS[model_type] = dataclasses.replace(VLMS[like], name=model_type, proven=False, **changes)
+    return VLMS[model_type]
 
 
 def family_of(model: Any) -> Family:
@@ -54,7 +82,7 @@ def family_of(model: Any) -> Family:
     raise SecateurError(
         f"{name} isn't a vision-language model or vision transformer that secateur knows",
         where="attach",
-        fix=f"it knows {', '.join(VLMS)} and ViT, CLIP, SigLIP, DINOv2, DINOv3, timm VisionTransformer and Eva",
+        fix=f"register_family, or one that it knows: {', '.join(VLMS)} and ViT, CLIP, SigLIP, DINOv2, DINOv3, timm VisionTransformer and Eva",
     )
 
 

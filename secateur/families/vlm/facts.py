@@ -154,6 +154,8 @@ class Family:
     """Tower blocks take a mask, so that crops may keep different numbers."""
     pools: bool = False
     """A tower on its own averages or attends over the patches at its end."""
+    proven: bool = True
+    """The tests run it; otherwise the first run with every token kept is compared with the model's own."""
 
 
 def grids(
