@@ -432,11 +432,13 @@ def token_sets(
     every = _one_crop(valid, grid) | {name: value for name, value in fields.items() if value is not None}
     for name in ("index", "grid_row", "grid_col", "image_of", "crop_of", "newline"):
         every[name] = every[name].expand(sets, n)
+    asked = torch.as_tensor(keep, device=features.device).expand(sets)
     vectors = {"q": queries or {}, "k": keys or {}, "v": values or {}}
     return TokenSets(
         features=features,
         valid=valid,
-        keep=torch.minimum(torch.as_tensor(keep, device=features.device).expand(sets), valid.sum(1)),
+        keep=torch.minimum(asked, valid.sum(1)),
+        asked=asked,
         generator=torch.Generator().manual_seed(seed),
         source=_Statistics(
             attention or {}, vectors, hidden or {}, transition or {}, text or {}, pixels, project

@@ -32,7 +32,8 @@ class VisionDrop(TokenMethod):
 
     The target is the mean over the LLM's layers: the stages keep 1.5, 1.10, 0.81 and 0.59 of it (the paper's schedule for
     32 tokens; the geometric rule for others is a reconstruction), one in eight of them merged. Before the LLM the CLS
-    token ranks the patches and is itself passed on; a tower without one is ranked by attention received.
+    token ranks the patches and is itself passed on; a tower without one is ranked by attention received. Tokens merge
+    before the projector there, or after one that joins tokens.
     first: the first stage's share of the target; the paper has 1.5 for images, 3 for video.
     """
 
@@ -54,7 +55,7 @@ class VisionDrop(TokenMethod):
 
     def counts(self, sets: TokenSets, stage: int) -> tuple[Tensor, Tensor]:
         """Dominant and contextual tokens of a stage, [S] each."""
-        size = (sets.keep.double() * geometric(len(self.layers) + 1, self.first)[stage]).round().long()
+        size = (sets.asked.double() * geometric(len(self.layers) + 1, self.first)[stage]).round().long()
         size = torch.where(size < sets.valid.sum(1), size, sets.valid.sum(1))
         contextual = (size + 7) // 8
         return size - contextual, torch.where(size < sets.valid.sum(1), contextual, 0)
@@ -65,9 +66,10 @@ class VisionDrop(TokenMethod):
         try:
             scores, token = sets.attention("encoder:-2"), sets.project(sets.hidden("encoder:-2", cls=True))
         except Missing:
-            return reduce(sets, sets.attention("encoder:-2", rows="all"), keys, dominant, contextual)
+            scores = sets.attention("encoder:-2", rows="all")
+            return reduce(sets, scores, keys, dominant, contextual, site="encoder:-2")
         cut = contextual > 0
-        reduction = reduce(sets, scores, keys, dominant - cut.long(), contextual)
+        reduction = reduce(sets, scores, keys, dominant - cut.long(), contextual, site="encoder:-2")
         left = sets.valid & cut[:, None]
         left = left & ~torch.zeros_like(left).scatter(1, reduction.index.clamp(min=0), True)
         return with_token(reduction, token, left, first=True)
@@ -77,8 +79,29 @@ class VisionDrop(TokenMethod):
         return reduce(sets, scores, sets.keys(peek).mean(1), *self.counts(sets, stage))
 
 
-def reduce(sets: TokenSets, scores: Tensor, keys: Tensor, dominant: Tensor, contextual: Tensor) -> Reduction:
-    """The `dominant` [S] best stay as they are, the others merge into `contextual` [S] of them, which come after."""
+def reduce(
+    sets: TokenSets,
+    scores: Tensor,
+    keys: Tensor,
+    dominant: Tensor,
+    contextual: Tensor,
+    site: str | None = None,
+) -> Reduction:
+    """The `dominant` [S] best stay as they are, the others merge into `contextual` [S] of them, which come after.
+
+    site: where in the tower they merge and are projected from.
+    """
     best = top_per_row(scores, dominant, sets.valid)
-    targets, merged = merge_nearest(sets.features, keys, ~best & sets.valid, contextual)
+    left = ~best & sets.valid
+    if site is not None:
+        try:
+            targets, hidden = merge_nearest(sets.hidden(site), keys, left, contextual)  # [S, n, C]
+            made = sets.project(hidden[targets])
+        except Missing:
+            pass
+        else:
+            merged = sets.features.clone()
+            merged[targets] = made.to(merged.dtype)
+            return in_order([best, targets], merged)
+    targets, merged = merge_nearest(sets.features, keys, left, contextual)
     return in_order([best, targets], merged)

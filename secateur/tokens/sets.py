@@ -211,12 +211,14 @@ def make_sets(
     total = torch.bincount(keys[universe], minlength=int(keys.max()) + 1)[groups]
     amount = keep if keep is not None else 1.0 if target is None else target
 
+    asked = _share(table, universe, scope, amount, total, groups, first)
     # crops that compete alone, and patches in the tower, lie on their crop's own grid
     apart = scope == "crop" or kind == "encoder"
     return TokenSets(
         features=features[safe] if bool(valid.all()) else features[safe].masked_fill(~valid[..., None], 0),
         valid=valid,
-        keep=torch.minimum(_share(table, universe, scope, amount, total, groups, first), size),
+        keep=torch.minimum(asked, size),
+        asked=asked,
         total=total,
         **_columns(table, member, valid, apart),
         generator=generator,

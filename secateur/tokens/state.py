@@ -78,6 +78,8 @@ class TokenSets:
     """[S, n] bool; False is padding."""
     keep: Tensor
     """[S] int64: how many may stay; never above the count."""
+    asked: Tensor
+    """[S] int64: the same of the tokens before any stage, for methods whose target is a mean over stages."""
     total: Tensor
     """[S] int64: how many the set had before any stage."""
     index: Tensor

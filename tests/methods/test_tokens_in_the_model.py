@@ -284,6 +284,23 @@ def test_visiondrop_passes_the_cls_token_on_and_merges_one_in_eight():
     assert found.index[0, 5] == 0 and found.index[0, 0] not in found.index[0, 1:]
 
 
+def test_visiondrop_merges_before_the_projector():
+    """By hand: R = all but token 3; targets 0 (every third of three, one of them), mean of 1 and 2 added, then squared."""
+    hidden = torch.tensor([[[1.0], [2.0], [4.0], [9.0]]])
+    sets = token_sets(
+        hidden.square(),
+        keep=2,
+        keys={"encoder:-2": torch.ones(1, 1, 4, 2)},
+        hidden={"encoder:-2": hidden},
+        attention={("encoder:-2", "all"): torch.tensor([[0.0, 0.1, 0.2, 0.7]])},
+        project=torch.square,
+    )
+    method = make_method("visiondrop", first=1.0000001)
+    found = method.before(sets)
+    assert found.index.tolist() == [[3, 0]]
+    assert found.features[0, :, 0].tolist() == [81.0, (1 + (2 + 4) / 2) ** 2]
+
+
 def test_visiondrop_without_cls_uses_attention_received():
     sets = visiondrop_sets(attention={("encoder:-2", "all"): torch.linspace(1, 0, 16)[None]}, hidden={})
     found = make_method("visiondrop").before(sets)
