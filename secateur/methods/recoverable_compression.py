@@ -34,7 +34,8 @@ class RecoverableCompression(TokenMethod):
     and fill it exactly (a reconstruction). text: what the question is compared in: "encoder", the contrastive text tower
     of the same vision tower, `text_encoder(hidden [S, n, C], sets) -> [S, n]`; or "embeddings", the language model's own
     (no text tower needed; not the paper's). neighbours: of the outlier factor for attention and likeness, and for the
-    remainder. compat: "code" reads the keys of the clusters from the wrong rows, as released.
+    remainder. compat: "paper" (default) makes as many cluster tokens as the share of outliers in the remainder x
+    main tokens; "code", as released, x the channel width, and reads the keys of the clusters from the wrong rows.
     """
 
     neighbours: tuple[int, ...] = (20, 10)
@@ -95,14 +96,16 @@ class RecoverableCompression(TokenMethod):
         if keep is None:
             main = self.main(attention, asked, visual, recovered)
             rest = others(n, main)
-            count = self.count(attention, rest, len(main))
+            count = min(
+                self.count(attention, rest, self.number(len(main), x.shape[1])), max(len(rest) - 1, 0)
+            )
         else:
             ratio = visual / (visual + recovered) if visual + recovered else 1.0
             for size in (keep, *range(keep - 2, 0, -1), keep):
                 main = self.main(attention, asked, round(size * ratio), size - round(size * ratio))
                 rest = others(n, main)
                 count = keep - size - 1
-                if self.count(attention, rest, size) <= max(count, 0):
+                if self.count(attention, rest, self.number(size, x.shape[1])) <= max(count, 0):
                     break
         if count <= 0:
             return main, main[:0], x[:0]
@@ -119,6 +122,10 @@ class RecoverableCompression(TokenMethod):
         back = first(asked.index_fill(0, seen, -torch.inf), recovered)
         return torch.cat([seen, back]).sort().values
 
-    def count(self, attention: Tensor, rest: Tensor, main: int) -> int:
-        """How many cluster tokens the remainder gets: the number of main tokens x the remainder's share of outliers."""
-        return main * int(outliers(attention[rest][None], self.neighbours[1]).sum()) // max(len(rest), 1)
+    def number(self, main: int, channels: int) -> int:
+        """N of the rule for the cluster tokens."""
+        return channels if self.compat == "code" else main
+
+    def count(self, attention: Tensor, rest: Tensor, number: int) -> int:
+        """How many cluster tokens the remainder gets: N x its share of outliers."""
+        return number * int(outliers(attention[rest][None], self.neighbours[1]).sum()) // max(len(rest), 1)

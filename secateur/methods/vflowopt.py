@@ -50,7 +50,9 @@ class VFlowOpt(TokenMethod):
     The target is the mean over the LLM's layers. t: a token is important when it receives more than t times the mean
     attention (none: all count). alpha: weight of the patches' entropy. a: side of a recycling cell in tokens.
     r1, r2: shares kept before the LLM and at the second stage; the third follows from the target. None: the values the
-    authors found for the nearest target; `calibrate` searches them for your model.
+    authors found for the nearest target; `calibrate` searches them for your model. Counts are rounded as the authors do it:
+    what leaves is round(n * (1 - share)), half to even, and a cell's extra tokens are floor(n / a^2); so the mean can miss
+    the target by part of a token a stage.
     """
 
     t: float | None = None

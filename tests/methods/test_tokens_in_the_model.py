@@ -256,6 +256,15 @@ def test_recoverable_meets_a_target_and_copies_main_tokens(keep):
     assert copied[0] and len(index) < 60
 
 
+def test_recoverable_counts_clusters_by_channels_as_released():
+    """Spec: recoverable-compression, step 6: 3 outliers among 60 give int(1024 * 3 / 60) = 51, or of 20 main tokens 1."""
+    values = torch.cat([torch.linspace(0, 1, 57), torch.tensor([50.0, 80.0, 120.0])])
+    for compat, expected in (("code", 51), ("paper", 1)):
+        method = RecoverableCompression(compat=compat)
+        assert int(outliers(values[None], 10).sum()) == 3
+        assert method.count(values, torch.arange(60), method.number(20, 1024)) == expected
+
+
 def test_recoverable_says_what_is_missing():
     sets = recoverable_sets()
     sets.given.clear()
