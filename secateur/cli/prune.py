@@ -125,7 +125,8 @@ def prune(
     check_file_model(model, output.out)
     check_new_file(output.report)
     method = make_method(method_entry(flags.method)["name"], **vars(settings))
-    common = vars(options) | {"kinds": listed(vars(options)["kinds"]) or None}
+    lists = {name: listed(vars(options)[name]) or None for name in ("kinds", "keep", "only")}
+    common = vars(options) | lists
     at_least("--steps", recovery.steps, 1)
     check_target(flags.target)
     read_request("prune", method, flags.target, common)

@@ -18,6 +18,7 @@ from secateur.method import Method
 from secateur.pruning.allocate import Competitor, Step, build_path, follow
 from secateur.pruning.options import Options
 from secateur.pruning.plan import Plan
+from secateur.pruning.protect import freeze_protected, protected
 from secateur.pruning.resume import Checkpoint
 from secateur.pruning.target import Target
 from secateur.pruning.undo import Undo
@@ -78,7 +79,11 @@ class Context:
 
     @cached_property
     def graph(self) -> Graph:
-        return trace(self.model, self.example, also=self.also, inner="head_dim" in (self.options.kinds or ()))
+        graph = trace(
+            self.model, self.example, also=self.also, inner="head_dim" in (self.options.kinds or ())
+        )
+        freeze_protected(graph, self.options.keep, self.options.only)
+        return graph
 
     @property
     def example(self) -> Inputs:
@@ -88,9 +93,15 @@ class Context:
         return self.inputs
 
     @cached_property
-    def matrices(self) -> dict[str, Matrix]:
+    def every_matrix(self) -> dict[str, Matrix]:
         """What a share of weights counts, by parameter name."""
         return find_matrices(self.model)
+
+    @cached_property
+    def matrices(self) -> dict[str, Matrix]:
+        """The matrices that may be pruned: those that the options don't protect."""
+        reasons = protected(self.every_matrix, self.options.keep, self.options.only)
+        return {name: matrix for name, matrix in self.every_matrix.items() if name not in reasons}
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -154,7 +165,7 @@ class Context:
                 self._collected[names] = self.stats(names, data=self.require_data())
             return self._collected[names]
         found = collect(
-            self.model, data, names, self.matrices, loss=loss or self.loss, progress=self.progress
+            self.model, data, names, self.every_matrix, loss=loss or self.loss, progress=self.progress
         )
         return self._seeded(found)
 
@@ -179,7 +190,7 @@ class Context:
             self.model,
             self.require_data() if names else self.data,
             names,
-            self.matrices,
+            self.every_matrix,
             propagate=propagate,
             skip=skip,
             progress=self.progress,
@@ -277,7 +288,7 @@ class Context:
         """(what the target bounds as a function of the kept units, its limit)."""
         kind, graph = self.target.kind, self.graph
         if kind == "share":
-            names = list(self.matrices)
+            names = list(self.every_matrix)
             dense = graph.params({}, names=names)
             return lambda keep: graph.params(keep, names=names), self.target.limit(dense) + 1e-6
         if kind == "params":

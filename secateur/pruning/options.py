@@ -34,6 +34,15 @@ class Options:
     kinds: tuple[str, ...] | None = field(
         default=None, metadata={"help": "kinds of unit to cut, e.g. neurons,kv_groups; default: the method's"}
     )
+    keep: tuple[str, ...] | None = field(
+        default=None,
+        metadata={
+            "help": "leave these alone: names or patterns of parameters or modules, e.g. 'lm_head,*.layers.0.*'"
+        },
+    )
+    only: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "leave everything else alone; names or patterns as for keep"}
+    )
     uniform: bool = field(
         default=False,
         metadata={"help": "cut every layer alike, so that plain from_pretrained loads the result"},

@@ -23,6 +23,7 @@ from secateur.pruning.checks import Buffers, check_forward, check_model, check_t
 from secateur.pruning.context import Context
 from secateur.pruning.method import UnitMethod, WeightMethod
 from secateur.pruning.plan import Plan
+from secateur.pruning.protect import check_patterns
 from secateur.pruning.report import build_report
 from secateur.pruning.request import read_request
 from secateur.pruning.resume import Checkpoint, fingerprint, run_directory
@@ -120,7 +121,7 @@ def prune(
     tasks, limit: what to measure before and after (`wikitext2`, `piqa`, ...), with at most `limit` items each.
     progress, announce: `secateur.utils.progress.track` for bars; what is called with a line to tell, such as the memory that
         calibration will need.
-    settings: fields of `Options` (samples, seqlen, schedule, allocation, floor, round_to, kinds, uniform, prove) and
+    settings: fields of `Options` (samples, seqlen, schedule, allocation, floor, round_to, kinds, keep, only, uniform, prove) and
         hyperparameters of the method.
 
     Raises `SecateurError`: unknown method or setting, a target that can't be met, no data, NaN weights, nothing to cut.
@@ -130,6 +131,7 @@ def prune(
     chosen, options, goal = request.method, request.options, request.target
     units = isinstance(chosen, UnitMethod)
     check_model(model)
+    check_patterns(model, keep=options.keep, only=options.only)
     if inputs is None and (units or hasattr(getattr(model, "config", None), "vocab_size")):
         inputs = default_inputs(model, min(options.seqlen, TRACED))
     batches = None

@@ -42,7 +42,7 @@ def plan_weights(method: WeightMethod, context: Context) -> Plan:
 
     Blocks that an earlier, killed run finished are taken from its checkpoint.
     """
-    matrices, needs = context.matrices, method.statistics()
+    matrices, needs = context.every_matrix, method.statistics()
     patterns = _patterns(method, context)
     if context.announce and needs:
         needed = estimate(context.model, context.require_data(), needs, matrices)
@@ -110,15 +110,26 @@ def _patterns(method: WeightMethod, context: Context) -> dict[str, Pattern]:
     matrices, target = context.matrices, context.target
     if not matrices:
         raise SecateurError(
-            "it has no linear or convolution weights",
+            "every weight is protected"
+            if context.every_matrix
+            else "it has no linear or convolution weights",
             where=type(context.model).__name__,
-            fix="nothing can be pruned",
+            fix="protect less" if context.every_matrix else "nothing can be pruned",
         )
     if target.n_m:
         return _n_m_patterns(method, context, *target.n_m)
-    total = sum(matrix.numel for matrix in matrices.values())
+    total = sum(matrix.numel for matrix in context.every_matrix.values())
     others = sum(p.numel() for p in context.model.parameters()) - total
-    keep = target.weights(total, others, method.name)
+    whole = total - sum(matrix.numel for matrix in matrices.values())
+    keep = (
+        target.weights(total, others, method.name) - whole
+    )  # what is protected counts, and the rest makes up for it
+    if keep < 1:
+        raise SecateurError(
+            f"{whole:,} of {total:,} weights are protected, which alone is over the target",
+            where=f"target {target}",
+            fix=f"ask for more than {whole / total:.1%}, or protect less",
+        )
     name = "global" if method.scope == "global" else context.allocation or method.allocation
     return ALLOCATIONS[name](method, context, keep)
 
