@@ -97,7 +97,8 @@ def assemble(folder: Path, about: dict[str, Any], model: nn.Module | None = None
     reshape(model, about["pruned"])
     state = {}
     for file in sorted(folder.glob("model*.safetensors")):
-        state.update(load_file(file))
+        # Copies: tensors in the file's own memory are aligned as the file is, and how a kernel rounds may depend on it.
+        state.update({name: tensor.clone() for name, tensor in load_file(file).items()})
     state.update({name: state[source] for name, source in about["tied"].items()})
     missing, extra = model.load_state_dict(state, strict=False, assign=True)
     if missing or set(extra) - set(about["buffers"]):

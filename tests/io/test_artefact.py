@@ -516,11 +516,11 @@ def test_a_timm_model_is_rebuilt_by_its_name_without_secateur(tmp_path: Path) ->
     model.layer4 = nn.Sequential(*model.layer4)
     save_model(model, tmp_path / "net")
     document = json.loads((tmp_path / "net" / "model.json").read_text())
+    assert document["timm"].pop("in_chans", 3) == 3  # said by a timm that keeps its arguments
     assert document["timm"] == {
         "model_name": "resnet10t",
         "pretrained": False,
         "num_classes": 5,
-        "in_chans": 3,
     }
     assert document["pruned"]["shapes"]["layer1.0.conv1.weight"] == [3, 64, 3, 3]
     assert len(document["pruned"]["shapes"]) == 6

@@ -13,6 +13,12 @@ from secateur.surgery.arguments import constructor_arguments, shape_distance
 
 timm = pytest.importorskip("timm")
 
+# Without its arguments a model that isn't its name's default gets a loader instead; the tests of that form run everywhere.
+keeps_arguments = pytest.mark.skipif(
+    not hasattr(timm.create_model("vit_tiny_patch16_224", depth=1), "_model_args"),
+    reason=f"timm {timm.__version__} keeps no arguments of a model; timm 1.0.31 does",
+)
+
 VIT = {"img_size": 32, "embed_dim": 48, "num_heads": 4, "depth": 3, "num_classes": 7}
 
 
@@ -26,6 +32,7 @@ def outputs(model, x):
         return model(x)
 
 
+@keeps_arguments
 @pytest.mark.parametrize(
     ("kinds", "target", "expected"),
     [
@@ -104,10 +111,12 @@ def test_shapes_that_fit_are_not_enough(tmp_path: Path) -> None:
     about = secateur.io.artefact.save_model(model, tmp_path / "small")
     assert about["form"] == "module"
     loaded, _ = secateur.load(tmp_path / "small")
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in loaded.parameters())
     x = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(outputs(loaded, x), outputs(model, x), rtol=1e-5, atol=1e-6)
 
 
+@keeps_arguments
 def test_the_dtype_is_kept_and_damage_is_named(tmp_path: Path) -> None:
     model = vit(mlp_ratio=2.0).to(torch.bfloat16)
     secateur.io.artefact.save_model(model, tmp_path / "small")
