@@ -9,6 +9,8 @@ import torch
 
 import secateur
 from secateur.errors import SecateurError
+from secateur.io.artefact import save_model
+from secateur.surgery import cut_units
 from secateur.surgery.arguments import constructor_arguments, shape_distance
 
 timm = pytest.importorskip("timm")
@@ -47,8 +49,8 @@ def test_a_uniform_cut_loads_with_plain_timm(kinds, target, expected, tmp_path: 
     if kinds == ("layers",):
         graph = secateur.trace(model, x)
         group = next(g for g in graph.groups if g.kind == "layers")
-        secateur.surgery.cut_units(model, graph, {group.name: torch.tensor([0, 2])})
-        secateur.io.artefact.save_model(model, tmp_path / "small")
+        cut_units(model, graph, {group.name: torch.tensor([0, 2])})
+        save_model(model, tmp_path / "small")
         cut = model
     else:
         pruned = secateur.prune(model, x, method="group-magnitude", target=target, kinds=kinds)
@@ -84,7 +86,7 @@ def test_the_arguments_of_a_model_are_found_from_its_shapes(name, given, expecte
 def test_layers_that_differ_are_no_constructor_s() -> None:
     model = vit()
     graph = secateur.trace(model, torch.randn(1, 3, 32, 32))
-    secateur.surgery.cut_units(model, graph, {"blocks.1.mlp:neurons": torch.arange(20)})
+    cut_units(model, graph, {"blocks.1.mlp:neurons": torch.arange(20)})
     calls = []
 
     def build(**values):
@@ -98,8 +100,8 @@ def test_layers_that_differ_are_no_constructor_s() -> None:
 def test_a_cut_that_timm_cannot_express_keeps_its_loader(tmp_path: Path) -> None:
     model = vit()
     graph = secateur.trace(model, torch.randn(1, 3, 32, 32))
-    secateur.surgery.cut_units(model, graph, {"blocks.1.mlp:neurons": torch.arange(20)})
-    about = secateur.io.artefact.save_model(model, tmp_path / "small")
+    cut_units(model, graph, {"blocks.1.mlp:neurons": torch.arange(20)})
+    about = save_model(model, tmp_path / "small")
     assert about["form"] == "module" and "vit_tiny" in about["why"]
     assert not (tmp_path / "small" / "config.json").exists()
 
@@ -108,7 +110,7 @@ def test_shapes_that_fit_are_not_enough(tmp_path: Path) -> None:
     """No argument sets the epsilon of the norms, which no shape shows."""
     model = vit()
     model.norm.eps = 0.5
-    about = secateur.io.artefact.save_model(model, tmp_path / "small")
+    about = save_model(model, tmp_path / "small")
     assert about["form"] == "module"
     loaded, _ = secateur.load(tmp_path / "small")
     assert all(tensor.data_ptr() % 64 == 0 for tensor in loaded.parameters())
@@ -119,7 +121,7 @@ def test_shapes_that_fit_are_not_enough(tmp_path: Path) -> None:
 @keeps_arguments
 def test_the_dtype_is_kept_and_damage_is_named(tmp_path: Path) -> None:
     model = vit(mlp_ratio=2.0).to(torch.bfloat16)
-    secateur.io.artefact.save_model(model, tmp_path / "small")
+    save_model(model, tmp_path / "small")
     loaded, _ = secateur.load(tmp_path / "small")
     assert next(loaded.parameters()).dtype == torch.bfloat16
     file = tmp_path / "small" / "model.safetensors"
