@@ -13,8 +13,8 @@ from secateur.tokens.method import Stage, TokenMethod
 from secateur.tokens.sets import SCOPES
 from secateur.tokens.site import Site
 
-OLDEST = (5, 18)
-"""The first transformers whose models take `mm_encoder_outputs`."""
+OLDEST = (5, 21)
+"""The first transformers whose models all take `mm_encoder_outputs` as they give them; Idefics3 fails on its own until then."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _check_transformers(plain: bool) -> None:
     version = tuple(int(p) for p in transformers.__version__.split(".")[:2] if p.isdigit())
     if not plain and version < OLDEST:
         raise SecateurError(
-            f"transformers {transformers.__version__} is too old: its models don't take mm_encoder_outputs",
+            f"transformers {transformers.__version__} is too old: not all of its models take mm_encoder_outputs",
             where="attach",
             fix=f"install transformers {OLDEST[0]}.{OLDEST[1]} or later",
         )

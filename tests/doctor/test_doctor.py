@@ -179,7 +179,7 @@ def _louder(out: Any, by: float) -> Any:
 
 
 def test_what_is_refused_is_a_row_with_the_reason(llava: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("secateur.tokens.attach"), "FLOOR", (99, 0))
+    monkeypatch.setattr(importlib.import_module("secateur.tokens.setup"), "OLDEST", (99, 0))
     check = BY_NAME["drop at the input"]
     row = doctor._row(check, llava, "x")
     assert row["state"] == "failed" and "too old" in row["reason"]

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from reference import generate
 from test_engine import attach_drop, choose, dropped, dtype_of, run, tolerance
 from tiny_models import IMAGE, VIDEO, inputs_for, make
@@ -284,9 +286,12 @@ def test_other_caches_work_at_the_input_and_are_refused_between_layers(
         {"prefill_chunk_size": 8},
         {"use_cache": False},
     ]
+    # transformers before 5.23 reads padded rows wrongly in chunks, with no method attached.
+    right = torch.equal(run(llava, inputs, prefill_chunk_size=8)[0], run(llava, inputs)[0])
+    assert right or Version(transformers.__version__) < Version("5.23")
     with attach(llava, half, target="50%"):
         expected = run(llava, inputs)
-        for more in others:
+        for more in others if right else others[::2]:
             tokens, logits = run(llava, inputs, **more)
             assert torch.equal(tokens, expected[0]) and torch.allclose(logits, expected[1], atol=1e-6)
     with attach(llava, half, at="layer:2", target="50%"):
@@ -650,7 +655,7 @@ def test_an_old_transformers_is_named(llava: Any, monkeypatch: Any) -> None:
     import transformers
 
     monkeypatch.setattr(transformers, "__version__", "4.57.6")
-    with pytest.raises(SecateurError, match=r"4\.57\.6 is too old.*5\.18"):
+    with pytest.raises(SecateurError, match=r"4\.57\.6 is too old.*5\.21"):
         attach(llava, half, target="50%")
 
 
