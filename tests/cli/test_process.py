@@ -80,3 +80,37 @@ def test_ctrl_c_at_any_moment(delay: float, tiny_folder: Path) -> None:
     said = [line for line in err.splitlines() if line.startswith("secateur:")]
     assert process.returncode == 130 and out == "" and "Traceback" not in err
     assert said == ["secateur: interrupted; nothing is half written; run the same command again to continue"]
+
+
+@pytest.mark.parametrize("times", [1, 5])
+def test_an_interrupt_that_a_library_swallows_is_raised_again(times: int) -> None:
+    """A destructor loses exceptions; so may whatever runs when the signal comes. `times`: how often it is lost."""
+    script = (
+        "import signal, sys, types, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from secateur.cli import entry\n"
+        "entry.AGAIN = 0.1\n"
+        "def run():\n"
+        f"    for _ in range({times}):\n"
+        "        try:\n"
+        "            print('begun', flush=True) if not _ else None\n"
+        "            time.sleep(60)\n"
+        "        except KeyboardInterrupt:\n"
+        "            pass\n"
+        "    time.sleep(60)\n"
+        "    return 0\n"
+        "sys.modules['secateur.cli.main'] = types.SimpleNamespace(main=run)\n"
+        "sys.exit(entry.main())"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout and process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "secateur: interrupted; nothing is half written; run it again to start from the beginning\n"
