@@ -173,6 +173,8 @@ def test_timm_gets_only_what_describes_an_architecture(
         mlp = model.blocks[0].mlp
         mlp.fc1 = nn.Linear(48, 5)
         mlp.fc2 = nn.Linear(5, 48)
+    if form == "plain" and not hasattr(model, "_model_args"):
+        pytest.skip(f"timm {timm.__version__} keeps no arguments of a model, so no plain folder is written")
     assert save_model(model, folder)["form"] == form
     secateur.load(folder)
     value = json.loads(json.dumps(ARGUMENTS.get(key)).replace("PICKLE", str(pickled)))

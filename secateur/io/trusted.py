@@ -27,7 +27,7 @@ KERNELS = ("attn_implementation", "experts_implementation")
 DEEPEST = 64
 COUNTS = re.compile(r"(.*_)?(num|n)_[a-z_]+|(.*_)?(size|dim|heads|layers|experts|depths?)|n_positions")
 OTHER = re.compile(
-    r".*(window|ratio|factor|scale|token|prob|eps|rate|std|init|tie|type|freeze|share|all|adjust|chunk|max|min|images)_?.*|output_.*"
+    r".*(window|ratio|factor|scale|token|prob|eps|rate|std|init|tie|type|freeze|share|all|adjust|chunk|max|min|images)_?.*|output_.*|.*feature_layers"
 )
 """Keys of configs that hold counts, and those that only look it."""
 REPEATED = re.compile(r".*(layers|blocks|depths?)")
