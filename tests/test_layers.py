@@ -19,7 +19,7 @@ FLOORS = [
     {"data"},
     {"families"},
     {"graph"},
-    {"surgery"},
+    {"surgery", "gates"},
     {"measure"},
     {"stats"},
     {"pruning"},

@@ -1,0 +1,25 @@
+"""Gates: units that are open by a number, which is learned. `place` puts them where the traced graph says."""
+
+from secateur.gates.controllers import Lagrangian, log_cost, penalty
+from secateur.gates.cost import ExpectedCost, unit_macs
+from secateur.gates.gated import Gated, place
+from secateur.gates.laws import Gaussian, HardConcrete, Law, StraightThrough
+from secateur.gates.points import Points, points_of
+from secateur.gates.reading import Reading
+
+__all__ = [
+    "ExpectedCost",
+    "Gated",
+    "Gaussian",
+    "HardConcrete",
+    "Lagrangian",
+    "Law",
+    "Points",
+    "Reading",
+    "StraightThrough",
+    "log_cost",
+    "penalty",
+    "place",
+    "points_of",
+    "unit_macs",
+]

@@ -1,0 +1,225 @@
+"""A model behind gates: the model's own forward, with parameters that the gates have multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from secateur.errors import SecateurError
+from secateur.gates.laws import Law
+from secateur.gates.points import Points, points_of
+from secateur.gates.reading import Readers, Reading
+from secateur.graph import Graph, Group
+from secateur.utils.inputs import Inputs
+from secateur.utils.running import call, evaluating, flat_tensors
+
+
+class Gated(nn.Module):
+    """A model whose units are multiplied by gates, in `forward` only: the model itself is as it was.
+
+    >>> gated = place(model, graph, lambda group: HardConcrete(group.size), kinds=("neurons",))  # doctest: +SKIP
+    >>> gated(x)  # a draw in train mode, the decided values in eval mode  # doctest: +SKIP
+
+    laws: the law of each group, in the order of the graph. points: where each meets the network. frozen: groups that
+    have no gate, and why. fixed: values that stand in place of the laws', for groups in it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        laws: Sequence[Law],
+        points: Mapping[str, Points],
+        frozen: Mapping[str, str],
+    ):
+        super().__init__()
+        self.model = model
+        self.laws = nn.ModuleList(laws)
+        self.groups = {group.name: group for group in groups}
+        self.points, self.frozen = dict(points), dict(frozen)
+        self.fixed: dict[str, Tensor] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        values = self.values()
+        readers = [(law, self.points[name]) for name, law in self.by_group().items() if self._reads(name)]
+        with _Branches(self, values), Readers(self.model, readers):  # type: ignore[arg-type]
+            return functional_call(self.model, self._parameters_at(values), args, kwargs)
+
+    def values(self) -> dict[str, Tensor]:
+        """The gates of one forward: draws in train mode, else what is decided; [units] by group name."""
+        values = {
+            name: self.fixed[name] if name in self.fixed else (law.sample() if self.training else law.value())
+            for name, law in self.by_group().items()
+            if not self._reads(name)
+        }
+        for name, value in values.items():
+            if not torch.isfinite(value).all():
+                raise SecateurError(
+                    "a gate isn't finite",
+                    where=name,
+                    fix="lower the rate of the gates, and check the loss for NaN",
+                )
+        return values
+
+    def _reads(self, name: str) -> bool:
+        return name not in self.fixed and isinstance(self.by_group()[name], Reading)
+
+    def by_group(self) -> dict[str, Law]:
+        """The laws by group name."""
+        return dict(zip(self.groups, self.laws, strict=True))  # type: ignore[arg-type]
+
+    def keep(self) -> dict[str, Tensor]:
+        """The probability that each unit stays, [units] by group name, with a gradient."""
+        return {name: law.keep() for name, law in self.by_group().items()}
+
+    @torch.no_grad()
+    def open(self) -> dict[str, Tensor]:
+        """Numbers of the units that are open without chance, by group name.
+
+        Raises `SecateurError` where a group is closed as a whole.
+        """
+        found = {name: law.value().nonzero().flatten().cpu() for name, law in self.by_group().items()}
+        for name, units in found.items():
+            if not len(units) and self.points[name].place != "blocks":
+                raise SecateurError(
+                    "all its gates are closed",
+                    where=name,
+                    fix="a smaller weight of the cost, or an exact allocation",
+                )
+        return found
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Write the decided gates into the model's parameters, so that it computes without gates what it did with them.
+
+        Blocks whose gate isn't 0 or 1 can't be folded. Raises `SecateurError` for these.
+        """
+        values = {name: self.fixed.get(name, law.value()) for name, law in self.by_group().items()}
+        for name, value in values.items():
+            if (
+                self.points[name].place == "blocks"
+                and not torch.isin(value, torch.tensor([0.0, 1.0]).to(value)).all()
+            ):
+                raise SecateurError("a block's gate between 0 and 1 has no place in weights", where=name)
+        own = dict(self.model.named_parameters())
+        for name, value in self._parameters_at(values, decided=True).items():
+            own[name].copy_(value)
+
+    def _parameters_at(self, values: Mapping[str, Tensor], decided: bool | None = None) -> dict[str, Tensor]:
+        own = dict(self.model.named_parameters())
+        changed: dict[str, Tensor] = {}
+        decided = not self.training if decided is None else decided
+        laws = self.by_group()
+        for name, points in self.points.items():
+            if name not in values:
+                continue
+            soft = values[name]
+            # where a closed gate must feel its gradient, what only looks at it closed would hide it
+            parts = [(points.soft, soft)]
+            if decided or not laws[name].opens_from_closed:
+                parts.append((points.closed, (soft.detach() != 0).to(soft)))
+            for slices, gate in parts:
+                for s in slices:
+                    tensor = changed.get(s.name, own[s.name])
+                    changed[s.name] = tensor * _spread(gate, s.index, tensor, s.dim)
+        return changed
+
+
+def _spread(gate: Tensor, index: Tensor, tensor: Tensor, dim: int) -> Tensor:
+    """The gate of each entry along `dim`, 1 where none is, in a shape that multiplies the tensor."""
+    index = index.to(tensor.device)
+    ones = torch.ones(tensor.shape[dim], dtype=tensor.dtype, device=tensor.device)
+    flat = ones.index_put((index.reshape(-1),), gate.to(tensor).repeat_interleave(index.shape[1]))
+    return flat.reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
+
+
+class _Branches:
+    """While the model runs, what each gated block adds to its input is multiplied by the block's gate."""
+
+    def __init__(self, gated: Gated, values: Mapping[str, Tensor]):
+        self.blocks = [
+            (gated.model.get_submodule(path), values[name][unit])
+            for name, points in gated.points.items()
+            if name in values
+            for unit, path in enumerate(points.blocks)
+        ]
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        self.handles = [
+            block.register_forward_hook(_scaled(gate), with_kwargs=True) for block, gate in self.blocks
+        ]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _scaled(gate: Tensor) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        made = list(flat_tensors(output)) if isinstance(output, list) else [next(flat_tensors(output))]
+        given = list(flat_tensors((args, kwargs)))
+        values = []
+        for one in made:
+            before = next(v for v in given if v.shape == one.shape)
+            values.append(torch.lerp(before, one, gate.to(one)))  # exact at both ends
+        if isinstance(output, list):
+            return values
+        return (values[0], *output[1:]) if isinstance(output, tuple) else values[0]
+
+    return hook
+
+
+def place(
+    model: nn.Module,
+    graph: Graph,
+    law: Callable[[Group], Law],
+    kinds: Sequence[str] | None = None,
+    groups: Sequence[Group] | None = None,
+    inputs: Inputs | None = None,
+) -> Gated:
+    """Gates for the groups of a traced model.
+
+    >>> gated = place(model, graph, lambda group: HardConcrete(group.size, start=2.5))  # doctest: +SKIP
+
+    law: the law of a group. kinds: None: all. groups: only these. inputs: examples, which laws that read the input need
+    once. Groups without a gate point are in `frozen` with the reason.
+
+    Raises `SecateurError` where no group gets a gate, with the reasons.
+    """
+    wanted = [g for g in (graph.groups if groups is None else groups) if kinds is None or g.kind in kinds]
+    points: dict[str, Points] = {}
+    frozen: dict[str, str] = {}
+    for group in wanted:
+        found = points_of(model, graph, group)
+        if isinstance(found, str):
+            frozen[group.name] = found
+        else:
+            points[group.name] = found
+    if not points:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(frozen.items())[:4]) or "no such group"
+        raise SecateurError(
+            f"no group gets a gate ({reasons})", where=type(model).__name__, fix="see graph.explain()"
+        )
+    chosen = [group for group in wanted if group.name in points]
+    laws = [law(group) for group in chosen]
+    for group, made in zip(chosen, laws, strict=True):
+        if made.units != group.size:
+            raise SecateurError(
+                f"a law of {made.units} gates for {group.size} units", where=group.name, fix="law(group.size)"
+            )
+    gated = Gated(model, chosen, laws, points, frozen)
+    gated.laws.to(next(model.parameters()).device)
+    if any(isinstance(made, Reading) for made in laws):
+        if inputs is None:
+            raise SecateurError(
+                "gates that read the input need an example of it", where="place", fix="pass inputs="
+            )
+        with evaluating(gated), torch.no_grad():
+            call(gated, inputs)
+    gated.train(model.training)
+    return gated
