@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,14 +109,21 @@ class Job:
         after_step: Sequence[Hook] = (),
         moments: Moments | None = None,
         seed: int | None = None,
+        model: nn.Module | None = None,
+        parameters: Iterable[Any] | None = None,
+        loss: Objective | None = None,
+        data: Any = None,
         **recipe: Any,
     ) -> list[float]:
         """Train the model in a phase of its own name, with `fit`; gives the loss of each step.
 
         >>> job.train("dense", lr=0.05)  # doctest: +SKIP
+        >>> job.train("gates", model=gated, parameters=[{"params": [*gated.laws.parameters()], "lr": 0.1}])  # doctest: +SKIP
 
-        steps: None is the whole budget. recipe: fields that differ from the run's. Where the run is resumed, a finished
-        phase is read, and one that was stopped goes on from its last checkpoint.
+        steps: None is the whole budget. model: what runs, where it is more than the job's model, such as one behind
+        gates. parameters, loss, data: in place of the task's, as `fit` takes them. recipe: fields that differ from the
+        run's. Where the run is resumed, a finished phase is read, and one that was stopped goes on from its last
+        checkpoint; a hook with `state_dict()` is kept there too.
         """
         if phase in self._names:
             raise SecateurError(
@@ -127,15 +134,16 @@ class Job:
         self._names.append(phase)
         file = self.directory / f"{count:02d}-{phase}.safetensors" if self.directory else None
         losses = fit(
-            self.model,
-            self.task.train,
+            model or self.model,
+            self.task.train if data is None else data,
             steps=steps or self.steps,
             start=start,
             until=until,
-            loss=self.task.loss,
+            loss=loss or self.task.loss,
             loss_terms=loss_terms,
             after_backward=after_backward,
             after_step=after_step,
+            parameters=parameters,
             augment=self.task.augment,
             seed=self.seed if seed is None else seed,
             moments=moments,
