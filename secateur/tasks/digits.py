@@ -11,6 +11,7 @@ from secateur.errors import SecateurError
 from secateur.measure.vision import accuracy
 from secateur.tasks.augment import Batch, shift
 from secateur.tasks.networks.digits_cnn import DigitsCnn
+from secateur.tasks.networks.digits_resnet import DigitsResNet
 from secateur.training import fit
 from secateur.training.recipe import Recipe
 from secateur.training.task import Task
@@ -19,6 +20,7 @@ from secateur.utils.files import atomic_directory, cache_dir
 BLACK = -MEAN / STD
 RECIPE = Recipe(optimizer="adamw", lr=1e-2, batch=64, weight_decay=1e-3, warmup=0.1)
 STEPS, VERSION = 400, 1
+BUILDS = {"digits-cnn": DigitsCnn, "digits-resnet": DigitsResNet}
 
 
 def augment(batch: Batch, generator: torch.Generator) -> Batch:
@@ -32,7 +34,7 @@ def load_network(name: str = "digits-cnn") -> nn.Module:
     file = folder / "model.safetensors"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = DigitsCnn()
+        model: nn.Module = BUILDS[name]()
     if not file.is_file():
         fit(
             model,
@@ -58,8 +60,8 @@ def task(network: str, split: str, train: int | None, test: int | None) -> Task:
     held_out = load_digits(split, test)
     return Task(
         name=f"digits:{network}",
-        build=DigitsCnn,
-        pretrained=load_network,
+        build=BUILDS[network],
+        pretrained=lambda: load_network(network),
         train=load_digits("train", train),
         quality=lambda model: accuracy(model, *held_out, batch=500),
         inputs=torch.zeros(1, 1, 8, 8),

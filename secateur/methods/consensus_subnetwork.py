@@ -1,0 +1,211 @@
+"""Consensus sub-network: gates that look at each input are polarised until all inputs agree on one network.
+
+Learning a Consensus Sub-Network with Polarization Regularization and One Pass Training,
+https://arxiv.org/abs/2302.10798. Spec: consensus-subnetwork.
+
+No official code is known: the abstract's facts are the binary gate, the straight-through gradient, the polarisation over the
+data, a wanted size and one pass; every formula, the gate's network and all coefficients are reconstructions. The size term
+is one-sided: with the sheet's distance on both sides one block stays half open wherever the target falls between two
+counts, and polarisation and size hold each other up (measured). Blocks are
+computed for all samples of a batch, also those that skip them, so BatchNorm sees them all; its statistics are taken anew
+after the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.gates import ExpectedCost, Gated, Reading, place, unit_macs
+from secateur.gates.laws import GRADIENTS
+from secateur.graph import Graph, Group
+from secateur.method import register
+from secateur.pruning.allocate import at_least
+from secateur.pruning.plan import Plan
+from secateur.solvers.batchnorm import reestimate_batchnorm
+from secateur.taxonomy import record
+from secateur.training.batches import Draw
+from secateur.training.job import Job
+from secateur.training.method import TrainMethod
+from secateur.training.ramp import Ramp
+from secateur.utils.batches import inputs_of
+from secateur.utils.running import evaluating, run
+
+
+def polarisation(answers: Tensor) -> Tensor:
+    """mean over units of gbar (1 - gbar), where gbar is the share of the samples that a unit runs for.
+
+    >>> polarisation(torch.tensor([[1.0, 0, 1], [1, 0, 0], [1, 1, 1], [1, 0, 0]]))
+    tensor(0.1458)
+
+    answers: [batch, units], 0 or 1. 0 where every gate is constant over the batch. Sheet, step 5.
+    """
+    mean = answers.mean(0)
+    return (mean * (1 - mean)).mean()
+
+
+def disagreement(share: Tensor) -> float:
+    """The largest share of inputs that a gate's majority doesn't speak for; share: [units] of inputs that run each."""
+    return torch.minimum(share, 1 - share).max().item()
+
+
+@register
+@dataclass
+class ConsensusSubnetwork(TrainMethod):
+    """One training with gates; what almost no input uses is cut, the rest runs without gates.
+
+    >>> secateur.train_prune(load_task("cifar10"), method="consensus-subnetwork", target="macs<=60%", epochs=4)  # doctest: +SKIP
+
+    A target in MACs or parameters is that of the whole network; a bare share is that of what the gated units cost. Of the
+    units that most inputs skip none stays; where that isn't enough for the target, the least used of the others leave.
+    `select="threshold"` takes the majority's network as it is, as published, so that a target may be missed. Needs
+    batches of two or more: one sample always agrees with itself. Fine-tuning is not part of the method (`tune`).
+    """
+
+    gate: str = field(
+        default="auto",
+        metadata={
+            "help": "what is gated: layers (residual blocks), channels; auto: layers where there are any",
+            "choices": ("auto", "layers", "channels"),
+        },
+    )
+    lambda_p: float = field(default=2.0, metadata={"help": "weight of the polarisation", "min": 0})
+    lambda_s: float = field(default=4.0, metadata={"help": "weight of what is over the target", "min": 0})
+    ramp: float = field(
+        default=0.2,
+        metadata={"help": "share of the steps over which the polarisation comes in", "min": 0, "max": 1},
+    )
+    width: int = field(default=16, metadata={"help": "hidden width of a gate's network", "min": 1})
+    gate_lr: float = field(default=1.0, metadata={"help": "rate of the gates, of the network's", "above": 0})
+    gradient: str = field(
+        default="sigmoid",
+        metadata={"help": "backward of the hard step: sigmoid, identity", "choices": GRADIENTS},
+    )
+    select: str = field(
+        default="allocate",
+        metadata={
+            "help": "what leaves: allocate, threshold (published)",
+            "choices": ("allocate", "threshold"),
+        },
+    )
+    reestimate: int = field(
+        default=20, metadata={"help": "batches to take BatchNorm statistics anew on after the cut", "min": 0}
+    )
+    tune: float = field(default=0.0, metadata={"help": "fine-tuning, in lengths of the training", "min": 0})
+
+    starts: ClassVar[str] = "trained"
+    removes: ClassVar[str] = "units"
+    kinds: ClassVar[tuple[str, ...] | None] = ("layers", "channels")
+    allocation: ClassVar[str] = "global"
+    share_of: ClassVar[str] = "units"
+    info = record("consensus-subnetwork")
+
+    def prune(self, job: Job) -> Plan:
+        if job.recipe.batch < 2 and self.lambda_p:
+            raise SecateurError(
+                "one sample always agrees with itself, so nothing is polarised",
+                where=f"{self.name}, batch",
+                fix="a batch of 2 or more, or lambda_p=0",
+            )
+        context = job.context()
+        kind = self.kind(context.groups)
+        groups = [group for group in context.groups if group.kind == kind]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(job.generator("gates").initial_seed() % 2**63)
+            gated = place(job.model, context.graph, self.law, groups=groups, inputs=context.example)
+        price, wanted = self.price(job, context.graph, gated)
+        ramp, laws = Ramp(self.ramp), [law for law in gated.laws if isinstance(law, Reading)]
+
+        def polar(model: nn.Module, batch: Any) -> Tensor:
+            answers = torch.cat([law.answers() for law in laws], 1)
+            return self.lambda_p * ramp.weight * polarisation(answers)
+
+        def size(model: nn.Module, batch: Any) -> Tensor:
+            return self.lambda_s * (price(gated.keep()) - wanted).clamp_min(0)
+
+        job.train(
+            "gates",
+            model=gated,
+            parameters=[
+                {"params": [*job.model.parameters()], "lr": job.recipe.lr},
+                {
+                    "params": [*gated.laws.parameters()],
+                    "lr": job.recipe.lr * self.gate_lr,
+                    "weight_decay": 0.0,
+                },
+            ],
+            loss_terms=[polar, size],
+            after_step=[ramp],
+        )
+        shares, sure = self.consensus(job, gated)
+        job.note(
+            quality_of_the_gated=None if job.task.quality is None else float(job.task.quality(gated.eval())),
+            disagreement=max(disagreement(share) for share in shares.values()),
+            share_of_the_consensus=float(
+                price({name: (share >= 0.5).float() for name, share in shares.items()})
+            ),
+        )
+        job.cut(self.choose(job, shares, sure))
+        if self.reestimate:
+            draw = Draw(job.task.train, job.recipe.batch, job.seed)
+            with torch.no_grad():
+                reestimate_batchnorm(
+                    job.model, (inputs_of(job.model, draw(step)) for step in range(self.reestimate))
+                )
+        job.note(quality_after_the_cut=job.quality())
+        if steps := round(self.tune * job.steps):
+            job.train("tune", steps=steps)
+        return job.plan(notes={f"no gate: {name}": why for name, why in gated.frozen.items()})
+
+    def kind(self, groups: list[Group]) -> str:
+        if self.gate != "auto":
+            return self.gate
+        return "layers" if any(group.kind == "layers" for group in groups) else "channels"
+
+    def law(self, group: Group) -> Reading:
+        return Reading(group.size, blocks=group.kind == "layers", hidden=self.width, gradient=self.gradient)
+
+    def price(self, job: Job, graph: Graph, gated: Gated) -> tuple[Any, float]:
+        """(the share that is expected to be left, as a function of the shares of inputs that run each unit; the wanted)."""
+        target, cost = job.target, ExpectedCost(graph)
+        if target.kind in ("macs", "params"):
+            whole = cost.whole_macs if target.kind == "macs" else cost.whole_params
+            count = cost.macs if target.kind == "macs" else cost.params
+            return lambda keep: count(keep).float() / whole, target.limit(whole) / whole
+        each = {name: unit_macs(graph, graph[name]) for name in gated.points}
+        total = sum(costs.sum() for costs in each.values())
+        return lambda keep: sum((each[n].to(keep[n]) * keep[n]).sum() for n in each) / total, job.share
+
+    @torch.no_grad()
+    def consensus(self, job: Job, gated: Gated) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """[units] by group over an epoch of the training data: the share of inputs that run each, and how sure."""
+        draw = Draw(job.task.train, job.recipe.batch, job.seed)
+        shares = {name: torch.zeros(law.units) for name, law in gated.by_group().items()}
+        sure = {name: torch.zeros(law.units) for name, law in gated.by_group().items()}
+        seen = 0
+        with evaluating(gated):
+            for step in range(max(1, round(job.epoch))):
+                run(gated, inputs_of(job.model, draw(step)))
+                for name, law in gated.by_group().items():
+                    assert isinstance(law, Reading)
+                    answers = law.answers().cpu()
+                    shares[name] += answers.sum(0)
+                    sure[name] += law.probability().cpu() * len(answers)
+                seen += len(answers)
+        shares, sure = ({name: total / seen for name, total in found.items()} for found in (shares, sure))
+        return shares, sure
+
+    def choose(self, job: Job, shares: Mapping[str, Tensor], sure: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Kept units by group: one at least, the most used, of equals the first."""
+        stay = {name: at_least(share >= 0.5, share, 1) for name, share in shares.items()}
+        if self.select == "allocate":
+            fits = job.context().allocate(sure, job.options.allocation)
+            for name, units in fits.items():
+                both = stay[name] & torch.zeros_like(stay[name]).index_fill(0, units, True)
+                stay[name] = at_least(both, sure[name].masked_fill(~stay[name], -1), 1)
+        return {name: mask.nonzero().flatten() for name, mask in stay.items()}
