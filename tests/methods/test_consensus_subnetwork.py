@@ -86,7 +86,7 @@ def test_blocks_leave_until_the_target_holds_and_the_rest_runs_without_gates():
 def test_polarisation_brings_the_inputs_to_agree():
     """The same run without it lets inputs disagree. Two seeds each."""
     with_, without = (
-        [run(lambda_p=weight, seed=seed, steps=80).report["phases"][0]["disagreement"] for seed in range(2)]
+        [run(lambda_p=weight, seed=seed, steps=100).report["phases"][0]["disagreement"] for seed in range(2)]
         for weight in (2.0, 0.0)
     )
     assert max(with_) < 0.01 and min(without) > 0.05
