@@ -80,6 +80,7 @@ def plan_apply(
     from secateur.measure import measure as run
     from secateur.pruning.plan import Plan
     from secateur.pruning.prune import apply_plan
+    from secateur.report.summary import alarms
     from secateur.report.terminal import print_report
     from secateur.utils.inputs import default_inputs
 
@@ -101,6 +102,7 @@ def plan_apply(
             "groups": [{**row, "reason": None} for row in rows if row["kind"] != "weights"],
             "weights": [row for row in rows if row["kind"] == "weights"],
         }  # fmt: skip
+        report["collapsed"] = alarms(report)
         if is_exchange(out):
             report["export"] = export(network, default_inputs(network) if inputs is None else inputs, out)
         else:

@@ -21,11 +21,13 @@ from secateur.cli.shared import (
     REPORT_HELP,
     Quality,
     Where,
+    add_times,
     at_least,
     check_file_model,
     check_new_file,
     check_new_folder,
     method_entry,
+    open_model,
     open_with_inputs,
     quiet_stdout,
     show,
@@ -118,6 +120,7 @@ def prune(
     from secateur.pruning.prune import prune as run
     from secateur.pruning.request import read_request
     from secateur.report.html import library_versions, write_report
+    from secateur.report.summary import alarms
     from secateur.report.terminal import print_report
     from secateur.utils.progress import track
 
@@ -134,7 +137,6 @@ def prune(
     with quiet_stdout():
         network, tokenizer, inputs = open_with_inputs(model, where)
         seqlen = common["seqlen"]
-        times = {"before": _times(network, inputs, seqlen)} if measured.latency else {}
         pruned = run(
             network,
             inputs,
@@ -159,10 +161,10 @@ def prune(
             )
             report["cut"], report["after"] = report["after"], after
         if measured.latency:
-            times["after"] = _times(pruned.model, inputs, seqlen)
-            for when, (seconds, reasons) in times.items():
-                report[when]["latency"] = seconds
-                report[when]["not_measured"] |= reasons
+            dense = open_model(model, where.device, where.dtype)[0] if pruned.model is network else network
+            add_times(report, dense, pruned.model, inputs, seqlen)
+            del dense
+        report["collapsed"] = alarms(report)
         report |= {"model": model, "out": output.out, "command": line, "versions": library_versions()}
         if output.out:
             write_model(pruned, inputs, output.out)
@@ -209,10 +211,3 @@ def check_target(text: str) -> None:
         )
     if meaning := parse_target(text).meaning:
         print(meaning, file=sys.stderr)
-
-
-def _times(model: Any, inputs: Any, seqlen: int) -> tuple[dict[str, float], dict[str, str]]:
-    from secateur.measure import measure as run
-
-    figures = run(model, latency=True, seqlen=seqlen, inputs=inputs)
-    return figures["latency"], figures["not_measured"]

@@ -35,7 +35,7 @@ TASKS_HELP = (
     " (accuracy: piqa, arc_easy, ...) and of pictures (cifar10, digits, camvid; PSNR: set5, set14)"
 )
 LIMIT_HELP = "at most this many windows of a text and questions of a set"
-LATENCY_HELP = "measure the time of a forward, and of a new token"
+LATENCY_HELP = "measure the time of a forward, and of a new token; before and after run in turn"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +258,17 @@ def open_with_inputs(name: str, where: Where) -> tuple[Any, Any, Any]:
     """(model, tokenizer, example inputs)."""
     network, tokenizer = open_model(name, where.device, where.dtype)
     return network, tokenizer, example(network, where.input_shape)
+
+
+def add_times(report: dict[str, Any], before: Any, after: Any, inputs: Any, seqlen: int) -> None:
+    """Times both models in turn, and puts what was found into the report of the two."""
+    from secateur.measure import latencies, token_inputs
+
+    inputs = token_inputs(before, seqlen) if inputs is None else inputs
+    times, report["speed"], reasons = latencies([before, after], inputs)
+    for side, found in zip(("before", "after"), times, strict=True):
+        report[side]["latency"] = found
+        report[side]["not_measured"] |= reasons
 
 
 def example(model: Any, shape: str | None) -> Any:

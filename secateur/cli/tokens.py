@@ -13,12 +13,14 @@ from cyclopts import Parameter
 from secateur.cli.flags import OUTPUT, SWITCH, Settings, flag
 from secateur.cli.shared import JSON_HELP, at_least, check_new_file, method_entry, quiet_stdout, show
 from secateur.errors import SecateurError
+from secateur.utils.spread import Speed, quartiles
 
 MODEL = Parameter(
     help="scenes, scenes:qwen, scenes:llava:1 (variant, seed), or a folder or hub name of a vision-language model"
 )
 PICTURE = Parameter(help="a picture file; or --image", show_default=False)
 NUMBER, SIDE = 1000, 5
+TIMES = ("seconds_to_first_token", "seconds_per_token")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,9 @@ class Tokens:
     positions: str | None = flag("original or compact; default: the method's", None)
     seed: int = flag("of what the method draws at random", 0)
     max_new_tokens: int = flag("length of the answer", 16)
-    repeats: int = flag("runs that the times are the median of", 3)
+    repeats: int = flag(
+        "pairs of runs, with all tokens and with the kept ones in turn, that the times come from", 5
+    )
     device: str = flag("cpu, cuda, cuda:1, mps, ...", "cpu")
     dtype: str | None = flag("float32, bfloat16 or float16; default: float32 on a cpu", None)
     out: Annotated[str | None, OUTPUT] = flag("a .png with the kept tokens over the picture", None)
@@ -173,22 +177,16 @@ class Stopwatch:
         pass
 
 
-def timed(asked: Asked, length: int, repeats: int) -> tuple[str, float, float | None]:
-    """The answer, and the median seconds to its first token and for each after it."""
+def timed(asked: Asked, length: int) -> tuple[str, float, float | None]:
+    """The answer, the seconds to its first token, and the median seconds for each after it."""
     import torch
 
-    first, each, answer = [], [], ""
-    prompt = asked.inputs["input_ids"].shape[1]
-    for _ in range(repeats):
-        watch = Stopwatch(asked.model)
-        with torch.no_grad():
-            written = asked.model.generate(
-                **asked.inputs, max_new_tokens=length, do_sample=False, streamer=watch
-            )
-        answer = asked.tokenizer.decode(written[0, prompt:], skip_special_tokens=True).strip()
-        first.append(watch.marks[1] - watch.begun)
-        each += [b - a for a, b in zip(watch.marks[1:], watch.marks[2:])]
-    return answer, statistics.median(first), statistics.median(each) if each else None
+    prompt, watch = asked.inputs["input_ids"].shape[1], Stopwatch(asked.model)
+    with torch.no_grad():
+        written = asked.model.generate(**asked.inputs, max_new_tokens=length, do_sample=False, streamer=watch)
+    answer = asked.tokenizer.decode(written[0, prompt:], skip_special_tokens=True).strip()
+    each = [b - a for a, b in zip(watch.marks[1:], watch.marks[2:])]
+    return answer, watch.marks[1] - watch.begun, statistics.median(each) if each else None
 
 
 def tokens(
@@ -223,24 +221,31 @@ def compare(
     asked: Asked, method: str, settings: Mapping[str, Any], name: str, flags: Tokens
 ) -> dict[str, Any]:
     """The answers and figures of both runs; draws the kept tokens where --out says."""
+    import torch
+
+    from secateur.measure.load import Others, crowded, processors
+    from secateur.report.tokens import token_alarms
     from secateur.tokens.attach import attach
 
-    length, repeats = flags.max_new_tokens, flags.repeats
-    before_answer, *before_times = timed(asked, length, repeats)
-    with attach(
-        asked.model,
-        method,
-        target=flags.target,
-        seed=flags.seed,
-        positions=flags.positions,
-        tokenizer=asked.tokenizer,
-        question=asked.prompt,
-        **settings,
-    ) as attached:
-        after_answer, *after_times = timed(asked, length, repeats)
-        report = attached.report
-        stages = {stage: attached.coordinates(stage)[0] for stage in attached.kept}
-        shape = _grid(attached)
+    runs: dict[str, list[tuple[str, float, float | None]]] = {"before": [], "after": []}
+    others = Others()
+    for _ in range(flags.repeats + (flags.repeats > 1)):  # in turn; the first pair warms up
+        runs["before"].append(timed(asked, flags.max_new_tokens))
+        with attach(
+            asked.model,
+            method,
+            target=flags.target,
+            seed=flags.seed,
+            positions=flags.positions,
+            tokenizer=asked.tokenizer,
+            question=asked.prompt,
+            **settings,
+        ) as attached:
+            runs["after"].append(timed(asked, flags.max_new_tokens))
+            report = attached.report
+            stages = {stage: attached.coordinates(stage)[0] for stage in attached.kept}
+            shape = _grid(attached)
+    used, count = others.used(), len(processors())
     figures = ("visual_tokens", "tokens_x_layers", "equivalent_tokens", "flops", "kv_bytes")
     found: dict[str, Any] = {
         "model": name,
@@ -252,13 +257,26 @@ def compare(
         "kept": {stage: attached.kept[stage][0].tolist() for stage in stages},
         "out": flags.out,
     }
-    for side, answer, times in (
-        ("before", before_answer, before_times),
-        ("after", after_answer, after_times),
-    ):
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for side, made in runs.items():
         counted = report.get(side) or {}
-        found[side] = {"answer": answer} | {key: counted.get(key) for key in figures}
-        found[side] |= dict(zip(("seconds_to_first_token", "seconds_per_token"), times))
+        columns = zip(TIMES, zip(*(times for _, *times in made[flags.repeats > 1 :])))
+        seconds[side] = {key: values for key, values in columns if None not in values}
+        spans = {key: quartiles(values) for key, values in seconds[side].items()}
+        found[side] = {"answer": made[-1][0]} | {key: counted.get(key) for key in figures}
+        found[side] |= {key: spans[key][1] if key in spans else None for key in TIMES}
+        found[side]["latency"] = {
+            "quartiles": {key: [low, high] for key, (low, _, high) in spans.items()},
+            "processors": count,
+            "others": round(used, 2),
+            "crowded": crowded(used, count, torch.get_num_threads()),
+        }
+    found["speed"] = {
+        key: Speed.of(seconds["before"][key], seconds["after"][key]).as_dict()
+        for key in TIMES
+        if key in seconds["before"] and key in seconds["after"]
+    }
+    found["collapsed"] = token_alarms(found)
     found["not_measured"] = {
         key: "the answer is a single token"
         if key == "seconds_per_token"

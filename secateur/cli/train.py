@@ -70,6 +70,7 @@ def train_prune(
 
     With --method NAME, --help shows the method's hyperparameters too. Under torchrun the batches are shared by its processes.
     """
+    from secateur.report.summary import alarms
     from secateur.tasks import load_task
     from secateur.training.parallel import is_main
     from secateur.training.train_prune import train_prune as run
@@ -100,6 +101,7 @@ def train_prune(
         )
         report = pruned.report
         report |= {"model": task, "out": out, "command": line}
+        report["collapsed"] = alarms(report)
         if is_main():
             _write(pruned, out, page)
             if isinstance(work, Path):

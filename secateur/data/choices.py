@@ -7,7 +7,7 @@ models guess. The files hold half of the items of each set (SECATEUR_DATA, folde
 import gzip
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -96,6 +96,15 @@ SETS: dict[str, tuple[str, Callable[[dict[str, Any]], Item]]] = {
     "commonsense_qa": ("commonsense_qa.validation", _question),
     "lambada": ("lambada_openai.test", _lambada),
 }
+
+
+def chance(items: Sequence[Item]) -> float:
+    """The share of these questions that guessing answers; 0 where the answer is a word and not one of several.
+
+    >>> chance([_ask("Q", ["a", "b"], 0), _ask("Q", ["a", "b", "c", "d"], 1)])
+    0.375
+    """
+    return sum(1 / len(item.choices) if len(item.choices) > 1 else 0.0 for item in items) / len(items)
 
 
 def load_items(name: str, limit: int | None = None) -> list[Item]:

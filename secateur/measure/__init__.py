@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ from secateur.errors import SecateurError
 from secateur.measure import timing, vision
 from secateur.measure.cost import accepts, macs, params, params_nonzero, peak_memory, size_bytes
 from secateur.measure.quality import accuracy, perplexity
-from secateur.measure.timing import decode_latency, latency
+from secateur.measure.timing import decode_latency, in_turn, latencies, latency
 from secateur.utils.inputs import Inputs, describe
+from secateur.utils.running import device_of
 
 __all__ = [
     "accuracy",
     "decode_latency",
+    "in_turn",
+    "latencies",
     "latency",
     "macs",
     "measure",
@@ -56,17 +59,19 @@ def measure(
     that macs, memory and latency are measured on; a language model gets [1, seqlen] token ids.
 
     Keys: params, params_nonzero, macs, size_bytes, peak_memory_bytes (macs and this are None without inputs),
-    perplexity {task: x} (None where it is not finite), accuracy {task: {"acc", "acc_norm", "miou"}}, psnr {task: dB}, seconds (of all of
-    this), latency {"forward_seconds", and for language models "decode_seconds_per_token"}, not_measured {key: why}
-    for every figure that is missing, and what was measured on: inputs (shapes), seqlen, limit, dtype, device, threads.
+    perplexity {task: x} (None where it is not finite), accuracy {task: {"acc", "acc_norm", "miou"}}, chance {task: what
+    guessing gives}, questions {task: count}, psnr {task: dB}, seconds (of all of this), latency (`timing.latencies`:
+    "forward_seconds", for language models "decode_seconds_per_token", their quartiles, how busy the machine was),
+    not_measured {key: why} for every figure that is missing, and what was measured on: inputs (shapes), seqlen, limit,
+    dtype, device, threads.
     Raises SecateurError for an unknown task or missing data, before any work, and for tasks without a tokenizer.
     """
     start = time.perf_counter()
     seqlen = min(seqlen, text.context(model) or seqlen)
+    if inputs is None:
+        inputs = token_inputs(model, seqlen)
     texts, questions, shown = _load(model, tasks, tokenizer, limit)
     first = next(model.parameters(), torch.empty(0))
-    if inputs is None:
-        inputs = _token_inputs(model, seqlen, first.device)
     result: dict[str, Any] = {
         "params": params(model),
         "params_nonzero": params_nonzero(model),
@@ -76,6 +81,8 @@ def measure(
         "perplexity": {},
         "accuracy": {},
         "psnr": {},
+        "chance": {},
+        "questions": {},
         "latency": {},
         "not_measured": {} if inputs is not None else dict.fromkeys(("macs", "peak_memory_bytes"), NO_INPUTS),
         "inputs": None if inputs is None else describe(inputs),
@@ -86,7 +93,7 @@ def measure(
         "threads": torch.get_num_threads(),
     }
     if latency:
-        result["latency"], reasons = _latency(model, inputs)
+        [result["latency"]], _, reasons = timing.latencies([model], inputs)
         result["not_measured"] |= reasons
     for name, ids in texts.items():
         value = perplexity(model, ids, seqlen, batch, limit)
@@ -95,6 +102,8 @@ def measure(
             result["not_measured"][f"perplexity, {name}"] = f"it is {value}"
     for name, items in questions.items():
         result["accuracy"][name] = accuracy(model, tokenizer, items, batch * seqlen)
+        result["chance"][name] = choices.chance(items)
+        result["questions"][name] = len(items)
     for name, look in shown.items():
         for key, value in look().items():
             result[key][name] = value
@@ -104,10 +113,14 @@ def measure(
 NO_INPUTS = "no example inputs were given"
 SEEN = (*pictures.SETS, "digits", "camvid", *super_resolution.SETS)
 """Sets of pictures that `measure` knows."""
+CLASSES = {"cifar10": 10, "imagenet-sample": 1000, "digits": 10}
+"""Into how many classes their pictures are sorted."""
 
 
 def seen(model: nn.Module, name: str, limit: int | None = None) -> Callable[[], dict[str, Any]]:
     """Loads a set of SEEN; what it gives measures a network on it: {"accuracy": {"acc": ..}} or {"psnr": ..}.
+
+    Beside an accuracy stand `chance`, what guessing gives, and `questions`, of how many pictures it is the share.
 
     Raises SecateurError for missing data, and pairs of pictures given to a network that doesn't enlarge them.
     """
@@ -123,9 +136,11 @@ def seen(model: nn.Module, name: str, limit: int | None = None) -> Callable[[], 
         return lambda: {"psnr": vision.psnr(model, pairs)}
     if name == "camvid":
         scenes = camvid.load_camvid("all", limit)
-        return lambda: {"accuracy": vision.segmentation(model, *scenes, len(camvid.CLASSES))}
+        classes = len(camvid.CLASSES)
+        return lambda: {"accuracy": vision.segmentation(model, *scenes, classes), "chance": 1 / classes}
     x, labels = digits.load_digits("test", limit) if name == "digits" else pictures.load_pictures(name, limit)
-    return lambda: {"accuracy": {"acc": vision.accuracy(model, x, labels)}}
+    about = {"chance": 1 / CLASSES[name], "questions": len(labels)}
+    return lambda: {"accuracy": {"acc": vision.accuracy(model, x, labels)}, **about}
 
 
 def _load(
@@ -151,27 +166,11 @@ def _load(
     return texts, questions, shown
 
 
-def _token_inputs(model: nn.Module, seqlen: int, device: torch.device) -> dict[str, Tensor] | None:
+def token_inputs(model: nn.Module, seqlen: int) -> dict[str, Tensor] | None:
+    """What a language model is counted and timed on: [1, seqlen] token ids, cut to its context; None for other models."""
     config = getattr(model, "config", None)
     size = getattr(config, "vocab_size", None)
     if size is None or not accepts(model, "input_ids") or getattr(config, "is_encoder_decoder", False):
         return None
-    return {"input_ids": torch.arange(seqlen, device=device)[None] % size}
-
-
-def _latency(model: nn.Module, inputs: Inputs | None) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds of a forward and, for what generates, of a new token; and why one is missing."""
-    if inputs is None:
-        raise SecateurError(
-            "latency needs inputs", where="measure", fix="give inputs, such as a batch of pictures"
-        )
-    seconds = {"forward_seconds": timing.latency(model, inputs)}
-    key = "decode_seconds_per_token"
-    if not getattr(model, "can_generate", bool)():
-        return seconds, {}
-    if not isinstance(inputs, Mapping) or set(inputs) != {"input_ids"}:
-        return seconds, {key: "a token is timed after token ids alone, and the inputs hold more"}
-    try:
-        return seconds | {key: timing.decode_latency(model, inputs["input_ids"])}, {}
-    except SecateurError as error:
-        return seconds, {key: str(error)}
+    length = min(seqlen, text.context(model) or seqlen)
+    return {"input_ids": torch.arange(length, device=device_of(model))[None] % size}

@@ -10,7 +10,8 @@ from typing import Any
 
 from secateur.pruning.document import to_ranges
 from secateur.pruning.plan import Plan
-from secateur.report.summary import figure, in_seconds, rows, single
+from secateur.report.summary import figure, in_seconds, rows, seconds_within, single, speed_words
+from secateur.utils.spread import Speed
 
 Figure = dict[str, Any]
 KIND_NAMES = {"kv_groups": "key/value groups", "head_dim": "head dimensions", "hidden": "hidden dimensions"}
@@ -46,24 +47,38 @@ def cost_figure(report: Mapping[str, Any]) -> Figure | None:
     """Bars of after / before, in percent, of everything that costs."""
     found = [
         row
-        for row in rows(report.get("before") or {}, report.get("after") or {})
+        for row in rows(report.get("before") or {}, report.get("after") or {}, report.get("speed"))
         if row.ratio is not None and row.key not in ("perplexity", "psnr", "accuracy")
     ][::-1]
     if not found:
         return None
-    shares = [100 * (row.ratio or 0) for row in found]
+    # of what was timed the inverse of how many times as fast it is, with the quartiles as whiskers
+    shares = [100 / row.speed.ratio if row.speed else 100 * (row.ratio or 0) for row in found]
+    far = [100 / row.speed.low - share if row.speed else 0 for row, share in zip(found, shares, strict=True)]
+    near = [
+        share - 100 / row.speed.high if row.speed else 0 for row, share in zip(found, shares, strict=True)
+    ]
+    same = [
+        not row.speed.differs if row.speed else share >= 99.5
+        for row, share in zip(found, shares, strict=True)
+    ]
     bar = {
         "type": "bar",
         "orientation": "h",
         "y": [row.label for row in found],
         "x": shares,
-        "text": [f" {share:.1f} %" for share in shares],
+        "text": [
+            f" {speed_words(row.speed)}" if row.speed else f" {share:.1f} %"
+            for row, share in zip(found, shares, strict=True)
+        ],
         "textposition": "outside",
         "cliponaxis": False,
-        "marker": {"color": ["$kept" if share < 99.5 else "$before" for share in shares]},
+        "marker": {"color": ["$before" if alike else "$kept" for alike in same]},
         "hovertemplate": "%{customdata}<extra></extra>",
         "customdata": [f"{row.texts[1]} → {row.texts[2]}" for row in found],
     }
+    if any(far) or any(near):
+        bar["error_x"] = {"array": far, "arrayminus": near, "color": "$ink", "thickness": 1, "width": 4}
     line = {
         "type": "line",
         "x0": 100,
@@ -134,31 +149,47 @@ def speed_figure(report: Mapping[str, Any]) -> Figure | None:
     if not (first and last and before["macs"] and after["macs"]):
         return None
     promised = first * after["macs"] / before["macs"]
+    spans = [(report.get(key) or {}).get("latency", {}).get("quartiles", {}) for key in ("before", "after")]
+    within = [span.get("forward_seconds") or (value, value) for span, value in zip(spans, (first, last))]
     bars = [
-        ("before, measured", first, "$before"),
-        ("after, if time followed multiply-adds", promised, "$mid"),
+        ("after, measured", last, within[1], "$after"),
+        ("after, if time followed multiply-adds", promised, (promised, promised), "$mid"),
+        ("before, measured", first, within[0], "$before"),
     ]
-    bars = [*bars, ("after, measured", last, "$after")][::-1]
     data = {
         "type": "bar",
         "orientation": "h",
-        "y": [name for name, _, _ in bars],
-        "x": [value * 1e3 for _, value, _ in bars],
-        "text": [f" {in_seconds(value)}" for _, value, _ in bars],
+        "y": [name for name, *_ in bars],
+        "x": [value * 1e3 for _, value, *_ in bars],
+        "error_x": {
+            "array": [(span[1] - value) * 1e3 for _, value, span, _ in bars],
+            "arrayminus": [(value - span[0]) * 1e3 for _, value, span, _ in bars],
+            "color": "$ink",
+            "thickness": 1,
+            "width": 4,
+        },
+        "text": [
+            f" {seconds_within(value, *span) if span[0] < span[1] else in_seconds(value)}"
+            for _, value, span, _ in bars
+        ],
         "textposition": "outside",
         "cliponaxis": False,
-        "marker": {"color": [color for _, _, color in bars]},
+        "marker": {"color": [color for *_, color in bars]},
         "hovertemplate": "%{y}: %{text}<extra></extra>",
     }
-    top = max(value for _, value, _ in bars) * 1e3
+    top = max(max(value, span[1]) for _, value, span, _ in bars) * 1e3
     xaxis = {"range": [0, top * 1.15], "ticksuffix": " ms"}
     return {"data": [data], "layout": _layout(160, xaxis=xaxis, yaxis={"showgrid": False})}
 
 
 def speed_text(report: Mapping[str, Any]) -> str:
-    before, after = (single(report.get(key) or {})["forward_seconds"] for key in ("before", "after"))
+    held = (report.get("speed") or {}).get("forward_seconds")
+    if held is None:
+        return "One forward on the example inputs."
+    speed = Speed.read(held)
     return (
-        f"One forward on the example inputs; {before / after:.2f} times as fast." if before and after else ""
+        f"One forward on the example inputs, before and after in turn: {speed_words(speed)}, the median and the middle half of"
+        f" {speed.pairs} pairs."
     )
 
 

@@ -27,7 +27,7 @@ from secateur.report.figures import (
     speed_text,
     strip_figures,
 )
-from secateur.report.summary import command_line, in_seconds, left, lost, notes, parted, rows
+from secateur.report.summary import alarms, command_line, in_seconds, left, lost, notes, parted, rows
 from secateur.report.terminal import kept_by_kind, merge_alike
 from secateur.utils.files import atomic_write_text
 
@@ -52,8 +52,12 @@ def report_html(report: Mapping[str, Any], plan: Plan | None = None) -> str:
         title=f"{model}: {report.get('method')} {report.get('target')}",
         model=model,
         head=_head(report),
+        alarms=alarms(report),
         remarks=notes(report),
-        figures_lines=[row.texts for row in rows(report.get("before") or {}, report.get("after") or {})],
+        figures_lines=[
+            row.texts
+            for row in rows(report.get("before") or {}, report.get("after") or {}, report.get("speed"))
+        ],
         kept_lines=_kept_lines(report),
         sections=[section for section in _sections(report, plan, figures) if section["plots"]],
         frozen_lines=_frozen_lines(report),

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.utils.collapse import collapses
+from secateur.utils.spread import Speed, decimals
+
 SPARSE_NOTE = "same size and speed without sparse kernels: the zeros are stored in dense tensors"
 
 FIGURES: dict[str, str] = {
@@ -19,6 +22,7 @@ FIGURES: dict[str, str] = {
     "peak_memory_bytes": "peak memory",
 }
 """Figures of a measurement that are single numbers, in the order in which they are shown."""
+TIMES = ("forward_seconds", "decode_seconds_per_token")
 METRICS = {"acc": "", "acc_norm": " (length-normalised)", "miou": " (mIoU)"}
 
 
@@ -87,6 +91,17 @@ def in_seconds(value: float | None) -> str:
     return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
 
 
+def seconds_within(value: float, low: float, high: float) -> str:
+    """Seconds in the digits that their spread supports.
+
+    >>> seconds_within(0.447, 0.431, 0.470), seconds_within(0.00512, 0.00511, 0.00513), seconds_within(1.28, 1.1, 1.6)
+    ('450 ms', '5.12 ms', '1.3 s')
+    """
+    unit = 1.0 if value >= 1 else 1e-3 if value >= 1e-3 else 1e-6
+    finest = 2 - math.floor(math.log10(value / unit))  # three digits at most
+    return in_seconds(round(value / unit, decimals(low / unit, high / unit, most=finest)) * unit)
+
+
 def figure(key: str, value: float | None) -> str:
     """A figure as its key is read: bytes, seconds, a share, a perplexity or a count."""
     if value is None or not math.isfinite(value):
@@ -108,7 +123,7 @@ def figure(key: str, value: float | None) -> str:
 class Row:
     """One line of the before/after table. `ratio` is after / before; `change` is what to print of it.
 
-    `reason`: why a side is missing.
+    `reason`: why a side is missing. `spans`: quartiles of what was timed, before and after. `speed`: of both run in turn.
     """
 
     key: str
@@ -116,6 +131,8 @@ class Row:
     before: float | None
     after: float | None
     reason: str | None = None
+    spans: tuple[Sequence[float] | None, Sequence[float] | None] = (None, None)
+    speed: Speed | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -131,6 +148,10 @@ class Row:
             return f"{self.after - self.before:+.2f} dB"
         if self.ratio is None:
             return "" if self.reason is None else "not measured"
+        if self.speed is not None:
+            return speed_words(self.speed)
+        if self.key in TIMES:
+            return f"{self.ratio:.0%}, not in turn".replace("%", " %")
         if self.ratio == 1:
             return "same"
         if self.key == "perplexity":
@@ -139,15 +160,51 @@ class Row:
 
     @property
     def texts(self) -> tuple[str, str, str, str]:
-        return self.label, figure(self.key, self.before), figure(self.key, self.after), self.change
+        sides = zip((self.before, self.after), self.spans, strict=True)
+        first, last = (
+            seconds_within(value, *span) if value and span else figure(self.key, value)
+            for value, span in sides
+        )
+        return self.label, first, last, self.change
 
 
-def rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row]:
-    """The before/after table: every single figure that either side has or says why not, then quality by task."""
+def speed_words(speed: Speed) -> str:
+    """How fast what is left is, with the spread.
+
+    >>> speed_words(Speed.of([1.70, 1.64, 1.75, 1.68, 1.66, 1.72], [1.0] * 6))
+    '1.69 × as fast (1.66 to 1.71)'
+    >>> speed_words(Speed.of([1.01, 0.98, 1.03, 0.99, 1.02, 0.97], [1.0] * 6))
+    'unclear (0.98 to 1.02)'
+    """
+    if speed.differs:
+        return f"{speed}".replace("x (", " × as fast (")
+    return f"unclear ({speed.span})" if speed.pairs > 1 else "unclear, one run"
+
+
+def rows(
+    before: Mapping[str, Any], after: Mapping[str, Any], speed: Mapping[str, Any] | None = None
+) -> list[Row]:
+    """The before/after table: every single figure that either side has or says why not, then quality by task.
+
+    speed: `timing.latencies`' of both, by key.
+    """
     left, right = single(before), single(after)
+    spans = [(side.get("latency") or {}).get("quartiles") or {} for side in (before, after)]
+    speeds = {key: Speed.read(held) for key, held in (speed or {}).items()}
     why = {**(before.get("not_measured") or {}), **(after.get("not_measured") or {})}
     labels = {**FIGURES, "macs": FIGURES["macs"] + _tokens(before)}
-    found = [Row(key, label, left[key], right[key], why.get(key)) for key, label in labels.items()]
+    found = [
+        Row(
+            key,
+            label,
+            left[key],
+            right[key],
+            why.get(key),
+            (spans[0].get(key), spans[1].get(key)),
+            speeds.get(key),
+        )
+        for key, label in labels.items()
+    ]
     first, last = by_task(before), by_task(after)
     found = [row for row in found if row.before is not None or row.after is not None or row.reason]
     for kind, task in dict.fromkeys([*first, *last]):
@@ -190,18 +247,15 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     said = any("sparse kernels" in note for note in found)
     if zeros and not said and after.get("params") == before.get("params"):
         found.insert(0, SPARSE_NOTE)
-    times = single(before)["forward_seconds"], single(after)["forward_seconds"]
-    if times[0] and times[1] and times[1] > 0.98 * times[0] and SPARSE_NOTE not in found:
-        found.append(
-            "it is not faster: the time was measured, and a smaller count of multiply-adds did not shorten it"
-        )
-    for row in rows(before, after):
-        if row.key == "perplexity" and row.before and row.after is None:
-            found.append(f"{row.label} is no longer finite: what is left does not work")
-        elif row.reason:
+    for row in rows(before, after, report.get("speed")):
+        if row.reason and not (row.key == "perplexity" and row.before):  # else it is an alarm
             found.append(f"{row.label} was not measured: {row.reason}")
-        if row.key == "perplexity" and row.ratio and row.ratio > 10:
-            found.append(f"{row.label} is {row.ratio:,.0f} times what it was: what is left hardly works")
+        if row.key == "forward_seconds" and row.speed and SPARSE_NOTE not in found:
+            if row.speed.differs and row.speed.ratio < 1:
+                found.append("it is slower: a smaller count of multiply-adds did not shorten the time")
+            elif not row.speed.differs:
+                found.append("it is not measurably faster: the difference is within the noise of the timing")
+    found += filter(None, [busy(before, after)])
     if trained := report.get("recovery"):
         between = by_task(report.get("cut") or {})
         was = [f"{kind}, {task} was {figure(kind, value)}" for (kind, task), value in between.items()]
@@ -211,6 +265,49 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     if report.get("met") is False:
         found.append("the target was not met")
     return list(dict.fromkeys(found))
+
+
+def busy(*sides: Mapping[str, Any]) -> str:
+    """What to say of times that were taken beside other work; "" where there was little.
+
+    >>> busy({"latency": {"crowded": True, "others": 1.4, "processors": 2}})
+    'the machine was busy while times were taken (other programs used 1.4 of 2 processors): time again when it is idle'
+    """
+    for side in sides:
+        times = side.get("latency") or {}
+        if times.get("crowded"):
+            used = f"other programs used {times['others']:.1f} of {times['processors']} processors"
+            return f"the machine was busy while times were taken ({used}): time again when it is idle"
+    return ""
+
+
+def alarms(report: Mapping[str, Any]) -> list[str]:
+    """What broke, and, last, what to do about it; empty where nothing did. The rule is that of `utils.collapse`.
+
+    >>> before, after = {"perplexity": {"ptb": 20.0}}, {"perplexity": {"ptb": 50.0}}
+    >>> alarms({"before": before, "after": after, "target": "50%"})[0]
+    'collapsed: perplexity, ptb went from 20 to 50: 2.5 times what it was'
+    """
+    found = []
+    for broken in collapses(report.get("before") or {}, report.get("after") or {}):
+        values = [figure(broken.kind, value) for value in (broken.before, broken.after)]
+        task = broken.task + METRICS.get(broken.metric, "")
+        found.append(f"collapsed: {broken.kind}, {task} went from {values[0]} to {values[1]}: {broken.why}")
+    return [*found, _what_next(report)] if found else []
+
+
+def _what_next(report: Mapping[str, Any]) -> str:
+    target = report.get("target")
+    ways = [f"a milder target than {target}" if target else "a milder target"]
+    if report.get("task"):
+        ways.insert(0, "longer training (--epochs)")
+    elif report.get("recovery"):
+        ways.insert(0, "more --steps of recovery")
+    elif (report.get("before") or {}).get("perplexity"):
+        ways.insert(0, "training after the cut (--recover lora)")
+    else:
+        ways.insert(0, "training after the cut")
+    return f"what to try: {', '.join(ways)}, or another method (`secateur recommend` names some)"
 
 
 def lost(unreached: Sequence[str]) -> str:

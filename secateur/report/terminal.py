@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.pruning.document import to_ranges
-from secateur.report.summary import in_seconds, left, lost, notes, number, parted, rows
+from secateur.report.summary import alarms, in_seconds, left, lost, notes, number, parted, rows
 from secateur.taxonomy import MethodInfo
 from secateur.taxonomy.axes import AXES, MEANING, notation
 
@@ -38,12 +38,12 @@ def report_tables(report: Mapping[str, Any]) -> list[Any]:
         f"  {report.get('method')}  target {report.get('target')}  ",
         ("met" if met else "not met", "green" if met else "bold red") if met is not None else "",
     )
-    parts: list[Any] = [head]
+    parts: list[Any] = [*(Text(line, style="bold red") for line in alarms(report)), head]
     if report.get("unreached"):
         parts.append(Text(lost(report["unreached"]), style="bold red"))
     parts += filter(None, [left(report)])
     figures = table("", "before", "after", "after/before", right=("before", "after", "after/before"))
-    for row in rows(report.get("before") or {}, report.get("after") or {}):
+    for row in rows(report.get("before") or {}, report.get("after") or {}, report.get("speed")):
         figures.add_row(*row.texts)
     if figures.row_count:
         parts.append(figures)

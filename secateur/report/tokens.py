@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
+from secateur.report.summary import busy, seconds_within, speed_words
 from secateur.report.terminal import table
+from secateur.utils.spread import Speed
 
 FRAME = (255, 255, 255)
 GAP, STRIP, WIDE = 12, 26, 384
@@ -106,8 +108,24 @@ ROWS = (
 UNITS = {"flops": "M", "kv_bytes": "kB", "seconds_to_first_token": "ms", "seconds_per_token": "ms"}
 
 
+def token_alarms(found: Mapping[str, Any]) -> list[str]:
+    """What to say where the answer was right with every token and no longer is, and, last, what to try.
+
+    >>> token_alarms({"expected": "red", "before": {"answer": "red"}, "after": {"answer": "blue"}, "target": "10%"})[0]
+    'the answer was right with all tokens (red) and is wrong with those that were kept (blue)'
+    """
+    was, now, right = found["before"]["answer"], found["after"]["answer"], found.get("expected")
+    if right is None or was != right or now == right:
+        return []
+    wrong = f"the answer was right with all tokens ({was}) and is wrong with those that were kept ({now})"
+    ways = f"a milder target than {found['target']}, or another method (`secateur methods --objects T` lists them)"
+    return [wrong, f"what to try: {ways}; one question says little, so ask several"]
+
+
 def print_tokens(found: Mapping[str, Any], console: Console) -> None:
     """Answers and costs with every token and with those that were kept, side by side."""
+    for line in found.get("collapsed") or []:
+        console.print(line, style="bold red", markup=False)
     console.print(f"[bold]{found['model']}[/]  {found['method']}  target {found['target']}")
     console.print(f"{found['prompt']}", style="italic", markup=False)
     shown = table("", "all tokens", "kept", "kept/all", right=("all tokens", "kept", "kept/all"))
@@ -116,6 +134,11 @@ def print_tokens(found: Mapping[str, Any], console: Console) -> None:
         before, after = found["before"].get(key), found["after"].get(key)
         if scale is None:
             shown.add_row(title, str(before), str(after), "")
+            continue
+        if key in found.get("speed", {}):
+            spans = [found[side]["latency"]["quartiles"][key] for side in ("before", "after")]
+            times = [seconds_within(value, *span) for value, span in zip((before, after), spans, strict=True)]
+            shown.add_row(title, *times, speed_words(Speed.read(found["speed"][key])))
             continue
         unit = UNITS.get(key, "")
         texts = [
@@ -128,6 +151,10 @@ def print_tokens(found: Mapping[str, Any], console: Console) -> None:
     for title, key, _ in ROWS:
         if key in why:
             console.print(f"note: {title} was not measured: {why[key]}", style="yellow", markup=False)
+    if warning := busy(found["before"]):
+        console.print(f"note: {warning}", style="yellow", markup=False)
+    if not found.get("collapsed") and found["before"]["answer"] != found["after"]["answer"]:
+        console.print("note: the answer is another one than with all tokens", style="yellow")
     for stage, count in found["kept"].items():
         console.print(f"{stage}: {len(count)} kept", markup=False)
     if found.get("expected"):

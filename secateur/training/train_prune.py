@@ -244,4 +244,5 @@ def _quality(job: Job) -> dict[str, Any]:
         figures[metric] = {name: value}
     elif value is not None and metric in ("accuracy", "miou"):
         figures["accuracy"] = {name: {"acc" if metric == "accuracy" else metric: value}}
+        figures["chance"] = {name: 1 / job.task.classes} if job.task.classes else {}
     return figures

@@ -10,7 +10,16 @@ from safetensors.torch import save_model
 from torch import nn
 
 from secateur.errors import SecateurError
-from secateur.measure import decode_latency, latency, macs, params, params_nonzero, peak_memory, size_bytes
+from secateur.measure import (
+    decode_latency,
+    latencies,
+    latency,
+    macs,
+    params,
+    params_nonzero,
+    peak_memory,
+    size_bytes,
+)
 
 
 def tied() -> nn.Module:
@@ -115,6 +124,22 @@ def test_latency_runs_the_model_as_often_as_said() -> None:
     assert calls == [False] * 5
     with pytest.raises(SecateurError, match="repeats"):
         latency(model, torch.ones(1, 2), repeats=0)
+
+
+def test_two_models_run_in_turn(tiny_llama: Callable[..., nn.Module]) -> None:
+    order: list[str] = []
+    models = {"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}
+    for name, model in models.items():
+        model.register_forward_hook(lambda *_, name=name: order.append(name))
+    (first, _), speed, why = latencies(list(models.values()), torch.ones(1, 2))
+    assert "".join(order) == "ab" * (len(order) // 2) and len(order) >= 2 * (2 + 9)
+    assert first["quartiles"]["forward_seconds"][0] <= first["forward_seconds"]
+    assert speed["forward_seconds"]["pairs"] == len(order) // 2 - 2 and not why
+    _, speed, _ = latencies([tiny_llama(), tiny_llama()], {"input_ids": torch.ones(1, 5).long()})
+    assert (
+        set(speed) == {"forward_seconds", "decode_seconds_per_token"}
+        and speed["decode_seconds_per_token"]["pairs"] == 16
+    )
 
 
 def test_decoding_feeds_one_token_at_a_time(tiny_llama: Callable[..., nn.Module]) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from secateur.pruning.plan import Plan
 from secateur.report import html, summary, terminal
 from secateur.report.figures import layer_label, panels
+from secateur.utils.spread import Speed
 
 
 def figures(**more: Any) -> dict[str, Any]:
@@ -46,6 +47,7 @@ def structured() -> tuple[dict[str, Any], Plan]:
         ),
         "after": figures(params=600, macs=4000, perplexity={"ptb": 20.0}, accuracy={"piqa": {"acc": 0.5}})
         | {"latency": {"forward_seconds": 0.16}},
+        "speed": {"forward_seconds": Speed.of([0.20, 0.21, 0.20, 0.19, 0.20], [0.16] * 5).as_dict()},
         "groups": groups,
         "weights": [],
         "notes": [],
@@ -105,7 +107,11 @@ def test_before_and_after_with_ratios() -> None:
     assert rows["parameters"] == ("1,000", "600", "60.0 %")
     assert rows["multiply-adds"] == ("8,000", "4,000", "50.0 %")
     assert rows["size"] == ("4 kB", "4 kB", "same")
-    assert rows["time of one forward"] == ("200 ms", "160 ms", "80.0 %")
+    assert rows["time of one forward"] == ("200 ms", "160 ms", "80 %, not in turn")
+    timed = {
+        row.label: row.change for row in summary.rows(report["before"], report["after"], report["speed"])
+    }
+    assert timed["time of one forward"] == "1.25 × as fast (1.25 to 1.25)"
     assert rows["perplexity, ptb"] == ("10", "20", "× 2")
     assert rows["accuracy, piqa"] == ("75.0 %", "50.0 %", "-25.0 points")
     text = printed(report)
@@ -117,9 +123,11 @@ def test_the_first_lines_say_what_is_left() -> None:
     """By hand: 600 of 1,000 parameters and 4,000 of 8,000 multiply-adds; 500 of 1,000 that are not zero."""
     report, plan = structured()
     expected = "60.0 % of the parameters, 50.0 % of the multiply-adds"
+    report["after"]["accuracy"] = report["before"]["accuracy"]
     assert printed(report).splitlines()[1] == f"left: {expected}"
     assert expected in html.report_html(report, plan)
     report, _ = masked()
+    report["after"]["perplexity"] = {}
     assert printed(report).splitlines()[1].startswith("left: 50.0 % of the non-zero parameters, 100.0 % of")
     assert summary.left({"before": {}, "after": {}}) == ""
 
@@ -127,14 +135,61 @@ def test_the_first_lines_say_what_is_left() -> None:
 def test_notes_are_honest() -> None:
     report, _ = masked()
     notes = summary.notes(report)
-    assert notes[0] == "same size and speed without sparse kernels: the zeros are stored in dense tensors"
-    assert any("500 times" in note for note in notes)
+    assert notes == ["same size and speed without sparse kernels: the zeros are stored in dense tensors"]
     report, _ = structured()
     assert summary.notes(report) == []
-    report["after"]["latency"] = {"forward_seconds": 0.21}
-    assert any("not faster" in note for note in summary.notes(report))
+    report["speed"] = {"forward_seconds": Speed.of([0.20] * 9, [0.25] * 9).as_dict()}
+    assert any("it is slower" in note for note in summary.notes(report))
+    report["speed"] = {"forward_seconds": Speed.of([0.20, 0.24] * 5, [0.22] * 10).as_dict()}
+    assert any("not measurably faster" in note for note in summary.notes(report))
+    report["after"]["latency"] |= {"crowded": True, "others": 1.38, "processors": 2}
+    assert any("other programs used 1.4 of 2" in note for note in summary.notes(report))
     report["met"] = False
     assert "the target was not met" in summary.notes(report)
+
+
+def test_a_collapse_is_red_and_first_and_says_what_to_try() -> None:
+    """Accuracy 95 -> 22.5 % with ten classes: 72.5 of 85 points above chance are gone."""
+    report, plan = structured()
+    report["before"] |= {"accuracy": {"digits": {"acc": 0.95}}, "chance": {"digits": 0.1}, "perplexity": {}}
+    report["after"] |= {"accuracy": {"digits": {"acc": 0.225}}, "perplexity": {}}
+    first, last = summary.alarms(report)
+    assert first.startswith(
+        "collapsed: accuracy, digits went from 95.0 % to 22.5 %: 85 % of what stood above"
+    )
+    assert "a milder target than 50%" in last and "recommend" in last and "--recover" not in last
+    drawn_parts = terminal.report_tables(report)
+    assert [str(part) for part in drawn_parts[:2]] == [first, last] and drawn_parts[0].style == "bold red"
+    body = html.report_html(report, plan).split("<body>")[1]
+    assert body.index(first) < body.index("target met") and 'role="alert"' in body
+    report, plan = masked()
+    first, last = summary.alarms(report)
+    assert "perplexity, ptb went from 10 to 5,000: 500 times" in first and "--recover lora" in last
+    report, plan = structured()
+    report["after"]["accuracy"]["piqa"]["acc"] = 0.6
+    assert summary.alarms(report) == [], "0.75 to 0.6 and twice the perplexity are losses, not collapses"
+    assert 'role="alert"' not in html.report_html(report, plan)
+
+
+def test_times_have_the_digits_that_their_spread_supports() -> None:
+    report, plan = structured()
+    report["before"]["latency"] = {"forward_seconds": 0.447, "quartiles": {"forward_seconds": [0.431, 0.47]}}
+    report["after"]["latency"] = {
+        "forward_seconds": 0.2657,
+        "quartiles": {"forward_seconds": [0.2651, 0.2662]},
+    }
+    pairs = Speed.of([1.70, 1.59, 1.79, 1.68, 1.61, 1.75, 1.6, 1.77], [1.0] * 8)
+    report["speed"] = {"forward_seconds": pairs.as_dict()}
+    [row] = [row for row in summary.rows(report["before"], report["after"], report["speed"]) if row.speed]
+    assert row.texts[1:] == ("450 ms", "266 ms", "1.7 × as fast (1.6 to 1.8)")
+    [bars] = [
+        p["data"][0]
+        for p in drawn(html.report_html(report, plan))
+        if "parameters" in p["data"][0].get("y", "")
+    ]
+    at = bars["y"].index("time of one forward")
+    assert bars["x"][at] == pytest.approx(100 / pairs.ratio)
+    assert bars["error_x"]["array"][at] == pytest.approx(100 / pairs.low - 100 / pairs.ratio)
 
 
 def test_an_html_report_is_whole_and_safe() -> None:
