@@ -16,6 +16,7 @@ from secateur.cli.shared import (
     Quality,
     Shown,
     Where,
+    add_times,
     at_least,
     check_new_file,
     open_with_inputs,
@@ -35,20 +36,38 @@ class Measure(Quality):
     limit: int | None = flag(LIMIT_HELP, None)
     seqlen: int = flag("tokens in an evaluation window", 512)
     latency: Annotated[bool, SWITCH] = flag(LATENCY_HELP, False)
+    against: str | None = flag("another model, such as the dense one, to compare with", None)
 
 
 def measure(model: Annotated[str, MODEL], /, *, flags: Measure, where: Where, shown: Shown) -> None:
     """Measure size, cost, speed and quality."""
     from secateur.measure import measure as run
-    from secateur.report.terminal import print_measurement
+    from secateur.report.summary import alarms
+    from secateur.report.terminal import print_comparison, print_measurement
 
     flags.check()
     at_least("--seqlen", flags.seqlen, 2)
+    asked = {**flags.asked, "seqlen": flags.seqlen}
     with quiet_stdout():
         network, tokenizer, inputs = open_with_inputs(model, where)
-        asked = {**flags.asked, "seqlen": flags.seqlen, "latency": flags.latency}
-        figures = {"model": model, **run(network, tokenizer, inputs=inputs, **asked)}
-    show(figures, shown.json, lambda console: print_measurement(figures, console, model))
+        if flags.against is None:
+            one = run(network, tokenizer, inputs=inputs, latency=flags.latency, **asked)
+            figures = {"model": model, **one}
+        else:
+            other, words, their = open_with_inputs(flags.against, where)
+            figures = {
+                "model": model,
+                "against": flags.against,
+                "before": run(other, words, inputs=their, **asked),
+            }
+            figures["after"] = run(network, tokenizer, inputs=inputs, **asked)
+            if flags.latency:
+                add_times(figures, other, network, their, flags.seqlen)
+            figures["collapsed"] = alarms(figures)
+    if flags.against is None:
+        show(figures, shown.json, lambda console: print_measurement(figures, console, model))
+    else:
+        show(figures, shown.json, lambda console: print_comparison(figures, console))
 
 
 @dataclass(frozen=True, kw_only=True)

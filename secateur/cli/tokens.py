@@ -261,7 +261,7 @@ def compare(
     for side, made in runs.items():
         counted = report.get(side) or {}
         columns = zip(TIMES, zip(*(times for _, *times in made[flags.repeats > 1 :])))
-        seconds[side] = {key: values for key, values in columns if None not in values}
+        seconds[side] = {key: list(values) for key, values in columns if None not in values}
         spans = {key: quartiles(values) for key, values in seconds[side].items()}
         found[side] = {"answer": made[-1][0]} | {key: counted.get(key) for key in figures}
         found[side] |= {key: spans[key][1] if key in spans else None for key in TIMES}

@@ -19,7 +19,7 @@ from secateur.utils.running import device_of, evaluating
 from secateur.utils.spread import Speed, quartiles
 from secateur.utils.versions import cache_name, cache_of
 
-ROUNDS, MOST, AWHILE = 9, 99, 1.0
+ROUNDS, MOST, AWHILE = 9, 99, 0.5
 """Forwards that a reported time is the median of: at least, and at most within so many seconds."""
 STEPS = 16
 """New tokens that a reported time is the median of."""

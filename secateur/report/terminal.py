@@ -42,9 +42,7 @@ def report_tables(report: Mapping[str, Any]) -> list[Any]:
     if report.get("unreached"):
         parts.append(Text(lost(report["unreached"]), style="bold red"))
     parts += filter(None, [left(report)])
-    figures = table("", "before", "after", "after/before", right=("before", "after", "after/before"))
-    for row in rows(report.get("before") or {}, report.get("after") or {}, report.get("speed")):
-        figures.add_row(*row.texts)
+    figures = before_after(report)
     if figures.row_count:
         parts.append(figures)
     if kept := kept_by_kind(report):
@@ -75,6 +73,15 @@ def report_tables(report: Mapping[str, Any]) -> list[Any]:
     if last:
         parts.append(Text(", ".join(last)))
     return parts
+
+
+def before_after(report: Mapping[str, Any], first: str = "before", last: str = "after") -> Table:
+    """The figures of both sides and how they differ."""
+    change = f"{last}/{first}"
+    made = table("", first, last, change, right=(first, last, change))
+    for row in rows(report.get("before") or {}, report.get("after") or {}, report.get("speed")):
+        made.add_row(*row.texts)
+    return made
 
 
 def kept_by_kind(report: Mapping[str, Any]) -> list[tuple[str, int, int, int]]:
@@ -117,6 +124,18 @@ def print_measurement(figures: Mapping[str, Any], console: Console | None = None
         made.add_row(row.label, row.texts[1], row.change if row.before is None else "")
     console.print(made)
     for note in notes({"before": figures}):
+        console.print(Text(f"note: {note}", style="yellow"))
+
+
+def print_comparison(found: Mapping[str, Any], console: Console) -> None:
+    """Two measured models side by side: `before` is the one that is compared with."""
+    for line in alarms(found):
+        console.print(Text(line, style="bold red"))
+    console.print(Text.assemble((str(found["model"]), "bold"), f"  against {found['against']}"))
+    if shares := left(found):
+        console.print(shares)
+    console.print(before_after(found, "against", "model"))
+    for note in notes(found):
         console.print(Text(f"note: {note}", style="yellow"))
 
 

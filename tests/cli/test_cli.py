@@ -170,6 +170,32 @@ def test_measure(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     assert (half["dtype"], half["size_bytes"]) == ("bfloat16", 2 * PARAMS)
 
 
+def test_what_broke_is_first_and_both_models_are_timed_in_turn(
+    run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dense model is loaded again, as the first one was cut in place."""
+    from secateur.utils import collapse
+
+    monkeypatch.setattr(collapse, "TIMES", 0.5)  # a model that has learnt nothing has little to lose
+    text, out = tmp_path / "some.txt", tmp_path / "small"
+    text.write_text("All happy families are alike; each unhappy family is unhappy in its own way. " * 20)
+    words = ("--tasks", text, "--limit", 3, "--latency", "--seqlen", 64, "--json")
+    found = run("prune", tiny_folder, "--method", "group-magnitude", "--target", "50%", *words, "--out", out)
+    assert (
+        found["speed"]["forward_seconds"]["pairs"] >= 9 <= found["speed"]["decode_seconds_per_token"]["pairs"]
+    )
+    assert found["before"]["latency"]["forward_seconds"] > 0 < found["after"]["latency"]["forward_seconds"]
+    assert (
+        found["collapsed"][0].startswith("collapsed: perplexity")
+        and "--recover lora" in found["collapsed"][1]
+    )
+    again = run("measure", out, "--against", tiny_folder, *words)
+    assert again["before"]["params"] == PARAMS and again["after"]["params"] == found["after"]["params"]
+    assert again["collapsed"][0] == found["collapsed"][0] and "forward_seconds" in again["speed"]
+    said = run("measure", out, "--against", tiny_folder, "--tasks", text, "--limit", 3, "--seqlen", 64)
+    assert said.startswith("collapsed: perplexity") and "left: " in said
+
+
 @pytest.mark.needs_data
 def test_tasks_before_and_after(run: Run) -> None:
     found = run(

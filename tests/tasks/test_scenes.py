@@ -323,6 +323,25 @@ def test_tokens_command(tmp_path, capsys):
     assert found["after"]["flops"] < found["before"]["flops"]
     assert found["after"]["kv_bytes"] < found["before"]["kv_bytes"]
     assert (found["prompt"], found["expected"]) in picture(3)[1].values()
+    assert (
+        main(
+            [
+                "tokens",
+                "scenes",
+                "--image",
+                "3",
+                *flags[:4],
+                "--repeats",
+                "5",
+                "--max-new-tokens",
+                "2",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    speed = json.loads(capsys.readouterr().out)["speed"]["seconds_to_first_token"]
+    assert speed["pairs"] == 5 and 0 < speed["low"] <= speed["ratio"] <= speed["high"]
     from PIL import Image
 
     image = Image.open(out)
