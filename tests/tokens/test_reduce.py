@@ -1,6 +1,15 @@
 import torch
 
-from secateur.tokens.reduce import best_of_cell, match_pairs, merge_nearest, recycle_cells, weighted_sum
+from secateur.tokens.reduce import (
+    best_of_cell,
+    in_order,
+    match_pairs,
+    merge_nearest,
+    pour,
+    recycle_cells,
+    weighted_sum,
+    with_token,
+)
 
 
 def one(*rows):
@@ -83,3 +92,33 @@ def test_padding_takes_no_part_in_matching():
     alone, target = match_pairs(metric[:, :4], valid[:, :4], 3)
     assert torch.equal(sources[:, :4], alone) and sources.sum() == 2 and not sources[0, 4:].any()
     assert torch.equal(into[:, :4][alone], target[alone])
+
+
+def test_groups_of_unequal_size_one_after_the_other_and_a_token_for_what_leaves():
+    features = torch.arange(1.0, 13).reshape(2, 6, 1)
+    masks = torch.tensor(
+        [[[0, 1, 0, 0, 0, 1], [0, 0, 0, 1, 0, 0]], [[1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]]], dtype=torch.bool
+    )
+    kept = in_order(list(masks), features)
+    assert kept.index.tolist() == [[1, 5, 0, 3], [3, -1, -1, -1]]
+    assert kept.features[..., 0].tolist() == [[2, 6, 1, 4], [10, 0, 0, 0]]
+    free = torch.tensor([[0, 0, 1, 0, 1, 0], [1, 1, 1, 0, 1, 1]]).bool()
+    token = torch.tensor([[50.0], [60.0]])
+    after = with_token(kept, token, free)
+    assert after.index.tolist() == [[1, 5, 0, 3, 2], [3, 0, -1, -1, -1]]
+    assert after.features[..., 0].tolist() == [[2, 6, 1, 4, 50], [10, 60, 0, 0, 0]]
+    before = with_token(kept, token, free, first=True)
+    assert before.index.tolist() == [[2, 1, 5, 0, 3], [0, 3, -1, -1, -1]]
+    assert before.features[..., 0].tolist() == [[50, 2, 6, 1, 4], [60, 10, 0, 0, 0]]
+    nothing = with_token(kept, token, torch.zeros_like(free))
+    assert nothing.index.tolist() == kept.index.tolist()
+
+
+def test_what_is_poured_is_multiplied_by_its_weight():
+    sums, mass = pour(
+        torch.tensor([[[1.0], [2.0], [5.0], [7.0]]]),
+        torch.tensor([[3, 3, 0, 1]]),
+        torch.tensor([[True, True, True, False]]),
+        torch.tensor([[0.5, 4.0, 2.0, 9.0]]),
+    )
+    assert sums[0, :, 0].tolist() == [10, 0, 0, 8.5] and mass[0].tolist() == [2, 0, 0, 4.5]

@@ -62,7 +62,11 @@ def test_rounds_and_levels() -> None:
     lenet = {"fc1": 235_200, "fc2": 30_000, "out": 1_000}
     keep = int(0.512 * 265_200) + 729  # three rounds at 20 %, the output layer at 10 %
     found = levels(lenet, keep, 3, "layer", {"out": 0.5})
-    assert found[-1] == {"fc1": 120_422, "fc2": 15_360, "out": 729} and sum(found[-1].values()) == keep
+    assert found == [
+        {"fc1": 188_160, "fc2": 24_000, "out": 900},
+        {"fc1": 150_528, "fc2": 19_200, "out": 810},
+        {"fc1": 120_422, "fc2": 15_360, "out": 729},
+    ]
     with pytest.raises(SecateurError, match="can't prune 1.0"):
         rounds_to(0.2, 1.0)
 
@@ -175,10 +179,43 @@ def test_stability_is_reported_for_both_masks() -> None:
     pruned, _ = run("lottery-rewinding", rounds=1, rewind="3it", stability=2)
     rows = {row["mask"]: row for row in pruned.report["phases"] if "mask" in row}
     assert set(rows) == {"ticket", "random"}
-    for row in rows.values():
-        assert row["prune_distance"] > 0 and row["order_distance"] > 0 and 0 < row["order_angle"] < 180
     plain, _ = run("lottery-rewinding", rounds=1, rewind="3it")
     assert same(tensors(plain.model), tensors(pruned.model))
+
+
+def test_stability_is_the_mean_over_pairs_of_what_the_weights_say() -> None:
+    """The weights are those that the task's quality was asked about, in the order of the phases."""
+    asked: list[tuple[dict[str, Tensor], float]] = []
+
+    def quality(model: nn.Module) -> float:
+        asked.append((tensors(model), sum(p.sum().item() for p in model.parameters()) ** 2))
+        return asked[-1][1]
+
+    pruned, _ = run("lottery-rewinding", rounds=1, rewind="3it", stability=2, quality=quality)
+    assert (
+        len(asked) == 1 + 2 + 2 * (14 + 1) + 2 + 3 + 1
+    )  # before, levels, lines and their first ends, runs, after
+    asked = asked[1:-1]
+    seen = [weights for weights, _ in asked]
+    dense, ends = seen[0], {"ticket": [seen[1], *seen[2:4]], "random": seen[19:22]}
+    lines = {"ticket": asked[4:18], "random": asked[22:36]}
+    for row in (row for row in pruned.report["phases"] if "mask" in row):
+        first, *others = (
+            torch.cat([end[name].flatten().double() for name in ("0.weight", "4.weight")])
+            for end in ends[row["mask"]]
+        )
+        whole = torch.cat([dense[name].flatten().double() for name in ("0.weight", "4.weight")]) * (
+            first != 0
+        )
+        between = [torch.nn.functional.cosine_similarity(first, end, dim=0) for end in (whole, *others)]
+        turned = [angle.acos().rad2deg().item() for angle in between]
+        assert row["prune_distance"] == pytest.approx((first - whole).norm().item())
+        assert row["prune_angle"] == pytest.approx(turned[0])
+        assert row["order_distance"] == pytest.approx(sum((first - end).norm().item() for end in others) / 2)
+        assert row["order_angle"] == pytest.approx((turned[1] + turned[2]) / 2)
+        values = [-value for _, value in lines[row["mask"]]]
+        rises = [max(part) - (part[0] + part[-1]) / 2 for part in (values[:7], values[7:])]
+        assert row["order_barrier"] == pytest.approx(sum(rises) / 2) and row["order_barrier"] > 0
 
 
 @pytest.mark.parametrize(
