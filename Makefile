@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 # What reaches into other libraries, or compares with them.
 VERSIONED := tests/utils tests/doctor tests/tokens tests/io tests/measure $(wildcard tests/methods/test_tokens_*.py) tests/cli tests/report \
-    tests/saliency tests/training/test_recover.py tests/tasks/test_gguf.py
+    tests/saliency tests/training/test_recover.py tests/tasks/test_gguf.py tests/test_hostile.py
 
 .PHONY: demo test test-versions update lint docs clean
 

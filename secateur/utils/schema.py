@@ -16,7 +16,8 @@ LARGEST = 10**9
 class Entry(BaseModel):
     """A JSON object: no other keys than its fields, and no value of another type made to fit."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    # older pydantic warns of a field such as `model_args` where the namespace is protected
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 def _public(name: str) -> str:

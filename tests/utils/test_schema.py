@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,16 @@ import secateur
 from secateur.errors import SecateurError
 from secateur.io.trusted import check_config
 from secateur.pruning.plan import Plan
+from secateur.utils.schema import Entry
 
 NO_COUNTS = [True, False, -1, 2.0, 1.5, math.nan, "8", 10**12, 2**63, None, [8]]
+
+
+def test_a_field_may_begin_with_model() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        settings = type("Settings", (Entry,), {"__annotations__": {"model_args": int}})
+    assert settings(model_args=3).model_args == 3
 
 
 def written(folder: Path) -> dict[str, Any]:
