@@ -280,6 +280,9 @@ RULES = {
     "group norm, each channel": (
         Chain("a", "n", "b", a=conv(4, 8), n=nn.GroupNorm(8, 8), b=conv(8, 4)), X2,
         [(8, {"a.w.0": 1, "a.b.0": 1, "n.w.0": 1, "n.b.0": 1, "b.w.1": 1})]),
+    "layer norm of two": (
+        Chain("a", "n", "b", a=nn.Linear(8, 2), n=nn.LayerNorm(2), b=nn.Linear(2, 4)), X1,
+        [(2, {"a.w.0": 1, "a.b.0": 1, "n.w.0": 1, "n.b.0": 1, "b.w.1": 1})]),
     "pixel shuffle": (
         Chain("a", nn.PixelShuffle(2), "b", a=conv(4, 16), b=conv(4, 3)), X2,
         [(4, {"a.w.0": 4, "a.b.0": 4, "b.w.1": 1})]),
@@ -312,6 +315,21 @@ def test_e2_rule(name):
     for g in graph.prunable():
         bad = prove(model, graph, {g.name: torch.arange(0, g.size, 2)}, x)
         assert bad == {} or "channel shuffle" in name
+
+
+def test_units_under_a_norm_are_inexact_however_few():
+    model, x, _ = RULES["layer norm of two"]
+    assert [g.exact for g in trace(model, x).prunable()] == [False]
+
+
+def test_columns_written_by_index_freeze_them():
+    def write(x):
+        x = x.clone()
+        x[:, torch.tensor([1, 2])] = 0
+        return x
+
+    graph = trace(Chain("a", write, "b", a=nn.Linear(8, 6), b=nn.Linear(6, 3)), torch.randn(2, 8))
+    assert not graph.prunable() and "index_put" in graph.unknown
 
 
 class AddToInput(nn.Module):

@@ -1,5 +1,7 @@
 """What the proof asks of a cut model beyond its values: other batch sizes, and `torch.export`."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from torch import nn
 import secateur
 from secateur.graph import trace
 from secateur.surgery import cut_units, prove
+from secateur.surgery.prove import _gap
 
 
 class Net(nn.Module):
@@ -76,3 +79,25 @@ def test_without_the_proof_anything_goes():
     assert result.model.a.out_features == 4
     cut_units(model, trace(model, x), {"a:neurons": torch.arange(4)})
     assert tuple(model(torch.randn(2, 6)).shape) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "gap"),
+    [
+        ([1.0, 2.0, 7.0], [1.0, 2.5, 7.0], 0.5),
+        ([1.0, 2.0001], [1.0, 2.0], None),
+        ([1000.05, 0.001], [1000.0, 0.001], None),  # rounding is measured at the largest
+        ([1000.15, 0.001], [1000.0, 0.001], 0.15),
+        ([1e-6, 0.0], [0.0, 0.0], 1e-6),
+        ([5.0, 3.0], [math.nan, 3.0], None),
+        ([math.nan, 3.0], [5.0, 3.0], math.nan),
+    ],
+)
+def test_the_gap_is_the_largest_difference(got, expected, gap):
+    found = _gap([torch.tensor(got)], [torch.tensor(expected)])
+    assert found is None if gap is None else found == pytest.approx(gap, rel=1e-2, nan_ok=True)
+
+
+def test_whole_numbers_are_equal_or_not():
+    assert _gap([torch.tensor([1, 2])], [torch.tensor([1, 2])]) is None
+    assert _gap([torch.tensor([1, 2])], [torch.tensor([1, 3])]) == math.inf

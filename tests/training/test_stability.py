@@ -42,6 +42,9 @@ def test_the_barrier_is_the_rise_over_the_mean_of_the_ends() -> None:
     assert barrier(model, first, second, lambda m: m.weight.item())[0] == pytest.approx(1.0)  # the worse end
     flat, _ = barrier(model, first, first, lambda m: 0.3)
     assert flat == 0
+    assert barrier(model, first, second, lambda m: m.weight.item() ** 2, points=3)[1] == pytest.approx(
+        [0, 1, 4]
+    )
     with pytest.raises(SecateurError, match="2 points"):
         barrier(model, first, second, lambda m: 0.0, points=2)
 
