@@ -322,6 +322,23 @@ def test_units_under_a_norm_are_inexact_however_few():
     assert [g.exact for g in trace(model, x).prunable()] == [False]
 
 
+class Halves(nn.Module):
+    """One matrix, used in two halves that are multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.W, self.b = nn.Parameter(torch.randn(12, 8)), nn.Linear(6, 3)
+
+    def forward(self, x):
+        half = len(self.W) // 2
+        return self.b(F.relu(F.linear(x, self.W[:half])) * F.linear(x, self.W[half:]))
+
+
+def test_a_part_of_a_parameter_makes_units_too():
+    graph = check(Halves(), torch.randn(2, 8), (6, {"W.0": 2, "b.w.1": 1}))
+    assert {s.name: s.role for s in graph.prunable()[0].slices} == {"W": "out", "b.weight": "in"}
+
+
 def test_columns_written_by_index_freeze_them():
     def write(x):
         x = x.clone()

@@ -56,6 +56,11 @@ def test_a_recipe_that_can_t_be_meant(change: dict[str, Any], message: str) -> N
         Recipe().replace(**change)
 
 
+def test_lists_of_a_file_are_the_same_recipe() -> None:
+    listed: Any = {"betas": [0.8, 0.9], "milestones": [0.1]}
+    assert Recipe(**listed) == Recipe(betas=(0.8, 0.9), milestones=(0.1,))
+
+
 def test_sgd_with_nesterov_and_decay_by_hand() -> None:
     """The first Nesterov step of torch's SGD moves by lr * (1 + momentum) * (g + decay * w)."""
     model = nn.Linear(1, 1, bias=False)
@@ -217,6 +222,15 @@ def test_nan_in_a_gradient_names_the_layer_nearest_to_the_output() -> None:
         SecateurError, match=r"gradient's norm is (nan|inf) at step 0, first in 0\.(bias|weight)"
     ):
         fit(model, pairs(), steps=1, **SGD)
+
+
+def test_one_number_that_breaks_is_enough() -> None:
+    class Break(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(torch.arange(x.shape[1]) == 1, x / 0, x)
+
+    with pytest.raises(SecateurError, match="first in 1 *;|first in 1$"):
+        fit(nn.Sequential(nn.Linear(6, 4), Break(), nn.Linear(4, 3)), pairs(), steps=1, **SGD)
 
 
 def test_nan_in_the_data_is_named() -> None:
