@@ -13,6 +13,19 @@ TEXT = {"embeddings": torch.tensor([[[0.9, 0.1, 0.0, 0.2]]])}
 LIKE = torch.tensor([[1, 0.8, 0.1, 0], [0.8, 1, 0.2, 0], [0.1, 0.2, 1, 0.3], [0, 0, 0.3, 1]])
 
 
+class Letters:
+    """A token a word; in the middle of a text a word carries its blank."""
+
+    table = {"user": 1, " is": 2, " the": 3, " cup": 4, " red": 5, "?": 6, "is": 7}  # noqa: RUF012
+
+    def encode(self, text, add_special_tokens=True):
+        return [self.table[text]] if text in self.table else [99]
+
+    def decode(self, ids):
+        back = {number: word for word, number in self.table.items()}
+        return "".join(back[i] for i in ids)
+
+
 class TestMMTok:
     def sets(self, keep, text=None, n=6, facts=CLIP, **more):
         generator = torch.Generator().manual_seed(5)
@@ -101,18 +114,6 @@ class TestMMTok:
         assert words("Is it red?", plain=True) == ["Question", "Is", "it", "red"]
 
     def test_words_are_found_among_the_tokens_of_the_prompt(self):
-        class Letters:
-            """A token a word; in the middle of a text a word carries its blank."""
-
-            table = {"user": 1, " is": 2, " the": 3, " cup": 4, " red": 5, "?": 6, "is": 7}  # noqa: RUF012
-
-            def encode(self, text, add_special_tokens=True):
-                return [self.table[text]] if text in self.table else [99]
-
-            def decode(self, ids):
-                back = {number: word for word, number in self.table.items()}
-                return "".join(back[i] for i in ids)
-
         text = {"embeddings": torch.randn(1, 6, 8), "ids": torch.tensor([[1, 2, 3, 4, 5, 6]])}
         sets = token_sets(torch.randn(1, 4, 8), 2, text=text, facts=CLIP)
         assert question_tokens(sets)[1].all()
@@ -120,3 +121,12 @@ class TestMMTok:
             sets.given = {"tokenizer": Letters(), **extra}
             expected = [0, 3, 4] if not extra else [3, 4]
             assert question_tokens(sets)[1][0].nonzero()[:, 0].tolist() == expected
+
+    def test_each_row_has_its_own_question_and_one_without_words_counts_all_its_text(self):
+        text = {"embeddings": torch.randn(2, 6, 8), "ids": torch.tensor([[1, 2, 3, 4, 5, 6]] * 2)}
+        sets = token_sets(torch.randn(2, 4, 8), 2, text=text, facts=CLIP)
+        sets.given = {"tokenizer": Letters(), "question": ["is the cup red?", "where?"]}
+        assert [row.nonzero()[:, 0].tolist() for row in question_tokens(sets)[1]] == [
+            [3, 4],
+            [0, 1, 2, 3, 4, 5],
+        ]
