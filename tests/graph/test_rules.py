@@ -322,6 +322,22 @@ def test_units_under_a_norm_are_inexact_however_few():
     assert [g.exact for g in trace(model, x).prunable()] == [False]
 
 
+class OneDNN(nn.Module):
+    """An operation that exists for plain convolutions only, so it has no `transposed`."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(4, 6), conv(6, 4)
+
+    def forward(self, x):
+        y = torch.ops.aten.mkldnn_convolution(x, self.a.weight, self.a.bias, [0, 0], [1, 1], [1, 1], 1)
+        return self.b(F.relu(y))
+
+
+def test_a_convolution_of_one_library():
+    check(OneDNN(), X2, (6, {"a.w.0": 1, "a.b.0": 1, "b.w.1": 1}))
+
+
 class Halves(nn.Module):
     """One matrix, used in two halves that are multiplied."""
 

@@ -83,6 +83,11 @@ class Gated(nn.Module):
 def test_single_gates_are_not_units():
     graph = trace(Gated(), X)
     assert not any(g.size == 2 for g in graph.prunable())
+    assert [
+        "cut at constant places" in g.reason
+        for g in graph.groups
+        if g.slices[0].name == "f.weight" and g.size < 12
+    ] == [True, True]
 
 
 class Standardised(nn.Module):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from secateur import SecateurError
 from secateur.graph.blocks import find_blocks, find_matrices
 from secateur.stats.collect import collect
-from secateur.stats.stream import stream
+from secateur.stats.stream import Flow, stream
 
 SIZES = {
     "hidden_size": 32,
@@ -447,3 +447,18 @@ def test_blocks_hold_all_matrices_but_embedding_and_head(name):
     for key, matrix in matrices.items():
         assert matrix.weight().shape == matrix.shape and key.startswith(blocks.path_of(matrix.block) + ".")
         assert torch.equal(matrix.unfold(matrix.weight()), model.get_parameter(key))
+
+
+def test_states_lie_in_one_buffer_while_they_fit_and_in_the_order_of_their_memory():
+    flow = Flow(nn.Identity(), (), [torch.zeros(1, 4), torch.zeros(1, 4)])
+    flow.state_bytes = 64
+    first = flow._room(torch.zeros(16), 0)
+    assert flow.buffer is not None and len(flow.buffer) == 2 * 64 + 2 * 64
+    turned = flow._room(torch.zeros(4, 2).T, 0)
+    second, third = flow._room(torch.zeros(8, dtype=torch.float64), 1), flow._room(torch.zeros(17), 1)
+    last, over = flow._room(torch.zeros(2), 1), flow._room(torch.zeros(1), 1)
+    start = flow.buffer.data_ptr()
+    places = [tensor.data_ptr() - start for tensor in (first, second, third)]
+    assert places == [0, 64, 128] and turned.stride() == (1, 2)
+    inside = range(start, start + len(flow.buffer))
+    assert [t.data_ptr() in inside for t in (turned, last, over)] == [False, False, False]

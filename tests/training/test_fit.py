@@ -189,6 +189,13 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path: Path) -> None:
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
+def test_checkpoints_are_counted_from_the_first_step_of_a_part(tmp_path: Path) -> None:
+    file, seen = tmp_path / "run.safetensors", []
+    look = lambda state: seen.append(file.exists())
+    fit(net(), pairs(), steps=10, start=3, until=8, after_step=[look], checkpoint=file, every=4)
+    assert seen == [False, False, False, False, True]  # before steps 4 to 7, and after step 7 was written
+
+
 def test_checkpoint_of_other_settings_or_damaged_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "run.safetensors"
     fit(net(), pairs(), steps=4, checkpoint=file, every=2)

@@ -225,7 +225,7 @@ def channels_of(
 
 @rule("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution")
 def convolution(t: Tracer, c: Call) -> Axes:
-    x, w, b = rect(t, c.axes["input"]), c.axes["weight"], c.axes.get("bias")
+    x, w, b = rect(t, c.axes["input" if "input" in c.axes else "self"]), c.axes["weight"], c.axes.get("bias")
     groups, transposed = int(c.args.get("groups", 1)), bool(c.args.get("transposed", False))
     rank, channel = len(x.shape), len(x.shape) - (len(w.shape) - 2) - 1
     why = t.reason("a spatial axis of a convolution")
