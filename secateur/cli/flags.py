@@ -15,7 +15,14 @@ from cyclopts import Group, Parameter
 SWITCH = Parameter(negative="", show_default=False)
 """A yes-or-no flag that is off and has no `--no-` form."""
 OUTPUT = Parameter(group=Group("Output", sort_key=4))
-KINDS: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": str, "None": None}
+KINDS: dict[str, Any] = {
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "str": str,
+    "list": list[str],
+    "None": None,
+}
 
 Row = Mapping[str, Any]
 
@@ -38,7 +45,8 @@ def settings(rows: Iterable[Row], group: str | None = None, order: int = 1, pref
     Settings(depth=3)
 
     Args:
-        rows: name, type, default and help, as the catalogue has them. Tuples are written with commas.
+        rows: name, type, default and help, as the catalogue has them. Tuples are written with commas; a list may be given in
+            several flags too.
         group: the heading of the help; order: its place there.
         prefix: stands before a flag whose name is among `taken`.
         optional: what isn't given is None, whatever the default is.
@@ -51,7 +59,7 @@ def settings(rows: Iterable[Row], group: str | None = None, order: int = 1, pref
         if kind is None:
             continue
         default = None if optional else row.get("default", dataclasses.MISSING)
-        if isinstance(default, list | tuple):
+        if isinstance(default, list | tuple) and "list" not in kind:
             default = ",".join(map(str, default))
         hint: Any = functools.reduce(operator.or_, (KINDS[part] for part in kind.split(" | ")))
         hint = hint | None if optional else hint
@@ -111,9 +119,10 @@ def flag_names(function: Callable[..., Any], *others: type) -> set[str]:
     }
 
 
-def listed(text: str | None) -> tuple[str, ...]:
-    """`a,b` -> ("a", "b")"""
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+def listed(text: str | Iterable[str] | None) -> tuple[str, ...]:
+    """`a,b` -> ("a", "b"), as ["a", "b"] does."""
+    text = text if isinstance(text, str) else ",".join(text or ())
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def named_method(argv: Sequence[str]) -> str | None:

@@ -38,6 +38,7 @@ from secateur.errors import SecateurError
 FILE_METHOD = "group-magnitude"
 METHOD_HELP = f"the method: `secateur methods` lists them; default for .onnx and .pt2: {FILE_METHOD}"
 TARGET_HELP = "what holds at the end: 50% (share kept), 'params<=100e6', 'macs<=50%', 'size<=200MB', 'latency<=8ms', 2:4"
+LISTS = ("kinds", "keep", "only", "share")
 RECOVERY = Parameter(group=Group("Recovery", sort_key=3))
 
 
@@ -128,7 +129,7 @@ def prune(
     check_file_model(model, output.out)
     check_new_file(output.report)
     method = make_method(method_entry(flags.method)["name"], **vars(settings))
-    lists = {name: listed(vars(options)[name]) or None for name in ("kinds", "keep", "only")}
+    lists = {name: listed(vars(options)[name]) or None for name in LISTS}
     common = vars(options) | lists
     at_least("--steps", recovery.steps, 1)
     check_target(flags.target)

@@ -65,6 +65,8 @@ class Competitor:
     scores: Tensor
     floor: int = 1
     round_to: int = 1
+    fixed: bool = False
+    """It goes down to its floor whatever the target is."""
 
     @property
     def size(self) -> int:
@@ -212,19 +214,30 @@ def follow(
     cost: kept units -> what is bounded; it must not rise as units leave.
     refill: give back, latest leaver first, every step that still fits.
 
+    Groups that are `fixed` are at their floor throughout.
+
     Raises `SecateurError` naming the best that can be reached when even the end of the path is over the limit.
     """
 
+    fixed = {group.name for group in groups if group.fixed}
+    start = [(g.name, unit) for g in groups if g.fixed for grain in g.grains() for unit in grain]
+    if fixed:
+        path = [left for step in path if (left := [item for item in step if item[0] not in fixed])]
+
+    def kept(steps: Iterable[Step]) -> dict[str, Tensor]:
+        return kept_after(groups, [start, *steps])
+
     def price(count: int) -> float:
-        return cost(kept_after(groups, path[:count]))
+        return cost(kept(path[:count]))
 
     if price(0) <= limit:
-        return kept_after(groups, [])
+        return kept([])
     if (least := price(len(path))) > limit:
+        floors = "the shares that were given, and every other group" if fixed else "every group"
         raise SecateurError(
-            f"the target {describe(limit)} can't be met: with every group at its floor {describe(least)} is left",
+            f"the target {describe(limit)} can't be met: with {floors} at its floor, {describe(least)} is left",
             where="target",
-            fix=f"ask for {describe(least)} or more, or lower the floors",
+            fix=f"ask for {describe(least)} or more, or lower the {'shares' if fixed else 'floors'}",
         )
     low, high = 0, len(path)
     while high - low > 1:
@@ -240,11 +253,11 @@ def follow(
             if owners in closed:
                 continue
             trial = left[:index] + left[index + 1 :]
-            if cost(kept_after(groups, trial)) <= limit:
+            if cost(kept(trial)) <= limit:
                 left = trial
             else:
                 closed.add(owners)
-    return kept_after(groups, left)
+    return kept(left)
 
 
 # Published cuts: thresholds and roundings as papers have them, near the budget instead of at it

@@ -20,7 +20,8 @@ from secateur.pruning.options import Options
 from secateur.pruning.plan import Plan
 from secateur.pruning.protect import freeze_protected, protected
 from secateur.pruning.resume import Checkpoint
-from secateur.pruning.target import Target
+from secateur.pruning.share import makers, read_shares, steer
+from secateur.pruning.target import Target, parse_schedule
 from secateur.pruning.undo import Undo
 from secateur.stats.collect import collect
 from secateur.stats.layer import LayerStats
@@ -76,6 +77,8 @@ class Context:
     """Whether the plan keeps no more than the share that was asked for."""
     also: Sequence[Inputs] = ()
     """Further example inputs, which take other branches."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Lines for the plan and the report, by key."""
 
     @cached_property
     def graph(self) -> Graph:
@@ -125,6 +128,62 @@ class Context:
                 else "`secateur inspect` shows every group",
             )
         return groups
+
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        """The share kept of what fits each pattern of the caller's, in this round of the schedule."""
+        rounds = parse_schedule(self.options.schedule)
+        done = (self.round + 1) / rounds
+        given = read_shares(self.options.share)
+        return {p: share if done == 1 else 1 - (1 - share) * done for p, share in given.items()}
+
+    @cached_property
+    def fixed_weights(self) -> dict[str, int]:
+        """How many weights of a matrix stay because the caller gave its share."""
+        if not self.shares:
+            return {}
+        reasons = protected(self.every_matrix, self.options.keep, self.options.only)
+        others = {n: ([n], reasons.get(n, "it isn't pruned")) for n, _ in self.model.named_parameters()}
+        for name in self.matrices:
+            del others[name]
+        found, _ = steer({name: [name] for name in self.matrices}, self.shares, others)
+        return {n: max(1, int(share * self.matrices[n].numel + 1e-9)) for n, share in found.items()}
+
+    @cached_property
+    def fixed_units(self) -> dict[str, int]:
+        """How many units of a group stay because the caller gave its share.
+
+        Raises `SecateurError` where that is less than a unit.
+        """
+        if not self.shares:
+            return {}
+        others = {
+            g.name: (makers(g), g.reason or f"{self.method.name} doesn't cut {g.kind}")
+            for g in self.graph.groups
+        }
+        for group in self.groups:
+            del others[group.name]
+        found, note = steer({g.name: makers(g) for g in self.groups}, self.shares, others)
+        if note:
+            self.notes["share"] = note
+        counts = {}
+        for name, share in found.items():
+            group = self.graph[name]
+            grain = self._grain(group)
+            count = int(share * group.size + 1e-9)
+            count -= 0 if count == group.size else count % grain
+            least = max(group.least, 1)
+            if count < least:
+                raise SecateurError(
+                    f"{share:.4g} of the {group.size} {group.kind} of {name} is less than {max(least, grain)}",
+                    where="share",
+                    fix=f"give {max(least, grain) / group.size:.4g} or more",
+                )
+            counts[name] = count
+        return counts
+
+    def _grain(self, group: Group) -> int:
+        return lcm(1 if group.kind in COARSE else self.options.round_to, group.multiple)
 
     @property
     def share(self) -> float:
@@ -251,8 +310,12 @@ class Context:
                 name=group.name,
                 kind=group.kind,
                 scores=self._finite(group, scores[group.name]),
-                floor=group.size if self.block_of(group.name) in spared else self.floor_of(group),
-                round_to=lcm(1 if group.kind in COARSE else self.options.round_to, group.multiple),
+                floor=self.fixed_units.get(
+                    group.name,
+                    group.size if self.block_of(group.name) in spared else self.floor_of(group),
+                ),
+                round_to=self._grain(group),
+                fixed=group.name in self.fixed_units,
             )
             for group in self.groups
             if group.name in scores
@@ -357,7 +420,8 @@ class Context:
 
     def _share_of_units(self, groups: list[Competitor], allocation: str | None) -> dict[str, Tensor]:
         how = allocation or self.allocation or self.method.allocation
-        if how == "uniform":
+        fixed = any(group.fixed for group in groups)
+        if how == "uniform" and not fixed:
             return {
                 name: kept
                 for group in groups
@@ -369,9 +433,9 @@ class Context:
                 ).items()
             }
         path = build_path(groups, how)
-        limit = max(
-            int(self.target.value * sum(g.size for g in groups) + 1e-9), sum(map(self._smallest, groups))
-        )
+        limit = int(self.target.value * sum(g.size for g in groups) + 1e-9)
+        if not fixed:
+            limit = max(limit, sum(map(self._smallest, groups)))
         return follow(groups, path, lambda keep: sum(map(len, keep.values())), limit, describe=self._describe)
 
     def keeps_share(self, keep: Mapping[str, Tensor]) -> bool:
@@ -429,7 +493,7 @@ class Context:
             kinds={name: self.graph[name].kind for name in kept},
             masks={name: mask.cpu() for name, mask in (masks or {}).items()},
             values={name: value.detach().cpu() for name, value in (values or {}).items()},
-            notes=dict(notes or {}),
+            notes={**self.notes, **(notes or {})},
         )
 
 

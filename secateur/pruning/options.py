@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from secateur.errors import SecateurError
+from secateur.pruning.share import read_shares, written
 from secateur.pruning.target import parse_schedule
 from secateur.utils.ranges import check_fields
 
 
 @dataclass(frozen=True)
 class Options:
-    """What every method understands. The command line's flags and their help are these fields."""
+    """What every method understands. The command line's flags and their help are these fields; those of `several` may be repeated."""
 
     samples: int = field(default=32, metadata={"help": "calibration sequences", "min": 1})
     seqlen: int = field(
@@ -32,16 +34,29 @@ class Options:
         default=1, metadata={"help": "keep multiples of this many channels or neurons", "min": 1}
     )
     kinds: tuple[str, ...] | None = field(
-        default=None, metadata={"help": "kinds of unit to cut, e.g. neurons,kv_groups; default: the method's"}
+        default=None,
+        metadata={
+            "several": True,
+            "help": "kinds of unit to cut, e.g. neurons,kv_groups; default: the method's",
+        },
     )
     keep: tuple[str, ...] | None = field(
         default=None,
         metadata={
-            "help": "leave these alone: names or patterns of parameters or modules, e.g. 'lm_head,*.layers.0.*'"
+            "several": True,
+            "help": "leave these alone: names or patterns of parameters or modules, e.g. 'lm_head,*.layers.0.*'",
         },
     )
     only: tuple[str, ...] | None = field(
-        default=None, metadata={"help": "leave everything else alone; names or patterns as for keep"}
+        default=None,
+        metadata={"several": True, "help": "leave everything else alone; names or patterns as for keep"},
+    )
+    share: tuple[str, ...] | None = field(
+        default=None,
+        metadata={
+            "several": True,
+            "help": "the share kept of these: names or patterns as for keep, e.g. '*.mlp=50%'; of two that fit the later wins",
+        },
     )
     uniform: bool = field(
         default=False,
@@ -58,10 +73,20 @@ class Options:
         },
     )
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "share", written(self.share))
+
     def check(self) -> None:
         """Raises `SecateurError` for a value outside its range; which allocations there are, the method's kind says."""
         check_fields(self)
         parse_schedule(self.schedule)
+        for pattern, share in read_shares(self.share).items():
+            if share < self.floor:
+                raise SecateurError(
+                    f"{share:.4g} of {pattern!r} is under the floor {self.floor:g}",
+                    where="share",
+                    fix="lower the floor",
+                )
 
     def changed(self) -> dict[str, Any]:
         """The fields that differ from the default, as a plan keeps them."""

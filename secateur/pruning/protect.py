@@ -52,9 +52,23 @@ def check_patterns(model: nn.Module, **patterns: Patterns) -> None:
     for option, given in patterns.items():
         for pattern in given or ():
             if not any(matches(name, pattern) for name in names):
-                near = nearest(pattern.strip("*."), [*modules, *names], count=3, cutoff=0.3)
+                near = _nearest(pattern, [*modules, *names])
                 fix = f"the nearest: {', '.join(near)}" if near else "`secateur inspect` shows the names"
                 raise SecateurError(f"no parameter fits {pattern!r}", where=option, fix=fix)
+
+
+def _nearest(pattern: str, names: Iterable[str]) -> list[str]:
+    """Up to three patterns that would fit, for one that doesn't.
+
+    >>> _nearest("*.mpl", ["model.layers.0.mlp", "model.norm"])
+    ['*.mlp']
+    """
+    bare = pattern.strip("*.")
+    if not pattern.startswith("*"):
+        return nearest(bare, names, count=3, cutoff=0.3)
+    length = bare.count(".") + 1
+    ends = {".".join(name.split(".")[-length:]): None for name in names}
+    return [f"*.{end}" for end in nearest(bare, ends, count=3, cutoff=0.3)]
 
 
 def freeze_protected(graph: Graph, keep: Patterns, only: Patterns) -> None:

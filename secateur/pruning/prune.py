@@ -27,6 +27,7 @@ from secateur.pruning.protect import check_patterns
 from secateur.pruning.report import build_report
 from secateur.pruning.request import read_request
 from secateur.pruning.resume import Checkpoint, fingerprint, run_directory
+from secateur.pruning.share import read_shares
 from secateur.pruning.target import Target, parse_schedule, rounds
 from secateur.pruning.undo import Undo
 from secateur.pruning.units import plan_units
@@ -121,7 +122,7 @@ def prune(
     tasks, limit: what to measure before and after (`wikitext2`, `piqa`, ...), with at most `limit` items each.
     progress, announce: `secateur.utils.progress.track` for bars; what is called with a line to tell, such as the memory that
         calibration will need.
-    settings: fields of `Options` (samples, seqlen, schedule, allocation, floor, round_to, kinds, keep, only, uniform, prove) and
+    settings: fields of `Options` (samples, seqlen, schedule, allocation, floor, round_to, kinds, keep, only, share, uniform, prove) and
         hyperparameters of the method.
 
     Raises `SecateurError`: unknown method or setting, a target that can't be met, no data, NaN weights, nothing to cut.
@@ -131,7 +132,7 @@ def prune(
     chosen, options, goal = request.method, request.options, request.target
     units = isinstance(chosen, UnitMethod)
     check_model(model)
-    check_patterns(model, keep=options.keep, only=options.only)
+    check_patterns(model, keep=options.keep, only=options.only, share=tuple(read_shares(options.share)))
     if inputs is None and (units or hasattr(getattr(model, "config", None), "vocab_size")):
         inputs = default_inputs(model, min(options.seqlen, TRACED))
     batches = None
@@ -230,7 +231,7 @@ def make_plan(context: Context) -> tuple[Plan, Graph | None]:
     if isinstance(method, UnitMethod):
         return plan_units(method, context, targets)
     assert isinstance(method, WeightMethod)
-    if target.kind == "share" and target.value == 1:
+    if target.kind == "share" and target.value == 1 and not context.options.share:
         return context.make_plan(), None
     # each round prunes what the one before left in the model
     for index, goal in enumerate(targets):

@@ -13,6 +13,7 @@ from secateur.graph import Graph
 from secateur.pruning.context import Context
 from secateur.pruning.method import UnitMethod
 from secateur.pruning.plan import Plan
+from secateur.pruning.share import ALONE
 from secateur.pruning.target import Target
 from secateur.pruning.undo import Undo, has_tensor
 from secateur.surgery import mask_units, prove
@@ -40,6 +41,7 @@ def plan_units(method: UnitMethod, context: Context, targets: Sequence[Target]) 
                 }
             try:
                 proposal = method.plan(current)
+                check_shares(current, proposal)
             except SecateurError as error:
                 raise _with_frozen(error, graph) from error
             options, inputs = context.options, current.inputs
@@ -71,6 +73,22 @@ def plan_units(method: UnitMethod, context: Context, targets: Sequence[Target]) 
     if context.target.kind == "share":
         context.met = current.keeps_share(plan.keep)
     return plan, graph
+
+
+def check_shares(context: Context, plan: Plan) -> None:
+    """Refuse a plan that doesn't keep the shares that the caller gave; note where they alone meet the target."""
+    fixed = context.fixed_units
+    for name, count in fixed.items():
+        size = context.graph[name].size
+        kept = len(plan.keep[name]) if name in plan.keep else size
+        if kept != count:
+            raise SecateurError(
+                f"{context.method.name} keeps {kept} of the {size} {context.graph[name].kind} of {name}, and not {count}",
+                where="share",
+                fix="take another method, or leave share out",
+            )
+    if fixed and plan.keep.keys() <= fixed.keys():
+        plan.notes["share"] = "; ".join(filter(None, [plan.notes.get("share"), ALONE]))
 
 
 def _leave_masked(context: Context, graph: Graph, plan: Plan, scratch: Undo) -> Graph | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from secateur.pruning.context import Context
 from secateur.pruning.method import WeightMethod
 from secateur.pruning.plan import DENSE_NOTE, Plan
 from secateur.pruning.select import Pattern, top_k
+from secateur.pruning.share import ALONE
 from secateur.stats.layer import LayerStats
 from secateur.stats.memory import estimate
 
@@ -117,6 +119,10 @@ def _patterns(method: WeightMethod, context: Context) -> dict[str, Pattern]:
             fix="protect less" if context.every_matrix else "nothing can be pruned",
         )
     if target.n_m:
+        if context.options.share:
+            raise SecateurError(
+                "N:M is the same share everywhere", where=f"target {target}", fix="leave share out"
+            )
         return _n_m_patterns(method, context, *target.n_m)
     total = sum(matrix.numel for matrix in context.every_matrix.values())
     others = sum(p.numel() for p in context.model.parameters()) - total
@@ -130,8 +136,25 @@ def _patterns(method: WeightMethod, context: Context) -> dict[str, Pattern]:
             where=f"target {target}",
             fix=f"ask for more than {whole / total:.1%}, or protect less",
         )
+    fixed = context.fixed_weights
     name = "global" if method.scope == "global" else context.allocation or method.allocation
-    return ALLOCATIONS[name](method, context, keep)
+    context.notes.pop("share", None)
+    if not fixed:
+        return ALLOCATIONS[name](method, context, keep)
+    rest = dataclasses.replace(context)
+    rest.matrices = {name: matrix for name, matrix in matrices.items() if name not in fixed}
+    given, left = sum(fixed.values()), sum(matrix.numel for matrix in rest.matrices.values())
+    if keep - given < (left > 0):
+        raise SecateurError(
+            f"{given + whole:,} of {total:,} weights stay by share, keep and only, which alone is over the target",
+            where=f"target {target}",
+            fix=f"ask for more than {(given + whole) / total:.1%}, or give smaller shares",
+        )
+    patterns = {name: Pattern(count, scope=method.scope) for name, count in fixed.items()}
+    if keep - given >= left:
+        context.notes["share"] = ALONE
+        return patterns
+    return patterns | ALLOCATIONS[name](method, rest, keep - given)
 
 
 def _n_m_patterns(method: WeightMethod, context: Context, n: int, m: int) -> dict[str, Pattern]:

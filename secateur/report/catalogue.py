@@ -48,7 +48,10 @@ def settings(cls: type) -> list[dict[str, Any]]:
     for item in dataclasses.fields(cls):
         if not item.init:
             continue
-        row = {"name": item.name, "type": flag_type(hints[item.name]), "help": item.metadata.get("help", "")}
+        kind = flag_type(hints[item.name])
+        if item.metadata.get("several"):
+            kind = (kind or "str").replace("str", "list")
+        row = {"name": item.name, "type": kind, "help": item.metadata.get("help", "")}
         if item.default_factory is not dataclasses.MISSING:
             row["default"] = item.default_factory()
         elif item.default is not dataclasses.MISSING:

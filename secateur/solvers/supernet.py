@@ -104,6 +104,9 @@ def ranges(
     """(lowest, highest) level of each layer, between what an earlier round removed and the floor."""
     found = []
     for layer, count, step in zip(layers, removed, steps):
+        if layer.name in context.fixed_units:
+            found.append((0, 0))
+            continue
         gone = int(context.gone[layer.name].sum()) if layer.name in context.gone else 0
         found.append(reach_of(count, step, gone, layer.size - context.floor_of(layer.group), reach))
     return found
