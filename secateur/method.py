@@ -1,4 +1,4 @@
-"""What a method is: the kinds, and the registry that finds them by their folder.
+"""What a method is: the kinds, and the registry that finds them by their folder, in packages and in files.
 
 A method is one file in `secateur/methods/`: a dataclass whose fields are the paper's hyperparameters, a taxonomy
 record, what it needs to know about the data, and its score. Everything else (hooks, budgets, indices) is the engines'.
@@ -7,14 +7,21 @@ record, what it needs to know about the data, and its score. Everything else (ho
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import importlib.util
+import inspect
 import pkgutil
+import re
+import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from secateur.errors import SecateurError, choose
+from secateur.errors import SecateurError, SecateurWarning, choose
 from secateur.taxonomy import MethodInfo, filter_records
 from secateur.taxonomy import recommend as advise
+from secateur.utils.code import announced, origin, package_of, read_spec, run_file
 from secateur.utils.ranges import check_fields
 
 KINDS = {
@@ -35,6 +42,8 @@ VERBS = {
     "saliency": ("draws where a network looks", "secateur.saliency, or `secateur saliency`"),
 }
 """What a method of each verb does, and where it is used."""
+LIBRARY = "secateur.methods"
+"""The package of this library's own methods, and the group of entry points in which others announce theirs."""
 
 
 @dataclasses.dataclass
@@ -47,15 +56,50 @@ class Method:
     """
 
     name: ClassVar[str] = ""
+    """The class's name in lower case with hyphens, unless a class gives itself another; the file's in this library."""
     verb: ClassVar[str] = ""
     """What runs it: "prune", "train_prune", "attach" or "saliency"; a kind of method sets it."""
     info: ClassVar[MethodInfo]
+    """The record; what a class leaves out of it, or all of it, is as usual for its kind."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Statistics the method reads, by the names of `secateur.stats`: input_norm, hessian, gradient, ..."""
     allocation: ClassVar[str] = "uniform"
     """How a share is divided over layers when the caller doesn't say: uniform, global, per-kind; owl or own for single weights."""
     quick: ClassVar[Mapping[str, Any]] = {}
     """Hyperparameters with which a check is short (`secateur.testing`); the defaults are for real runs."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Gives a class its name, and a whole record in place of a short one or none."""
+        super().__init_subclass__(**keywords)
+        if "name" not in cls.__dict__:
+            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
+        own = cls.__dict__.get("info")
+        if not isinstance(own, MethodInfo):
+            if own is not None:
+                raise SecateurError(
+                    f"info is a {type(own).__name__}",
+                    where=f"method {cls.name}",
+                    fix="set info = MethodInfo(...)",
+                )
+            own = MethodInfo()
+        if own.short:
+            above = cls.__mro__[1]
+            pattern = cls.usual() if above.__name__ in (*KINDS, "Method") else above.info
+            title = cls.name.replace("-", " ").capitalize()
+            cls.info = own.completed(dataclasses.replace(pattern, name=cls.name), title)
+
+    @classmethod
+    def usual(cls) -> MethodInfo:
+        """The axes of a record where a class says nothing of them; a kind of method overrides it."""
+        return MethodInfo(
+            title="",
+            spec="none",
+            objects="tool",
+            granularity="none",
+            speedup="none",
+            when="none",
+            criteria="none",
+        )
 
     def __post_init__(self) -> None:
         """Refuses a hyperparameter outside the range that its field declares."""
@@ -64,6 +108,11 @@ class Method:
     def statistics(self) -> frozenset[str]:
         """What this method reads with these hyperparameters; `needs`, unless a method says otherwise."""
         return self.needs
+
+    @property
+    def source(self) -> str:
+        """Where a method that isn't this library's came from; empty for its own."""
+        return origin(type(self))
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -75,42 +124,108 @@ T = TypeVar("T", bound=type[Method])
 
 
 def register(cls: T) -> T:
-    """Class decorator: the method is known by its file's name (`random_structured.py` -> `random-structured`)."""
-    name = cls.__module__.rpartition(".")[2].replace("_", "-")
-    if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
+    """Class decorator: the method is known by its name, as `name` says, everywhere that a name is taken.
+
+    Running it again, as a cell of a notebook is, replaces the class.
+
+    >>> @register
+    ... class PeakFirst(WeightMethod):  # doctest: +SKIP
+    ...     ...
+    >>> secateur.prune(model, method="peak-first", target="50%")  # doctest: +SKIP
+
+    Raises `SecateurError` where another method has the name.
+    """
+    own = cls.__module__.startswith(f"{LIBRARY}.")
+    name = cls.__module__.rpartition(".")[2].replace("_", "-") if own else cls.name
+    other = _REGISTRY.get(name)
+    again = other is not None and (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)
+    taken = not own and importlib.util.find_spec(f"{LIBRARY}.{name.replace('-', '_')}") is not None
+    if taken or (other is not None and not again):
+        fix = "one method a file, named after the file" if own else 'give it another: name = "..."'
         raise SecateurError(
-            f"two methods are named {name!r}",
-            where=cls.__module__,
-            fix="one method a file, named after the file",
+            f"two methods are named {name!r}", where=f"{cls.__module__}.{cls.__qualname__}", fix=fix
         )
-    if not isinstance(cls.__dict__.get("info"), MethodInfo):
-        raise SecateurError(
-            "it has no taxonomy record",
-            where=f"method {name}",
-            fix="set info = MethodInfo(...) or record(...)",
-        )
+    if "__dataclass_fields__" not in cls.__dict__:
+        cls = dataclasses.dataclass(cls)
     cls.name = name
     cls.info = dataclasses.replace(cls.info, name=name)
     _REGISTRY[name] = cls
     return cls
 
 
+def methods_in(module: object) -> dict[str, type[Method]]:
+    """The methods that a module defines itself, by the names of their classes."""
+    classes = {name: value for name, value in vars(module).items() if inspect.isclass(value)}
+    return {
+        name: cls
+        for name, cls in classes.items()
+        if issubclass(cls, Method) and cls.__module__ == getattr(module, "__name__", "") and name[0] != "_"
+    }
+
+
+@functools.cache
+def plugins() -> tuple[str, ...]:
+    """The names of the methods that installed packages announce (entry points of the group `secateur.methods`).
+
+    A package that fails is a `SecateurWarning`, once.
+    """
+    names: list[str] = []
+    for point in announced(LIBRARY):
+        try:
+            found = point.load()
+            if not inspect.isclass(found):
+                names += [register(cls).name for cls in methods_in(found).values()]
+                continue
+            if not issubclass(found, Method):
+                raise TypeError(f"{point.value} is no method")
+            _REGISTRY.pop(found.name, None)
+            found.name = point.name.lower().replace("_", "-")
+            names.append(register(found).name)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  whatever it is, the others go on
+            told = " ".join(f"{type(error).__name__}: {error}".split())
+            warnings.warn(
+                f"{package_of(point)}: its method {point.name!r} is left out ({told})", SecateurWarning, 2
+            )
+    return tuple(names)
+
+
 def _load_all() -> dict[str, type[Method]]:
-    package = importlib.import_module("secateur.methods")
+    package = importlib.import_module(LIBRARY)
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
+    plugins()
     return _REGISTRY
 
 
-def method_class(name: str) -> type[Method]:
-    """The class registered under `name`.
+def own_methods() -> dict[str, type[Method]]:
+    """This library's own methods by name: what its pages and its catalogue are of."""
+    own = {name: cls for name, cls in _load_all().items() if cls.__module__.startswith(f"{LIBRARY}.")}
+    return dict(sorted(own.items()))
 
-    Raises `SecateurError` with the nearest names when there is none.
+
+def method_class(name: str) -> type[Method]:
+    """The class registered under `name`, or the one of `file.py:Class` or of a `file.py` with one method, which is run.
+
+    Raises `SecateurError` with the nearest names when there is none, and where a file fails.
     """
+    if (spec := read_spec(name)) is not None:
+        return _of_file(*spec)
     registry = _load_all()
     key = name.strip().lower().replace("_", "-")
     error, fix = f"there is no method {name!r}", "`secateur methods` lists them"
     return registry[choose(key, registry, where="method", error=error, near=3, fix=fix)]
+
+
+def _of_file(path: Path, name: str | None) -> type[Method]:
+    found = methods_in(run_file(path))
+    if not found:
+        fix = f"define a subclass of {', '.join(KINDS)}"
+        raise SecateurError("it defines no method", where=str(path), fix=fix)
+    if name is None and len(found) > 1:
+        fix = f"name one: {path}:{next(iter(found))}"
+        raise SecateurError(f"it defines {' and '.join(found)}", where=str(path), fix=fix)
+    cls = found[choose(name or next(iter(found)), found, what="method", where=str(path), near=1)]
+    return cls if "__dataclass_fields__" in cls.__dict__ else dataclasses.dataclass(cls)
 
 
 def make_method(method: str | Method | type[Method], **hyperparameters: Any) -> Method:

@@ -17,9 +17,11 @@ from secateur.taxonomy import MethodInfo, filter_records
 from secateur.taxonomy import recommend as advise
 from secateur.taxonomy.axes import AXES, FLAGS, MEANING, RECORDS
 from secateur.taxonomy.catalogue import info as info_of
+from secateur.utils.code import read_spec
 
 TEXT = Parameter(
-    help="words to look for in names, titles and descriptions; or the name of one method", show_default=False
+    help="words to look for in names, titles and descriptions; or the name of one method, or file.py:Class",
+    show_default=False,
 )
 
 
@@ -64,8 +66,9 @@ def methods(*text: Annotated[str, TEXT], flags: Settings, shown: Shown) -> None:
 
     filters = {key: value for key, value in vars(flags).items() if value is not None}
     key = "-".join(text).strip().lower().replace("_", "-")
-    if key in entries() and not filters:
-        entry = method_entry(key)
+    file = text[0] if len(text) == 1 and read_spec(text[0]) else None
+    if file or (key in entries() and not filters):
+        entry = method_entry(file or key)
         info = info_of(entry)
         rows = [
             {"name": row["name"], "default": row.get("default"), "help": row["help"]}

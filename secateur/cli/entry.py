@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from types import FrameType
+from typing import Any
 
 from secateur.cli.interrupt import INTERRUPTED, interrupted
+from secateur.errors import SecateurWarning
 
 AGAIN = 2.0
 """Seconds after which an interrupt that somebody swallowed is raised again."""
+_format = warnings.formatwarning
 _seen: list[int] = []
 
 
@@ -29,8 +33,18 @@ def _ring(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
+def _line(message: Warning | str, category: type[Warning], *place: Any) -> str:
+    """A warning of ours is one line, as an error is."""
+    return (
+        f"secateur: {message}\n"
+        if issubclass(category, SecateurWarning)
+        else _format(message, category, *place)
+    )
+
+
 def main() -> int:
     """Run the command line of this process; gives its exit code."""
+    warnings.formatwarning = _line
     # a shell starts background jobs with the signal ignored: leave it so
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _on_signal)

@@ -39,7 +39,8 @@ def plan_show(directory: Annotated[str, PLAN], /, *, flags: Show, shown: Shown) 
     path, document = read_document(Path(directory).expanduser())
     names = ("method", "target", "seed", "hyperparameters", "options", "inputs", "notes")
     with undamaged(path):
-        value = {name: document[name] for name in names} | summarise(path, document)
+        value = {name: document[name] for name in names} | {"source": document.get("source", "")}
+        value |= summarise(path, document)
     show(value, shown.json, lambda console: print_plan(value, console, flags.full))
 
 

@@ -26,7 +26,6 @@ from secateur.cli.shared import (
     check_file_model,
     check_new_file,
     check_new_folder,
-    method_entry,
     open_model,
     open_with_inputs,
     quiet_stdout,
@@ -36,7 +35,9 @@ from secateur.cli.shared import (
 from secateur.errors import SecateurError
 
 FILE_METHOD = "group-magnitude"
-METHOD_HELP = f"the method: `secateur methods` lists them; default for .onnx and .pt2: {FILE_METHOD}"
+METHOD_HELP = (
+    f"the method: `secateur methods` lists them, or file.py:Class; default for .onnx and .pt2: {FILE_METHOD}"
+)
 TARGET_HELP = "what holds at the end: 50% (share kept), 'params<=100e6', 'macs<=50%', 'size<=200MB', 'latency<=8ms', 2:4"
 LISTS = ("kinds", "keep", "only", "share")
 RECOVERY = Parameter(group=Group("Recovery", sort_key=3))
@@ -128,7 +129,7 @@ def prune(
     check_new_folder(output.out)
     check_file_model(model, output.out)
     check_new_file(output.report)
-    method = make_method(method_entry(flags.method)["name"], **vars(settings))
+    method = make_method(flags.method, **vars(settings))
     lists = {name: listed(vars(options)[name]) or None for name in LISTS}
     common = vars(options) | lists
     at_least("--steps", recovery.steps, 1)

@@ -16,12 +16,12 @@ from secateur.cli.shared import (
     JSON_HELP,
     check_new_file,
     method_entry,
-    methods_of,
     open_model,
     quiet_stdout,
     show,
 )
 from secateur.errors import SecateurError
+from secateur.taxonomy.catalogue import catalogue
 
 MODEL = Parameter(
     help="a classifier of pictures: a name such as efficientnet-lite0, a folder, an .onnx or .pt2 file"
@@ -29,13 +29,14 @@ MODEL = Parameter(
 IMAGE = Parameter(help="a picture: PNG, JPEG, ...")
 PICTURE = Parameter(group=Group("Picture", sort_key=3))
 DEFAULT = "normgrad"
+OWN = [name for name, entry in catalogue()["methods"].items() if entry["verb"] == "saliency"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saliency:
     """The map, the class, and how the picture is read."""
 
-    method: str = flag(", ".join(methods_of("saliency")), DEFAULT)
+    method: str = flag(f"{', '.join(OWN)}, or file.py:Class", DEFAULT)
     target: int | None = flag("the class; default: the likeliest", None)
     meta: float = flag("learning rate of a step towards the class before the map is made (0.0025)", 0.0)
     blur: float = flag("sigma of a Gaussian over the map, as a share of the longer side (0.02)", 0.0)

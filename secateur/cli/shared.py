@@ -19,6 +19,7 @@ from cyclopts import Group, Parameter
 from secateur.cli.flags import SWITCH, flag, listed, settings
 from secateur.errors import SecateurError, choose, require
 from secateur.taxonomy import catalogue as data
+from secateur.utils.code import announced, read_spec
 
 MODEL = Parameter(
     help="smollm2, aidreams, a task or its network (cifar10, resnet56, vdsr, espnet, ...), a folder that transformers or"
@@ -94,30 +95,43 @@ def at_least(name: str, value: int | None, least: int) -> None:
 
 @functools.cache
 def entries() -> Mapping[str, dict[str, Any]]:
-    """The catalogue's methods; read off the code where a file was added since it was written."""
+    """The catalogue's methods and those of installed packages; read off the code where a file was added since it was written."""
     folder = Path(__file__).parents[1] / "methods"
     files = {path.stem.replace("_", "-") for path in folder.glob("[!_]*.py")}
     known = data.catalogue()["methods"]
-    if files == known.keys():
-        return known
-    from secateur.report.catalogue import catalogue
+    if files != known.keys():
+        from secateur.report.catalogue import catalogue
 
-    return catalogue()["methods"]
+        known = catalogue()["methods"]
+    if not announced("secateur.methods"):  # nothing is imported to find that there is none
+        return known
+    from secateur.method import method_class, plugins
+    from secateur.report.catalogue import entry
+
+    return dict(sorted({**known, **{name: entry(method_class(name)) for name in plugins()}}.items()))
 
 
 def method_entry(name: str, verb: str | None = None, other: str = "", fix: str = "") -> dict[str, Any]:
-    """The catalogue's entry of a method.
+    """The catalogue's entry of a method; `file.py:Class` is run.
 
     Raises SecateurError with the nearest names for another name, and for a method of another verb.
     """
-    known = entries()
-    key = name.strip().lower().replace("_", "-")
-    fix_ = "`secateur methods` lists them"
-    choose(key, known, where="method", error=f"there is no method {name!r}", near=3, fix=fix_)
-    if verb and known[key]["verb"] != verb:
-        names = methods_of(verb)
-        choose(key, names, where="--method", error=f"{key} {other}", fix=f"{fix}one of {', '.join(names)}")
-    return {"name": key, **known[key]}
+    if read_spec(name):
+        from secateur.method import method_class
+        from secateur.report.catalogue import entry
+
+        cls = method_class(name)
+        found = {"name": cls.name, **entry(cls)}
+    else:
+        known = entries()
+        key = name.strip().lower().replace("_", "-")
+        fix_ = "`secateur methods` lists them"
+        choose(key, known, where="method", error=f"there is no method {name!r}", near=3, fix=fix_)
+        found = {"name": key, **known[key]}
+    if verb and found["verb"] != verb:
+        what = f"{found['name']} {other}"
+        raise SecateurError(what, where="--method", fix=f"{fix}one of {', '.join(methods_of(verb))}")
+    return found
 
 
 def methods_of(verb: str) -> list[str]:

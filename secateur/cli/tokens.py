@@ -29,7 +29,9 @@ class Tokens:
 
     image: str | None = flag("a picture file, or the number of a test picture of scenes", None)
     prompt: str | None = flag("the question; default, for scenes: one about the picture", None)
-    method: str = flag("a method that drops tokens: `secateur methods --objects T` lists them", "divprune")
+    method: str = flag(
+        "a method that drops tokens: `secateur methods --objects T` lists them, or file.py:Class", "divprune"
+    )
     target: str = flag("what stays of the visual tokens: 25%, or tokens=64 a picture", "25%")
     positions: str | None = flag("original or compact; default: the method's", None)
     seed: int = flag("of what the method draws at random", 0)
@@ -233,7 +235,7 @@ def compare(
         runs["before"].append(timed(asked, flags.max_new_tokens))
         with attach(
             asked.model,
-            method,
+            flags.method,
             target=flags.target,
             seed=flags.seed,
             positions=flags.positions,

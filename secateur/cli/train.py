@@ -32,7 +32,9 @@ TASK = Parameter(help="cifar10, digits, sr, camvid, or one with a network: cifar
 class Train:
     """What is trained, how long, and what is written."""
 
-    method: str = flag("a method that prunes while it trains: `secateur methods` lists them")
+    method: str = flag(
+        "a method that prunes while it trains: `secateur methods` lists them, or file.py:Class"
+    )
     target: str = flag("what holds at the end: 20% (share kept), 'params<=100e6', 'macs<=50%', 2:4")
     epochs: float | None = flag("length of one training; default: the task's", None)
     steps: int | None = flag("the length in steps instead", None)
@@ -81,14 +83,14 @@ def train_prune(
         check_new_file(page)
     work = _work_folder(out, flags.resume, is_main())
     with quiet_stdout():
-        method = train_method(flags.method)["name"]
+        train_method(flags.method)
         own = {name: value for name, value in vars(settings).items() if value is not None}
         own |= _recipe(recipe) | vars(options) | {"kinds": listed(vars(options)["kinds"]) or None}
         network = load_task(task, train=flags.train, test=flags.test)
         check_device(flags.device)
         pruned = run(
             network,
-            method=method,
+            method=flags.method,
             target=flags.target,
             epochs=flags.epochs,
             steps=flags.steps,

@@ -22,7 +22,18 @@ HOW = ("sum", "mean", "max", "prod")
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """What leaves one tensor when a unit leaves: `index[u]` along `dim` of the tensor called `name`."""
+    """What leaves one tensor when a unit leaves: `index[u]` along `dim` of the tensor called `name`.
+
+    >>> graph = trace(nn.Sequential(nn.Conv2d(1, 3, 2), nn.Flatten(), nn.Linear(12, 2)), torch.zeros(1, 1, 3, 3))
+    >>> for s in graph["0:channels"].slices:
+    ...     print(s.name, s.dim, s.role, s.index.tolist())
+    0.weight 0 out [[0], [1], [2]]
+    0.bias 0 vector [[0], [1], [2]]
+    2.weight 1 in [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+    index: int64 [units, k], the k places of each unit. role: "out" where the tensor makes the units (rows of a weight), "in"
+    where it reads them (columns), "vector" for a bias, a norm or a buffer.
+    """
 
     name: str
     dim: int

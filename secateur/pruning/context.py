@@ -494,6 +494,7 @@ class Context:
             masks={name: mask.cpu() for name, mask in (masks or {}).items()},
             values={name: value.detach().cpu() for name, value in (values or {}).items()},
             notes={**self.notes, **(notes or {})},
+            source=self.method.source,
         )
 
 

@@ -52,6 +52,7 @@ class Document(Entry):
     groups: dict[str, GroupEntry]
     masks: dict[str, MaskEntry]
     notes: dict[str, str]
+    source: str = ""
 
 
 def read_document(path: str | Path) -> tuple[Path, dict[str, Any]]:

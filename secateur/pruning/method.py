@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.method import Method
+from secateur.taxonomy import MethodInfo
 
 if TYPE_CHECKING:
     from secateur.graph.groups import Group
@@ -28,6 +29,20 @@ class WeightMethod(Method):
     """
 
     verb: ClassVar[str] = "prune"
+
+    @classmethod
+    def usual(cls) -> MethodInfo:
+        return MethodInfo(
+            title="",
+            spec="none",
+            objects="W",
+            granularity="unstr/N:M",
+            speedup="spec",
+            when="PAT-PT",
+            criteria="none",
+            data="calib" if cls.needs else "free",
+        )
+
     scope = "row"
     """Where weights compete: in their output row, in their layer, or globally."""
     propagate: ClassVar[bool] = True
@@ -71,6 +86,19 @@ class UnitMethod(Method):
     """The kinds of unit it cuts; None: every kind the graph has."""
     share_of: ClassVar[str] = "units"
     """What a bare percentage counts: "units" of every prunable group, or the "weights" inside a language model's blocks."""
+
+    @classmethod
+    def usual(cls) -> MethodInfo:
+        return MethodInfo(
+            title="",
+            spec="none",
+            objects="N F C H",
+            granularity="struct",
+            speedup="univ",
+            when="PAT-PT",
+            criteria="none",
+            data="calib" if cls.needs else "free",
+        )
 
     def score(self, group: Group, context: Context) -> Tensor:
         """[units], higher = keep."""

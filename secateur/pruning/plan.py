@@ -64,7 +64,7 @@ class Plan:
 
     `keep` holds the kept unit indices per group, `masks` the kept weights per tensor (True stays), `values` the
     tensors, at their dense shape, that a repair replaced. `inputs` describes the example inputs the groups were traced
-    with; `notes` is free text by key.
+    with; `notes` is free text by key. `source` says where a method that isn't this library's came from; nothing reads it.
     """
 
     method: str
@@ -79,6 +79,7 @@ class Plan:
     masks: MutableMapping[str, Tensor] = field(default_factory=Masks)
     values: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    source: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.masks, Masks):
@@ -104,6 +105,7 @@ class Plan:
             "sizes",
             "kinds",
             "notes",
+            "source",
         )
         return all(getattr(self, name) == getattr(other, name) for name in plain) and all(
             _same(getattr(self, name), getattr(other, name)) for name in ("keep", "masks", "values")
@@ -136,6 +138,7 @@ class Plan:
                 for name, mask in self.masks.items()
             },
             "notes": self.notes,
+            **({"source": self.source} if self.source else {}),
         }
         if tensors:
             atomic_write_bytes(directory / "plan.safetensors", save(tensors))
@@ -174,6 +177,7 @@ class Plan:
                 masks=masks,
                 values={n.removeprefix("value/"): t for n, t in tensors.items() if n.startswith("value/")},
                 notes=document["notes"],
+                source=document.get("source", ""),
             )
 
     def summary(self) -> list[dict[str, Any]]:

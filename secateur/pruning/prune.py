@@ -158,7 +158,14 @@ def prune(
                 check_forward(working, each, steady=units and options.prove)
         before = measure(working, **measured)
         undo = Undo(working, rollback and inplace)
-        key = (chosen.name, chosen.hyperparameters, str(goal), dataclasses.asdict(options), seed)
+        key = (
+            chosen.name,
+            chosen.source,
+            chosen.hyperparameters,
+            str(goal),
+            dataclasses.asdict(options),
+            seed,
+        )
         checkpoint = Checkpoint(run_directory(resume, lambda: fingerprint(model, *key, batches)))
         context = Context(
             working,

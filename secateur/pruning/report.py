@@ -40,6 +40,7 @@ def build_report(
     limit, seconds = latency
     report = {
         "method": method.name,
+        **({"source": method.source} if method.source else {}),
         "hyperparameters": method.hyperparameters,
         "target": str(target),
         "met": seconds <= limit if limit is not None and seconds is not None else False,

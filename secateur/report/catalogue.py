@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from secateur.method import Method, list_methods, method_class
+from secateur.method import Method, own_methods
 from secateur.pruning.options import Options
 from secateur.saliency.method import SaliencyMethod
 from secateur.tasks.scenes.train import Recipe as ScenesRecipe
@@ -65,7 +65,8 @@ def _verb(cls: type[Method]) -> str:
     return next((verb for kind, verb in verbs.items() if issubclass(cls, kind)), "prune")
 
 
-def _method(cls: type[Method]) -> dict[str, Any]:
+def entry(cls: type[Method]) -> dict[str, Any]:
+    """What the catalogue says of one method, this library's or not."""
     record = {item.name: getattr(cls.info, item.name) for item in dataclasses.fields(cls.info)}
     return {
         "verb": _verb(cls),
@@ -80,7 +81,7 @@ def catalogue() -> dict[str, Any]:
     """All that `taxonomy/catalogue.json` holds, from the code as it is now."""
     options = settings(Options)
     data = {
-        "methods": {name: _method(method_class(name)) for name in list_methods()},
+        "methods": {name: entry(cls) for name, cls in own_methods().items()},
         "settings": {
             "prune": options,
             "train-prune": [row for row in options if row["name"] in MEANT],

@@ -136,6 +136,8 @@ def _section(
 def _head(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(name, value, look) of the facts on top."""
     facts = [("method", report.get("method"), ""), ("target", report.get("target"), "")]
+    if report.get("source"):
+        facts.insert(1, ("method from", report["source"], ""))
     if report.get("met") is not None:
         facts.append(("target met", *(("yes", " good") if report["met"] else ("no", " bad"))))
     if report.get("unreached"):

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from secateur.errors import SecateurError
-from secateur.method import Method, list_methods, method_class
+from secateur.method import Method, own_methods
 from secateur.pruning.method import UnitMethod, WeightMethod
 from secateur.report.catalogue import write_catalogue
 from secateur.saliency.method import SaliencyMethod
@@ -392,18 +392,13 @@ def taxonomy_page(classes: Mapping[str, type[Method]]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def registered() -> dict[str, type[Method]]:
-    """Every registered method by name."""
-    return {name: method_class(name) for name in list_methods()}
-
-
 def pages() -> dict[str, str]:
     """Every page of `docs/methods`: file name -> markdown.
 
     >>> "README.md" in pages()
     True
     """
-    classes = registered()
+    classes = own_methods()
     methods = {f"{name}.md": method_page(cls) for name, cls in classes.items()}
     return {"README.md": index_page(classes), "taxonomy.md": taxonomy_page(classes), **methods}
 
@@ -452,7 +447,7 @@ def main(argv: list[str] | None = None) -> int:
     path = Path(given.readme)
     if path.exists():
         old = path.read_text(encoding="utf-8")
-        new = with_methods(old, registered())
+        new = with_methods(old, own_methods())
         if new != old:
             atomic_write_text(path, new)
             touched.append(path)

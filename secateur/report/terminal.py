@@ -30,12 +30,17 @@ def table(*headings: str, right: Iterable[str] = (), title: str | None = None) -
     return made
 
 
+def named_source(found: Mapping[str, Any]) -> str:
+    """Where a report's or plan's method came from, behind its name; nothing for this library's."""
+    return f" ({found['source']})" if found.get("source") else ""
+
+
 def report_tables(report: Mapping[str, Any]) -> list[Any]:
     """What `print_report` prints, as rich renderables."""
     met = report.get("met")
     head = Text.assemble(
         (str(report.get("model") or "model"), "bold"),
-        f"  {report.get('method')}  target {report.get('target')}  ",
+        f"  {report.get('method')}{named_source(report)}  target {report.get('target')}  ",
         ("met" if met else "not met", "green" if met else "bold red") if met is not None else "",
     )
     parts: list[Any] = [*(Text(line, style="bold red") for line in alarms(report)), head]
@@ -212,7 +217,7 @@ def print_advice(advice: Sequence[tuple[MethodInfo, str]], console: Console) -> 
 
 def print_plan(plan: Mapping[str, Any], console: Console, full: bool = False) -> None:
     """A plan's rows: kept of size."""
-    head = f"  target {plan['target']}  seed {plan['seed']}"
+    head = f"{named_source(plan)}  target {plan['target']}  seed {plan['seed']}"
     console.print(Text.assemble((plan["method"], "bold"), head))
     made = table("name", "kind", "size", "kept", "share", right=("size", "kept", "share"))
     rows = plan["rows"]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from secateur.method import Method
+from secateur.taxonomy import MethodInfo
 
 
 @dataclass
@@ -33,6 +34,24 @@ class SaliencyMethod(Method):
     """
 
     verb: ClassVar[str] = "saliency"
+
+    @classmethod
+    def usual(cls) -> MethodInfo:
+        return MethodInfo(
+            title="",
+            spec="none",
+            objects="S",
+            granularity="none",
+            speedup="none",
+            when="none",
+            criteria="SAL",
+            order="-",
+            data="input",
+            task="-",
+            decision="-",
+            scope="-",
+            budget_exact=None,
+        )
 
     def draw(self, model: nn.Module, image: Tensor, target: Any) -> Drawn:
         """Draw the map of each picture.

@@ -132,6 +132,8 @@ _NOT_PRUNING = frozenset({"S", "tool"})
 
 Axis = str | Collection[str] | None
 """One member as a string, several as a frozenset, None where the axis does not apply."""
+UNSAID: Any = "unsaid"
+"""The value of a field that a record leaves to the kind of its method."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,9 @@ class MethodInfo:
     frozenset), `"either"` both and `"any"` all members of an axis, `"-"` or None not applicable. `objects` and `models`
     are separated by blanks, `fusion` by commas. `objects`, `criteria`, `fusion` and `models` are always frozensets.
 
+    A record of an own method may be short: what it leaves out of the first seven fields, and then of the axes, is as usual for
+    the kind of method that it stands in.
+
     >>> info = MethodInfo(title="Wanda", spec="weight-baselines", objects="W", granularity="unstr/N:M", speedup="spec",
     ...                   when="PAT-PT", criteria="MAG", order="shot", data="calib", scope="loc", models="llm")
     >>> info.when, info.training_free, "W" in info.objects
@@ -151,26 +156,26 @@ class MethodInfo:
     Spec: survey-taxonomy.
     """
 
-    title: str
-    spec: str
-    objects: Collection[str]
-    granularity: Axis
-    speedup: Axis
-    when: Axis
-    criteria: Collection[str]
-    order: Axis = "shot"
-    data: Axis = "free"
-    start: Axis = "pre"
-    recovery: Axis = "none"
-    task: Axis = "orig"
-    decision: Axis = "stat"
-    scope: Axis = "loc"
-    fusion: Collection[str] = frozenset()
-    supervision: Axis = "unsupervised"
-    models: Collection[str] = frozenset()
-    budget_exact: bool | None = True
-    budget_unit: str | None = None
-    stages: int = 1
+    title: str = UNSAID
+    spec: str = UNSAID
+    objects: Collection[str] = UNSAID
+    granularity: Axis = UNSAID
+    speedup: Axis = UNSAID
+    when: Axis = UNSAID
+    criteria: Collection[str] = UNSAID
+    order: Axis = UNSAID
+    data: Axis = UNSAID
+    start: Axis = UNSAID
+    recovery: Axis = UNSAID
+    task: Axis = UNSAID
+    decision: Axis = UNSAID
+    scope: Axis = UNSAID
+    fusion: Collection[str] = UNSAID
+    supervision: Axis = UNSAID
+    models: Collection[str] = UNSAID
+    budget_exact: bool | None = UNSAID
+    budget_unit: str | None = UNSAID
+    stages: int = UNSAID
     name: str = ""
     description: str = ""
     year: int | None = None
@@ -179,11 +184,32 @@ class MethodInfo:
     """GitHub repositories as `owner/name`, or addresses."""
 
     def __post_init__(self) -> None:
+        if not self.short:
+            for name, value in _REST.items():
+                if getattr(self, name) == UNSAID:
+                    object.__setattr__(self, name, value)
         for axis in (*AXES, "fusion"):
-            object.__setattr__(self, axis, _axis_value(axis, getattr(self, axis), self.name or self.spec))
+            if getattr(self, axis) != UNSAID:
+                object.__setattr__(self, axis, _axis_value(axis, getattr(self, axis), self.name or self.spec))
         refs = self.refs.split() if isinstance(self.refs, str) else self.refs
         object.__setattr__(self, "refs", tuple(refs))
-        _validate(self)
+        if not self.short:
+            _validate(self)
+
+    @property
+    def short(self) -> bool:
+        """Whether it leaves out what only a kind of method can add."""
+        return any(getattr(self, name) == UNSAID for name in _WRITTEN)
+
+    def completed(self, pattern: MethodInfo, title: str) -> MethodInfo:
+        """A short record with what it leaves out: axes and name of a pattern, and this title.
+
+        >>> MethodInfo(when="PAT").completed(record("magnitude"), "Mine").criteria
+        frozenset({'MAG'})
+        """
+        said = {name: getattr(self, name) for name in FIELDS if getattr(self, name) != UNSAID}
+        axes = {name: getattr(pattern, name) for name in (*_WRITTEN, *_REST)}
+        return MethodInfo(**{**axes, "title": title, "spec": "none", "name": pattern.name} | _named(said))
 
     def members(self, axis: str) -> frozenset[str]:
         """The members of an axis as a set, whether it holds one, several or none."""
@@ -219,6 +245,30 @@ class MethodInfo:
         """The paper and the code, as addresses."""
         paper = (f"https://arxiv.org/abs/{self.arxiv}",) if self.arxiv else ()
         return paper + tuple(ref if "://" in ref else f"https://github.com/{ref}" for ref in self.refs)
+
+
+_WRITTEN = ("title", "spec", "objects", "granularity", "speedup", "when", "criteria")
+"""What a whole record says; without one of them it is short."""
+_REST: dict[str, Any] = {
+    "order": "shot",
+    "data": "free",
+    "start": "pre",
+    "recovery": "none",
+    "task": "orig",
+    "decision": "stat",
+    "scope": "loc",
+    "fusion": frozenset(),
+    "supervision": "unsupervised",
+    "models": frozenset(),
+    "budget_exact": True,
+    "budget_unit": None,
+    "stages": 1,
+}
+"""What a whole record means where it doesn't say more."""
+
+
+def _named(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key != "name" or value}
 
 
 FLAGS = ("training_free", "needs_labels", "kernel_needed", "changes_shapes", "weight_level")
@@ -394,7 +444,11 @@ def _record(row: dict[str, str]) -> MethodInfo:
             values[field] = None if cell == "-" else cell
         else:
             values[field] = "" if cell == "-" else cell
-    return MethodInfo(**values)
+    made = MethodInfo(**values)
+    if made.short:
+        missing = ", ".join(name for name in _WRITTEN if getattr(made, name) == UNSAID)
+        raise SecateurError(f"{missing} is missing", where="taxonomy", fix="give all columns up to criteria")
+    return made
 
 
 def render(records: Iterable[MethodInfo]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from secateur.families.vlm import Facts
 from secateur.method import Method
+from secateur.taxonomy import MethodInfo
 from secateur.tokens.state import Reduction, TokenSets
 
 Select = Callable[[TokenSets], "Tensor | Reduction"]
@@ -59,6 +60,21 @@ class TokenMethod(Method):
     """What the default stage reads: "encoder:-2", "layer:7", "layer:7:raw", "layer:7:modules", "layer:7:peek"."""
     adaptive: ClassVar[bool] = False
     """It finds the counts itself: the target may be None."""
+
+    @classmethod
+    def usual(cls) -> MethodInfo:
+        return MethodInfo(
+            title="",
+            spec="none",
+            objects="T",
+            granularity="token",
+            speedup="univ",
+            when="RT",
+            criteria="none",
+            data="input",
+            decision="dyn",
+            budget_unit="tokens",
+        )
 
     def select(self, sets: TokenSets) -> Tensor | Reduction:
         """The tokens that stay at the default stage.

@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
 from secateur.method import Method
+from secateur.taxonomy import MethodInfo
 
 if TYPE_CHECKING:
     from secateur.pruning.plan import Plan
@@ -28,6 +29,23 @@ class TrainMethod(Method):
     """The kinds of unit it cuts, where it removes units; None: every kind the graph has."""
     share_of: ClassVar[str] = "units"
     """What a bare percentage counts, where it removes units: as for `UnitMethod`."""
+
+    @classmethod
+    def usual(cls) -> MethodInfo:
+        units = cls.removes == "units"
+        return MethodInfo(
+            title="",
+            spec="none",
+            objects="N F C H" if units else "W",
+            granularity="struct" if units else "unstr",
+            speedup="univ" if units else "spec",
+            when="PAT",
+            criteria="none",
+            data="data",
+            start="init" if cls.starts == "init" else "pre",
+            recovery="train",
+            supervision="supervised",
+        )
 
     def prune(self, job: Job) -> Plan:
         """Trains `job.model` in phases and gives the plan. It is run again from its top when a run is resumed: finished

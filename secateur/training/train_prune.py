@@ -112,6 +112,7 @@ def train_prune(
         "task": task.name,
         "network": fingerprint(model),
         "method": chosen.name,
+        **({"source of the method": chosen.source} if chosen.source else {}),
         "target": str(goal),
         "steps": total,
         "seed": seed,
