@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
+ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+
+
+def plain_text(text: str) -> str:
+    """Text without the codes by which a terminal colours it, which libraries put into their messages.
+
+    >>> plain_text(chr(27) + "[31mred" + chr(27) + "[0m")
+    'red'
+    """
+    return ESCAPES.sub("", text)
 
 
 class SecateurError(Exception):
@@ -19,9 +30,10 @@ class SecateurError(Exception):
     """
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
-        self.what, self.where, self.fix = what, where, fix
-        text = f"{where}: {what}" if where else what
-        super().__init__(f"{text}; {fix}" if fix else text)
+        self.what = plain_text(what)
+        self.where, self.fix = where and plain_text(where), fix and plain_text(fix)
+        text = f"{self.where}: {self.what}" if where else self.what
+        super().__init__(f"{text}; {self.fix}" if fix else text)
 
 
 class SecateurWarning(UserWarning):

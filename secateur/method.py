@@ -83,7 +83,7 @@ class Method:
                 )
             own = MethodInfo()
         if own.short:
-            above = cls.__mro__[1]
+            above: Any = cls.__mro__[1]
             pattern = cls.usual() if above.__name__ in (*KINDS, "Method") else above.info
             title = cls.name.replace("-", " ").capitalize()
             cls.info = own.completed(dataclasses.replace(pattern, name=cls.name), title)
@@ -146,7 +146,7 @@ def register(cls: T) -> T:
             f"two methods are named {name!r}", where=f"{cls.__module__}.{cls.__qualname__}", fix=fix
         )
     if "__dataclass_fields__" not in cls.__dict__:
-        cls = dataclasses.dataclass(cls)
+        dataclasses.dataclass(cls)
     cls.name = name
     cls.info = dataclasses.replace(cls.info, name=name)
     _REGISTRY[name] = cls

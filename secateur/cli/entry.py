@@ -7,7 +7,6 @@ import signal
 import sys
 import warnings
 from types import FrameType
-from typing import Any
 
 from secateur.cli.interrupt import INTERRUPTED, interrupted
 from secateur.errors import SecateurWarning
@@ -33,13 +32,13 @@ def _ring(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
-def _line(message: Warning | str, category: type[Warning], *place: Any) -> str:
+def _line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """A warning of ours is one line, as an error is."""
-    return (
-        f"secateur: {message}\n"
-        if issubclass(category, SecateurWarning)
-        else _format(message, category, *place)
-    )
+    if issubclass(category, SecateurWarning):
+        return f"secateur: {message}\n"
+    return _format(message, category, filename, lineno, line)
 
 
 def main() -> int:

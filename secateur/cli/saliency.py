@@ -22,6 +22,7 @@ from secateur.cli.shared import (
 )
 from secateur.errors import SecateurError
 from secateur.taxonomy.catalogue import catalogue
+from secateur.utils.files import check_path
 
 MODEL = Parameter(
     help="a classifier of pictures: a name such as efficientnet-lite0, a folder, an .onnx or .pt2 file"
@@ -77,7 +78,7 @@ def saliency(
         )
     check_new_file(flags.out, "--out")
     if not Path(image).expanduser().is_file():
-        raise SecateurError("no such picture", where=image, fix="check the path")
+        raise SecateurError("no such picture", where=image, fix=check_path(image))
     own = vars(settings).copy()
     if own.get("weights"):
         own["weights"] = tuple(numbers(own["weights"], "--weights"))

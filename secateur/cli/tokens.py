@@ -103,6 +103,7 @@ def open_any(name: str, image: str | None, flags: Tokens) -> Asked:
     from secateur.io.reshape import BROKEN
     from secateur.io.transformers import quiet
     from secateur.io.trusted import check_folder
+    from secateur.tasks.models import model_folder
 
     if image is None or flags.prompt is None:
         what = "a picture" if image is None else "a question"
@@ -110,12 +111,13 @@ def open_any(name: str, image: str | None, flags: Tokens) -> Asked:
             f"needs {what}", where="tokens", fix='secateur tokens MODEL photo.jpg --prompt "..."'
         )
     pixels = read_picture(image)
+    folder = model_folder(name)
     try:
         with quiet():
-            check_folder(name)
-            processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+            check_folder(folder)
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
             model = AutoModelForImageTextToText.from_pretrained(
-                name, dtype=_dtype(flags.dtype), trust_remote_code=False, use_safetensors=True
+                folder, dtype=_dtype(flags.dtype), trust_remote_code=False, use_safetensors=True
             )
     except (*BROKEN, OSError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from secateur.errors import SecateurError
-from secateur.utils.files import require_data
+from secateur.utils.files import check_path, require_data
 from secateur.utils.progress import track
 from secateur.utils.running import device_of, evaluating
 from secateur.utils.versions import cache_name, cache_of
@@ -45,9 +45,8 @@ def load_text(source: str | Path | None = None) -> str:
         return topics[:cut] if source is None else topics[cut:]
     path = require_data(f"text/{SETS[str(source)]}") if str(source) in SETS else Path(source).expanduser()
     if not path.is_file():
-        raise SecateurError(
-            "no such text", where=str(source), fix=f"give a .txt or .jsonl file, or one of {', '.join(NAMES)}"
-        )
+        fix = check_path(path, f"give a .txt or .jsonl file, or one of {', '.join(NAMES)}")
+        raise SecateurError("no such text", where=str(source), fix=fix)
     try:
         with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
             text = file.read()

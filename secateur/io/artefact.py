@@ -27,7 +27,7 @@ from secateur.io.transformers import (
     _save_transformers,
     _transformers_class,
 )
-from secateur.utils.files import atomic_directory, atomic_write_json
+from secateur.utils.files import atomic_directory, atomic_write_json, check_path
 
 if TYPE_CHECKING:
     from secateur.pruning.plan import Plan
@@ -99,5 +99,7 @@ def load(
         loaded = _load_module(path, model)
         loaded = loaded.to(dtype) if dtype else loaded
     else:
-        raise SecateurError("there is no model", where=str(path), fix="give a directory that secateur wrote")
+        raise SecateurError(
+            "there is no model", where=str(path), fix=check_path(path, "give a directory that secateur wrote")
+        )
     return loaded.to(device or "cpu").eval(), _load_tokenizer(path)

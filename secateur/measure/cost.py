@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.errors import SecateurError
+from secateur.utils.files import check_path
 from secateur.utils.inputs import Inputs
 from secateur.utils.running import call, evaluating
 
@@ -52,7 +53,7 @@ def size_bytes(model_or_path: nn.Module | str | Path) -> int:
     if isinstance(model_or_path, (str, Path)):
         path = Path(model_or_path)
         if not path.exists():
-            raise SecateurError("no such file or folder", where=str(path))
+            raise SecateurError("no such file or folder", where=str(path), fix=check_path(path))
         return sum(f.stat().st_size for f in ([path] if path.is_file() else path.rglob("*")) if f.is_file())
     tensors = {
         (t.device, t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.stride(), t.dtype): t

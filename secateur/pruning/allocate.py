@@ -220,9 +220,10 @@ def follow(
     """
 
     fixed = {group.name for group in groups if group.fixed}
-    start = [(g.name, unit) for g in groups if g.fixed for grain in g.grains() for unit in grain]
+    start: Step = [(g.name, unit) for g in groups if g.fixed for grain in g.grains() for unit in grain]
     if fixed:
-        path = [left for step in path if (left := [item for item in step if item[0] not in fixed])]
+        free = ([item for item in step if item[0] not in fixed] for step in path)
+        path = [step for step in free if step]
 
     def kept(steps: Iterable[Step]) -> dict[str, Tensor]:
         return kept_after(groups, [start, *steps])

@@ -13,6 +13,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from secateur.errors import SecateurError, require
+from secateur.utils.files import check_path
 from secateur.utils.schema import Count, Entry, Size, parse, read_object
 
 FORMAT = "secateur-plan"
@@ -64,7 +65,8 @@ def read_document(path: str | Path) -> tuple[Path, dict[str, Any]]:
     path = Path(path)
     path = path / "plan.json" if path.is_dir() else path
     if not path.exists():
-        raise SecateurError("there is no plan", where=str(path), fix="give a directory that holds plan.json")
+        fix = check_path(path, "give a directory that holds plan.json")
+        raise SecateurError("there is no plan", where=str(path), fix=fix)
     document = read_object(path, fix="write the plan again")
     if document.get("format") != FORMAT:
         raise SecateurError("it isn't a plan", where=str(path), fix="give a plan.json that secateur wrote")

@@ -77,13 +77,14 @@ def steer(
         SecateurError: a pattern steers nothing; it says why.
     """
 
+    order = list(shares)
+
     def last(name: str) -> str | None:
-        return next((pattern for pattern in reversed(shares) if matches(name, pattern)), None)
+        return next((pattern for pattern in reversed(order) if matches(name, pattern)), None)
 
     found: dict[str, float] = {}
     in_part: dict[str, str] = {}
     used: set[str] = set()
-    order = list(shares)
     for part, names in parts.items():
         named = {name: last(name) for name in names}
         patterns = [pattern for pattern in named.values() if pattern]

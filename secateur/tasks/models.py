@@ -11,10 +11,11 @@ from torch import nn
 from secateur.errors import SecateurError, nearest
 from secateur.io import artefact
 from secateur.io.exchange import is_exchange, load_file
+from secateur.io.hub import hub_folder
 from secateur.io.transformers import quiet
 from secateur.tasks import gguf, llama2c, registry, vision
 from secateur.tasks.wheels import from_wheel
-from secateur.utils.files import atomic_directory, cache_dir
+from secateur.utils.files import atomic_directory, cache_dir, check_path
 
 NAMES = ("smollm2", "aidreams", vision.LITE, *registry.TASKS, *registry.OWNERS)
 SAVED = "give a folder that save_pretrained wrote"
@@ -52,7 +53,7 @@ def load_model(
     elif is_exchange(name_or_path):
         model, tokenizer = load_file(name_or_path).to(dtype=dtype), None
     else:
-        folder = smollm2_folder() if str(name_or_path) == "smollm2" else _folder(name_or_path)
+        folder = smollm2_folder() if str(name_or_path) == "smollm2" else model_folder(name_or_path)
         model, tokenizer = artefact.load(folder, dtype=dtype)
     if dtype is None and device.type == "cpu" and _fits_in_float32(model):
         model.float()
@@ -71,7 +72,11 @@ def _fits_in_float32(model: nn.Module) -> bool:
     return wanted <= psutil.virtual_memory().available // 2
 
 
-def _folder(name_or_path: str | Path) -> Path:
+def model_folder(name_or_path: str | Path) -> Path:
+    """The folder of a model: a folder that save_pretrained or secateur wrote, or what the hub gives for a name.
+
+    Raises SecateurError where there is none, and says what helps.
+    """
     path, text = Path(name_or_path).expanduser(), str(name_or_path)
     if path.is_dir():
         if not any((path / name).is_file() for name in ("config.json", "model.json")):
@@ -80,25 +85,10 @@ def _folder(name_or_path: str | Path) -> Path:
     if path.exists():
         raise SecateurError("is a file, not a model folder", where=text, fix=SAVED)
     if text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1:
-        raise SecateurError("no such folder", where=text, fix="check the path")
+        raise SecateurError("no such folder", where=text, fix=check_path(text))
     if close := nearest(text, NAMES, cutoff=0.8):
         raise SecateurError("no model has this name", where=text, fix=f"did you mean {close[0]}?")
-    return _from_hub(text)
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise SecateurError(
-            f"no folder has this name, and the hub did not give it: {str(error).strip().splitlines()[0]}",
-            where=name,
-            fix=f"give {', '.join(NAMES)}, a model folder, or the name of a model on a hub you can reach",
-        ) from error
+    return hub_folder(text)
 
 
 def smollm2_cached() -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, nearest
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -50,6 +50,29 @@ def require_data(name: str) -> Path:
             f"{name!r} is not in {root}", where="data", fix="set SECATEUR_DATA to the folder that holds it"
         )
     return root / name
+
+
+def similar_path(path: str | Path) -> Path | None:
+    """What lies where a path points, under a name much like the one that isn't there.
+
+    >>> similar_path("READMEE.md")  # doctest: +SKIP
+    PosixPath('README.md')
+    """
+    missing = Path(path).expanduser()
+    while not missing.parent.exists() and missing.parent != missing:
+        missing = missing.parent
+    try:
+        names = [entry.name for entry in missing.parent.iterdir()]
+    except OSError:
+        return None
+    near = nearest(missing.name, names, cutoff=0.6)
+    return missing.with_name(near[0]) if near else None
+
+
+def check_path(path: str | Path, fix: str = "check the path") -> str:
+    """What to do about a path that isn't there: the one that was meant, or `fix`."""
+    near = similar_path(path)
+    return f"did you mean {near}?" if near else fix
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError
+from secateur.utils.files import check_path
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Formats that Pillow reads by itself; PostScript, for one, it hands to another program."""
@@ -25,7 +26,7 @@ def open_picture(path: str | Path) -> Any:
         raise SecateurError("Pillow isn't installed", where=str(path), fix="pip install pillow") from error
     file = Path(path).expanduser()
     if not file.is_file():
-        raise SecateurError("no such picture", where=str(path), fix="check the path")
+        raise SecateurError("no such picture", where=str(path), fix=check_path(file))
     try:
         with Image.open(file, formats=FORMATS) as opened:
             return opened.convert("RGB")

@@ -14,6 +14,7 @@ from torch import Tensor
 from secateur.errors import SecateurError
 from secateur.io.exchange.onnx_ops import DTYPES, FEW, OPS, Context, Step
 from secateur.io.exchange.program import Program, Spec, Template, add_step, register, tensor_at
+from secateur.utils.files import check_path
 
 INSTALL = "pip install secateur[onnx]"
 DAMAGED = "get the file again, or export the model again"
@@ -40,7 +41,7 @@ def load_onnx(path: str | Path) -> OnnxModule:
     onnx = require_onnx()
     path = Path(path).expanduser()
     if not path.is_file():
-        raise SecateurError("no such file", where=str(path), fix="check the path")
+        raise SecateurError("no such file", where=str(path), fix=check_path(path))
     try:
         model = onnx.load(path)
     except Exception as error:

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.errors import SecateurError
 from secateur.io.exchange.program import Program, Spec, Template, add_step, register, tensor_at
+from secateur.utils.files import check_path
 from secateur.utils.inputs import Inputs, as_call
 from secateur.utils.running import without_cache
 
@@ -111,7 +112,7 @@ def load_pt2(path: str | Path) -> ExportedModule:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise SecateurError("no such file", where=str(path), fix="check the path")
+        raise SecateurError("no such file", where=str(path), fix=check_path(path))
     try:
         with _weights_only(), quiet():
             program = torch.export.load(io.BytesIO(path.read_bytes()))
