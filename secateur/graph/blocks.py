@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.utils.screen import Screen
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-@dataclass(frozen=True, eq=False)
-class Blocks:
+@dataclass(frozen=True, eq=False, repr=False)
+class Blocks(Screen):
     """The blocks in order. `path` is the list's module path; "" with one module: the whole model is one block."""
 
     path: str
@@ -33,8 +34,8 @@ class Blocks:
         return len(self.modules)
 
 
-@dataclass(frozen=True, eq=False)
-class Matrix:
+@dataclass(frozen=True, eq=False, repr=False)
+class Matrix(Screen):
     """One prunable tensor, seen as [out, in]; `name` as in `named_parameters()`.
 
     Linear [out, in]; convolution [out, in / groups * kernel]; `transformers.Conv1D` transposed; expert tensors

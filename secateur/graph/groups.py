@@ -15,13 +15,14 @@ from secateur.errors import SecateurError, choose
 from secateur.graph.labels import Axes
 from secateur.graph.notes import RuleError
 from secateur.graph.sizes import Attribute, Extent, evaluate, leaves
+from secateur.utils.screen import Screen, counted, fit
 
 KINDS = ("channels", "heads", "kv_groups", "head_dim", "neurons", "experts", "hidden", "layers")
 HOW = ("sum", "mean", "max", "prod")
 
 
-@dataclass(frozen=True, eq=False)
-class Slice:
+@dataclass(frozen=True, eq=False, repr=False)
+class Slice(Screen):
     """What leaves one tensor when a unit leaves: `index[u]` along `dim` of the tensor called `name`.
 
     >>> graph = trace(nn.Sequential(nn.Conv2d(1, 3, 2), nn.Flatten(), nn.Linear(12, 2)), torch.zeros(1, 1, 3, 3))
@@ -41,7 +42,7 @@ class Slice:
     role: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Group:
     """Coupled slices that vanish together; every unit has the same footprint.
 
@@ -62,6 +63,14 @@ class Group:
     multiple: int = 1
     _classes: np.ndarray = field(default_factory=lambda: np.zeros(0, int), repr=False)
     _alone: bool = False  # query heads over one shared key-value head
+
+    def __repr__(self) -> str:
+        whole = f", whole: {self.reason}" if self.reason else ""
+        return fit(
+            [
+                f"Group({self.name!r}, {counted(self.size, 'unit')}, {counted(len(self.slices), 'slice')}{whole})"
+            ]
+        )
 
     def reduce(
         self, values: Mapping[str, Tensor], how: str = "sum", roles: Sequence[str] | None = None
@@ -119,7 +128,7 @@ def _fold(rows: Tensor, how: str) -> Tensor:
     return torch.prod(rows, 1) if how == "prod" else (rows.sum(1) if how == "sum" else rows.mean(1))
 
 
-@dataclass
+@dataclass(repr=False)
 class Graph:
     """A traced model: groups in a stable order, and the shapes of all parameters and buffers."""
 
@@ -141,6 +150,18 @@ class Graph:
     _rescaled: list[tuple[np.ndarray, list[tuple[str, int, np.ndarray]]]] = field(
         default_factory=list, repr=False
     )
+
+    def __repr__(self) -> str:
+        free = self.prunable()
+        lines = [
+            f"Graph of {counted(len(self.groups), 'group')}, of which {len(free)} can be cut; .explain() says more"
+        ]
+        if self.unreached:
+            lines.append(f"  not reached by the trace: {', '.join(self.unreached)}")
+        for kind in dict.fromkeys(g.kind for g in free):
+            sizes = [g.size for g in free if g.kind == kind]
+            lines.append(f"  {kind}: {sum(sizes):,} in {counted(len(sizes), 'group')}")
+        return fit([*lines, *(f"  {group!r}" for group in self.groups)])
 
     def __getitem__(self, name: str) -> Group:
         for group in self.groups:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError, choose
 from secateur.pruning.select import top_k
+from secateur.utils.screen import Screen
 
 
 def divide(sizes: Sequence[int], shares: Sequence[float], total: int) -> list[int]:
@@ -56,8 +57,8 @@ def owl_shares(outliers: Sequence[float], share: float, lam: float = 0.08) -> li
     return (raised - raised.mean() + share).clamp(0, 1).tolist()
 
 
-@dataclass(frozen=True)
-class Competitor:
+@dataclass(frozen=True, repr=False)
+class Competitor(Screen):
     """One group as the allocator sees it: units with scores, in a kind, with a floor and a grain."""
 
     name: str

@@ -30,14 +30,15 @@ from secateur.stats.windows import draw_windows
 from secateur.utils.inputs import Inputs, describe
 from secateur.utils.random import seeded
 from secateur.utils.running import call
+from secateur.utils.screen import Screen
 from secateur.utils.types import Objective
 
 COARSE = ("heads", "kv_groups", "experts", "layers")
 """Kinds whose units are few and large: `round_to` leaves them alone."""
 
 
-@dataclass
-class Context:
+@dataclass(repr=False)
+class Context(Screen):
     """One planning run. Methods read `model`, `groups`, `share`, `seed`; they gather with `stats`, `stream` and divide
     with `allocate`."""
 

@@ -28,6 +28,7 @@ from secateur.pruning.document import (
     undamaged,
 )
 from secateur.utils.files import atomic_write_bytes, atomic_write_text
+from secateur.utils.screen import counted, fit
 
 DENSE_NOTE = "same size and speed without sparse kernels: the zeros are stored in dense tensors"
 
@@ -58,7 +59,7 @@ class Masks(MutableMapping[str, Tensor]):
         return len(self._bits)
 
 
-@dataclass
+@dataclass(repr=False)
 class Plan:
     """What a method decided.
 
@@ -87,6 +88,22 @@ class Plan:
         # as JSON gives them back, so that a loaded plan equals the one that was saved
         for name in ("hyperparameters", "options", "inputs", "notes"):
             setattr(self, name, json.loads(json.dumps(getattr(self, name))))
+
+    def __repr__(self) -> str:
+        lines = [f"Plan of {self.method} for {self.target}, seed {self.seed}"]
+        for kind in dict.fromkeys(self.kinds.values()):
+            names = [name for name in self.keep if self.kinds.get(name) == kind]
+            kept, size = sum(len(self.keep[n]) for n in names), sum(self.sizes[n] for n in names)
+            lines.append(f"  {kind}: {kept:,} of {size:,} stay, in {counted(len(names), 'group')}")
+        if self.masks:
+            kept, size = (
+                sum(int(m.sum()) for m in self.masks.values()),
+                sum(m.numel() for m in self.masks.values()),
+            )
+            lines.append(f"  weights: {kept:,} of {size:,} stay, in {len(self.masks)} tensors")
+        if self.values:
+            lines.append(f"  {counted(len(self.values), 'repaired tensor')}")
+        return fit([*lines, *(f"  {name}: {text}" for name, text in self.notes.items())])
 
     @property
     def structured(self) -> bool:

@@ -24,7 +24,7 @@ from secateur.pruning.context import Context
 from secateur.pruning.method import UnitMethod, WeightMethod
 from secateur.pruning.plan import Plan
 from secateur.pruning.protect import check_patterns
-from secateur.pruning.report import build_report
+from secateur.pruning.report import Report, build_report
 from secateur.pruning.request import read_request
 from secateur.pruning.resume import Checkpoint, fingerprint, run_directory
 from secateur.pruning.share import read_shares
@@ -36,13 +36,14 @@ from secateur.surgery import cut_units
 from secateur.surgery.changes import set_values
 from secateur.utils.inputs import Inputs, default_inputs, from_description, map_tensors
 from secateur.utils.running import device_of
+from secateur.utils.screen import HEIGHT, fit
 from secateur.utils.types import Objective
 
 TRACED = 128
 """Tokens of the example input that a language model is traced, proved and counted on."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Pruned:
     """What `prune` gives: the model, the plan that made it, the graph it was cut along, and a JSON-able report.
 
@@ -51,11 +52,16 @@ class Pruned:
 
     model: nn.Module
     plan: Plan
-    report: dict[str, Any]
+    report: Report
     tokenizer: Any = None
     dense_config: Any = None
     scores: dict[str, Tensor] = field(default_factory=dict)
     _graph: Graph | Callable[[], Graph] | None = None
+
+    def __repr__(self) -> str:
+        name, report = type(self.model).__name__, Report(self.report)
+        head, foot = f"Pruned {name}: {report.said()}", "  .model .plan .report .scores .graph; .save(folder)"
+        return fit([head, *(f"  {line}" for line in report.lines()[: HEIGHT - 2]), foot])
 
     @property
     def graph(self) -> Graph:

@@ -9,6 +9,39 @@ from secateur.graph import Graph
 from secateur.method import Method
 from secateur.pruning.plan import Plan
 from secateur.pruning.target import Target
+from secateur.utils.screen import brief, change, counted, fit
+
+
+class Report(dict[str, Any]):
+    """A dictionary that JSON can hold, as `report.json` is; its repr is what matters of it."""
+
+    def __repr__(self) -> str:
+        return fit(
+            [f"Report: {self.said()}", *(f"  {line}" for line in self.lines()), f"  keys: {', '.join(self)}"]
+        )
+
+    def said(self) -> str:
+        """Method, target, and whether it is met."""
+        met = {True: ", met", False: ", NOT met"}.get(self.get("met"), "")  # type: ignore[arg-type]
+        return f"{self.get('method')}, target {self.get('target')}{met}"
+
+    def lines(self) -> list[str]:
+        """What is left, what was cut, and the notes."""
+        before, after = self.get("before") or {}, self.get("after") or {}
+        keys = ["params", "params_nonzero", "macs", "size_bytes"]
+        if after.get("params") == after.get("params_nonzero"):
+            keys.remove("params_nonzero")
+        moved = [key for key in keys if before.get(key) != after.get(key)]
+        lines = [change(key, before.get(key), after.get(key)) for key in moved]
+        for key in ("perplexity", "accuracy", "psnr"):
+            lines += [
+                f"{key}, {n}: {brief(v)} -> {brief(after[key].get(n))}"
+                for n, v in (before.get(key) or {}).items()
+            ]
+        cut = [row for row in self.get("groups") or () if row["kept"] < row["size"]]
+        if cut:
+            lines.append(f"{counted(len(cut), 'group')} cut of {len(self['groups'])}")
+        return [*filter(None, lines), *self.get("notes", ())]
 
 
 def build_report(
@@ -25,7 +58,7 @@ def build_report(
     refused: Mapping[str, str],
     skipped: Mapping[str, str] | None = None,
     latency: tuple[float | None, float | None] = (None, None),
-) -> dict[str, Any]:
+) -> Report:
     """Method, target, figures before and after, a row for each group and masked tensor, and notes.
 
     options: as the report shows them. kinds: the kinds of unit that were to be cut; None: all. kept_share: whether a
@@ -38,25 +71,27 @@ def build_report(
     ]
     weights += [{"name": name, "size": 0, "kept": 0, "reason": reason} for name, reason in skipped.items()]
     limit, seconds = latency
-    report = {
-        "method": method.name,
-        **({"source": method.source} if method.source else {}),
-        "hyperparameters": method.hyperparameters,
-        "target": str(target),
-        "met": seconds <= limit if limit is not None and seconds is not None else False,
-        "seed": plan.seed,
-        "out": None,
-        "options": options,
-        "before": before,
-        "after": after,
-        "groups": group_rows(method, graph, plan, kinds, refused),
-        "weights": weights,
-        "notes": [
-            *filter(None, [target.meaning]),
-            *plan.notes.values(),
-            *(f"{name}: {why}" for name, why in {**refused, **skipped}.items()),
-        ],
-    }
+    report = Report(
+        {
+            "method": method.name,
+            **({"source": method.source} if method.source else {}),
+            "hyperparameters": method.hyperparameters,
+            "target": str(target),
+            "met": seconds <= limit if limit is not None and seconds is not None else False,
+            "seed": plan.seed,
+            "out": None,
+            "options": options,
+            "before": before,
+            "after": after,
+            "groups": group_rows(method, graph, plan, kinds, refused),
+            "weights": weights,
+            "notes": [
+                *filter(None, [target.meaning]),
+                *plan.notes.values(),
+                *(f"{name}: {why}" for name, why in {**refused, **skipped}.items()),
+            ],
+        }
+    )
     if target.kind == "latency":
         report["latency"] = {"limit_seconds": limit, "after_seconds": seconds}
     else:

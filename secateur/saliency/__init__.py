@@ -16,6 +16,7 @@ from secateur.saliency.maps import one_step, resize, unit_range
 from secateur.saliency.method import SaliencyMethod
 from secateur.saliency.picture import overlay, save_png
 from secateur.saliency.relevance import COMPOSITES, Composite, propagate
+from secateur.utils.screen import Screen
 
 __all__ = [
     "COMPOSITES",
@@ -30,8 +31,8 @@ __all__ = [
 ]
 
 
-@dataclass
-class Map:
+@dataclass(repr=False)
+class Map(Screen):
     """What `saliency` gives: `values` [H, W] (or [N, H, W]), float32, larger where more comes from; signed for some kinds.
 
     >>> found = secateur.saliency(model, image)  # doctest: +SKIP

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from secateur.method import Method
 from secateur.taxonomy import MethodInfo
+from secateur.utils.screen import Screen
 
 
-@dataclass
-class Drawn:
+@dataclass(repr=False)
+class Drawn(Screen):
     """What a saliency method drew.
 
     `values` [N, H, W] of any size, the `targets` [N] it asked for, the `layers` it read, and for maps of single pixels

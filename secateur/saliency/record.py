@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from secateur.errors import SecateurError
 from secateur.utils.running import evaluating, logits_of
+from secateur.utils.screen import Screen
 
 
 @contextlib.contextmanager
@@ -71,8 +72,8 @@ class _Operations(TorchFunctionMode):
         return found
 
 
-@dataclass
-class Layers:
+@dataclass(repr=False)
+class Layers(Screen):
     """The outputs of named layers, [N, C, H, W] or [N, tokens, C], caught while the model runs."""
 
     found: dict[str, Tensor] = field(default_factory=dict)
@@ -150,8 +151,8 @@ class Layers:
                     )
 
 
-@dataclass
-class Record:
+@dataclass(repr=False)
+class Record(Screen):
     """What one forward and one backward left: `logits` [N, classes], `targets` [N], and by layer name `activations` and
     `gradients` of the targets' logits; `input` and, where asked for, `input_gradient`, [N, C, H, W]."""
 

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.utils.screen import Screen
 
 DEAD = 1e-12
 
 
-@dataclass
-class Removal:
+@dataclass(repr=False)
+class Removal(Screen):
     """One layer's problem, rows ordered unit by unit; rows that belong to no unit come last and always stay.
 
     B [in, out] dense weights, H [in, in] damped, G = H B, `inverse` of H; `rows` [in] maps a row to its input column.

@@ -26,6 +26,7 @@ from secateur.solvers.evolution import Batch, State, halving, reach_of
 from secateur.solvers.obs import Removal, prepare, refit
 from secateur.stats.divergence import TopKDivergence
 from secateur.stats.stream import stream
+from secateur.utils.screen import Screen
 
 if TYPE_CHECKING:
     from secateur.pruning.context import Context
@@ -34,8 +35,8 @@ Solve = Callable[["Sublayer", Removal, Sequence[int]], list[Tensor]]
 """(sublayer, problem, counts of kept units) -> kept units for each."""
 
 
-@dataclass(frozen=True, eq=False)
-class Sublayer:
+@dataclass(frozen=True, eq=False, repr=False)
+class Sublayer(Screen):
     """A group and the matrix that consumes its units; `units` int64 [units, width] are its columns."""
 
     group: Group
@@ -112,8 +113,8 @@ def ranges(
     return found
 
 
-@dataclass
-class Supernet:
+@dataclass(repr=False)
+class Supernet(Screen):
     """Versions by sublayer and count of removed units. A context: leaving it puts the dense weights back.
 
     >>> with Supernet(context, sublayers, solve) as net:

@@ -21,10 +21,11 @@ from secateur.stats.layer import OF_GRADIENTS, LayerStats, check_needs
 from secateur.stats.record import NotShared, Recorder
 from secateur.utils.batches import as_batches, batch_numel
 from secateur.utils.running import evaluating, run
+from secateur.utils.screen import Screen
 
 
-@dataclass
-class Block:
+@dataclass(repr=False)
+class Block(Screen):
     """One block of the model with its matrices and their statistics, both by parameter name."""
 
     index: int

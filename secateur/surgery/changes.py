@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph.groups import Group
+from secateur.utils.screen import Screen
 
 
 def set_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -29,8 +30,8 @@ def set_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 Keep = Mapping[str, Tensor]
 
 
-@dataclass
-class Changes:
+@dataclass(repr=False)
+class Changes(Screen):
     """What a cut changed.
 
     `shapes`: new shape of every parameter and buffer that was cut; `attributes`: module path -> attribute -> value;

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import textwrap
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -136,7 +137,7 @@ UNSAID: Any = "unsaid"
 """The value of a field that a record leaves to the kind of its method."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class MethodInfo:
     """The position of one method on the axes of the survey.
 
@@ -195,6 +196,13 @@ class MethodInfo:
         object.__setattr__(self, "refs", tuple(refs))
         if not self.short:
             _validate(self)
+
+    def __repr__(self) -> str:
+        said = [
+            f"{name}={notation(self, name)}" for name in FIELDS if getattr(self, name) not in (UNSAID, "", ())
+        ]
+        text = f"MethodInfo({', '.join(part for part in said if not part.endswith('=-'))})"
+        return "\n".join(textwrap.wrap(text, 79, subsequent_indent="    ", break_on_hyphens=False))
 
     @property
     def short(self) -> bool:

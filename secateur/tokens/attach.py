@@ -28,6 +28,7 @@ from secateur.tokens.record import Recorder
 from secateur.tokens.sets import Table
 from secateur.tokens.setup import Kept, Setup, make_setup, tower_of
 from secateur.tokens.tower import TowerDriver
+from secateur.utils.screen import fit
 from secateur.utils.tested import warn_outside_tested
 from secateur.utils.versions import cache_in, cache_of
 
@@ -69,6 +70,18 @@ class Attached:
         except BaseException:
             self.detach()
             raise
+
+    def __repr__(self) -> str:
+        on = "on" if self.attached else "taken off"
+        lines = [
+            f"Attached: {self.method!r} {on} {type(self.model).__name__}",
+            f"  target {self.setup.target}",
+        ]
+        lines += [
+            f"  {stage}: {[len(row) for row in rows]} tokens stay in each row"
+            for stage, rows in self.kept.items()
+        ]
+        return fit([*lines, "  .kept .report .table .columns; .detach()"])
 
     @property
     def facts(self) -> Facts:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.utils.screen import Screen
 
 FRESH = 16
 """Candidates whose gain is computed again at once by the lazy form of coverage."""
 
 
-@dataclass(frozen=True)
-class Picks:
+@dataclass(frozen=True, repr=False)
+class Picks(Screen):
     """`order` [S, k] int64: positions in the order they were picked, -1 after a set's last.
 
     `values` [S, k] float32: what each pick was worth when picked, 0 where there is none.

@@ -12,12 +12,13 @@ from secateur.errors import SecateurError, choose
 from secateur.families.vlm import Facts, Layout
 from secateur.tokens.counts import counts
 from secateur.tokens.state import Reduction, Source, TokenSets
+from secateur.utils.screen import Screen
 
 SCOPES = ("crop", "image", "row")
 
 
-@dataclass(eq=False)
-class Table:
+@dataclass(eq=False, repr=False)
+class Table(Screen):
     """T tokens: the N visual tokens of the language model, row by row, then the patches that none of them stands for.
 
     `alive` [M] are the visual tokens that are left, in the order of the sequence; `slot` [M] says whose place each has
@@ -170,8 +171,8 @@ def _within(inner: Tensor, outer: Tensor) -> Tensor:
     return inner - first[outer]
 
 
-@dataclass(eq=False)
-class Place:
+@dataclass(eq=False, repr=False)
+class Place(Screen):
     """Where sets lie: `members` [S, n] rows of the table, `at` [S, n] positions in what was handed in; -1 padding."""
 
     members: Tensor
@@ -323,8 +324,8 @@ def settle(sets: TokenSets, answer: Any, where: str) -> Reduction:
     return answer
 
 
-@dataclass(eq=False)
-class Outcome:
+@dataclass(eq=False, repr=False)
+class Outcome(Screen):
     """What a stage does to the M tokens that were handed in."""
 
     keep: Tensor

@@ -12,6 +12,7 @@ from secateur.families.vlm import Facts, Family, facts_of, family_of
 from secateur.tokens.method import Stage, TokenMethod
 from secateur.tokens.sets import SCOPES
 from secateur.tokens.site import Site
+from secateur.utils.screen import Screen
 
 OLDEST = (5, 21)
 """The first transformers whose models all take `mm_encoder_outputs` as they give them; Idefics3 fails on its own until then."""
@@ -38,8 +39,8 @@ class Kept(dict[str, list[Tensor]]):
         raise KeyError(key)
 
 
-@dataclass(frozen=True, eq=False)
-class Setup:
+@dataclass(frozen=True, eq=False, repr=False)
+class Setup(Screen):
     """What the drivers need of an attached model; made once by `make_setup`."""
 
     model: Any

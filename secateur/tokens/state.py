@@ -14,6 +14,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.families.vlm import Facts, Layout
+from secateur.utils.screen import Screen
 
 __all__ = ["Facts", "Layout", "Missing", "Reduction", "Source", "TokenSets"]
 
@@ -25,8 +26,8 @@ class Missing(SecateurError):
         super().__init__(f"there is no {what}", where=where, fix=fix)
 
 
-@dataclass
-class Reduction:
+@dataclass(repr=False)
+class Reduction(Screen):
     """What stays of each set, when that is more than a mask.
 
     `index` [S, k] int64: positions within the set, in the order they are emitted; -1 is padding, at the end.
@@ -63,8 +64,8 @@ class Source(Protocol):
     def project(self, hidden: Tensor) -> Tensor: ...
 
 
-@dataclass(eq=False)
-class TokenSets:
+@dataclass(eq=False, repr=False)
+class TokenSets(Screen):
     """S sets of up to n tokens.
 
     >>> top_per_row(sets.attention("encoder:-2", rows="cls"), sets.keep, sets.valid)  # doctest: +SKIP

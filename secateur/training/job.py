@@ -31,11 +31,12 @@ from secateur.training.state import Hook, State
 from secateur.training.task import Task
 from secateur.utils.inputs import Inputs
 from secateur.utils.random import seeded
+from secateur.utils.screen import Screen
 from secateur.utils.types import Objective
 
 
-@dataclass
-class Job:
+@dataclass(repr=False)
+class Job(Screen):
     """One run of a `TrainMethod`. `model` is trained in place; `steps` is the length of the whole budget."""
 
     model: nn.Module

@@ -13,6 +13,7 @@ from secateur.errors import SecateurError
 from secateur.graph import Group
 from secateur.pruning.context import Context
 from secateur.training.state import State
+from secateur.utils.screen import Screen
 
 PENALTIES = ("l1", "l2", "smooth-l1")
 
@@ -155,8 +156,8 @@ def penalty_gradient(gamma: Tensor, kind: str = "l1", lr_lambda: float = 0.0) ->
     return gamma.sign()
 
 
-@dataclass
-class Sparsify:
+@dataclass(repr=False)
+class Sparsify(Screen):
     """A hook on the gradients: lambda times the penalty's derivative joins them for the scales that will leave."""
 
     scales: Mapping[str, nn.Parameter]

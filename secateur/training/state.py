@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur.utils.screen import Screen
 
-@dataclass
-class State:
+
+@dataclass(repr=False)
+class State(Screen):
     """What a hook sees, and may change. `losses` holds one number a step; `lr` is the rate of this step."""
 
     model: nn.Module

@@ -10,11 +10,12 @@ from torch import nn
 
 from secateur.training.batches import Augment
 from secateur.training.recipe import Recipe
+from secateur.utils.screen import Screen
 from secateur.utils.types import Objective
 
 
-@dataclass
-class Task:
+@dataclass(repr=False)
+class Task(Screen):
     """What training-time methods are run on, and compete on. `secateur.tasks.load_task` makes the real ones.
 
     >>> Task("pairs", build=lambda: nn.Linear(4, 2), train=(x, y), classes=2)  # doctest: +SKIP

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.utils.screen import Screen
 
 
-@dataclass(frozen=True)
-class Facts:
+@dataclass(frozen=True, repr=False)
+class Facts(Screen):
     """Numbers of one model.
 
     >>> Facts(layers=32, blocks=24, feature_block=-2).layer(8, of=32)
@@ -85,8 +86,8 @@ class Facts:
         return int(number) if number >= 0 else self.blocks + int(number)
 
 
-@dataclass
-class Layout:
+@dataclass(repr=False)
+class Layout(Screen):
     """Where each of the N visual tokens of a batch came from, in the order of the placeholders."""
 
     image: Tensor
@@ -121,8 +122,8 @@ class Layout:
         return Layout(**moved)
 
 
-@dataclass(frozen=True)
-class Family:
+@dataclass(frozen=True, repr=False)
+class Family(Screen):
     """How one family of models is laid out. `layout(model, inputs)` is None for a vision transformer on its own."""
 
     name: str

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.utils.screen import Screen
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -78,8 +79,8 @@ PAD, BOS, EOS, IMAGE, VIDEO, VISION, END_VISION, UNKNOWN = (ID[word] for word in
 PLURALS = ("circles", "squares", "triangles", "crosses")
 
 
-@dataclass
-class Scenes:
+@dataclass(repr=False)
+class Scenes(Screen):
     """`count` scenes; objects in columns, `there` says which of the six exist. All int64 but `there` (bool).
 
     cell: 0..15, row by row. colour: 0..5. shape: 0..3. `kind` is colour * 4 + shape.
@@ -101,8 +102,8 @@ class Scenes:
         return Scenes(self.cell[rows], self.colour[rows], self.shape[rows], self.there[rows])
 
 
-@dataclass
-class Questions:
+@dataclass(repr=False)
+class Questions(Screen):
     """One question a scene. words: int64 [B, width], padded at the end; length, answer: int64 [B]; asked: bool [B],
     False where the scene has nothing to ask about. about: int64 [B, 2], the cell of the first and second object named,
     16 where it is absent, -1 where none or several fit; at: int64 [B, 2], which word names it, -1 likewise."""

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from secateur.tasks.scenes.draw import KINDS
 from secateur.tasks.scenes.models import inputs
+from secateur.utils.screen import Screen
 
 TEST_SEED = 40_000_000
 PART = 64
 
 
-@dataclass
-class Group:
+@dataclass(repr=False)
+class Group(Screen):
     """Questions of one kind and one length: pictures uint8 [n, 3, 64, 64], word numbers, one answer each."""
 
     kind: str

@@ -28,6 +28,7 @@ from secateur.tasks.scenes.models import inputs, load_scenes
 from secateur.tasks.scenes.questions import Group, accuracy
 from secateur.tasks.scenes.train import Recipe
 from secateur.utils.files import require_data
+from secateur.utils.screen import Screen
 
 TEST = 400
 BOXES, BOX, APART = 3, 100, 150
@@ -36,8 +37,8 @@ Question = tuple[str, list[int], int, int]
 """(kind, word numbers, the answer's, number of the picture)."""
 
 
-@dataclass(frozen=True, eq=False)
-class Real:
+@dataclass(frozen=True, eq=False, repr=False)
+class Real(Screen):
     """Pictures uint8 [N, 3, 64, 64], or [N, P, 3, 64, 64] where a question is about P of them in any order."""
 
     pictures: Tensor

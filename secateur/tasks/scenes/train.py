@@ -52,6 +52,7 @@ from secateur.tasks.scenes.models import (
 )
 from secateur.utils.files import atomic_write_bytes
 from secateur.utils.progress import bar
+from secateur.utils.screen import Screen
 
 STAGES = ("see", "align", "read", "joint", "polish")
 CHUNK = 8  # batches of data drawn at a time
@@ -210,8 +211,8 @@ def _positions(kept: Tensor, compact: Tensor, steps: Tensor, variant: str) -> Te
     return found[0] if variant == "llava" else found
 
 
-@dataclass
-class Batch:
+@dataclass(repr=False)
+class Batch(Screen):
     """Some pictures (uint8), the object on each patch, and a question a slot."""
 
     pictures: Tensor
