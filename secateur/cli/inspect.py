@@ -9,6 +9,7 @@ from typing import Annotated
 
 from secateur.cli.flags import SWITCH, flag
 from secateur.cli.shared import (
+    ALSO_HELP,
     LATENCY_HELP,
     LIMIT_HELP,
     MODEL,
@@ -19,6 +20,7 @@ from secateur.cli.shared import (
     add_times,
     at_least,
     check_new_file,
+    further,
     open_with_inputs,
     quiet_stdout,
     show,
@@ -76,6 +78,7 @@ class Inspect:
 
     html: str | None = flag("a self-contained HTML file with the groups as a picture", None)
     full: Annotated[bool, SWITCH] = flag(FULL, False)
+    also: tuple[str, ...] | None = flag(ALSO_HELP, None)
 
 
 def inspect(model: Annotated[str, MODEL], /, *, flags: Inspect, where: Where, shown: Shown) -> None:
@@ -88,7 +91,8 @@ def inspect(model: Annotated[str, MODEL], /, *, flags: Inspect, where: Where, sh
     check_new_file(flags.html, "--html")
     with quiet_stdout():
         network, _, inputs = open_with_inputs(model, where)
-        graph = trace(network, default_inputs(network) if inputs is None else inputs)
+        inputs = default_inputs(network) if inputs is None else inputs
+        graph = trace(network, inputs, also=further(network, flags.also))
         groups = {"model": model, **describe_groups(graph)}
         if flags.html:
             write_graph(Path(flags.html).expanduser(), graph, model)

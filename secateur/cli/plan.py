@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from secateur.cli.flags import SWITCH, flag
 from secateur.cli.inspect import FULL
 from secateur.cli.shared import (
+    ALSO_HELP,
     OUT_HELP,
     PLAN,
     Quality,
@@ -18,6 +19,7 @@ from secateur.cli.shared import (
     Where,
     check_file_model,
     check_new_folder,
+    further,
     open_with_inputs,
     quiet_stdout,
     show,
@@ -61,6 +63,7 @@ class Apply:
     """What is written."""
 
     out: str = flag(OUT_HELP)
+    also: tuple[str, ...] | None = flag(ALSO_HELP, None)
 
 
 def plan_apply(
@@ -94,7 +97,7 @@ def plan_apply(
         network, tokenizer, inputs = open_with_inputs(model, where)
         before = run(network, tokenizer, inputs=inputs, **quality.asked)
         config = copy.deepcopy(getattr(network, "config", None))
-        apply_plan(network, decided)
+        apply_plan(network, decided, also=further(network, flags.also) or None)
         after = run(network, tokenizer, inputs=inputs, **quality.asked)
         rows = decided.summary()
         report = {

@@ -13,6 +13,7 @@ from cyclopts import Group, Parameter
 
 from secateur.cli.flags import OUTPUT, SWITCH, Settings, flag, listed
 from secateur.cli.shared import (
+    ALSO_HELP,
     JSON_HELP,
     LATENCY_HELP,
     MEASUREMENT,
@@ -26,6 +27,7 @@ from secateur.cli.shared import (
     check_file_model,
     check_new_file,
     check_new_folder,
+    further,
     open_model,
     open_with_inputs,
     quiet_stdout,
@@ -53,6 +55,7 @@ class Prune:
         "calibration text: a .txt or .jsonl file, wikitext2, ...; default: some English", None
     )
     seed: int = flag("of everything that is drawn at random", 0)
+    also: tuple[str, ...] | None = flag(ALSO_HELP, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +148,7 @@ def prune(
             method=method,
             target=flags.target,
             data=flags.data,
+            also=further(network, flags.also),
             seed=flags.seed,
             tokenizer=tokenizer,
             inplace=output.inplace and not (recovery.recover and recovery.distill),

@@ -9,7 +9,7 @@ import math
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ from secateur.cli.flags import SWITCH, flag, listed, settings
 from secateur.errors import SecateurError, choose, require
 from secateur.taxonomy import catalogue as data
 from secateur.utils.code import announced, read_spec
+from secateur.utils.files import check_path
 
 MODEL = Parameter(
     help="smollm2, aidreams, a task or its network (cifar10, resnet56, vdsr, espnet, ...), a folder that transformers or"
@@ -36,6 +37,10 @@ TASKS_HELP = (
     " (accuracy: piqa, arc_easy, ...) and of pictures (cifar10, digits, camvid; PSNR: set5, set14)"
 )
 LIMIT_HELP = "at most this many windows of a text and questions of a set"
+ALSO_HELP = (
+    "another example input, which takes another branch of the model: a shape as for --input-shape, or a .safetensors file"
+    " with the inputs of forward by name; may be repeated"
+)
 LATENCY_HELP = "measure the time of a forward, and of a new token; before and after run in turn"
 
 
@@ -52,7 +57,7 @@ class Where:
 
     input_shape: str | None = flag(
         "shape of the example input of a model that reads pictures or of a file, such as 1,3,224,224; for several inputs"
-        " name:1,16;other:1,16",
+        " name:1,16;other:1,16; or a .safetensors file with the inputs of forward by name",
         None,
     )
     device: str | None = flag(DEVICE_HELP, None)
@@ -285,12 +290,43 @@ def add_times(report: dict[str, Any], before: Any, after: Any, inputs: Any, seql
         report[side]["not_measured"] |= reasons
 
 
-def example(model: Any, shape: str | None) -> Any:
-    """Example inputs: noise of `shape`, or of the size of pictures a config states; None for a language model."""
+def further(model: Any, given: Sequence[str] | None) -> list[Any]:
+    """The example inputs that --also names."""
+    return [example(model, text, "--also") for text in given or ()]
+
+
+def _tensors(model: Any, path: str, where: str) -> dict[str, Any]:
+    """The tensors of a file by name, on the model's device, floats in its dtype."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = Path(path).expanduser()
+    require(file.is_file(), "no such file", where=f"{where} {path}", fix=check_path(file))
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise SecateurError(
+            f"it can't be read ({error})", where=f"{where} {path}", fix="write it again"
+        ) from error
+    require(
+        tensors, "it holds no tensors", where=f"{where} {path}", fix="write the inputs of forward by name"
+    )
+    first = next(model.parameters())
+    return {
+        name: value.to(first.device, first.dtype if value.is_floating_point() else None)
+        for name, value in tensors.items()
+    }
+
+
+def example(model: Any, shape: str | None, where: str = "--input-shape") -> Any:
+    """Example inputs: noise of `shape`, what a .safetensors file in its place holds, or noise of the size of pictures a config
+    states; None for a language model."""
     import torch
 
     from secateur.utils.inputs import default_inputs, picture_size
 
+    if shape is not None and shape.lower().endswith(".safetensors"):
+        return _tensors(model, shape, where)
     if hasattr(model, "example_inputs"):
         return model.example_inputs(shape)
     if shape is None:
@@ -314,9 +350,13 @@ def example(model: Any, shape: str | None) -> Any:
                 raise ValueError(shape)
         except ValueError:
             raise SecateurError(
-                f"{shape!r} isn't a shape", where="--input-shape", fix="write sizes such as 1,3,224,224"
+                f"{shape!r} isn't a shape", where=where, fix="write sizes such as 1,3,224,224"
             ) from None
     first = next(model.parameters())
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if vocabulary is not None and picture_size(model) is None:
+        ids = torch.randint(vocabulary, sizes, generator=torch.Generator().manual_seed(0))
+        return {"input_ids": ids.to(first.device)}
     noise = torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(first.device, first.dtype)
     name = getattr(model, "main_input_name", None)
     return {name: noise} if name else noise

@@ -314,10 +314,11 @@ def lost(unreached: Sequence[str]) -> str:
     """What to say of parameters that no traced run read, though what was cut is as wide as they are.
 
     >>> lost(["aux.weight", "aux.bias"])
-    'never reached by the trace: aux.weight and 1 more; a branch that reads them may not run any more'
+    'never reached by the trace: aux.weight and 1 more; a branch that reads them may not run any more: trace it too, with --also (also=)'
     """
     more = f" and {len(unreached) - 1} more" if len(unreached) > 1 else ""
-    return f"never reached by the trace: {unreached[0]}{more}; a branch that reads them may not run any more"
+    name = f"never reached by the trace: {unreached[0]}{more}"
+    return f"{name}; a branch that reads them may not run any more: trace it too, with --also (also=)"
 
 
 def parted(reason: str) -> tuple[str, str]:
