@@ -109,6 +109,10 @@ class Method:
         """What this method reads with these hyperparameters; `needs`, unless a method says otherwise."""
         return self.needs
 
+    def lacks(self, function: str) -> SecateurError:
+        """The error of a class that doesn't write what its kind asks for."""
+        return SecateurError(f"{type(self).__name__} must define {function}", where=f"method {self.name}")
+
     @property
     def source(self) -> str:
         """Where a method that isn't this library's came from; empty for its own."""

@@ -95,6 +95,36 @@ def test_files_that_are_wrong(tmp_path, text, name, message, capsys):
     assert said.count("\n") == 1 and said.startswith("secateur: ")
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("...", "method own: Own must define score"),
+        (
+            "score = lambda self, weight, stats: weight[0]",
+            r"method own, .*q_proj\.weight: its scores are \[32\] for weights of \[32, 32\]",
+        ),
+        ("score = lambda self, weight, stats: None", "its scores are NoneType for weights"),
+    ],
+)
+def test_methods_that_give_no_scores(tmp_path, tiny_llama, body, message):
+    (tmp_path / "own.py").write_text(
+        f"from secateur import WeightMethod\nclass Own(WeightMethod):\n    {body}\n"
+    )
+    with pytest.raises(SecateurError, match=message):
+        secateur.prune(tiny_llama(), method=str(tmp_path / "own.py"), target="50%")
+
+
+def test_every_kind_comes_from_a_file(tmp_path):
+    kinds = ("WeightMethod", "UnitMethod", "TrainMethod", "TokenMethod", "SaliencyMethod")
+    for kind in kinds:
+        file = tmp_path / f"of_{kind}.py"
+        file.write_text(
+            f"from secateur.method import {kind}\nclass Own{kind}({kind}):\n    share: float = 0.5\n"
+        )
+        made = method.make_method(str(file), share="0.25")
+        assert made.share == 0.25 and made.source.startswith(f"of_{kind}.py:Own{kind} sha256:")
+
+
 def test_verbs_refuse_methods_of_others(mine, capsys):
     for verb in ("train-prune", "tokens", "saliency"):
         assert main([verb, "digits", "x.png", "--method", str(mine), "--target", "50%"]) == 2

@@ -21,7 +21,7 @@ from secateur.cli import catalogue, doctor, inspect, plan, prune, saliency, scen
 from secateur.cli.flags import command, flag_names, named_method, on_off, settings
 from secateur.cli.interrupt import INTERRUPTED, interrupted
 from secateur.cli.shared import entries, method_entry, method_flags
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, nearest
 from secateur.taxonomy import catalogue as data
 from secateur.utils.about import __version__
 
@@ -140,7 +140,9 @@ def _explain(error: cyclopts.CycloptsError, argv: Sequence[str]) -> str:
         field = name.removeprefix("--").replace("-", "_")
         # a hyperparameter of another method is likelier meant than a flag with a similar name
         owners = [m for m, entry in entries().items() if field in {row["name"] for row in entry["settings"]}]
-        if named_method(argv) is not None and owners:
+        meant = re.search(r"Did you mean (--[\w-]+)", text)
+        typo = meant is not None and nearest(name, [meant[1]], cutoff=0.9)
+        if named_method(argv) is not None and owners and not typo:
             return (
                 f"Unknown option: {name}, which belongs to {' and '.join(owners[:4])}; --help lists the flags"
             )

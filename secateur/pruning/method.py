@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from secateur.errors import SecateurError
 from secateur.method import Method
 from secateur.taxonomy import MethodInfo
 
@@ -50,15 +51,25 @@ class WeightMethod(Method):
 
     def shares(self, context: Context, share: float) -> Mapping[str, float]:
         """The share kept of every matrix, by name, where all together keep `share`: with `allocation = "own"`."""
-        raise TypeError(f"{type(self).__name__} must define shares")
+        raise self.lacks("shares")
 
     def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
         """[out, in] -> [out, in], higher = keep."""
-        raise TypeError(f"{type(self).__name__} must define score")
+        raise self.lacks("score")
 
     def scores(self, weight: Tensor, stats: LayerStats) -> Tensor:
         """`score`, part by part where rows have inputs of their own: experts, convolution groups."""
-        return torch.cat([self.score(rows, own) for rows, own in stats.split(weight)])
+        found = []
+        for rows, own in stats.split(weight):
+            found.append(self.score(rows, own))
+            if not isinstance(found[-1], Tensor) or found[-1].shape != rows.shape:
+                shape = list(found[-1].shape) if isinstance(found[-1], Tensor) else type(found[-1]).__name__
+                raise SecateurError(
+                    f"its scores are {shape} for weights of {list(rows.shape)}",
+                    where=f"method {self.name}, {stats.name}",
+                    fix="score gives a number for each weight",
+                )
+        return torch.cat(found)
 
     def solve(self, weight: Tensor, stats: LayerStats, pattern: Pattern) -> tuple[Tensor, Tensor]:
         """(new weight, kept mask), both [out, in]; the mask satisfies `pattern` exactly."""
@@ -102,7 +113,7 @@ class UnitMethod(Method):
 
     def score(self, group: Group, context: Context) -> Tensor:
         """[units], higher = keep."""
-        raise TypeError(f"{type(self).__name__} must define score")
+        raise self.lacks("score")
 
     def scores(self, context: Context) -> dict[str, Tensor]:
         """`score` by group name."""

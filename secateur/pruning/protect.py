@@ -60,9 +60,12 @@ def check_patterns(model: nn.Module, **patterns: Patterns) -> None:
 def _nearest(pattern: str, names: Iterable[str]) -> list[str]:
     """Up to three patterns that would fit, for one that doesn't.
 
-    >>> _nearest("*.mpl", ["model.layers.0.mlp", "model.norm"])
-    ['*.mlp']
+    >>> _nearest("*.mpl", ["model.layers.0.mlp", "model.norm"]), _nearest("mlp", ["model.layers.0.mlp"])
+    (['*.mlp'], ['*.mlp'])
     """
+    names = list(names)
+    if any(matches(name, f"*.{pattern}") for name in names):
+        return [f"*.{pattern}"]
     bare = pattern.strip("*.")
     if not pattern.startswith("*"):
         return nearest(bare, names, count=3, cutoff=0.3)

@@ -72,7 +72,9 @@ def entry(cls: type[Method]) -> dict[str, Any]:
         "verb": _verb(cls),
         "info": record,
         "needs": sorted(cls.needs),
-        "doc": inspect.cleandoc(cls.__doc__ or ""),
+        "doc": ""
+        if (cls.__doc__ or "").startswith(f"{cls.__name__}(")
+        else inspect.cleandoc(cls.__doc__ or ""),
         "settings": settings(cls),
     }
 

@@ -65,4 +65,4 @@ class SaliencyMethod(Method):
         Returns:
             Maps [N, H, W] of any size, larger where more comes from.
         """
-        raise TypeError(f"{type(self).__name__} must define draw")
+        raise self.lacks("draw")

@@ -88,7 +88,7 @@ class TokenMethod(Method):
         Raises:
             Missing: the model has no statistic that the method can't do without.
         """
-        raise TypeError(f"{type(self).__name__} must define select")
+        raise self.lacks("select")
 
     def stages(self, facts: Facts) -> list[Stage]:
         """The places where tokens leave, in the order in which the model comes to them.

@@ -50,4 +50,4 @@ class TrainMethod(Method):
     def prune(self, job: Job) -> Plan:
         """Trains `job.model` in phases and gives the plan. It is run again from its top when a run is resumed: finished
         phases are then read, so what lies between them must be a function of the model, the job and the seed."""
-        raise TypeError(f"{type(self).__name__} must define prune")
+        raise self.lacks("prune")

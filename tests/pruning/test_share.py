@@ -161,6 +161,7 @@ def test_searches_keep_the_shares(tiny_llama):
     ("share", "target", "message"),
     [
         ({"*.mpl": "50%"}, "50%", r"share: no parameter fits '\*\.mpl'; the nearest: .*mlp"),
+        ({"mlp": "50%"}, "50%", r"share: no parameter fits 'mlp'; the nearest: \*\.mlp"),
         ({"lm_head": "50%"}, "50%", r"share 'lm_head': lm_head\.weight: it isn't pruned"),
         ({"*.mlp": "90%"}, "40%", r"alone is over the target; ask for more than 54.0%"),
         ({"*.mlp": "50%"}, "2:4", r"target 2:4: N:M is the same share everywhere; leave share out"),
@@ -238,3 +239,10 @@ def test_on_the_command_line(tiny_folder, tmp_path, capsys):
         "*.mlp=50%",
         "*.q_proj=90%",
     ]
+
+
+def test_a_slip_of_the_flag_is_offered_its_flag(capsys):
+    assert main(["prune", "tiny", "--method", "magnitude", "--target", "60%", "--shares", "a=50%"]) == 2
+    assert "Did you mean --share?" in capsys.readouterr().err
+    assert main(["prune", "tiny", "--method", "magnitude", "--target", "60%", "--lam", "1"]) == 2
+    assert "--lam, which belongs to" in capsys.readouterr().err
