@@ -19,7 +19,7 @@ from secateur.errors import SecateurError
 from secateur.families.vlm import Facts
 from secateur.method import Method, make_method
 from secateur.pruning.target import parse_target
-from secateur.tokens import cost
+from secateur.tokens import cost, static
 from secateur.tokens.call import Call, Current
 from secateur.tokens.decoder import DecoderDriver
 from secateur.tokens.input import KINDS, InputDriver, Turn, stacked
@@ -34,6 +34,8 @@ from secateur.utils.versions import cache_in, cache_of
 
 GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 """Settings of generate under which another model, or the prompt itself, guesses words that are then checked."""
+CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid", "hybrid_chunked", "sliding_window")
+"""Kinds of cache that work between layers; the last three are older names of the static one."""
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attached] = weakref.WeakKeyDictionary()
 
 
@@ -63,6 +65,8 @@ class Attached:
         """What `generate` prepared, for the first forward inside it."""
         self._prompt = 0
         """Columns of the prompt that `generate` was handed."""
+        self._mask: Tensor | None = None
+        """[B, columns] of the step that `generate` prepared for a static cache, whose masks have four dimensions."""
         self._undo: list[Callable[[], None]] = []
         self._prefill: cost.Prefill | None = None
         try:
@@ -130,6 +134,8 @@ class Attached:
         self._wrap("forward", self._plain_forward if setup.plain else self._forward)
         if not setup.plain:
             self._wrap("generate", self._generate)
+            if setup.between_layers:
+                self._wrap("prepare_inputs_for_generation", self._inputs)
 
     def _wrap(self, name: str, around: Callable[..., Any]) -> None:
         model = self.model
@@ -241,7 +247,6 @@ class Attached:
         """A forward inside generate."""
         pending, self._pending = self._pending, None
         if pending is None:
-            self.input.step(kwargs)
             out = self._run_forward(original, kwargs, None, None)
         else:
             call, turn = pending
@@ -264,7 +269,16 @@ class Attached:
                 "mm_encoder_outputs": stacked(kwargs["mm_encoder_outputs"], self.setup.family.stacked),
             }
         if self.decoder is not None:
-            self.decoder.begin(kwargs, call)
+            mask = kwargs.get("attention_mask")
+            if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+                if not self._depth and self.setup.between_layers and hasattr(cache, "_secateur_layers"):
+                    raise SecateurError(
+                        "a mask of four dimensions says nothing of layers that hold fewer tokens",
+                        where="attach",
+                        fix="give [rows, tokens]",
+                    )
+                mask = self._mask
+            self.decoder.begin(kwargs, call, mask)
         # later steps choose nothing, so an error of theirs is the caller's and leaves the method on
         with self._current.running(call), self._restoring() if call is not None else nullcontext():
             out = original(**kwargs)
@@ -274,6 +288,17 @@ class Attached:
         if call is not None and self._prefill is not None:
             self._prefill.finish(cache)
         return out
+
+    def _inputs(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """Before `generate` makes the inputs of a step."""
+        cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
+        self._mask = None
+        if static.is_static(cache):
+            # its masks are sized by the cache, so one that was reset must have its sizes back
+            static.buffers_of(cache)
+            if isinstance(mask, Tensor) and mask.dim() == 2:
+                self._mask = mask if self._pending is not None else static.padded(mask, cache)
+        return original(**kwargs)
 
     def _generate(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         if "inputs" in kwargs:
@@ -294,8 +319,9 @@ class Attached:
             out = original(**new)
         finally:
             self._depth -= 1
-            self._pending = None
-        cache = cache_of(out)
+            self._pending = self._mask = None
+        sequences, cache = out if isinstance(out, Tensor) else out.sequences, cache_of(out)
+        self.clock.rest(self.model, sequences.shape[1] - self._prompt - 1)
         if call is not None and turn is not None and cache is not None:
             cache._secateur_turn = turn
         if removed and ids is not None and short is not None:
@@ -329,11 +355,11 @@ class Attached:
             if setting(name):
                 raise _guesses(name)
         kind = setting("cache_implementation")
-        if kind not in (None, "dynamic", "dynamic_full"):
+        if kind not in CACHES:
             raise SecateurError(
-                f"a {kind} cache shows attention every column it has room for, and masks between layers cover those that are filled",
+                f"a cache that is {kind} wasn't tried with layers that hold different tokens",
                 where="generate",
-                fix="leave cache_implementation out, or use a method that drops at the input",
+                fix="use a dynamic or static one, or a method that drops at the input",
             )
         if setting("prefill_chunk_size"):
             raise SecateurError(

@@ -13,6 +13,7 @@ from secateur.families.vlm import Facts
 from secateur.tokens.call import Call
 from secateur.tokens.sets import Table
 from secateur.tokens.setup import Setup
+from secateur.tokens.static import is_static
 
 
 def layer_flops(tokens: float, width: int, inner: int, gated: bool, kv_share: float = 1.0) -> float:
@@ -54,7 +55,10 @@ def cache_bytes(cache: Any) -> int:
 
 @dataclass
 class Clock:
-    """Seconds: `first` up to the end of the first forward, `steps` of those after it."""
+    """Seconds: `first` up to the end of the first forward, `steps` of those after it.
+
+    A compiled forward can't look at a clock, so its steps count together, by `rest`.
+    """
 
     begun: float = 0.0
     last: float = 0.0
@@ -70,16 +74,25 @@ class Clock:
         return time.perf_counter()
 
     def start(self, model: nn.Module) -> None:
+        if torch.compiler.is_compiling():
+            return
         self.begun = self._now(model)
         self.first, self.steps = 0.0, []
 
     def mark(self, model: nn.Module) -> None:
+        if torch.compiler.is_compiling():
+            return
         now = self._now(model)
         if not self.first:
             self.first = now - self.begun
         else:
             self.steps.append(now - self.last)
         self.last = now
+
+    def rest(self, model: nn.Module, steps: int) -> None:
+        """After generate, which ran `steps` forwards behind the first."""
+        if self.first and not self.steps and steps > 0:
+            self.steps = [(self._now(model) - self.last) / steps]
 
 
 class Prefill:
@@ -93,6 +106,7 @@ class Prefill:
         self.visual = torch.bincount(row, minlength=call.table.rows).cpu()
         mask = kwargs.get("attention_mask")
         self.short = self.dense if mask is None else mask.sum(1).cpu()  # [B] tokens that layer 0 sees
+        self.width = call.mask.shape[1] if mask is None else mask.shape[1]
         self.kv_before = self.kv_after = 0
 
     def finish(self, cache: Any) -> None:
@@ -103,7 +117,10 @@ class Prefill:
         keys = getattr(first, "keys", None)
         if isinstance(keys, Tensor) and keys.shape[-2]:
             per_token = (keys.numel() // keys.shape[-2]) * keys.element_size()
-            self.kv_before = 2 * per_token * self.call.mask.shape[1] * len(cache.layers)
+            # a static cache has room for the answer too
+            room = max(0, keys.shape[-2] - self.width) if is_static(cache) else 0
+            tokens = self.call.mask.shape[1] + room
+            self.kv_before = 2 * per_token * tokens * len(cache.layers)
 
     def lengths(self) -> Tensor:
         """[layers, rows] tokens that each decoder layer saw."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.tokens import static
 from secateur.tokens.call import Call, Current
 from secateur.tokens.choose import run_stage
 from secateur.tokens.record import Key, Note, Recorder, attention_of
@@ -103,6 +104,8 @@ class DecoderDriver:
         self.setup, self.current, self.recorder = setup, current, recorder
         self.decoder: Any = setup.model.get_decoder()
         self.run: Forward | None = None
+        self.step: static.Step | None = None
+        """A forward after the prompt on a static cache, in place of `run`."""
         self.handles: list[Any] = []
         self.stages = sorted({p.number for p in setup.stages if p.kind == "layer"})
         recorded = {n for kind, n in (recorder.forms if recorder else {}) if kind == "layer"}
@@ -135,22 +138,27 @@ class DecoderDriver:
     def remove(self) -> None:
         while self.handles:
             self.handles.pop().remove()
-        self.run = None
+        self.run = self.step = None
 
-    def begin(self, kwargs: Mapping[str, Any], call: Call | None) -> None:
-        """Before a forward of the whole model."""
-        cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
+    def begin(self, kwargs: Mapping[str, Any], call: Call | None, mask: Tensor | None) -> None:
+        """Before a forward of the whole model; `mask` [B, columns]."""
+        cache = cache_in(kwargs)
         if self.decoder.training and getattr(self.decoder, "gradient_checkpointing", False):
             raise SecateurError(
                 "gradient checkpointing runs each layer twice, and tokens would leave twice",
                 where="layer drop",
                 fix="call model.gradient_checkpointing_disable()",
             )
+        self.run = self.step = None
+        if static.is_static(cache):
+            buffers = static.buffers_of(cache)
+            if call is None:
+                self.step = static.Step(buffers, mask) if buffers is not None else None
+                return
         past = int(cache.get_seq_length()) if cache is not None else 0
         held = getattr(cache, "_secateur_layers", None)
-        if held is not None and (past == 0 or past < held.seen):
+        if isinstance(held, Held) and (past == 0 or past < held.seen):
             held = _cropped(held, past) if past else None
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.run = Forward(call, past, mask, held=held)
         if call is not None and call.mask is not None and mask is not None:
             self.run.right = not bool(mask[:, -1].all()) and bool(mask[:, 0].all())
@@ -169,6 +177,8 @@ class DecoderDriver:
 
     def _hook(self, number: int) -> Any:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self.step is not None:
+                return self._later(self.step, number, layer, args, kwargs)
             if self.run is None:
                 return None
             return self._before(number, layer, args, kwargs)
@@ -207,6 +217,7 @@ class DecoderDriver:
     ) -> Tensor:
         cache = cache_in(kwargs)
         self._check(cache, number)
+        fixed = static.is_static(cache)
         before = run.now(number - 1)
         held = run.held.stretches.get(number) if run.held is not None else None
         if run.call is None or run.past:
@@ -214,7 +225,12 @@ class DecoderDriver:
         else:
             hidden, now = self._drop(run, number, layer, before, hidden, kwargs)
         run.stretches[number] = now
-        if cache is not None:
+        if fixed:
+            assert run.base is not None
+            after = [k for k in self.stages if k > number]
+            layers = range(number, min(after, default=len(cache.layers)))
+            static.hold(cache, layers, run.base.queries, now.columns, now.valid, now.gone, now.identity)
+        elif cache is not None:
             state = getattr(cache, "_secateur_layers", None)
             if not isinstance(state, Held):
                 state = cache._secateur_layers = Held(0, {})
@@ -223,17 +239,26 @@ class DecoderDriver:
             state.stretches[number] = now
         return hidden
 
-    @staticmethod
-    def _check(cache: Any, number: int) -> None:
+    def _check(self, cache: Any, number: int) -> None:
         layers = getattr(cache, "layers", None)
         if not layers:
             return
+        fix = "use a DynamicCache, or a method that drops at the input"
         kind = type(layers[min(number, len(layers) - 1)]).__name__
-        if "Dynamic" not in kind:
+        if static.is_static(cache):
+            name = self.window[0] if self.window is not None else None
+            if self.flash or name == "attention chunk":
+                what = "flash attention" if self.flash else "an attention that is cut into chunks"
+                raise SecateurError(
+                    f"{what} wasn't tried on a static cache whose layers hold different tokens",
+                    where="layer drop",
+                    fix=fix,
+                )
+        elif "Dynamic" not in kind:
             raise SecateurError(
-                f"a cache of {kind} shows attention every column it has room for, and masks between layers cover those that are filled",
+                f"a cache of {kind} wasn't tried with layers that hold different tokens",
                 where="layer drop",
-                fix="use a DynamicCache, or a method that drops at the input",
+                fix=fix,
             )
 
     @staticmethod
@@ -333,14 +358,7 @@ class DecoderDriver:
         if places is not None and now.shorter:
             places = places.expand(rows, -1).gather(1, at)
         if self.setup.compact:
-            if places is None:
-                raise SecateurError(
-                    "its layers aren't told their positions",
-                    where="layer drop",
-                    fix='use positions="original"',
-                )
-            places = places.expand(rows, -1) - now.left
-            tables = self._rotary(run, now, layer, hidden, places)
+            places, tables = self._moved(run.memo, id(now), layer, hidden, places, now.left)
         elif tables is not None and now.shorter:
             key = ("tables", id(now), id(tables))
             if key not in run.memo:
@@ -353,15 +371,55 @@ class DecoderDriver:
             new["position_embeddings"] = tables
         return new
 
-    def _rotary(self, run: Forward, now: Stretch, layer: nn.Module, hidden: Tensor, places: Tensor) -> Any:
-        """Rotary tables of new positions, in the layer's own type where the model has several."""
+    def _moved(
+        self,
+        memo: dict[Any, Any],
+        stretch: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        places: Tensor | None,
+        left: Tensor,
+    ) -> tuple[Tensor, Any]:
+        """Compact positions [B, L'] and rotary tables for them, in the layer's own type where the model has several."""
+        if places is None:
+            raise SecateurError(
+                "its layers aren't told their positions", where="layer drop", fix='use positions="original"'
+            )
+        places = places.expand(len(hidden), -1) - left
         kind = getattr(layer, "attention_type", None) or getattr(attention_of(layer), "layer_type", None)
-        key = ("rotary", id(now), kind)
-        if key not in run.memo:
-            run.memo[key] = self.decoder.rotary_emb(
+        key = ("rotary", stretch, kind)
+        if key not in memo:
+            memo[key] = self.decoder.rotary_emb(
                 hidden, places, **({"layer_type": kind} if self.typed else {})
             )
-        return run.memo[key]
+        return places, memo[key]
+
+    def _later(
+        self,
+        step: static.Step,
+        number: int,
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """What a layer is given in a step after the prompt on a static cache: all that changes are masks and positions."""
+        stage, cache = step.stage(number), cache_in(kwargs)
+        if stage is None or cache is None:
+            return None
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        held = cache.layers[number]
+        key = ("mask", stage, held.is_sliding)
+        if key not in step.memo:
+            window = self.window[1] if held.is_sliding and self.window is not None else None
+            dtype = hidden.dtype if self.eager else None
+            step.memo[key] = static.visible(step, stage, held, hidden.shape[1], window, dtype)
+        new = {**kwargs, "attention_mask": step.memo[key]}
+        if self.setup.compact:
+            gone, places = static.left(step, stage, held), kwargs.get("position_ids")
+            places, tables = self._moved(step.memo, stage, layer, hidden, places, gone)
+            changed = {"position_ids": places, "position_embeddings": tables}
+            new |= {name: value for name, value in changed.items() if name in kwargs}
+        return args, new
 
     def _mask(
         self,
@@ -391,6 +449,7 @@ class DecoderDriver:
 
         columns, valid = now.columns[:, -keys:], now.valid[:, -keys:]
         mask: Tensor | None
+        fixed = static.is_static(cache)
         if run.past:
             # the given mask knows nothing of columns that left, so later steps make their own
             if now.queries == 1 and bool(valid.all()) and (window is None or keys <= 1):
@@ -398,7 +457,7 @@ class DecoderDriver:
             else:
                 mask = self._causal(now, columns, valid, window)
         elif full is None:
-            mask = None if bool(valid.all()) else self._causal(now, columns, valid, None)
+            mask = None if bool(valid.all()) and not fixed else self._causal(now, columns, valid, None)
         else:
             mask = self._gather(now, full)
         if mask is not None and mask.dtype == torch.bool:
@@ -407,6 +466,10 @@ class DecoderDriver:
             mask = mask | (eye & ~now.mine_valid[:, None, :, None])
             if self.eager:
                 mask = additive(mask, hidden.dtype)
+        if fixed and mask is not None:
+            empty = int(cache.get_mask_sizes(now.queries, number)[0]) - keys
+            nothing = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            mask = torch.nn.functional.pad(mask, (0, empty), value=nothing)
         run.memo[key] = (mask, full)
         return mask
 

@@ -117,7 +117,7 @@ class InputDriver:
         """
         setup, model, family = self.setup, self.setup.model, self.setup.family
         ids = kwargs.get("input_ids")
-        turn = getattr(cache_in(kwargs), "_secateur_turn", None)
+        turn = turn_of(cache_in(kwargs))
         encoded = dict(kwargs.get("mm_encoder_outputs") or {})
         kinds = [k for k, name in KINDS.items() if kwargs.get(name) is not None or encoded.get(k) is not None]
         if not kinds:
@@ -221,15 +221,6 @@ class InputDriver:
         self.current.columns = torch.where(valid, index, -1)
         return new, call, Turn(length, index, valid, short, mask.bool())
 
-    def step(self, kwargs: Mapping[str, Any]) -> None:
-        """Before a later step: refuses what its window would get wrong."""
-        turn = getattr(cache_in(kwargs), "_secateur_turn", None)
-        tokens = kwargs.get("input_ids")
-        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-        if turn is not None and tokens is not None and self.window is not None:
-            past = _length(cache_in(kwargs)) - turn.columns.shape[1]
-            self._check_window(turn.seen + past + tokens.shape[1])
-
     def _check_window(self, length: int) -> None:
         """Windows count columns, so what lies in one would change with what has left before it."""
         if self.setup.compact or self.window is None:
@@ -251,7 +242,7 @@ class InputDriver:
         # the whole conversation again, or only what is new
         whole = mask is not None and mask.shape[1] == count or mask is None and generating
         length = count if whole else turn.seen + past - cached + count
-        self._check_window(length)
+        self._check_window(length + (_to_come(self.setup.model, kwargs, length) if generating else 0))
         new = dict(kwargs)
         if whole and ids is not None:
             new["input_ids"] = turn.ids(ids, self.setup.pad)
@@ -278,7 +269,7 @@ def _refuse(kwargs: Mapping[str, Any]) -> None:
         raise SecateurError(
             "a mask of four dimensions can't be shortened", where="attach", fix="give [rows, tokens]"
         )
-    if getattr(cache, "_secateur_turn", None) is not None or _length(cache):
+    if _length(cache):
         raise SecateurError(
             "new pictures came with a cache that holds an earlier turn",
             where="attach",
@@ -317,6 +308,15 @@ def _places(model: Any, ids: Tensor, kinds: list[str], layouts: Mapping[str, Lay
             )
         places[kind] = (where[0], where[1])
     return places
+
+
+def turn_of(cache: Any) -> Turn | None:
+    """What an earlier turn left on a cache; nothing on one that was reset."""
+    turn = getattr(cache, "_secateur_turn", None)
+    if turn is not None and not _length(cache):
+        del cache._secateur_turn
+        return None
+    return turn
 
 
 def _length(cache: Any) -> int:

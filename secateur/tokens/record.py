@@ -78,6 +78,10 @@ class Tap:
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: Any, causal: bool
     ) -> None:
         if self.note is not None:
+            # a static cache gives its whole buffer, and a mask as wide: the tokens of a prompt come first in it
+            seen = q.shape[2]
+            k, v = k[:, :, :seen], v[:, :, :seen]
+            mask = mask[..., :seen] if mask is not None and mask.dim() == 4 else mask
             self.note.add(q, k, v, mask, scale, causal)
             if self.stop:
                 raise Stopped
