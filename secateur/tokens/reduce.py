@@ -93,22 +93,25 @@ def weighted_sum(features: Tensor, weights: Tensor, who: Tensor) -> Tensor:
     )
 
 
-def match_pairs(metric: Tensor, valid: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
+def match_pairs(
+    metric: Tensor, valid: Tensor, count: Tensor | int, rank: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Bipartite soft matching: tokens at even places each find the nearest at odd places; the `count` closest pairs merge.
 
-    metric [S, n, d], valid [S, n], count: pairs a set, at most half of its tokens -> sources [S, n] bool and the
-    position each goes to, [S, n] int64. Tokens count from 0 within a set, padding not counted (arXiv 2210.09461).
+    metric [S, n, d], valid [S, n], count: pairs a set, at most half of its tokens, rank [S, n]: the places, 0 and on
+    within a set unless given, padding not counted -> sources [S, n] bool, the position each goes to, [S, n] int64, and
+    how near it is, [S, n], -inf at odd places (arXiv 2210.09461).
     """
     directions = F.normalize(metric.float(), dim=-1)
-    rank = valid.cumsum(1) - 1
+    rank = valid.cumsum(1) - 1 if rank is None else rank
     even, odd = valid & (rank % 2 == 0), valid & (rank % 2 == 1)
     likeness = (directions @ directions.mT).masked_fill(~odd[:, None, :], -torch.inf)
     best, into = likeness.max(2)
     best = best.masked_fill(~even, -torch.inf)
     place = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     count = torch.as_tensor(count, device=metric.device).expand(len(metric))
-    allowed = torch.minimum(count, odd.sum(1))[:, None]
-    return even & (place < allowed) & best.isfinite(), into
+    allowed = torch.minimum(count, valid.sum(1) // 2)[:, None]
+    return even & (place < allowed) & best.isfinite(), into, best
 
 
 def first(scores: Tensor, count: int) -> Tensor:

@@ -493,7 +493,8 @@ def _replace(outcome: Outcome, hidden: Tensor, features: Tensor, slot: Tensor) -
     change = outcome.replaced - features[outcome.source]
     if not bool((change != 0).any()):
         return hidden
-    hidden = hidden.clone()
+    # towers without CLS hand over transposed states, of which flatten makes a copy
+    hidden = hidden.clone(memory_format=torch.contiguous_format)
     flat = hidden.flatten(0, -2)
     at = slot[outcome.source]
     if at.shape[1] == 1:

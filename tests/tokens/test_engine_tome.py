@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -36,7 +37,25 @@ def merge_one(x: Tensor, k: Tensor, size: Tensor, r: int) -> tuple[Tensor, Tenso
     return (sums / sizes[:, None])[stays], sizes[stays]
 
 
-def by_hand(model: Any, images: Tensor, keep: list[int]) -> Tensor:
+def merge_as_released(x: Tensor, k: Tensor, size: Tensor, r: int, cls: bool) -> tuple[Tensor, Tensor]:
+    """One picture as the released code has it, in loops: CLS is the first of the even places, and stays; what took tokens in goes last."""
+    unit = k / k.norm(dim=-1, keepdim=True)
+    best = []
+    for i in range(0, len(x), 2):
+        near = {j: float(unit[i] @ unit[j]) for j in range(1, len(x), 2)}
+        into = max(near, key=lambda j: near[j])
+        best.append((-torch.inf if cls and i == 0 else near[into], i, into))
+    best.sort(key=lambda t: -t[0])
+    sums, sizes = x * size[:, None], size.clone()
+    for _, i, j in best[:r]:
+        sums[j] += x[i] * size[i]
+        sizes[j] += size[i]
+    rest = [i for _, i, _ in best[r:]]
+    order = [*(sorted(rest) if cls else rest), *range(1, len(x), 2)]
+    return (sums / sizes[:, None])[order], sizes[order]
+
+
+def by_hand(model: Any, images: Tensor, keep: list[int], merge: Any = merge_one) -> Tensor:
     """A timm transformer, block by block; `keep[b]` patches are left after block b. Final norm, [N, 1 + kept, C]."""
     x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
     size = torch.ones(x.shape[:2], dtype=x.dtype)
@@ -49,22 +68,28 @@ def by_hand(model: Any, images: Tensor, keep: list[int]) -> Tensor:
         )
         logits = q @ k.transpose(-1, -2) * (width // heads) ** -0.5 + size.log()[:, None, None]
         x = x + attention.proj((logits.softmax(-1) @ v).transpose(1, 2).reshape(n, length, width))
-        pairs = [merge_one(x[i], k.mean(1)[i], size[i], length - 1 - left) for i in range(n)]
+        leave = length - model.num_prefix_tokens - left
+        pairs = [merge(x[i], k.mean(1)[i], size[i], leave) for i in range(n)]
         x, size = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
         x = x + block.mlp(block.norm2(x))
     return model.norm(x)
 
 
-def test_exact_tome_on_timm_equals_the_loops() -> None:
+def tiny_vit(**more: Any) -> Any:
     torch.manual_seed(0)
     model = timm.create_model(
-        "vit_tiny_patch16_224", depth=3, embed_dim=32, num_heads=4, img_size=16, patch_size=4, num_classes=5
-    )
+        "vit_tiny_patch16_224", depth=3, embed_dim=32, num_heads=4, img_size=16, patch_size=4, num_classes=5, **more
+    )  # fmt: skip
     model = model.double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter.normal_(0, 0.7 / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def test_exact_tome_on_timm_equals_the_loops() -> None:
+    model = tiny_vit()
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     seen: list[Tensor] = []
     handle = model.norm.register_forward_hook(lambda m, a, out: seen.append(out))
@@ -86,6 +111,35 @@ def test_exact_tome_on_timm_equals_the_loops() -> None:
         assert not torch.allclose(seen[-1], expected, atol=1e-3)
     handle.remove()
     assert all("forward" not in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("cls", [True, False])
+def test_tome_as_released_equals_the_loops(cls: bool) -> None:
+    model = tiny_vit() if cls else tiny_vit(class_token=False, global_pool="avg")
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        with attach(model, "tome", target="50%", compat="code") as attached:
+            found = model(images)
+        kept = [len(rows[0]) for rows in attached.kept.values()]
+        merge = partial(merge_as_released, cls=cls)
+        expected = model.forward_head(by_hand(model, images, kept, merge))
+        assert torch.allclose(found, expected, atol=1e-6)
+        with attach(model, "tome", target="50%"):
+            assert not torch.allclose(model(images), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llava-clip", "llava-siglip"])
+def test_pictures_merge_the_same_alone_and_together(family: str) -> None:
+    """SigLIP's patches come transposed, in a batch only."""
+    model, inputs = make(family), inputs_for(family, rows=(1, 1))
+    ids = inputs["input_ids"].clone()
+    ids[1] = ids[0]
+    inputs["input_ids"], inputs["attention_mask"] = ids, inputs["attention_mask"].clone().fill_(1)
+    with torch.no_grad(), attach(model, "tome", target="50%"):
+        together = model(**inputs).logits
+        for row in range(2):
+            one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+            assert torch.allclose(model(**one).logits, together[row : row + 1], atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llava-clip", "qwen2.5-vl", "idefics3", "internvl"])

@@ -79,7 +79,7 @@ def test_weighted_sum():
 
 def test_pairs_are_the_closest_across_the_two_halves():
     metric = one([1, 0], [0, 1], [0, 1], [1, 0.1], [1, 1], [0.5, 0.5])
-    sources, into = match_pairs(metric, torch.ones(1, 6, dtype=torch.bool), 2)
+    sources, into, _ = match_pairs(metric, torch.ones(1, 6, dtype=torch.bool), 2)
     # even places 0, 2, 4 -> their nearest odd place: 0 -> 3 (.995), 2 -> 1 (1), 4 -> 5 (1)
     assert sources[0].nonzero().squeeze(1).tolist() == [2, 4]
     assert into[0, [2, 4]].tolist() == [1, 5]
@@ -88,8 +88,8 @@ def test_pairs_are_the_closest_across_the_two_halves():
 def test_padding_takes_no_part_in_matching():
     metric = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
     valid = torch.tensor([[True] * 4 + [False] * 2])
-    sources, into = match_pairs(metric, valid, 3)
-    alone, target = match_pairs(metric[:, :4], valid[:, :4], 3)
+    sources, into, _ = match_pairs(metric, valid, 3)
+    alone, target, _ = match_pairs(metric[:, :4], valid[:, :4], 3)
     assert torch.equal(sources[:, :4], alone) and sources.sum() == 2 and not sources[0, 4:].any()
     assert torch.equal(into[:, :4][alone], target[alone])
 
