@@ -10,7 +10,8 @@ from typing import Any
 
 from secateur.pruning.document import to_ranges
 from secateur.pruning.plan import Plan
-from secateur.report.summary import figure, in_seconds, rows, seconds_within, single, speed_words
+from secateur.report.summary import METRICS, figure, in_seconds, rows, seconds_within, single, speed_words
+from secateur.utils.collapse import collapses
 from secateur.utils.spread import Speed
 
 Figure = dict[str, Any]
@@ -52,23 +53,16 @@ def cost_figure(report: Mapping[str, Any]) -> Figure | None:
     ][::-1]
     if not found:
         return None
-    # of what was timed the inverse of how many times as fast it is, with the quartiles as whiskers
+    # of what was timed: the inverse of how many times as fast it is
     shares = [100 / row.speed.ratio if row.speed else 100 * (row.ratio or 0) for row in found]
-    far = [100 / row.speed.low - share if row.speed else 0 for row, share in zip(found, shares, strict=True)]
-    near = [
-        share - 100 / row.speed.high if row.speed else 0 for row, share in zip(found, shares, strict=True)
-    ]
-    same = [
-        not row.speed.differs if row.speed else share >= 99.5
-        for row, share in zip(found, shares, strict=True)
-    ]
+    same = [not r.speed.differs if r.speed else share >= 99.5 for r, share in zip(found, shares, strict=True)]
     bar = {
         "type": "bar",
         "orientation": "h",
         "y": [row.label for row in found],
         "x": shares,
         "text": [
-            f" {speed_words(row.speed)}" if row.speed else f" {share:.1f} %"
+            f" {speed_words(row.speed).partition(' (')[0]}" if row.speed else f" {share:.1f} %"
             for row, share in zip(found, shares, strict=True)
         ],
         "textposition": "outside",
@@ -77,8 +71,6 @@ def cost_figure(report: Mapping[str, Any]) -> Figure | None:
         "hovertemplate": "%{customdata}<extra></extra>",
         "customdata": [f"{row.texts[1]} → {row.texts[2]}" for row in found],
     }
-    if any(far) or any(near):
-        bar["error_x"] = {"array": far, "arrayminus": near, "color": "$ink", "thickness": 1, "width": 4}
     line = {
         "type": "line",
         "x0": 100,
@@ -105,6 +97,7 @@ def quality_figures(report: Mapping[str, Any]) -> list[Figure]:
         if not found:
             continue
         scale = 100 if key == "accuracy" else 1
+        broken = {f"{c.task}{METRICS.get(c.metric, '')}" for c in collapses(before, after) if c.kind == key}
         tasks = [row.label.partition(", ")[2] for row in found][::-1]
         data: list[dict[str, Any]] = []
         for name, color in (("after", "$after"), ("before", "$before")):
@@ -119,7 +112,9 @@ def quality_figures(report: Mapping[str, Any]) -> list[Figure]:
                     "text": [f" {name} {figure(key, value)}" for value in values],
                     "textposition": "outside",
                     "cliponaxis": False,
-                    "marker": {"color": color},
+                    "marker": {
+                        "color": ["$bad" if name == "after" and task in broken else color for task in tasks]
+                    },
                     "hovertemplate": "%{y}, " + name + ": %{text}<extra></extra>",
                 }
             )
@@ -151,9 +146,10 @@ def speed_figure(report: Mapping[str, Any]) -> Figure | None:
     promised = first * after["macs"] / before["macs"]
     spans = [(report.get(key) or {}).get("latency", {}).get("quartiles", {}) for key in ("before", "after")]
     within = [span.get("forward_seconds") or (value, value) for span, value in zip(spans, (first, last))]
+    promised_within = [seconds * promised / first for seconds in within[0]]
     bars = [
         ("after, measured", last, within[1], "$after"),
-        ("after, if time followed multiply-adds", promised, (promised, promised), "$mid"),
+        ("after, if time followed multiply-adds", promised, promised_within, "$mid"),
         ("before, measured", first, within[0], "$before"),
     ]
     data = {
@@ -161,15 +157,8 @@ def speed_figure(report: Mapping[str, Any]) -> Figure | None:
         "orientation": "h",
         "y": [name for name, *_ in bars],
         "x": [value * 1e3 for _, value, *_ in bars],
-        "error_x": {
-            "array": [(span[1] - value) * 1e3 for _, value, span, _ in bars],
-            "arrayminus": [(value - span[0]) * 1e3 for _, value, span, _ in bars],
-            "color": "$ink",
-            "thickness": 1,
-            "width": 4,
-        },
         "text": [
-            f" {seconds_within(value, *span) if span[0] < span[1] else in_seconds(value)}"
+            f" {seconds_within(value, *span)}" if span[0] < span[1] else f" {in_seconds(value)}"
             for _, value, span, _ in bars
         ],
         "textposition": "outside",
@@ -177,7 +166,7 @@ def speed_figure(report: Mapping[str, Any]) -> Figure | None:
         "marker": {"color": [color for *_, color in bars]},
         "hovertemplate": "%{y}: %{text}<extra></extra>",
     }
-    top = max(max(value, span[1]) for _, value, span, _ in bars) * 1e3
+    top = max(value for _, value, *_ in bars) * 1e3
     xaxis = {"range": [0, top * 1.15], "ticksuffix": " ms"}
     return {"data": [data], "layout": _layout(160, xaxis=xaxis, yaxis={"showgrid": False})}
 

@@ -7,13 +7,14 @@ import functools
 import gzip
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from secateur.pruning.plan import Plan
 from secateur.report.figures import (
@@ -74,13 +75,18 @@ def _environment() -> Environment:
     made = Environment(
         loader=PackageLoader("secateur.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    made.filters |= {"parted": parted, "as_json": as_json}
+    made.filters |= {"parted": parted, "as_json": as_json, "breakable": breakable}
     return made
 
 
 def render(template: str, **values: Any) -> str:
     """A page from a template of `report/templates`; every value is escaped."""
     return _environment().get_template(template).render(**values)
+
+
+def breakable(name: str) -> Markup:
+    """A dotted name that may go on in the next line behind a dot, a colon or an underscore."""
+    return Markup(re.sub(r"([.:_])(?=\w)", r"\1<wbr>", str(escape(name))))
 
 
 def as_json(value: Any) -> Markup:
