@@ -51,7 +51,7 @@ class Saliency:
     device: str | None = flag(DEVICE_HELP, None)
     dtype: str | None = flag("float32, bfloat16 or float16; default: float32", None)
     out: Annotated[str | None, OUTPUT] = flag(
-        "the .png file to write: the map in colour over the picture", None
+        "the .png file to write: the picture at its own size, and the map in colour over it", None
     )
     json: Annotated[bool, OUTPUT, SWITCH] = flag(JSON_HELP, False)
 
@@ -68,9 +68,13 @@ def saliency(
 
     With --method NAME, --help shows the map's hyperparameters too.
     """
+    import numpy as np
+    import torch
+
     from secateur.saliency import as_saliency_method
     from secateur.saliency import saliency as run
-    from secateur.saliency.picture import read_picture
+    from secateur.saliency.picture import draw_map, read_picture, save_png, window
+    from secateur.utils.pictures import open_picture
 
     if flags.out is not None and Path(flags.out).suffix.lower() != ".png":
         raise SecateurError(
@@ -86,15 +90,25 @@ def saliency(
     with quiet_stdout():
         network, _ = open_model(model, flags.device, flags.dtype)
         size, mean, std = reading_of(network, flags)
-        x, pixels = read_picture(image, size, mean, std)
+        x, _ = read_picture(image, size, mean, std)
         found = run(network, x, kind, flags.target, meta=flags.meta, blur=flags.blur)
         likely = likeliest(network, x)
+        assert isinstance(found.target, int)
+        name = class_name(network, found.target)
         if flags.out:
-            found.save(flags.out, pixels)
+            whole = torch.from_numpy(np.array(open_picture(image)))
+            chance = next((f", {i['probability']:.1%}" for i in likely if i["class"] == found.target), "")
+            said = [
+                f"{name or 'class'} ({found.target}){chance}".replace("%", " %"),
+                f"{found.method}, {model}",
+            ]
+            seen = window(whole.shape[:2], size)
+            said += ["dark: what the network did not see"] * (seen[2:] != tuple(whole.shape[:2]))
+            save_png(draw_map(found.values, whole, seen, said), flags.out)
             print(f"map: {flags.out}", file=sys.stderr)
     peak = divmod(int(found.values.argmax()), found.values.shape[1])
     value = {
-        "model": model, "image": image, "method": found.method, "target": found.target, "layers": list(found.layers),
+        "model": model, "image": image, "method": found.method, "target": found.target, "name": name, "layers": list(found.layers),
         "likeliest": likely, "peak": {"row": peak[0], "column": peak[1]}, "size": list(found.values.shape),
         "hyperparameters": found.hyperparameters, "out": flags.out,
     }  # fmt: skip
@@ -147,17 +161,45 @@ def numbers(text: str, where: str) -> list[float]:
         raise SecateurError(f"{text!r} are no numbers", where=where, fix="such as 0.5,0.5,0.5") from None
 
 
-def likeliest(network: Any, x: Any, count: int = 5) -> list[dict[str, float]]:
+def likeliest(network: Any, x: Any, count: int = 5) -> list[dict[str, Any]]:
     from secateur.saliency.record import record
 
     shares = record(network, x[None]).logits[0].float().softmax(0)
     top = shares.topk(min(count, len(shares)))
-    return [{"class": int(c), "probability": round(float(p), 4)} for p, c in zip(*top)]
+    return [
+        {"class": int(c), "name": class_name(network, int(c)), "probability": round(float(p), 4)}
+        for p, c in zip(*top)
+    ]
+
+
+def class_name(network: Any, number: int) -> str | None:
+    """What a class is called, as far as the network or its data say."""
+    if names := getattr(network, "class_names", None):
+        return names[number] if number < len(names) else None
+    told = getattr(getattr(network, "config", None), "id2label", None) or {}
+    if (name := told.get(number)) and name != f"LABEL_{number}":
+        return str(name)
+    about = getattr(network, "pretrained_cfg", None) or {}
+    if names := about.get("label_names"):
+        return str(names[number])
+    if about.get("num_classes") == 1000 == getattr(network, "num_classes", None):
+        from timm.data import ImageNetInfo
+
+        return str(ImageNetInfo().index_to_description(number)).partition(",")[0]
+    return None
+
+
+def called(number: int, name: str | None) -> str:
+    return f"{number}" if name is None else f"{number} {name}"
 
 
 def draw(value: dict[str, Any], console: Any) -> None:
-    console.print(f"[bold]{value['model']}[/bold]  {value['method']}  class {value['target']}")
-    classes = "  ".join(f"{item['class']} ({item['probability']:.1%})" for item in value["likeliest"])
+    console.print(
+        f"[bold]{value['model']}[/bold]  {value['method']}  class {called(value['target'], value['name'])}"
+    )
+    classes = "  ".join(
+        f"{called(item['class'], item['name'])} ({item['probability']:.1%})" for item in value["likeliest"]
+    )
     console.print(f"likeliest classes: {classes}")
     if value["layers"]:
         console.print(f"layers: {', '.join(value['layers'])}")

@@ -16,6 +16,7 @@ from secateur.errors import SecateurError, choose
 from secateur.utils.files import require_data
 
 SETS = ("cifar10", "imagenet-sample")
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TRAIN = tuple(f"train_{i}" for i in range(4))
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

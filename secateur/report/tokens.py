@@ -62,10 +62,10 @@ def sheet(panels: Sequence[tuple[Tensor, str]]) -> Tensor:
 
     Raises SecateurError where Pillow isn't installed.
     """
-    from secateur.saliency.picture import _pillow
+    from secateur.saliency.picture import _pillow, font
 
     image_module = _pillow()
-    from PIL import ImageDraw, ImageFont
+    from PIL import ImageDraw
 
     height = max(panel.shape[0] for panel, _ in panels)
     width = sum(panel.shape[1] + GAP for panel, _ in panels) + GAP
@@ -77,11 +77,11 @@ def sheet(panels: Sequence[tuple[Tensor, str]]) -> Tensor:
         left += panel.shape[1] + GAP
     image = image_module.fromarray(canvas.numpy())
     pen = ImageDraw.Draw(image)
-    font = ImageFont.load_default(15)
+    letters = font(15)
     for (panel, text), place in zip(panels, places):
-        while text and pen.textlength(text, font=font) > panel.shape[1]:
+        while text and pen.textlength(text, font=letters) > panel.shape[1]:
             text = text[:-1]
-        pen.text((place, height + GAP + 6), text, fill=(0, 0, 0), font=font)
+        pen.text((place, height + GAP + 6), text, fill=(0, 0, 0), font=letters)
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(canvas.shape)
 
 

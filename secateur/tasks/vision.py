@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from secateur.data.pictures import SETS, as_pairs, load_pictures
+from secateur.data.pictures import CIFAR10, SETS, as_pairs, load_pictures
 from secateur.errors import SecateurError
 from secateur.measure.vision import accuracy, predictions
 from secateur.tasks.networks.cifar_resnet import CifarResNet
@@ -48,6 +48,7 @@ def load_network(name: str) -> nn.Module:
         found = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
         model: nn.Module = CifarResNet(int(name.removeprefix("resnet")))
         model.load_state_dict({key.removeprefix("module."): value for key, value in found.items()})
+        model.class_names = CIFAR10  # type: ignore[assignment]
         return model.eval()
     if name == LITE:
         return _efficientnet_lite0()

@@ -1,6 +1,7 @@
 """`secateur saliency`: what it prints, what it writes, and what it refuses."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 
 from secateur import SecateurError
 from secateur.cli import main as cli
-from secateur.saliency.picture import overlay, read_picture, save_png
+from secateur.cli.saliency import class_name
+from secateur.saliency.picture import draw_map, overlay, read_picture, save_png, window
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -54,7 +56,13 @@ def test_it_writes_the_overlay_and_prints_one_json_object(run, folder, photo, tm
     assert len(found["likeliest"]) == 5 and sum(item["probability"] for item in found["likeliest"]) <= 1.001
     assert 0 <= found["peak"]["row"] < 48 and 0 <= found["peak"]["column"] < 64
     with Image.open(out) as picture:
-        assert picture.size == (64, 48) and picture.mode == "RGB"
+        wide, tall = picture.size
+        assert wide > 2 * 5 * 70 and tall > 5 * 50, "enlarged five times, as its longer side is 70"
+        drawn = np.asarray(picture)
+    with Image.open(photo) as original:
+        large = np.asarray(original).repeat(5, 0).repeat(5, 1)
+    found = [x for x in range(tall - 250) if np.array_equal(drawn[x : x + 250, 14:364], large)]
+    assert len(found) == 1, "the picture itself stands on the left"
 
 
 def test_hyperparameters_of_the_map_are_flags(run, folder, photo):
@@ -103,6 +111,35 @@ def test_a_picture_is_read_as_the_network_wants_it(tmp_path):
     assert (shown == torch.tensor([255, 0, 51])).all()
     x, _ = read_picture(tmp_path / "p.png", (10, 30), (0,) * 3, (1,) * 3)
     assert x.shape == (3, 10, 30)
+
+
+def test_the_map_lies_where_the_network_looked():
+    """A picture of 400 x 600 for a network of 32 x 32: the square in the middle, 100 pixels from the left."""
+    at = window((400, 600), (32, 32))
+    assert at == (0, 100, 400, 400) and window((600, 400), (32, 64)) == (200, 0, 200, 400)
+    values = torch.zeros(4, 4)
+    values[1, 3] = 2.0
+    picture = torch.full((400, 600, 3), 100, dtype=torch.uint8)
+    drawn = draw_map(values, picture, at)
+    size = 400 // 28
+    panel = drawn[14 : 14 + 400, 14 + 600 + size :][:, :600]
+    assert (panel[:, 95] == 35).all() and (panel[:, 505] == 35).all(), "what was not seen is dark and grey"
+    spread = (panel.amax(2).int() - panel.amin(2).int())[:, 100:500]
+    row, column = divmod(int(spread.argmax()), 400)
+    assert 100 <= row < 200 and 300 <= column < 400
+    wide = draw_map(
+        values, torch.zeros(400, 330, 3, dtype=torch.uint8), lines=["a long name of a class " * 12]
+    )
+    assert wide.shape[1] > drawn.shape[1], "no word is cut off"
+
+
+def test_classes_have_names():
+    network = torch.nn.Linear(2, 2)
+    assert class_name(network, 1) is None
+    network.class_names = ("cat", "dog")
+    assert class_name(network, 1) == "dog" and class_name(network, 2) is None
+    config = SimpleNamespace(id2label={0: "LABEL_0", 1: "ship"})
+    assert [class_name(SimpleNamespace(config=config), number) for number in (0, 1)] == [None, "ship"]
 
 
 def test_an_overlay_shows_the_picture_in_grey_and_what_is_salient_in_colour(tmp_path):
