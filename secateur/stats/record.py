@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from secateur.errors import SecateurError
 from secateur.graph.blocks import Matrix, plain_experts
 from secateur.stats.layer import InputStats, LayerStats
+from secateur.stats.routed import Routed
 from secateur.utils.batches import sequences_in, token_mask
 from secateur.utils.inputs import Inputs, map_tensors
 
@@ -54,6 +55,8 @@ class Recorder:
         self._encoded: Tensor | None = None
         self._counts = True
         self._of_decoder = {id(module) for module in self.decoder.modules()} if self.decoder else set()
+        plain = [m.module for m in matrices.values() if not m.kind.startswith("experts") and m.kind != "conv"]
+        self._routed = Routed(model, plain, self._mask)
         self._seen: list[tuple[weakref.ref[Tensor], int, InputStats, tuple]] = []
         self._exit = contextlib.ExitStack()
 
@@ -88,6 +91,9 @@ class Recorder:
 
     def __enter__(self) -> Self:
         experts = []
+        # before the hooks that count, so that an expert which is a single layer is known to them
+        for handle in self._routed.hooks():
+            self._exit.callback(handle.remove)
         if self.decoder is not None:
             self._exit.callback(
                 self.decoder.register_forward_pre_hook(self._see_encoded, with_kwargs=True).remove
@@ -150,18 +156,20 @@ class Recorder:
     def _see_encoded(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._encoded = kwargs.get("encoder_hidden_states")
 
-    def _mask(self, matrix: Matrix, x: Tensor) -> Tensor | None:
+    def _mask(self, module: nn.Module, x: Tensor, parts: int = 1) -> Tensor | None:
         """[tokens] bool, those of `x` [..., in] that count; cross-attention reads the encoder's inside the decoder."""
-        inside = id(matrix.module) in self._of_decoder
+        inside = id(module) in self._of_decoder
         mask = self._masks["decoder" if inside and x is not self._encoded else "encoder"]
         rows = x.shape[:-1].numel()
         # some experts are given all tokens once for each of them, one expert after the other
-        if mask is None or rows not in (mask.numel(), matrix.parts * mask.numel()):
+        if mask is None or rows not in (mask.numel(), parts * mask.numel()):
             return None
         return mask.reshape(-1).to(x.device).repeat(rows // mask.numel())
 
     def _visible(self, matrix: Matrix, x: Tensor) -> Tensor:
-        mask, rows = self._mask(matrix, x), x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])
+        mask = self._routed.of(matrix.module, len(rows))
+        mask = self._mask(matrix.module, x, matrix.parts) if mask is None else mask
         return rows if mask is None else rows[mask]
 
     @contextlib.contextmanager
@@ -173,7 +181,7 @@ class Recorder:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             x = args[0] if args else next(iter(kwargs.values()))
-            visible = self._mask(matrix, x)
+            visible = self._mask(module, x, matrix.parts)
             if visible is None:
                 return original(*args, **kwargs)
             result = torch.empty_like(x).reshape(-1, x.shape[-1])  # [tokens, hidden]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur import SecateurError
-from secateur.graph.blocks import find_blocks, find_matrices
+from secateur.graph.blocks import every_matrix, find_blocks, find_matrices
 from secateur.stats.collect import collect
 from secateur.stats.stream import Flow, stream
 
@@ -310,6 +310,71 @@ def test_padding_is_left_out_of_the_statistics_of_experts(family, side):
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, dense)
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+class Listed(nn.Module):
+    """Experts in a list, each given the rows routed to it; the second ones are single layers. Rows go by their first number."""
+
+    def __init__(self, width=2):
+        super().__init__()
+        self.first = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 3, bias=False), nn.ReLU(), nn.Linear(3, width, bias=False))
+            for _ in range(2)
+        )
+        self.second = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(2))
+
+    def forward(self, x):
+        rows, out = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
+        for experts in (self.first, self.second):
+            for number, expert in enumerate(experts):
+                where = (rows[:, 0] >= 2).long() == number
+                out[where] += expert(rows[where])
+        return out.view_as(x)
+
+
+class Mixture(nn.Module):
+    def __init__(self, scaled=1):
+        super().__init__()
+        self.layers = nn.ModuleList([Listed()])
+        self.scaled = scaled
+
+    def forward(self, hidden, attention_mask=None):
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+def test_padding_is_left_out_where_experts_are_modules_of_a_list():
+    """Sums by hand; a row of padding is equal to one in view, and goes to the same expert."""
+    torch.manual_seed(0)
+    model = Mixture().eval()
+    hidden = torch.tensor([[[1.0, 1], [2, 0], [9, 9]], [[3, 2], [1, 1], [1, 1]]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
+    batch = {"hidden": hidden, "attention_mask": mask}
+    found = collect(model, [batch], {"hessian", "input_mean"}, every_matrix(model))
+    expected = {0: [[1, 1], [1, 1]], 1: [[2, 0], [3, 2]]}
+    for expert, rows in expected.items():
+        rows = torch.tensor(rows).double()
+        for name in (f"layers.0.first.{expert}.0.weight", f"layers.0.second.{expert}.weight"):
+            assert found[name].tokens == 2, name
+            assert close(found[name].hessian, 2 / 2 * rows.T @ rows)
+            assert close(found[name].input_mean, rows.mean(0))
+        inner = model.layers[0].first[expert][:2](rows.float()).double()
+        name = f"layers.0.first.{expert}.2.weight"
+        assert found[name].tokens == 2 and close(found[name].input_mean, inner.mean(0))
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_rows_that_cannot_be_followed_to_their_experts_are_said():
+    class Scaled(Listed):
+        def forward(self, x):
+            return super().forward(x * 3)
+
+    model = Mixture().eval()
+    model.layers[0] = Scaled()
+    batch = {"hidden": torch.rand(2, 3, 2), "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
+    with pytest.warns(UserWarning, match="padding counts in its statistics"):
+        collect(model, [batch], {"input_mean"}, every_matrix(model))
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
