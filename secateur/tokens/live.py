@@ -29,6 +29,13 @@ def _padded(usable: Tensor, past: int) -> Tensor:
     return torch.nn.functional.pad(usable, (past, 0), value=True) if past else usable
 
 
+def _at(sets: TokenSets, slots: Tensor, states: Tensor) -> Tensor:
+    """States [B, L, ...] at slots [S, n] of each set's row -> [S, n, ...]; 0 where there is none."""
+    picked = states[sets.row[:, None], slots.clamp(min=0)]
+    gone = slots < 0
+    return picked.masked_fill(gone.view(*gone.shape, *[1] * (picked.dim() - 2)), 0)
+
+
 class Live:
     """The `Source` of a running model, for the sets of one stage, which stands before block (kind, number)."""
 
@@ -214,16 +221,19 @@ class Live:
 
     # -- tower --
 
-    def _pool(self, sets: TokenSets, note: Note, values: Tensor, where: Tensor | None = None) -> Tensor:
-        """Per flat slot [F, ...] -> per token [S, n, ...], the mean over its patches; 0 where it has none."""
-        where = note.where if where is None else where
+    def _flat_slots(self, sets: TokenSets, where: Tensor | None) -> Tensor:
+        """[S, n, m] flat slots of each member's patches; -1 none."""
+        assert where is not None
         members = sets.place.members
         patches = self.call.table.patches[members.clamp(min=0)]
         there = (patches >= 0) & (members >= 0)[..., None]
-        assert where is not None
-        slot = where[patches.clamp(min=0)]
-        there = there & (slot >= 0)
-        if patches.shape[-1] == 1:
+        return torch.where(there, where[patches.clamp(min=0)], -1)
+
+    def _pool(self, sets: TokenSets, note: Note, values: Tensor, where: Tensor | None = None) -> Tensor:
+        """Per flat slot [F, ...] -> per token [S, n, ...], the mean over its patches; 0 where it has none."""
+        slot = self._flat_slots(sets, note.where if where is None else where)
+        there = slot >= 0
+        if slot.shape[-1] == 1:
             picked = values[slot[..., 0].clamp(min=0)]
             gone = ~there[..., 0]
             return picked.masked_fill(gone.view(*gone.shape, *[1] * (picked.dim() - 2)), 0)
@@ -288,11 +298,8 @@ class Live:
     def _spread(self, sets: TokenSets, note: Note, weights: Tensor) -> Tensor:
         """Weights [S, n] of tokens -> of the tower's flat slots, a token's divided over its patches."""
         total = sum(q.shape[0] * q.shape[2] for q in note.q)
-        members = sets.place.members
-        patches = self.call.table.patches[members.clamp(min=0)]
-        assert note.where is not None
-        slot = torch.where(patches >= 0, note.where[patches.clamp(min=0)], -1)
-        there = (slot >= 0) & (members >= 0)[..., None]
+        slot = self._flat_slots(sets, note.where)
+        there = slot >= 0
         each = weights.to(slot.device)[..., None] * there / there.sum(2, keepdim=True).clamp(min=1)
         out = torch.zeros(total + 1, dtype=torch.float32, device=slot.device)
         out.scatter_add_(0, torch.where(there, slot, total).flatten(), each.float().flatten())
@@ -325,9 +332,8 @@ class Live:
             slots = self._slots(sets, note)
             if cls:
                 slots = self._rows(sets, slots, note, "last")[0]
-            past = values.shape[2] - note.q[0].shape[2] if which != "q" else 0
-            picked = values[sets.row[:, None], :, slots.clamp(min=0) + past]  # [S, n, H, d]
-            picked = picked.masked_fill((slots < 0)[..., None, None], 0).transpose(1, 2).float()
+            mine = values[:, :, -note.q[0].shape[2] :].transpose(1, 2)  # [B, L, H, d], without earlier keys
+            picked = _at(sets, slots, mine).transpose(1, 2).float()
             return picked[:, :, 0] if cls else picked
         flat = torch.cat([p.transpose(1, 2).flatten(0, 1) for p in parts])
         if cls:
@@ -339,9 +345,7 @@ class Live:
         if note.states is None:
             raise Missing(f"output of {site!r} yet", where="tokens")
         if site.startswith("layer"):
-            states = note.states[:: self.call.expand]
-            slots = self._slots(sets, note)
-            return states[sets.row[:, None], slots.clamp(min=0)].masked_fill((slots < 0)[..., None], 0)
+            return _at(sets, self._slots(sets, note), note.states[:: self.call.expand])
         flat = note.states.flatten(0, -2)
         if cls:
             return flat[self._cls_rows(sets, note.states.shape[-2])]
@@ -359,8 +363,7 @@ class Live:
         if whole:
             return first, second, note.valid
         slots = self._slots(sets, note)
-        gone, at, row = (slots < 0)[..., None], slots.clamp(min=0), sets.row[:, None]
-        return first[row, at].masked_fill(gone, 0), second[row, at].masked_fill(gone, 0)
+        return _at(sets, slots, first), _at(sets, slots, second)
 
     def text(self, sets: TokenSets, kind: str) -> tuple[Tensor, Tensor]:
         """Text tokens of each set's row, not visual, not padding: those after the last image, or all where none is."""
