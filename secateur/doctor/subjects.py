@@ -53,7 +53,7 @@ def own_subject(model: Any) -> Subject:
                 out = small(**inputs)
                 if bool(torch.isfinite(out[0]).all()):
                     break
-    except Exception as error:
+    except Exception as error:  # a config made small can break its model in any way
         told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise Unfit(f"{cls.__name__} can't be made small automatically ({told})") from error
     return Subject(cls.__name__, small, inputs, own=True, without_tokens=why)

@@ -84,7 +84,7 @@ def run_model(t: Tracer, inputs: Any, training: Collection[nn.Module] = ()) -> l
             output = t.model(*args, **kwargs)
         except (SecateurError, RuleFailure):
             raise
-        except Exception as error:
+        except Exception as error:  # the model is the user's: it can fail in any way
             raise SecateurError(
                 f"the model does not run on these inputs: {type(error).__name__}: {error}",
                 where="trace",

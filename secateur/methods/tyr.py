@@ -5,11 +5,10 @@ https://arxiv.org/abs/2503.09657. Spec: tyr.
 
 Reconstruction: the algorithm is read from the released code; rounds, halving and expected weights are from the authors'
 description: `LocalPruner.step` of that code sets its argument `expected_sparsity` to 0 and so puts dense weights back,
-which switches error accumulation off. Here the intended form runs (`expected="off"`: the released one).
-
-Departures: under grouped queries a unit is a KV group with its queries; every sublayer keeps a unit; sizes are scaled
-from 4.2M tokens and 7B weights to what two cores search in minutes (`PAPER` holds the published ones): versions are
-pruned on part of the data, what was found once more on all.
+which switches error accumulation off. Here the intended form runs (`expected="off"`: the released one). Departures:
+under grouped queries a unit is a KV group with its queries; every sublayer keeps a unit; sizes are scaled from 4.2M
+tokens and 7B weights to what two cores search in minutes (`PAPER` holds the published ones): versions are pruned on
+part of the data, what was found once more on all.
 """
 
 from __future__ import annotations
@@ -33,13 +32,9 @@ from secateur.solvers.supernet import Candidates, Sublayer, Supernet, even_base,
 from secateur.taxonomy import record
 
 PAPER: dict[str, Any] = {
-    "rounds": 4,
-    "generations": 50,
-    "offspring": 128,
-    "survivors": (16, 4, 2),
-    "topk": 8192,
-}
-PAPER |= {"tokens": (2048, 16384, 131072), "supernet": 1.0, "nested": False, "final": False}
+    "rounds": 4, "generations": 50, "offspring": 128, "tokens": (2048, 16384, 131072), "survivors": (16, 4, 2),
+    "topk": 8192, "supernet": 1.0, "nested": False, "final": False,
+}  # fmt: skip
 """Hyperparameters as published, for calibration data of millions of tokens."""
 
 
@@ -63,9 +58,7 @@ class Tyr(UnitMethod):
     tokens: tuple[float, ...] = field(
         default=(1 / 32, 1 / 4), metadata={"help": "a stage's; <= 1: share", "above": 0}
     )
-    survivors: tuple[int, ...] = field(
-        default=(2, 1), metadata={"help": "of each stage (paper: 16, 4, 2)", "above": 0}
-    )
+    survivors: tuple[int, ...] = field(default=(2, 1), metadata={"help": "of each stage", "above": 0})
     fixed: bool = field(default=False, metadata={"help": "draw the last stage's tokens once a round"})
     topk: int = field(default=1024, metadata={"help": "logits compared per token (paper: 8192)"})
     obs_rounds: int = field(default=16, metadata={"help": "rounds in which neurons leave; heads take one"})
@@ -73,11 +66,7 @@ class Tyr(UnitMethod):
     first_order: bool = field(default=True, metadata={"help": "add the energy term to the removal cost"})
     nested: bool = field(default=True, metadata={"help": "one path through all versions (paper: no)"})
     expected: str = field(
-        default="mean",
-        metadata={
-            "help": "what the next block sees: mean, median, off",
-            "choices": ("mean", "median", "off"),
-        },
+        default="mean", metadata={"help": "what the next block sees", "choices": ("mean", "median", "off")}
     )
     supernet: float = field(default=0.25, metadata={"help": "share of data to prune versions on (paper: 1)"})
     final: bool = field(default=True, metadata={"help": "prune the result again on all data (paper: no)"})
@@ -96,9 +85,7 @@ class Tyr(UnitMethod):
         if len(self.tokens) != len(self.survivors) or not self.tokens:
             raise SecateurError("tokens and survivors don't match", where="tyr", fix="one of each per stage")
         if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise SecateurError(
-                f"there is no {self.dtype!r}", where="tyr.dtype", fix="auto, float32, bfloat16"
-            )
+            raise SecateurError(f"there is no {self.dtype!r}", where="tyr", fix="auto, float32, bfloat16")
 
     def plan(self, context: Context) -> Plan:
         layers = find_sublayers(context.groups, context.matrices, context.graph.shapes)

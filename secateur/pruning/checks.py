@@ -84,7 +84,7 @@ def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
         outputs = call(model, inputs)
     except (SecateurError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # the model is the user's: it can fail in any way
         told = " ".join(str(error).split())[:200]
         raise SecateurError(
             f"{type(model).__name__} fails on them ({type(error).__name__}: {told})",

@@ -82,7 +82,7 @@ def explain_oserror(path: Path) -> Iterator[None]:
         yield
     except SecateurError:
         raise
-    except Exception as error:
+    except Exception as error:  # safetensors tells of the system's errors in its own; others are raised again
         number = getattr(error, "errno", None)
         if number in FULL or any(f"(os error {code})" in str(error) for code in FULL):
             raise SecateurError(

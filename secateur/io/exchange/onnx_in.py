@@ -44,7 +44,7 @@ def load_onnx(path: str | Path) -> OnnxModule:
         raise SecateurError("no such file", where=str(path), fix=check_path(path))
     try:
         model = onnx.load(path)
-    except Exception as error:
+    except Exception as error:  # what protobuf raises depends on how it was built
         raise SecateurError(
             f"it isn't an ONNX file, or it is truncated ({_short(error)})", where=str(path), fix=DAMAGED
         ) from error
@@ -55,7 +55,7 @@ def load_onnx(path: str | Path) -> OnnxModule:
     _check_ops(model, str(path))
     try:
         onnx.checker.check_model(model)
-    except Exception as error:
+    except Exception as error:  # beside its ValidationError the checker passes on errors of C++
         raise SecateurError(
             f"the graph is damaged ({_short(error)})", where=str(path), fix=DAMAGED
         ) from error

@@ -79,7 +79,7 @@ def _by_torch(model: nn.Module, inputs: Inputs) -> Any:
     try:
         with quiet():
             return torch.onnx.export(program, dynamo=True, verbose=False).model_proto  # type: ignore[union-attr]
-    except Exception as error:
+    except Exception as error:  # the exporter wraps errors of its passes, and not all of them
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise SecateurError(
             f"torch.onnx can't write this model ({type(error).__name__}: {text[:200]})",
@@ -106,7 +106,7 @@ def run_onnx(data: bytes, inputs: Inputs) -> list[Tensor]:
     options.intra_op_num_threads = torch.get_num_threads()
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
+    except Exception as error:  # its exceptions are made in C++ and have no public base
         raise SecateurError(
             f"onnxruntime refuses the file: {' '.join(str(error).split())[:300]}", where="ONNX"
         ) from error

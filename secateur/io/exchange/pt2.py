@@ -116,7 +116,7 @@ def load_pt2(path: str | Path) -> ExportedModule:
     try:
         with _weights_only(), quiet():
             program = torch.export.load(io.BytesIO(path.read_bytes()))
-    except Exception as error:
+    except Exception as error:  # zip, JSON, pickle and torch's own checks each raise their own
         text = " ".join(str(error).split())[:200]
         raise SecateurError(
             f"it isn't a .pt2 program, or it is truncated ({type(error).__name__}: {text})",
@@ -447,11 +447,12 @@ def export_program(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     with _plain_signature(model), without_cache(model):
         for dims in (tries[0], *[t for t in tries[1:] if t != tries[0]]):
             if any(dims):
+                # an export runs the model, which can fail in any way; the next try leaves fewer sizes open
                 with contextlib.suppress(Exception):
                     return _export_open(model, args, kwargs, dims)
         try:
             return _export(model, args, kwargs, None)
-        except Exception as error:
+        except Exception as error:  # as above
             raise _refused(error) from error
 
 
@@ -497,7 +498,7 @@ def _export_again(model: ExportedModule, inputs: Inputs) -> ExportedProgram:
     ]
     try:
         return _export_open(model.to_graph(), args, kwargs, dims)
-    except Exception as error:
+    except Exception as error:  # as above
         raise _refused(error) from error
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -607,7 +607,7 @@ class Trainer:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 about = json.loads(metadata["state"])
-        except Exception as error:
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise SecateurError(
                 f"it isn't a checkpoint ({error})", where=str(path), fix="remove it"
             ) from error
