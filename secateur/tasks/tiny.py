@@ -34,6 +34,14 @@ SMALL = {
             "out_hidden_size",
             "projection_dim",
             "word_embed_proj_dim",
+            "text_hidden_size",
+            "encoder_hidden_size",
+            "adapter_in_dim",
+            "adapter_out_dim",
+            "adapter_hidden_size",
+            "projection_hidden_dim",
+            "projector_hidden_dim",
+            "mlp_dim",
         ],
         WIDTH,
     ),
@@ -74,20 +82,45 @@ SMALL = {
             "num_local_experts",
             "num_experts",
             "n_routed_experts",
+            "moe_num_experts",
+            "num_query_tokens",
+            "linear_num_heads",
+            "linear_num_key_heads",
+            "linear_num_value_heads",
+            "index_n_heads",
+            "swa_num_attention_heads",
+            "swa_num_key_value_heads",
+            "num_sliding_attention_heads",
         ],
         HEADS,
     ),
     **dict.fromkeys(
-        ["head_dim", "d_kv", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "query_pre_attn_scalar"],
+        [
+            "head_dim",
+            "d_kv",
+            "qk_rope_head_dim",
+            "qk_nope_head_dim",
+            "v_head_dim",
+            "query_pre_attn_scalar",
+            "linear_head_dim",
+            "linear_key_head_dim",
+            "linear_value_head_dim",
+            "index_head_dim",
+            "swa_head_dim",
+            "hidden_size_per_layer_input",
+            "laurel_rank",
+        ],
         HEAD,
     ),
     **dict.fromkeys(["q_lora_rank", "kv_lora_rank"], 2 * HEAD),
-    **dict.fromkeys(["num_experts_per_tok", "moe_topk", "scale_factor"], 2),
+    **dict.fromkeys(["num_experts_per_tok", "moe_topk", "moe_k", "scale_factor"], 2),
     **dict.fromkeys(["n_group", "topk_group", "first_k_dense_replace", "n_shared_experts"], 1),
     "vocab_size": WORDS,
+    "vocab_size_per_layer_input": WORDS,
     "image_size": SIDE,
     "patch_size": PATCH,
     "num_position_embeddings": (SIDE // PATCH) ** 2 * 4,
+    "position_embedding_size": (SIDE // PATCH) ** 2 * 4,
     "mm_tokens_per_image": 4,
     "hidden_sizes": WIDTH,
     "depths": 2,
@@ -104,23 +137,31 @@ UNWANTED = (
 )
 
 
-def shrink(config: Any) -> Any:
+def shrink(config: Any, **changes: Any) -> Any:
     """A config of the same class: few layers, small widths and vocabulary; kinds of layer, positions and switches as they were.
 
     >>> shrink(transformers.LlamaConfig()).hidden_size  # doctest: +SKIP
     32
 
-    Special tokens get new numbers. Raises what the config's own class raises where the small sizes don't fit together.
+    `changes` are laid over the small fields, those of configs in it by dicts. Special tokens get new numbers. Raises what the config's own class raises where the small sizes don't fit together.
     """
     fields = {name: value for name, value in config.to_dict().items() if name not in UNWANTED}
     ids = sorted({i for _, value in _special(fields) for i in value if i >= 0})
     if len(ids) >= FIRST_WORD:
         raise SecateurError(f"{len(ids)} special tokens are too many for a tiny vocabulary", where="shrink")
     new = _smaller(fields, {old: new for new, old in enumerate(ids, 1)})
-    if "spatial_merge_size" in new.get("vision_config", ()) and new["text_config"].get("rope_parameters"):
+    if "spatial_merge_size" in (new.get("vision_config") or ()) and new["text_config"].get("rope_parameters"):
         # positions in three axes; where a config doesn't divide them, its class assumes heads of 128
         new["text_config"]["rope_parameters"]["mrope_section"] = SECTIONS
-    return type(config).from_dict(new)
+    return type(config).from_dict(_laid_over(new, changes))
+
+
+def _laid_over(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    new = dict(fields)
+    for name, value in changes.items():
+        inner = isinstance(value, Mapping) and isinstance(new.get(name), Mapping)
+        new[name] = _laid_over(new[name], value) if inner else value
+    return new
 
 
 def _special(fields: Mapping[str, Any]) -> Iterator[tuple[str, list[int]]]:
@@ -128,7 +169,7 @@ def _special(fields: Mapping[str, Any]) -> Iterator[tuple[str, list[int]]]:
     for name, value in fields.items():
         if isinstance(value, Mapping):
             yield from _special(value) if name.endswith("_config") else ()
-        elif name.endswith(("_token_id", "_token_index", "_token_ids")) and value is not None:
+        elif name.endswith(("_id", "_token_index", "_token_ids")) and value is not None:
             yield name, [int(i) for i in (value if isinstance(value, list | tuple) else [value])]
 
 
@@ -143,7 +184,8 @@ def _smaller(fields: Mapping[str, Any], ids: Mapping[int, int]) -> dict[str, Any
     for name, old in _special({k: v for k, v in fields.items() if not isinstance(v, Mapping)}):
         mapped = [ids.get(i, i) for i in old]
         new[name] = mapped if isinstance(fields[name], list | tuple) else mapped[0]
-    heads, groups = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
+    heads = fields.get("num_attention_heads") or fields.get("num_heads")
+    groups = fields.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(groups, int):
         new["num_key_value_heads"] = min(groups, HEADS if groups == heads else HEADS // 2)
     deep = next((fields[name] for name in LAYERS if isinstance(fields.get(name), int)), 0)
@@ -152,6 +194,10 @@ def _smaller(fields: Mapping[str, Any], ids: Mapping[int, int]) -> dict[str, Any
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(fields.get(name), Mapping):
             new[name] = _rotary(fields[name], int(new.get("head_dim") or HEAD) // 2)
+    for name in [name for name in fields if name.endswith(("_feature_layer", "_feature_layers"))]:
+        layers = fields[name] if isinstance(fields[name], list | tuple) else [fields[name]]
+        near = [max(-DEPTH, min(i, DEPTH - 1)) if isinstance(i, int) else i for i in layers]
+        new[name] = near if isinstance(fields[name], list | tuple) else near[0]
     if "fullatt_block_indexes" in new:
         new["window_size"] = 4 * PATCH
     if "depths" in new and isinstance(new.get("image_size"), int):
@@ -179,14 +225,15 @@ def _fewer_layers(new: dict[str, Any], fields: Mapping[str, Any], deep: int) -> 
     for name, value in fields.items():
         if _long(value, deep):
             new[name] = [value[i] for i in stay]
+        elif name == "per_layer_config" and value:
+            inner = {
+                int(i): {k: _capped(v, SMALL.get(k)) for k, v in each.items()} for i, each in value.items()
+            }
+            new[name] = {stay.index(i): each for i, each in inner.items() if i in stay}
         elif name == "fullatt_block_indexes":
             new[name] = [DEPTH // 2 - 1, DEPTH - 1]
         elif name == "deepstack_visual_indexes":
             new[name] = [DEPTH // 2 - 1]
-        elif name.endswith("_feature_layer"):
-            layers = value if isinstance(value, list | tuple) else [value]
-            near = [max(-DEPTH, min(i, DEPTH - 1)) if isinstance(i, int) else i for i in layers]
-            new[name] = near if isinstance(value, list | tuple) else near[0]
 
 
 def _long(value: Any, deep: int) -> bool:

@@ -9,7 +9,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.families.vlm import Facts
+from secateur.families.vlm.facts import decoder_of
 from secateur.method import Method, make_method
 from secateur.pruning.target import parse_target
 from secateur.tokens import cost, static
 from secateur.tokens.call import Call, Current
 from secateur.tokens.decoder import DecoderDriver
-from secateur.tokens.input import KINDS, InputDriver, Turn, stacked
+from secateur.tokens.input import KINDS, InputDriver, Turn, formed, takes_positions
 from secateur.tokens.method import Chosen, Select, TokenMethod
 from secateur.tokens.record import Recorder
 from secateur.tokens.sets import Table
@@ -39,8 +40,18 @@ CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid", "hybrid_chunked",
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attached] = weakref.WeakKeyDictionary()
 
 
-_PROVEN: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Models of registered families that gave the same logits with every token kept."""
+@dataclass(frozen=True)
+class Proven:
+    """What the first inputs showed of a model whose family was registered or derived."""
+
+    counts: bool
+    """See `InputDriver.counts`."""
+    takes_positions: bool
+    """Its forward hands `position_ids` on to the language model."""
+
+
+_PROVEN: weakref.WeakKeyDictionary[nn.Module, Proven] = weakref.WeakKeyDictionary()
+"""Models of registered and derived families that gave the same logits with every token kept."""
 
 
 class Attached:
@@ -118,7 +129,7 @@ class Attached:
                 fix="detach it first",
             )
         tower, blocks = tower_of(setup)
-        layers = [] if setup.plain else model.get_decoder().layers
+        layers = [] if setup.plain else decoder_of(model).layers
         _ATTACHED[model] = self
         self._undo.append(lambda: _forget(model))
         if setup.sites:
@@ -216,6 +227,15 @@ class Attached:
         unproven = not self.setup.family.proven and self.model not in _PROVEN
         if unproven and kwargs.get(KINDS["image"]) is not None:
             self._prove(kwargs)
+        proven = _PROVEN.get(self.model)
+        if proven is not None:
+            self.input.counts = proven.counts
+            if not proven.takes_positions and any(placed.kind == "input" for placed in self.setup.stages):
+                raise SecateurError(
+                    "its forward doesn't hand position_ids on to the language model, which would count what is left anew",
+                    where="attach",
+                    fix="use a method that drops between layers",
+                )
         new, call, turn = self.input.prepare(dict(kwargs), generating)
         if call is not None:
             self._current.table = call.table
@@ -231,28 +251,41 @@ class Attached:
         own = type(self.model).forward
         with torch.no_grad():
             expected = own(self.model, **given).logits
-            laid, call, _ = InputDriver(whole, Current(), None).prepare(dict(given), generating=False)
-            if whole.family.stacked:
-                laid["mm_encoder_outputs"] = stacked(laid["mm_encoder_outputs"], whole.family.stacked)
-            found = own(self.model, **laid).logits
-        if call is None or not torch.equal(found, expected):
-            raise SecateurError(
-                f"with every token kept this model gives other logits, so {whole.family.name!r} isn't laid out as was registered",
-                where="attach",
-                fix="mend what register_family was given",
-            )
-        _PROVEN.add(self.model)
+            for counts in (False, True) if whole.family.observed else (False,):
+                driver = InputDriver(whole, Current(), None, shortens=True, counts=counts)
+                laid, call, _ = driver.prepare(dict(given), generating=False)
+                laid["mm_encoder_outputs"] = formed(laid["mm_encoder_outputs"], driver.forms)
+                found = own(self.model, **laid).logits
+                # padding may be given any position
+                seen = laid["attention_mask"].bool() if call is not None else slice(None)
+                same = found.shape == expected.shape and torch.equal(found[seen], expected[seen])
+                if call is not None and same:
+                    break
+            else:
+                raise SecateurError(
+                    f"with every token kept this model gives other logits, so {whole.family.name!r} isn't laid out as was "
+                    + ("derived" if whole.family.observed else "registered"),
+                    where="attach",
+                    fix="register_family with what differs"
+                    if whole.family.observed
+                    else "mend what register_family was given",
+                )
+            takes = not whole.family.observed or takes_positions(self.model, laid)
+        _PROVEN[self.model] = Proven(counts, takes)
 
     def _step(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """A forward inside generate."""
         pending, self._pending = self._pending, None
         if pending is None:
+            kwargs = self.input.step(kwargs)
             out = self._run_forward(original, kwargs, None, None)
         else:
             call, turn = pending
             self._refuse_guesses(kwargs, call)
             rows = kwargs["input_ids"].shape[0] if kwargs.get("input_ids") is not None else call.table.rows
             call.expand = rows // call.table.rows
+            if turn is not None and kwargs.get("position_ids") is None:
+                kwargs = {**kwargs, "position_ids": turn.rows(rows).positions}
             if call.mask is not None and self.decoder is not None and kwargs.get("use_cache") is False:
                 raise _no_cache()
             out = self._run_forward(original, kwargs, call, turn)
@@ -263,11 +296,9 @@ class Attached:
         self, original: Callable[..., Any], kwargs: dict[str, Any], call: Call | None, turn: Turn | None
     ) -> Any:
         cache = cache_in(kwargs)
-        if self.setup.family.stacked and kwargs.get("mm_encoder_outputs"):
-            kwargs = {
-                **kwargs,
-                "mm_encoder_outputs": stacked(kwargs["mm_encoder_outputs"], self.setup.family.stacked),
-            }
+        if kwargs.get("mm_encoder_outputs"):
+            encoded = formed(kwargs["mm_encoder_outputs"], self.input.forms)
+            kwargs = {**kwargs, "mm_encoder_outputs": encoded}
         if self.decoder is not None:
             mask = kwargs.get("attention_mask")
             if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):

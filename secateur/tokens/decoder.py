@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.families.vlm.facts import decoder_of
 from secateur.tokens import static
 from secateur.tokens.call import Call, Current
 from secateur.tokens.choose import run_stage
@@ -102,7 +103,7 @@ class DecoderDriver:
 
     def __init__(self, setup: Setup, current: Current, recorder: Recorder | None, layers: Any):
         self.setup, self.current, self.recorder = setup, current, recorder
-        self.decoder: Any = setup.model.get_decoder()
+        self.decoder: Any = decoder_of(setup.model)
         self.run: Forward | None = None
         self.step: static.Step | None = None
         """A forward after the prompt on a static cache, in place of `run`."""
@@ -126,12 +127,16 @@ class DecoderDriver:
                 where="attach",
                 fix="use a method that drops at the input",
             )
+        # the cache counts its first layer of keys; where that stands behind a stage, it holds fewer than were given
+        keyed = [number for number, kind in enumerate(kinds) if kind in KEYED]
+        self.late = bool(self.stages and keyed and keyed[0] >= self.stages[0])
         # layers before the first stage run as they are, so they need no hook
         first = self.stages[0] if self.stages else len(layers)
         for number, layer in enumerate(layers):
             if number >= first or number in recorded:
                 hook = self._hook(number)
                 self.handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        self.names = list(inspect.signature(layers[0].forward).parameters)
         rotary = getattr(self.decoder, "rotary_emb", None)
         self.typed = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
 
@@ -157,6 +162,8 @@ class DecoderDriver:
                 return
         past = int(cache.get_seq_length()) if cache is not None else 0
         held = getattr(cache, "_secateur_layers", None)
+        if isinstance(held, Held) and self.late:
+            past = held.seen
         if isinstance(held, Held) and (past == 0 or past < held.seen):
             held = _cropped(held, past) if past else None
         self.run = Forward(call, past, mask, held=held)
@@ -188,7 +195,8 @@ class DecoderDriver:
     def _before(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = self.run
         assert run is not None
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]  # [B, L, D]
+        kwargs = dict(zip(self.names, args)) | kwargs
+        hidden: Tensor = kwargs.pop(self.names[0])  # [B, L, D]
         if run.base is None:
             run.base = self._base(run, hidden)
         if number in self.stages:
@@ -197,9 +205,7 @@ class DecoderDriver:
         new = kwargs if now.identity else self._kwargs(run, now, number, layer, hidden, kwargs)
         if run.call is not None and self.recorder is not None:
             self.recorder.begin(("layer", number), layer, hidden, new, **_marks(run.call, now))
-        if args:
-            return (hidden, *args[1:]), new
-        return args, {**new, "hidden_states": hidden}
+        return (hidden,), new
 
     def _base(self, run: Forward, hidden: Tensor) -> Stretch:
         rows, length = hidden.shape[:2]
@@ -351,25 +357,30 @@ class DecoderDriver:
                     else 'load the model with attn_implementation="sdpa"',
                 )
         new = dict(kwargs)
+        if now.shorter:
+            at = now.mine - run.past  # [B, L'] slots of this forward before anything left
+            for name, value in kwargs.items():
+                new[name] = self._picked(run, now, name, value, at)
         new["attention_mask"] = self._mask(run, now, number, layer, hidden, kwargs)
-        rows = len(hidden)
-        tables, places = kwargs.get("position_embeddings"), kwargs.get("position_ids")
-        at = now.mine - run.past  # [B, L'] slots of this forward before anything left
-        if places is not None and now.shorter:
-            places = places.expand(rows, -1).gather(1, at)
         if self.setup.compact:
-            places, tables = self._moved(run.memo, id(now), layer, hidden, places, now.left)
-        elif tables is not None and now.shorter:
-            key = ("tables", id(now), id(tables))
-            if key not in run.memo:
-                picked = tuple(gather_columns(t.expand(rows, *t.shape[1:]), at) for t in tables)
-                run.memo[key] = (picked, tables)
-            tables = run.memo[key][0]
-        if "position_ids" in kwargs:
-            new["position_ids"] = places
-        if "position_embeddings" in kwargs:
-            new["position_embeddings"] = tables
+            places, tables = self._moved(
+                run.memo, id(now), layer, hidden, new.get("position_ids"), now.left
+            )
+            changed = {"position_ids": places, "position_embeddings": tables}
+            new |= {name: value for name, value in changed.items() if name in kwargs}
         return new
+
+    def _picked(self, run: Forward, now: Stretch, name: str, value: Any, at: Tensor) -> Any:
+        """What a layer is given by column, at the slots `at` [B, L'] that are left; anything else as it is."""
+        assert run.base is not None
+        if isinstance(value, tuple):
+            return tuple(self._picked(run, now, name, each, at) for each in value)
+        if not isinstance(value, Tensor) or value.dim() < 2 or name == "attention_mask":
+            return value
+        key = ("picked", id(now), id(value))
+        if key not in run.memo:
+            run.memo[key] = (_gather_slots(value, at, run.base.queries, name == "position_ids"), value)
+        return run.memo[key][0]
 
     def _moved(
         self,
@@ -385,7 +396,7 @@ class DecoderDriver:
             raise SecateurError(
                 "its layers aren't told their positions", where="layer drop", fix='use positions="original"'
             )
-        places = places.expand(len(hidden), -1) - left
+        places = places.expand(*places.shape[:-2], len(hidden), -1) - left
         kind = getattr(layer, "attention_type", None) or getattr(attention_of(layer), "layer_type", None)
         key = ("rotary", stretch, kind)
         if key not in memo:
@@ -491,6 +502,21 @@ class DecoderDriver:
         itself = now.mine[:, None, :, None] == now.columns[:, None, None, :]
         itself = itself & ~now.mine_valid[:, None, :, None]
         return mask.masked_fill(hidden, torch.finfo(mask.dtype).min).masked_fill(itself, 0)
+
+
+def _gather_slots(value: Tensor, at: Tensor, length: int, three: bool) -> Tensor:
+    """At `at` [B, L'] along the axis of the `length` slots: [B, L, ...], [B, 1, L, d], or [3, B, L, ...] of three axes."""
+    rows = len(at)
+    if value.dim() > 2 and value.shape[2] == length and value.shape[1] in (1, rows):
+        axis = 2
+        batch = 1 if three or value.shape[1] == rows > 1 or value.shape[0] not in (1, rows) else 0
+    elif value.shape[1] == length and value.shape[0] in (1, rows):
+        axis, batch = 1, 0
+    else:
+        return value
+    wide = value.expand(*value.shape[:batch], rows, *value.shape[batch + 1 :])
+    index = at.view(*[1] * batch, rows, *[1] * (axis - batch - 1), -1, *[1] * (value.dim() - axis - 1))
+    return wide.gather(axis, index.expand(*wide.shape[:axis], at.shape[1], *wide.shape[axis + 1 :]))
 
 
 def _marks(call: Call, now: Stretch) -> dict[str, Any]:

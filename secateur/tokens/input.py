@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.families.vlm import Layout
+from secateur.families.vlm.facts import decoder_of, encoder_of, placeholder, slot_of
 from secateur.tokens.call import Call, Current
 from secateur.tokens.choose import run_stage
 from secateur.tokens.record import Recorder
@@ -28,6 +29,7 @@ from secateur.utils.versions import cache_in, cache_name
 Places = dict[str, tuple[Tensor, Tensor]]
 """Row and column of each placeholder, [N] each, by kind."""
 KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
+SHORTENED = ("input_ids", "attention_mask", "position_ids")
 TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
@@ -82,14 +84,14 @@ class Turn:
 
 def flat(output: Any) -> Tensor:
     """Projected features [N, D] of what an image or video encoder gave."""
-    features = output.pooler_output
+    features = getattr(output, slot_of(output))
     parts = [features] if isinstance(features, Tensor) else list(features)
     return torch.cat([p.reshape(-1, p.shape[-1]) for p in parts])
 
 
 def encode(model: Any, kind: str, kwargs: Mapping[str, Any]) -> Any:
     """What the model's own `get_image_features` (or video) gives for these inputs."""
-    function = getattr(model.base_model, f"get_{kind}_features")
+    function = getattr(encoder_of(model, kind), f"get_{kind}_features")
     names = inspect.signature(function).parameters
     arguments = {k: kwargs[k] for k in names if k != "kwargs" and kwargs.get(k) is not None}
     return function(**arguments, return_dict=True)
@@ -103,6 +105,12 @@ class InputDriver:
     setup: Setup
     current: Current
     recorder: Recorder | None
+    shortens: bool = False
+    """Also where everything stays."""
+    counts: bool = False
+    """A decoder that is given no positions counts the tokens that aren't padding; otherwise the columns."""
+    forms: dict[str, Any] = field(default_factory=dict)
+    """For each kind the features that the encoder itself gave last: how many dimensions they have, and whether in parts."""
 
     @cached_property
     def window(self) -> tuple[str, int] | None:
@@ -128,6 +136,13 @@ class InputDriver:
         assert ids is not None
         mask = _mask(model, kwargs, generating)  # [B, L]
         layouts = family.layout(model, kwargs) if family.layout else {}
+        no_grad = generating or not torch.is_grad_enabled()
+        for kind in [k for k in kinds if k not in layouts and family.measure is not None]:
+            with torch.set_grad_enabled(not no_grad), self.current.running(None):
+                if encoded.get(kind) is None:
+                    encoded[kind] = encode(model, kind, kwargs)
+            assert family.measure is not None
+            layouts[kind] = family.measure(model, kwargs, kind, encoded[kind])
         places = _places(model, ids, kinds, layouts)
         layouts = {kind: layouts[kind] for kind in places}
         if not layouts or not sum(map(len, layouts.values())):
@@ -140,30 +155,34 @@ class InputDriver:
         unknown = [kind for kind, layout in layouts.items() if not layout.total_patches]
         if unknown and setup.in_tower:
             raise SecateurError(
-                f"the frames of these {unknown[0]}s are interpolated behind the tower, so no patch belongs to one token",
+                f"which patches make the tokens of these {unknown[0]}s isn't known, or no patch belongs to one token alone",
                 where="encoder",
                 fix="use a method that reads and drops nothing in the tower",
             )
 
         table = make_table(layouts, places, len(ids))
         call = Call(setup, table, kwargs, ids, mask.bool())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not generating):
+        with torch.set_grad_enabled(not no_grad):
             for kind in kinds:
                 if encoded.get(kind) is None:
                     with self.current.running(call if kind in layouts else None):
                         encoded[kind] = encode(model, kind, kwargs)
+        self.forms = {kind: getattr(output, slot_of(output)) for kind, output in encoded.items()}
         # features come kind by kind, the table goes row by row
         order = _order(places)
         features = torch.cat([flat(encoded[kind]) for kind in layouts])[order]  # [N, D]
         if len(features) != table.visual:
             raise SecateurError(f"{len(features)} features came for {table.visual} places", where="attach")
         features, changed = self._choose(call, features)
-        new = {k: v for k, v in kwargs.items() if k not in KINDS.values()}
+        names = inspect.signature(type(model).forward).parameters
+        needed = {n for n in KINDS.values() if n in names and names[n].default is inspect.Parameter.empty}
+        new = {k: v for k, v in kwargs.items() if k not in KINDS.values()} | dict.fromkeys(needed)
         new["mm_encoder_outputs"] = encoded
-        if not changed:
+        whole = dict(new)
+        if not changed and not self.shortens:
             return new, call, None
         new["mm_encoder_outputs"] = _features(call, encoded, layouts, order, features)
-        return self._shorten(call, new, mask, generating)
+        return self._shorten(call, new, whole, mask, generating)
 
     def _choose(self, call: Call, features: Tensor) -> tuple[Tensor, bool]:
         """Features [M, D] of the tokens that are left after the tower and the stages here, and whether any has gone."""
@@ -180,9 +199,9 @@ class InputDriver:
         return features, changed
 
     def _shorten(
-        self, call: Call, kwargs: dict[str, Any], mask: Tensor, generating: bool
+        self, call: Call, kwargs: dict[str, Any], given: dict[str, Any], mask: Tensor, generating: bool
     ) -> tuple[dict[str, Any], Call, Turn]:
-        """Ids, mask, positions, types and labels of the columns that stay."""
+        """Ids, mask, positions, types and labels of the columns that stay; `given`: the arguments with every token."""
         table, ids, compact = call.table, kwargs["input_ids"], self.setup.compact
         rows, length = ids.shape
         self._check_window(length + (_to_come(self.setup.model, kwargs, length) if generating else 0))
@@ -197,7 +216,7 @@ class InputDriver:
         def gather(tensor: Tensor, fill: int) -> Tensor:
             return tensor.gather(1, index).masked_fill(~valid, fill)
 
-        positions = positions_of(self.setup, kwargs, mask, generating)
+        positions = positions_of(self.setup, given, mask, generating, self.counts)
         wide = positions.expand(*positions.shape[:-2], rows, length)
         short = wide.gather(-1, index.expand(*wide.shape[:-2], *index.shape))  # [..., B, L']
         if compact:
@@ -207,9 +226,9 @@ class InputDriver:
         new["input_ids"] = gather(ids, self.setup.pad)
         new["attention_mask"] = valid.long()
         new["position_ids"] = short
-        for name, fill in {**dict.fromkeys(TYPES, 0), "labels": -100}.items():
-            if new.get(name) is not None:
-                new[name] = gather(new[name], fill)
+        for name, value in new.items():
+            if isinstance(value, Tensor) and value.shape == ids.shape and name not in SHORTENED:
+                new[name] = gather(value, -100 if name == "labels" else 0)
 
         # where each token of the table stands in the shorter sequence
         where = torch.full((rows, length), -1, device=ids.device)
@@ -220,6 +239,17 @@ class InputDriver:
         call.column_at = column_at
         self.current.columns = torch.where(valid, index, -1)
         return new, call, Turn(length, index, valid, short, mask.bool())
+
+    def step(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a later step. Some models' generate forgets the positions, and their forward would count the cache."""
+        turn = getattr(cache_in(kwargs), "_secateur_turn", None)
+        tokens = kwargs.get("input_ids")
+        if turn is None or tokens is None or kwargs.get("position_ids") is not None:
+            return kwargs
+        past, count = _length(cache_in(kwargs)) - turn.columns.shape[1], tokens.shape[1]
+        last = turn.rows(len(tokens)).positions[..., -1:]
+        more = torch.arange(past + 1, past + count + 1, device=tokens.device)
+        return {**kwargs, "position_ids": last + more}
 
     def _check_window(self, length: int) -> None:
         """Windows count columns, so what lies in one would change with what has left before it."""
@@ -299,7 +329,7 @@ def _places(model: Any, ids: Tensor, kinds: list[str], layouts: Mapping[str, Lay
                 where="attach",
                 fix=f"give {KINDS[kind]} with all that the processor makes, or leave the {kind}s to the model alone",
             )
-        where = (ids == getattr(model.config, f"{kind}_token_id")).nonzero(as_tuple=True)
+        where = (ids == placeholder(model, kind)).nonzero(as_tuple=True)
         if len(where[0]) != len(layouts[kind]):
             raise SecateurError(
                 f"the prompt has {len(where[0])} places for the {len(layouts[kind])} tokens of its {kind}s",
@@ -329,13 +359,18 @@ def _order(places: Places) -> Tensor:
     return (row * (int(column.max()) + 1) + column).argsort()
 
 
-def positions_of(setup: Setup, kwargs: Mapping[str, Any], mask: Tensor, generating: bool) -> Tensor:
+def positions_of(
+    setup: Setup, kwargs: Mapping[str, Any], mask: Tensor, generating: bool, counts: bool
+) -> Tensor:
     """The position ids the model would have used: [B or 1, L], or [3 or 4, B, L]."""
     model, ids = setup.model, kwargs["input_ids"]
     if kwargs.get("position_ids") is not None:
         return kwargs["position_ids"]
     if generating:
         return model._prepare_position_ids_for_generation(ids, {**kwargs, "attention_mask": mask})
+    if setup.family.observed:
+        seen = _seen_positions(model, kwargs)
+        return (mask.cumsum(1) - 1).clamp(min=0) if counts and seen is None else _or_columns(seen, ids)
     if setup.family.mrope:
         function = model.model.compute_3d_position_ids
         names = ("image_grid_thw", "video_grid_thw", "attention_mask", "mm_token_type_ids")
@@ -349,6 +384,37 @@ def positions_of(setup: Setup, kwargs: Mapping[str, Any], mask: Tensor, generati
         if positions is not None:
             return positions
     return torch.arange(ids.shape[1], device=ids.device)[None] + setup.family.position_offset
+
+
+class _Reached(Exception):
+    """Raised before the decoder runs, with the positions that it was given."""
+
+
+def _seen_positions(model: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The position ids that the decoder is given by a forward, which is left there; None where it gets none."""
+
+    def stop(module: Any, args: Any, given: dict[str, Any]) -> None:
+        raise _Reached(given.get("position_ids"))
+
+    handle = decoder_of(model).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        type(model).forward(model, **{name: value for name, value in kwargs.items() if name != "labels"})
+    except _Reached as reached:
+        positions = reached.args[0]
+    finally:
+        handle.remove()
+    return positions
+
+
+def _or_columns(positions: Tensor | None, ids: Tensor) -> Tensor:
+    return torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
+
+
+def takes_positions(model: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the decoder gets the `position_ids` among these arguments of a forward."""
+    moved = kwargs["position_ids"] + 1
+    seen = _seen_positions(model, {**kwargs, "position_ids": moved})
+    return seen is not None and torch.equal(seen, moved)
 
 
 def _to_come(model: Any, kwargs: Mapping[str, Any], length: int) -> int:
@@ -375,7 +441,7 @@ def _features(
         mine = kind_of[table.slot] == number
         row = table.row[table.slot][mine]
         counts = [int(c) for c in torch.bincount(row, minlength=table.rows).tolist() if c]
-        output.pooler_output = list(features[mine].split(counts))
+        setattr(output, slot_of(output), list(features[mine].split(counts)))
         # features of earlier tower blocks, which the first decoder layers add
         deep = getattr(output, "deepstack_features", None)
         if deep is not None:
@@ -387,11 +453,13 @@ def _features(
     return new
 
 
-def stacked(mm: Mapping[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:
-    """For families that take the features of a batch as one tensor."""
+def formed(mm: Mapping[str, Any], forms: Mapping[str, Any]) -> dict[str, Any]:
+    """Encoder outputs with their features in the form that the encoder itself gave: parts, or one tensor of as many dimensions."""
     new = dict(mm)
     for kind, output in mm.items():
-        if kind in kinds and output is not None and isinstance(output.pooler_output, list | tuple):
+        form, parts = forms.get(kind), getattr(output, slot_of(output), None)
+        if isinstance(form, Tensor) and isinstance(parts, list | tuple):
             new[kind] = copy.copy(output)
-            new[kind].pooler_output = torch.cat(list(output.pooler_output))[None]
+            joined = torch.cat(list(parts)) if parts else form.reshape(-1, form.shape[-1])[:0]
+            setattr(new[kind], slot_of(output), joined.view(*[1] * (form.dim() - 2), *joined.shape))
     return new

@@ -215,7 +215,7 @@ def make_sets(
     asked = _share(table, universe, scope, amount, total, groups, first)
     # crops that compete alone, and patches in the tower, lie on their crop's own grid
     apart = scope == "crop" or kind == "encoder"
-    return TokenSets(
+    sets = TokenSets(
         features=features[safe] if bool(valid.all()) else features[safe].masked_fill(~valid[..., None], 0),
         valid=valid,
         keep=torch.minimum(asked, size),
@@ -229,6 +229,9 @@ def make_sets(
         source=source,
         place=Place(torch.where(valid, member, -1), at, kind),
     )
+    if bool((table.grid[members] == 0).any()):
+        sets.forget_places()
+    return sets
 
 
 def _columns(table: Table, member: Tensor, valid: Tensor, apart: bool) -> dict[str, Any]:

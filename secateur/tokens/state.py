@@ -121,6 +121,19 @@ class TokenSets(Screen):
     def __post_init__(self) -> None:
         self._memo: dict[Any, Any] = {}
 
+    def forget_places(self) -> None:
+        """Where the tokens lie isn't known: who asks for `grid`, `grid_row` or `grid_col` gets `Missing`."""
+        del self.grid, self.grid_row, self.grid_col
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("grid", "grid_row", "grid_col"):
+            raise Missing(
+                "known grid: where this model's tokens lie on its pictures can't be told from outside",
+                where="tokens",
+                fix="a method that needs no places, or register_family with a layout",
+            )
+        raise AttributeError(f"{type(self).__name__} has no {name}")
+
     @property
     def count(self) -> Tensor:
         """[S] how many tokens each set has here."""

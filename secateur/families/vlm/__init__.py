@@ -7,7 +7,8 @@ from typing import Any
 
 from secateur.errors import SecateurError, choose
 from secateur.families.vlm.anyres import ANYRES
-from secateur.families.vlm.facts import Facts, Family, Layout
+from secateur.families.vlm.derived import derive, refusal, sees_and_writes
+from secateur.families.vlm.facts import Facts, Family, Layout, decoder_of
 from secateur.families.vlm.gemma import GEMMA3, PALIGEMMA
 from secateur.families.vlm.llava import LLAVA
 from secateur.families.vlm.qwen import QWEN2, QWEN2_5, QWEN3
@@ -79,6 +80,11 @@ def family_of(model: Any) -> Family:
     name = kind or type(model).__name__
     if tower is not None:
         raise SecateurError(f"tokens cannot leave {name}: {tower}", where="attach")
+    if sees_and_writes(model):
+        reason = refusal(model)
+        if reason is None:
+            return derive(model)
+        raise SecateurError(f"tokens cannot leave {name}: {reason}", where="attach")
     raise SecateurError(
         f"{name} isn't a vision-language model or vision transformer that secateur knows",
         where="attach",
@@ -89,7 +95,7 @@ def family_of(model: Any) -> Family:
 def _number(config: Any, *names: str, default: int = 0) -> int:
     for name in names:
         value = getattr(config, name, None)
-        if value is not None:
+        if isinstance(value, int | float):
             return int(value)
     return default
 
@@ -125,17 +131,18 @@ def facts_of(model: Any, family: Family) -> Facts:
     if plain:
         return Facts(**vision)
     text = model.config.get_text_config()
-    heads = text.num_attention_heads
-    decoder = model.get_decoder()
+    heads = _number(text, "num_attention_heads", "num_heads", "n_head", default=1)
+    hidden = _number(text, "hidden_size", "d_model", "n_embd")
+    decoder = decoder_of(model)
     return Facts(
         layers=len(decoder.layers),
         feature_block=family.feature_block(model),
         merge=family.merge(model),
-        hidden=text.hidden_size,
-        intermediate=_number(text, "intermediate_size"),
+        hidden=hidden,
+        intermediate=_number(text, "intermediate_size", "ffn_dim", "n_inner"),
         heads=heads,
         kv_heads=_number(text, "num_key_value_heads", default=heads),
-        head_dim=_number(text, "head_dim", default=text.hidden_size // heads),
+        head_dim=_number(text, "head_dim", default=hidden // heads),
         gated=hasattr(getattr(decoder.layers[0], "mlp", None), "gate_proj"),
         tokenwise_projector=family.projector(model) is not None,
         mrope=family.mrope,

@@ -141,5 +141,4 @@ ANYRES = Family(
     layout=layout,
     feature_block=feature_block,
     projector=projector,
-    stacked=("video",),
 )

@@ -104,7 +104,7 @@ class Layout(Screen):
     patches: Tensor
     """[N, m] flat numbers (crop * patches per crop + patch, or the row of a packed tower) of its patches; -1 none."""
     grid: Tensor
-    """[crops, 2] height and width in visual tokens."""
+    """[crops, 2] height and width in visual tokens; 0 where the places aren't known."""
     crop_image: Tensor
     """[crops] the image of each crop."""
     total_patches: int = 0
@@ -133,6 +133,8 @@ class Family(Screen):
     """Tower -> tokens before the patches."""
     layout: Callable[[Any, Mapping[str, Any]], dict[str, Layout]] | None = None
     """Model and its inputs -> a layout for each of "image", "video" that is there."""
+    measure: Callable[[Any, Mapping[str, Any], str, Any], Layout] | None = None
+    """Model, its inputs, "image" or "video", what its encoder gave for them -> a layout, where `layout` has none."""
     merge: Callable[[Any], int] = lambda model: 1
     feature_block: Callable[[Any], int] = lambda model: -1
     projector: Callable[[Any], Callable[[Tensor], Tensor] | None] = lambda model: None
@@ -142,13 +144,13 @@ class Family(Screen):
     """Packed towers that permute: model and grid -> the patch in each slot."""
     full_before: Callable[[nn.Module], Sequence[nn.Module]] = lambda tower: ()
     """Packed towers: modules that need the state of every patch."""
-    stacked: tuple[str, ...] = ()
-    """Of these kinds ("image", "video") the features of a batch are one tensor, not a list."""
     position_offset: int = 0
     """Positions in forward start here."""
     bidirectional: bool = False
     """Image or prefix tokens see each other both ways."""
     mrope: bool = False
+    observed: bool = False
+    """Positions are those that the decoder is seen to get."""
     first_layer: Callable[[Any], int] = lambda model: 1
     video: bool = False
     masks: bool = True
@@ -211,3 +213,53 @@ def picture_sizes(pixels: Tensor, patch: int) -> list[tuple[int, int]]:
     """(h, w) in patches of each picture of [..., H, W]."""
     size = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
     return [size] * pixels.shape[0]
+
+
+def encoder_of(model: Any, kind: str) -> Any:
+    """The module with `get_image_features` (or video): the base model, or the model itself."""
+    return model.base_model if hasattr(model.base_model, f"get_{kind}_features") else model
+
+
+def decoder_of(model: Any) -> Any:
+    """The module of the language model that runs its layers."""
+    decoder = model.get_decoder()
+    for name in ("model", "decoder"):
+        if not hasattr(decoder, "layers") and hasattr(decoder, name):
+            decoder = getattr(decoder, name)
+    return decoder
+
+
+def placeholder(model: Any, kind: str) -> int:
+    """The id in a prompt that stands for a token of a picture or video.
+
+    >>> placeholder(llava, "image")  # doctest: +SKIP
+    32000
+
+    Raises `SecateurError` where the config names none.
+    """
+    vocabulary = getattr(model.base_model, "vocabulary_mapping", None)
+    names = (f"{kind}_token_id", f"{kind}_token_index", f"{kind}_patch_id")
+    for holder in (model.config, vocabulary):
+        for name in names:
+            if getattr(holder, name, None) is not None:
+                return int(getattr(holder, name))
+    raise SecateurError(
+        f"the config of {type(model).__name__} has none of {', '.join(names)}", where="attach"
+    )
+
+
+def slot_of(output: Any) -> str:
+    """The field of an encoder's output that goes to the language model: the projected features, or all that it has."""
+    return "pooler_output" if getattr(output, "pooler_output", None) is not None else "last_hidden_state"
+
+
+def parts_of(output: Any, pictures: int) -> list[Tensor]:
+    """Projected features [n, D] of each picture, of what an image or video encoder gave for so many.
+
+    One tensor of all tokens is divided evenly where that is possible, and else counts as one picture.
+    """
+    features = getattr(output, slot_of(output))
+    if not isinstance(features, Tensor) or features.dim() > 2:
+        return [part.reshape(-1, part.shape[-1]) for part in features]
+    even = pictures > 0 and len(features) % pictures == 0
+    return list(features.chunk(pictures)) if even and len(features) else [features]

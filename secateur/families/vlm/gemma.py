@@ -46,10 +46,7 @@ PALIGEMMA = Family(
     prefix_of,
     layout=_paligemma,
     projector=_projector,
-    stacked=("image",),
     position_offset=1,
     bidirectional=True,
 )
-GEMMA3 = Family(
-    "gemma3", blocks_of, prefix_of, layout=_gemma3, merge=_pool, stacked=("image",), bidirectional=True
-)
+GEMMA3 = Family("gemma3", blocks_of, prefix_of, layout=_gemma3, merge=_pool, bidirectional=True)

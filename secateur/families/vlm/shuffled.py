@@ -58,7 +58,6 @@ INTERNVL = Family(
     layout=_internvl,
     merge=_ratio,
     feature_block=feature_block,
-    stacked=("image",),
     masks=False,
 )
 IDEFICS3 = Family("idefics3", blocks_of, prefix_of, layout=_idefics, merge=_scale)
