@@ -9,7 +9,6 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -23,8 +22,9 @@ from secateur.pruning.target import parse_target
 from secateur.tokens import cost, static
 from secateur.tokens.call import Call, Current
 from secateur.tokens.decoder import DecoderDriver
-from secateur.tokens.input import KINDS, InputDriver, Turn, formed, takes_positions
+from secateur.tokens.input import KINDS, InputDriver, Turn, formed
 from secateur.tokens.method import Chosen, Select, TokenMethod
+from secateur.tokens.proof import prove
 from secateur.tokens.record import Recorder
 from secateur.tokens.sets import Table
 from secateur.tokens.setup import Kept, Setup, make_setup, tower_of
@@ -38,20 +38,6 @@ GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit
 CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid", "hybrid_chunked", "sliding_window")
 """Kinds of cache that work between layers; the last three are older names of the static one."""
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attached] = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Proven:
-    """What the first inputs showed of a model whose family was registered or derived."""
-
-    counts: bool
-    """See `InputDriver.counts`."""
-    takes_positions: bool
-    """Its forward hands `position_ids` on to the language model."""
-
-
-_PROVEN: weakref.WeakKeyDictionary[nn.Module, Proven] = weakref.WeakKeyDictionary()
-"""Models of registered and derived families that gave the same logits with every token kept."""
 
 
 class Attached:
@@ -224,54 +210,15 @@ class Attached:
     ) -> tuple[dict[str, Any], Call | None, Turn | None]:
         if any(kwargs.get(name) is not None for name in KINDS.values()) or kwargs.get("mm_encoder_outputs"):
             self._current.clear()
-        unproven = not self.setup.family.proven and self.model not in _PROVEN
-        if unproven and kwargs.get(KINDS["image"]) is not None:
-            self._prove(kwargs)
-        proven = _PROVEN.get(self.model)
-        if proven is not None:
-            self.input.counts = proven.counts
-            if not proven.takes_positions and any(placed.kind == "input" for placed in self.setup.stages):
-                raise SecateurError(
-                    "its forward doesn't hand position_ids on to the language model, which would count what is left anew",
-                    where="attach",
-                    fix="use a method that drops between layers",
-                )
+        if not self.setup.family.proven and kwargs.get(KINDS["image"]) is not None:
+            if self.decoder is not None:
+                self.decoder.run = None
+            self.input.counts = prove(self.setup, kwargs).counts
         new, call, turn = self.input.prepare(dict(kwargs), generating)
         if call is not None:
             self._current.table = call.table
             self._prefill = cost.Prefill(call, new)
         return new, call, turn
-
-    def _prove(self, kwargs: dict[str, Any]) -> None:
-        """Runs a model of a registered family as it is, and again with every token of its pictures laid out and kept."""
-        names = inspect.signature(type(self.model).forward).parameters
-        others = ("labels", "past_key_values", "cache")
-        given = {k: v for k, v in kwargs.items() if k in names and k not in others} | {"use_cache": False}
-        whole = replace(self.setup, target=1.0, stages=(), sites={})
-        own = type(self.model).forward
-        with torch.no_grad():
-            expected = own(self.model, **given).logits
-            for counts in (False, True) if whole.family.observed else (False,):
-                driver = InputDriver(whole, Current(), None, shortens=True, counts=counts)
-                laid, call, _ = driver.prepare(dict(given), generating=False)
-                laid["mm_encoder_outputs"] = formed(laid["mm_encoder_outputs"], driver.forms)
-                found = own(self.model, **laid).logits
-                # padding may be given any position
-                seen = laid["attention_mask"].bool() if call is not None else slice(None)
-                same = found.shape == expected.shape and torch.equal(found[seen], expected[seen])
-                if call is not None and same:
-                    break
-            else:
-                raise SecateurError(
-                    f"with every token kept this model gives other logits, so {whole.family.name!r} isn't laid out as was "
-                    + ("derived" if whole.family.observed else "registered"),
-                    where="attach",
-                    fix="register_family with what differs"
-                    if whole.family.observed
-                    else "mend what register_family was given",
-                )
-            takes = not whole.family.observed or takes_positions(self.model, laid)
-        _PROVEN[self.model] = Proven(counts, takes)
 
     def _step(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """A forward inside generate."""

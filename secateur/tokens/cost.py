@@ -115,7 +115,7 @@ class Prefill:
         self.kv_after = cache_bytes(cache)
         first = next(iter(getattr(cache, "layers", ())), None)
         keys = getattr(first, "keys", None)
-        if isinstance(keys, Tensor) and keys.shape[-2]:
+        if isinstance(keys, Tensor) and keys.dim() > 2 and keys.shape[-2]:
             per_token = (keys.numel() // keys.shape[-2]) * keys.element_size()
             # a static cache has room for the answer too
             room = max(0, keys.shape[-2] - self.width) if is_static(cache) else 0

@@ -28,6 +28,10 @@ from secateur.utils.versions import cache_in
 
 KEYED = {"full_attention", "sliding_attention", "chunked_attention"}
 """Kinds of layer whose cache holds one key and value a token, and nothing else."""
+STATE = {"linear_attention", "conv"}
+"""Kinds that read the tokens one after another into a state of fixed size: behind a stage they read those that are left."""
+ALONE = {"moe", "mlp"}
+"""Kinds that see each token by itself."""
 
 
 @dataclass(eq=False)
@@ -119,8 +123,9 @@ class DecoderDriver:
             )
         self.eager, self.flash = base == "eager", "flash" in base
         self.window = window_of(self.decoder.config) if self.stages else None
-        kinds = getattr(self.decoder.config, "layer_types", None) or ()
-        strange = set(kinds[min(self.stages, default=len(kinds)) :]) - KEYED
+        kinds = list(getattr(self.decoder.config, "layer_types", None) or ())
+        self.kinds = kinds or ["full_attention"] * len(layers)
+        strange = set(kinds[min(self.stages, default=len(kinds)) :]) - KEYED - STATE - ALONE
         if strange:
             raise SecateurError(
                 f"its {', '.join(sorted(strange))} layers keep other things than one key a token, and tokens that leave would still be in them",
@@ -128,8 +133,19 @@ class DecoderDriver:
                 fix="use a method that drops at the input",
             )
         # the cache counts its first layer of keys; where that stands behind a stage, it holds fewer than were given
-        keyed = [number for number, kind in enumerate(kinds) if kind in KEYED]
+        keyed = [number for number, kind in enumerate(self.kinds) if kind in KEYED]
         self.late = bool(self.stages and keyed and keyed[0] >= self.stages[0])
+        shared = [
+            n
+            for n, mode in enumerate(getattr(self.decoder.config, "kv_sharing_modes", ()))
+            if mode == "reuse"
+        ]
+        if self.stages and shared and shared[-1] >= self.stages[0]:
+            raise SecateurError(
+                f"its layers from {shared[0]} on read the keys of earlier ones, which may hold tokens that left",
+                where="attach",
+                fix="use a method that drops at the input",
+            )
         # layers before the first stage run as they are, so they need no hook
         first = self.stages[0] if self.stages else len(layers)
         for number, layer in enumerate(layers):
@@ -247,7 +263,9 @@ class DecoderDriver:
 
     def _check(self, cache: Any, number: int) -> None:
         layers = getattr(cache, "layers", None)
-        if not layers:
+        # states of fixed size know no columns
+        number = next((n for n in range(number, len(self.kinds)) if self.kinds[n] in KEYED), -1)
+        if not layers or number < 0:
             return
         fix = "use a DynamicCache, or a method that drops at the input"
         kind = type(layers[min(number, len(layers) - 1)]).__name__
@@ -443,6 +461,10 @@ class DecoderDriver:
     ) -> Tensor | None:
         """The mask [B, 1, L', keys] of a layer, in the form its attention takes; None where it may see everything before it."""
         full = kwargs.get("attention_mask")
+        if self.kinds[number] in ALONE or self.kinds[number] in STATE and run.past:
+            return full
+        if self.kinds[number] in STATE:
+            return None if bool(now.valid.all()) else now.valid.to(torch.int64)
         # flash attention is told of padding alone
         if self.flash or (full is not None and full.dim() == 2):
             return None if bool(now.valid.all()) else now.valid.to(torch.int64)

@@ -140,7 +140,7 @@ def part(block: nn.Module, *names: str) -> nn.Module:
 
 
 def attention_of(block: nn.Module) -> nn.Module:
-    return part(block, "self_attn", "attn", "attention")
+    return part(block, "self_attn", "attn", "attention", "mixer")
 
 
 def tap_on(block: nn.Module) -> tuple[Tap, Callable[[], None]]:

@@ -17,7 +17,7 @@ from secateur.families.vlm import VLMS, Layout, facts_of, family_of, register_fa
 from secateur.families.vlm.facts import each_patch, grids, picture_sizes
 from secateur.tokens.attach import attach
 from secateur.tokens.input import encode, flat
-from secateur.tokens.state import TokenSets
+from secateur.tokens.state import Missing, TokenSets
 
 
 def without_attention(model: Any) -> None:
@@ -344,11 +344,61 @@ def test_a_family_that_keeps_everything_and_gives_other_logits_is_refused(vip: A
     tower.register_forward_hook(lambda m, a, out: calls.append(1))
     other.model.multi_modal_projector.register_forward_hook(lambda m, a, out: out * len(calls))
     with (
-        pytest.raises(SecateurError, match="gives other logits"),
+        pytest.raises(SecateurError, match="gives other states"),
         attach(other, lambda sets: sets.valid, target="50%"),
     ):
         other(**inputs)
     assert "forward" not in vars(other)
+
+
+def test_a_model_whose_layers_mix_tokens_beside_attention_is_refused(vip: Any) -> None:
+    """Every token kept shows nothing; half of them dropped does."""
+    inputs = inputs_for("llava-clip")
+    handle = vip.model.language_model.layers[2].register_forward_hook(
+        lambda m, a, out: out + out.cumsum(1) / 9
+    )
+    with torch.no_grad():
+        for at in ("input", "layer:1"):
+            with (
+                attach(vip, lambda sets: sets.valid, at=at, target="50%"),
+                pytest.raises(SecateurError, match=f"dropping tokens at {at} gives other states"),
+            ):
+                vip(**inputs)
+            assert "forward" not in vars(vip)
+        with attach(vip, lambda sets: sets.valid, at="layer:3", target="50%"):
+            vip(**inputs)
+    handle.remove()
+
+
+def test_positions_that_never_reach_the_language_model_are_refused(vip: Any) -> None:
+    decoder = vip.model.language_model
+    handle = decoder.register_forward_pre_hook(
+        lambda m, a, k: (a, {**k, "position_ids": None}), with_kwargs=True
+    )
+    chosen = attach(vip, lambda sets: sets.index % 2 == 0, target="50%")
+    with torch.no_grad(), chosen, pytest.raises(SecateurError, match="doesn't hand position_ids on"):
+        vip(**inputs_for("llava-clip"))
+    handle.remove()
+
+
+def test_places_that_nothing_tells_are_missing(vip: Any) -> None:
+    with (
+        torch.no_grad(),
+        attach(vip, "uniform-grid", target="50%"),
+        pytest.raises(Missing, match="where this model's tokens lie"),
+    ):
+        vip(**inputs_for("llava-clip"))
+
+
+def test_what_cannot_be_derived() -> None:
+    small = tf.BlipConfig(
+        vision_config={**V, "projection_dim": 8},
+        text_config={"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
+    )
+    with torch.device("meta"):
+        model = tf.BlipForConditionalGeneration(small)
+    with pytest.raises(SecateurError, match="cannot leave blip: it has no get_image_features"):
+        attach(model, lambda sets: sets.valid, target="50%")
 
 
 def test_what_cannot_be_registered() -> None:

@@ -39,7 +39,7 @@ def register_family(model_type: str, like: str, **changes: Any) -> Family:
     'my_vlm'
     >>> del VLMS["my_vlm"]
 
-    The first inputs with pictures are run twice, as they are and with every token kept; other logits are an error.
+    The first inputs with pictures are run with every token kept, and with half of them dropped or hidden; other states are an error.
 
     Args:
         model_type: as the model's config says it.

@@ -36,6 +36,9 @@ def refusal(model: Any) -> str | None:
         return "it has no language head; give the model that generates, not its base"
     if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
         return "its forward takes no features made outside (mm_encoder_outputs)"
+    pixels = inspect.signature(type(model).generate).parameters.get("pixel_values")
+    if pixels is not None and pixels.default is inspect.Parameter.empty:
+        return "its generate encodes the pictures itself"
     if getattr(model.config, "is_encoder_decoder", False):
         return "its encoder reads pictures and text together, and its decoder attends to both"
     return None
@@ -78,9 +81,13 @@ def _after_deepstack(model: Any) -> int:
 
 def _rows(model: Any, inputs: Mapping[str, Any], kind: str, output: Any) -> Layout:
     """Each picture's tokens in one row: how they lie on it can't be told from outside."""
-    counts = [len(part) for part in parts_of(output, _pictures(inputs, kind))]
-    # an encoder of patches says nothing of pictures; in the prompt each is a run
-    return rows_of(_runs(inputs["input_ids"] == placeholder(model, kind)) if set(counts) == {1} else counts)
+    shown = _pictures(inputs, kind)
+    counts = [len(part) for part in parts_of(output, shown)]
+    if set(counts) == {1}:
+        # an encoder of patches says nothing of pictures; in the prompt each is a run
+        return rows_of(_runs(inputs["input_ids"] == placeholder(model, kind)))
+    frames = kind == "video" and len(counts) % shown == 0
+    return rows_of(counts, len(counts) // shown if frames else 1)
 
 
 def _runs(visual: Tensor) -> list[int]:
@@ -116,20 +123,20 @@ def _pictures(inputs: Mapping[str, Any], kind: str) -> int:
     return len(pixels) if pixels is not None else 1
 
 
-def rows_of(counts: Sequence[int]) -> Layout:
-    """Pictures of so many tokens each, of which no place is known."""
-    image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(list(counts), dtype=torch.int64))
-    zero = torch.zeros_like(image)
+def rows_of(counts: Sequence[int], frames: int = 1) -> Layout:
+    """Pictures of so many tokens each, of which no place is known; so many `frames` after each other are one video."""
+    crop = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(list(counts), dtype=torch.int64))
+    zero = torch.zeros_like(crop)
     return Layout(
-        image=image,
-        crop=image.clone(),
-        frame=zero,
+        image=crop // frames,
+        crop=crop,
+        frame=crop % frames,
         grid_row=zero,
         grid_col=zero,
         newline=zero.bool(),
-        patches=torch.full((len(image), 1), -1),
+        patches=torch.full((len(crop), 1), -1),
         grid=torch.zeros(len(counts), 2, dtype=torch.int64),
-        crop_image=torch.arange(len(counts)),
+        crop_image=torch.arange(len(counts)) // frames,
     )
 
 
