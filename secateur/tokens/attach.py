@@ -212,7 +212,7 @@ class Attached:
             self._current.clear()
         if not self.setup.family.proven and kwargs.get(KINDS["image"]) is not None:
             if self.decoder is not None:
-                self.decoder.run = None
+                self.decoder.run = self.decoder.step = None
             self.input.counts = prove(self.setup, kwargs).counts
         new, call, turn = self.input.prepare(dict(kwargs), generating)
         if call is not None:

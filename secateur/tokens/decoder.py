@@ -178,7 +178,7 @@ class DecoderDriver:
                 return
         past = int(cache.get_seq_length()) if cache is not None else 0
         held = getattr(cache, "_secateur_layers", None)
-        if isinstance(held, Held) and self.late:
+        if isinstance(held, Held) and self.late and past:
             past = held.seen
         if isinstance(held, Held) and (past == 0 or past < held.seen):
             held = _cropped(held, past) if past else None

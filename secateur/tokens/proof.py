@@ -137,7 +137,7 @@ def _prove_dropping(setup: Setup, proven: Proven, given: dict[str, Any], place: 
     if place:
         between = DecoderDriver(half, current, None, layers)
         try:
-            between.begin(short, call)
+            between.begin(short, call, call.mask)
             with current.running(call):
                 found = _states(model, short)
             assert between.run is not None
