@@ -396,6 +396,11 @@ def text_for(model: Any) -> dict[str, Tensor]:
 
 def _questions(model: Any, generator: torch.Generator) -> dict[str, Tensor]:
     family, config = family_of(model), model.config
+    if family.measure is not None:
+        raise SecateurError(
+            f"in what form {config.model_type} takes pictures isn't known; attach proves it on its first inputs",
+            where="inputs",
+        )
     rows = (2, 1, 0)
     made = _pictures(model, rows, generator)
     if family.layout is None:

@@ -381,9 +381,7 @@ class DecoderDriver:
                 new[name] = self._picked(run, now, name, value, at)
         new["attention_mask"] = self._mask(run, now, number, layer, hidden, kwargs)
         if self.setup.compact:
-            places, tables = self._moved(
-                run.memo, id(now), layer, hidden, new.get("position_ids"), now.left
-            )
+            places, tables = self._moved(run.memo, id(now), layer, hidden, new.get("position_ids"), now.left)
             changed = {"position_ids": places, "position_embeddings": tables}
             new |= {name: value for name, value in changed.items() if name in kwargs}
         return new

@@ -257,7 +257,7 @@ def test_a_model_without_tokens_to_drop_says_so_and_runs_the_rest() -> None:
         "saved and loaded",
     ]
     row = doctor._row(*jobs[0])
-    assert row["state"] == "not run" and "isn't a vision-language model" in row["reason"]
+    assert row["state"] == "not run" and "takes pictures isn't known" in row["reason"]
 
 
 def test_a_mixture_of_experts_whose_kernels_know_no_double() -> None:

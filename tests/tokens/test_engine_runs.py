@@ -385,20 +385,20 @@ def test_a_window_that_the_answer_grows_beyond_is_refused_however_its_length_is_
             model(input_ids=word, past_key_values=out.past_key_values)
 
 
-def test_layers_that_keep_more_than_keys_are_refused_between_layers(inputs: dict[str, Any]) -> None:
-    """Qwen3-Next's linear attention keeps one state of all tokens."""
-    from tiny_models import TEXT, _llava, clip
-    from transformers import Qwen3NextConfig
-
-    text = Qwen3NextConfig(
-        **TEXT, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
-        shared_expert_intermediate_size=16, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
-        linear_value_head_dim=8, layer_types=["full_attention", "linear_attention"] * 2,
-    )  # fmt: skip
-    model = _llava(clip(), text, vision_feature_layer=-2, vision_feature_select_strategy="default").eval()
-    with pytest.raises(SecateurError, match="its linear_attention layers keep other things"):
+def test_layers_that_index_their_keys_are_refused_between_layers() -> None:
+    model = make("llava-clip")
+    model.config.get_text_config().layer_types = ["full_attention", "indexed_attention"] * 2
+    with pytest.raises(SecateurError, match="its indexed_attention layers keep other things"):
         attach(model, half, at="layer:2", target="50%")
     assert "forward" not in vars(model)
+
+
+def test_layers_that_read_the_keys_of_earlier_ones_are_refused() -> None:
+    model = make("llava-clip")
+    model.config.get_text_config().kv_sharing_modes = [None, "store", "reuse", "reuse"]
+    with pytest.raises(SecateurError, match="its layers from 2 on read the keys"):
+        attach(model, half, at="layer:2", target="50%")
+    attach(model, half, at="input", target="50%").detach()
 
 
 def test_chunks_of_attention_are_refused_where_they_would_be_counted_anew(inputs: dict[str, Any]) -> None:
