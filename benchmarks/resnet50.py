@@ -19,16 +19,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 
 import secateur
-from secateur.measure import macs
+from secateur.measure import in_turn, macs
 from secateur.method import make_method
 from secateur.pruning.context import Context
 from secateur.pruning.method import UnitMethod
 from secateur.pruning.target import parse_target
 from secateur.surgery import cut_units, prove
+from secateur.utils.spread import Speed
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -98,7 +100,7 @@ def trace(rounds: int = 5) -> None:
 def speed(targets: list[str], batch: int, rounds: int, threads: int) -> None:
     dense, small = timm.create_model("resnet50").eval(), torch.randn(1, 3, 224, 224)
     print(f"\nspeed-up at round_to=8, batch {batch}, {threads} threads, median of {rounds} pairs")
-    print(f"{'target':>10s} {'layout':>15s} {'MACs ratio':>11s} {'clock':>6s} {'quotient':>9s} {'processor':>10s} {'quotient':>9s}")  # fmt: skip
+    print(f"{'target':>10s} {'layout':>15s} {'MACs ratio':>11s} {'quotients':>10s}   by the clock, in processor seconds")  # fmt: skip
     for target in targets:
         torch.set_num_threads(1)
         pruned = secateur.prune(
@@ -109,22 +111,20 @@ def speed(targets: list[str], batch: int, rounds: int, threads: int) -> None:
         for layout in (torch.contiguous_format, torch.channels_last):
             wall, cpu = speed_up(dense, pruned, batch, rounds, layout)
             name = str(layout).removeprefix("torch.")
-            print(f"{target:>10s} {name:>15s} {ratio:11.2f} {wall:6.2f} {wall / ratio:9.2f} {cpu:10.2f} {cpu / ratio:9.2f}", flush=True)  # fmt: skip
+            quotients = f"{wall.ratio / ratio:.2f} {cpu.ratio / ratio:.2f}"
+            print(f"{target:>10s} {name:>15s} {ratio:11.2f} {quotients:>10s}   {wall}, {cpu}", flush=True)
 
 
 def speed_up(
     dense: torch.nn.Module, pruned: torch.nn.Module, batch: int, rounds: int, layout: torch.memory_format
-) -> tuple[float, float]:
+) -> tuple[Speed, Speed]:
     """Dense over pruned, by the clock and in processor seconds."""
     models = [copy.deepcopy(m).to(memory_format=layout) for m in (dense, pruned)]
     x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=layout)
-    for model in models:
-        forward(model, x)
-    pairs = []
-    for _ in range(rounds):
-        (_, wall, cpu), (_, wall_cut, cpu_cut) = (timed(lambda m=m: forward(m, x)) for m in models)
-        pairs.append((wall / wall_cut, cpu / cpu_cut))
-    return statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs)
+    calls = [lambda model=model: forward(model, x) for model in models]
+    both = lambda: np.array([time.perf_counter(), time.process_time()])
+    first, second = (np.array(seconds) for seconds in in_turn(calls, rounds, clock=both))
+    return Speed.of(first[:, 0], second[:, 0]), Speed.of(first[:, 1], second[:, 1])
 
 
 def main() -> None:

@@ -2,27 +2,24 @@
 
     python benchmarks/structured_speed.py                 # SmolLM2, 75% and 50%, batch 8 x 128 tokens, 2 threads
 
-Prints, per target, MACs ratio, measured speed-up (median over interleaved rounds) and their quotient.
+Prints, per target, MACs ratio, measured speed-up (median and middle half of interleaved pairs) and their quotient.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 
 import torch
 
 import secateur
-from secateur.measure import macs
+from secateur.measure import in_turn, macs
 from secateur.tasks import load_model
+from secateur.utils.spread import Speed
 
 
-def seconds(model: torch.nn.Module, ids: torch.Tensor) -> float:
-    start = time.perf_counter()
+def prefill(model: torch.nn.Module, ids: torch.Tensor) -> None:
     with torch.inference_mode():
         model(ids, use_cache=False)
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -39,17 +36,16 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     dense, _ = load_model("smollm2")
     ids = torch.randint(0, dense.config.vocab_size, (args.batch, args.tokens))
-    print(f"{'target':>7s} {'MACs ratio':>11s} {'speed-up':>9s} {'quotient':>9s}")
+    print(f"{'target':>7s} {'MACs ratio':>11s} {'quotient':>9s}   speed-up, and the middle half of the pairs")
     for target in args.targets:
         pruned = secateur.prune(
             dense, method="random-structured", target=target, round_to=args.round_to, prove=False
         ).model
-        seconds(dense, ids), seconds(pruned, ids)
-        ratios = [seconds(dense, ids) / seconds(pruned, ids) for _ in range(args.rounds)]
+        calls = [lambda model=model: prefill(model, ids) for model in (dense, pruned)]
+        speed = Speed.of(*in_turn(calls, args.rounds))
         inputs = {"input_ids": ids}
         expected = macs(dense, inputs) / macs(pruned, inputs)
-        measured = statistics.median(ratios)
-        print(f"{target:>7s} {expected:11.2f} {measured:9.2f} {measured / expected:9.2f}", flush=True)
+        print(f"{target:>7s} {expected:11.2f} {speed.ratio / expected:9.2f}   {speed}", flush=True)
 
 
 if __name__ == "__main__":

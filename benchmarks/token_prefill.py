@@ -21,6 +21,7 @@ import transformers as tf
 
 import secateur
 from secateur.tokens.input import flat
+from secateur.utils.spread import quartiles
 
 SIDE, KEEP, TEXT = 24, 64, 64
 
@@ -99,8 +100,10 @@ def main() -> None:
         f"{options.layers} layers of {options.width}, batch {options.batch}, {KEEP} of {SIDE**2} visual tokens"
     )
     for name, values in times.items():
-        ratio = statistics.median(v / b for v, b in zip(values[1:], times["by hand"][1:]))
-        print(f"{name:24s} {statistics.median(values[1:]):8.0f} ms   {ratio:5.2f} x by hand")
+        low, ratio, high = quartiles([v / b for v, b in zip(values[1:], times["by hand"][1:])])
+        print(
+            f"{name:24s} {statistics.median(values[1:]):8.0f} ms   {ratio:5.2f} x by hand ({low:.2f} to {high:.2f})"
+        )
 
 
 if __name__ == "__main__":
