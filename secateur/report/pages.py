@@ -260,6 +260,8 @@ def _facts(cls: type[Method]) -> str:
     if issubclass(cls, (WeightMethod, UnitMethod)):
         facts.append(f"divides a budget {'`' + cls.allocation + '`'} unless told otherwise")
     if issubclass(cls, UnitMethod) and cls.kinds:
+        counted = "the weights in the blocks" if cls.share_of == "weights" else "the units of each group"
+        facts.append(f"a bare percentage counts {counted}")
         facts.append(f"cuts {', '.join(kind.replace('_', ' ') for kind in cls.kinds)}")
     return "; ".join(facts) + "."
 
