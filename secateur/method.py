@@ -23,6 +23,7 @@ from secateur.taxonomy import MethodInfo, filter_records
 from secateur.taxonomy import recommend as advise
 from secateur.utils.code import announced, origin, package_of, read_spec, run_file
 from secateur.utils.ranges import check_fields
+from secateur.utils.screen import counted, fit
 
 KINDS = {
     "WeightMethod": "secateur.pruning.method",
@@ -292,14 +293,22 @@ def list_methods(search: str | None = None, **filters: Any) -> list[str]:
     return sorted(record.name for record in filter_records(records, search=search, **filters))
 
 
-def recommend(**situation: Any) -> list[tuple[MethodInfo, str]]:
+class Advice(list[tuple[MethodInfo, str]]):
+    """Records with reasons, best first; its repr is the first of them."""
+
+    def __repr__(self) -> str:
+        lines = [f"{place}. {info.name or info.spec}: {why}" for place, (info, why) in enumerate(self, 1)]
+        return fit([f"Advice: {counted(len(self), 'method')}, best first", *lines])
+
+
+def recommend(**situation: Any) -> Advice:
     """Registered methods that suit a situation, each with the reason.
 
     >>> recommend(hardware="gpu-dense", train=False, data="calib", model="llm")  # doctest: +SKIP
 
     The questions and the advice are the survey's (`secateur.taxonomy.recommend`).
     """
-    return advise([cls.info for cls in _load_all().values()], **situation)
+    return Advice(advise([cls.info for cls in _load_all().values()], **situation))
 
 
 def __getattr__(name: str) -> Any:

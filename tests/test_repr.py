@@ -11,6 +11,7 @@ from torch import nn
 
 import secateur
 from secateur import Plan
+from secateur.doctor import Findings
 from secateur.method import Method
 from secateur.pruning.report import Report
 from secateur.saliency.record import record
@@ -92,6 +93,20 @@ def test_records_and_methods():
         fits(repr(info), "MethodInfo(title=")
     for name in secateur.list_methods():
         assert len(repr(secateur.method.method_class(name)())) < 8 * 80
+
+
+def test_lists_of_advice_and_of_checks():
+    fits(repr(secateur.recommend(hardware="gpu-dense")), "Advice: ")
+    rows = [{"check": f"check {i}", "model": "tiny", "state": "ok"} for i in range(30)]
+    rows[3] |= {"state": "failed", "reason": "it differs " * 20}
+    found = Findings(
+        ok=False, versions=[{"package": "torch", "installed": "9", "state": "newer"}], checks=rows
+    )
+    fits(
+        repr(found),
+        "doctor: NOT ok: 29 ok, 1 failed; keys: ok, versions, checks\n  failed: check 3, tiny: it differs",
+    )
+    assert repr(found).splitlines()[-1] == "  torch 9: newer"
 
 
 def test_every_dataclass_with_tensors_shows_itself_briefly():

@@ -10,12 +10,14 @@ import logging
 import platform
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from secateur.errors import SecateurError
+from secateur.utils.screen import fit
 from secateur.utils.tested import (
     compare_versions,
     installed_versions,
@@ -35,7 +37,20 @@ Job = tuple["Check | str", "Subject | str", str]
 """A check, or the name of what can't be checked; its model, or why there is none; the name of the model."""
 
 
-def doctor(model: Any = None, progress: Callable[..., Iterable] | None = None) -> dict[str, Any]:
+class Findings(dict[str, Any]):
+    """A dictionary that JSON can hold; its repr is what isn't right."""
+
+    def __repr__(self) -> str:
+        states = Counter(row["state"] for row in self["checks"])
+        said = ", ".join(f"{count} {state}" for state, count in states.items())
+        lines = [f"doctor: {'ok' if self['ok'] else 'NOT ok'}: {said}; keys: {', '.join(self)}"]
+        bad = sorted((row for row in self["checks"] if row["state"] != "ok"), key=lambda row: row["state"])
+        lines += [f"  {row['state']}: {row['check']}, {row['model']}: {row.get('reason')}" for row in bad]
+        other = [row for row in self["versions"] if row["state"] not in ("tested", "not installed")]
+        return fit([*lines, *(f"  {row['package']} {row['installed']}: {row['state']}" for row in other)])
+
+
+def doctor(model: Any = None, progress: Callable[..., Iterable] | None = None) -> Findings:
     """What is installed, what was tested, and the checks that ran here: `{"ok", "versions", "checks", ...}`.
 
     >>> found = secateur.doctor()  # doctest: +SKIP
@@ -57,14 +72,16 @@ def doctor(model: Any = None, progress: Callable[..., Iterable] | None = None) -
         jobs = [*_built_in(), *(_own(model) if model is not None else [])]
         listed = jobs if progress is None else progress(jobs, "checks")
         rows = [_row(*job) for job in listed]
-    return {
-        "ok": all(row["state"] != "failed" for row in rows),
-        "secateur": version_of("secateur"),
-        "python": platform.python_version(),
-        "versions": compare_versions(),
-        "checks": rows,
-        "seconds": time.perf_counter() - started,
-    }
+    return Findings(
+        {
+            "ok": all(row["state"] != "failed" for row in rows),
+            "secateur": version_of("secateur"),
+            "python": platform.python_version(),
+            "versions": compare_versions(),
+            "checks": rows,
+            "seconds": time.perf_counter() - started,
+        }
+    )
 
 
 def _built_in() -> list[Job]:

@@ -11,6 +11,7 @@ from secateur.errors import SecateurError, nearest
 from secateur.graph import Graph
 
 Patterns = tuple[str, ...] | None
+KEPT, OUTSIDE = "protected by keep", "outside only"
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -35,9 +36,9 @@ def protected(names: Iterable[str], keep: Patterns, only: Patterns) -> dict[str,
     for name in names:
         pattern = next((p for p in keep or () if matches(name, p)), None)
         if pattern is not None:
-            reasons[name] = f"protected by keep {pattern!r}"
+            reasons[name] = f"{KEPT} {pattern!r}"
         elif only and not any(matches(name, p) for p in only):
-            reasons[name] = f"outside only {', '.join(map(repr, only))}"
+            reasons[name] = f"{OUTSIDE} {', '.join(map(repr, only))}"
     return reasons
 
 

@@ -13,6 +13,7 @@ from secateur.graph import Graph
 from secateur.pruning.context import Context
 from secateur.pruning.method import UnitMethod
 from secateur.pruning.plan import Plan
+from secateur.pruning.protect import KEPT, OUTSIDE
 from secateur.pruning.share import ALONE
 from secateur.pruning.target import Target
 from secateur.pruning.undo import Undo, has_tensor
@@ -75,8 +76,29 @@ def plan_units(method: UnitMethod, context: Context, targets: Sequence[Target]) 
     return plan, graph
 
 
+def _check_alike(context: Context, plan: Plan) -> None:
+    """Refuse what the caller named where it makes layers unequal that `uniform` promises to be alike."""
+    options, counts = context.options, dict[tuple[str, int], dict[int, str]]()
+    if not (options.keep or options.only or options.share):
+        return
+    for group in context.graph.groups:
+        if group.reason is None or KEPT in group.reason or OUTSIDE in group.reason:
+            kept = len(plan.keep.get(group.name, range(group.size)))
+            counts.setdefault((group.kind, group.size), {})[kept] = group.name
+    for (kind, size), found in counts.items():
+        if len(found) > 1 and any(name in plan.keep for name in found.values()):
+            (a, first), (b, second) = list(found.items())[:2]
+            raise SecateurError(
+                f"{a} of {size} {kind} would stay of {first} and {b} of {second}, and uniform makes layers alike",
+                where="uniform",
+                fix="name every layer in keep, only and share, or leave uniform out",
+            )
+
+
 def check_shares(context: Context, plan: Plan) -> None:
     """Refuse a plan that doesn't keep the shares that the caller gave; note where they alone meet the target."""
+    if context.options.uniform:
+        _check_alike(context, plan)
     fixed = context.fixed_units
     for name, count in fixed.items():
         size = context.graph[name].size

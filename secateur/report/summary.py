@@ -342,16 +342,30 @@ def parted(reason: str) -> tuple[str, str]:
 
 
 def command_line(report: Mapping[str, Any]) -> str:
-    """The command that gives this result again; `report["command"]` where the command line wrote it."""
+    """The command that gives this result again; `report["command"]` where the command line wrote it.
+
+    >>> command_line({"method": "wanda", "target": "50%", "options": {"keep": ["lm_head"], "samples": 32}})
+    'secateur prune MODEL --method wanda --target 50% --seed 0 --keep lm_head'
+    """
+    import dataclasses
+    import re
     import shlex
+
+    from secateur.pruning.options import Options
 
     if report.get("command"):
         return str(report["command"])
-    words = ["secateur", "prune", str(report.get("model", "MODEL")), "--method", str(report.get("method"))]
+    file = re.match(r"(.+\.py:\w+) sha256:", report.get("source") or "")
+    method = file[1] if file else str(report.get("method"))
+    words = ["secateur", "prune", str(report.get("model", "MODEL")), "--method", method]
     words += ["--target", str(report.get("target")), "--seed", str(report.get("seed", 0))]
-    for name, value in (report.get("hyperparameters") or {}).items():
+    usual = dataclasses.asdict(Options())
+    options = {k: v for k, v in (report.get("options") or {}).items() if k in usual and v != usual[k]}
+    for name, value in {**(report.get("hyperparameters") or {}), **options}.items():
         if isinstance(value, bool):
             words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
-        elif value is not None and isinstance(value, str | int | float):
+        elif isinstance(value, str | int | float):
             words += [f"--{name.replace('_', '-')}", str(value)]
+        elif isinstance(value, list | tuple):
+            words += [f"--{name.replace('_', '-')}", ",".join(map(str, value))]
     return shlex.join(words)

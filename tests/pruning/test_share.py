@@ -208,6 +208,24 @@ def test_other_contradictions(tiny_llama):
         secateur.prune(model, method="flap", target="70%", **settings)
 
 
+@pytest.mark.parametrize("named", [{"share": {"*.layers.0.mlp.[gu]*": 0.5}}, {"keep": ("*.layers.0.mlp",)}])
+def test_uniform_is_not_broken_by_what_is_named(tiny_llama, named):
+    model = tiny_llama()
+    settings = {
+        "method": "group-magnitude",
+        "target": "macs<=80%",
+        "seqlen": 24,
+        "uniform": True,
+        "kinds": ("neurons",),
+    }
+    with pytest.raises(
+        SecateurError, match="uniform: .* of 48 neurons would stay of .*, and uniform makes layers alike"
+    ):
+        secateur.prune(model, **settings, **named)
+    alike = secateur.prune(model, **settings, share={"*.mlp.[gu]*": 0.5}).model
+    assert [block.mlp.up_proj.out_features for block in alike.model.layers] == [24, 24]
+
+
 def test_a_later_pattern_wins():
     parts = {name: [name] for name in ("x.0.mlp", "x.1.mlp", "x.1.attn")}
     assert steer(parts, read_shares(("x.*=50%", "*.mlp=0.9", "x.1.mlp=20%")), {})[0] == {

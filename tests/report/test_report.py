@@ -248,6 +248,22 @@ def test_a_report_with_little_in_it_still_draws() -> None:
     printed({"method": "m", "target": "100%"})
 
 
+def test_the_command_says_what_was_asked_for() -> None:
+    options = {
+        "keep": ["lm_head"],
+        "share": ["*.mlp=50%"],
+        "samples": 8,
+        "seqlen": 512,
+        "prove": False,
+        "kinds": None,
+    }
+    report = {"method": "own", "source": "mine.py:Own sha256:0123", "target": "50%", "options": options}
+    assert summary.command_line(report) == (
+        "secateur prune MODEL --method mine.py:Own --target 50% --seed 0"
+        " --keep lm_head --share '*.mlp=50%' --samples 8 --no-prove"
+    )
+
+
 def test_alike_groups_are_one_row() -> None:
     rows = [
         {"name": f"h.{i}.mlp", "kind": "neurons", "size": 8, "reason": None, "params": 0.1, "macs": None}
