@@ -55,6 +55,11 @@ def read_request(
             the method can't meet.
     """
     apart = {*options, *others}
+    if meaningless := (settings.keys() & {*OPTIONS}) - apart:
+        own = {item.name for item in dataclasses.fields(make_method(method))}
+        for name in sorted(meaningless - own):
+            fix = f"leave it out; of the options it takes {', '.join(options)}"
+            raise SecateurError(f"{verb} has no use for {name}", where=name, fix=fix)
     chosen = make_method(method, **{key: value for key, value in settings.items() if key not in apart})
     expect(chosen, verb)
     read = Options(**{key: value for key, value in settings.items() if key in options})

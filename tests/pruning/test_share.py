@@ -226,6 +226,29 @@ def test_uniform_is_not_broken_by_what_is_named(tiny_llama, named):
     assert [block.mlp.up_proj.out_features for block in alike.model.layers] == [24, 24]
 
 
+def test_units_in_rounds(tiny_llama):
+    settings = {
+        "schedule": "iterative:2",
+        "seqlen": 24,
+        "kinds": ("neurons",),
+        "share": {"*.layers.1.mlp.[gu]*": 0.25},
+    }
+    pruned = secateur.prune(tiny_llama(), method="group-magnitude", target="50%", **settings)
+    assert [block.mlp.up_proj.out_features for block in pruned.model.model.layers] == [36, 12]
+
+
+def test_training_has_no_use_for_it():
+    x, y = torch.randn(8, 4), torch.randint(2, (8,))
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    with pytest.raises(
+        SecateurError,
+        match="share: train_prune has no use for share; leave it out; of the options it takes floor",
+    ):
+        secateur.train_prune(
+            net, method="lottery-ticket", target="50%", data=(x, y), steps=1, share={"0": 0.5}
+        )
+
+
 def test_a_later_pattern_wins():
     parts = {name: [name] for name in ("x.0.mlp", "x.1.mlp", "x.1.attn")}
     assert steer(parts, read_shares(("x.*=50%", "*.mlp=0.9", "x.1.mlp=20%")), {})[0] == {
