@@ -34,7 +34,7 @@ from secateur.cli.shared import (
     show,
     write_model,
 )
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, require
 
 FILE_METHOD = "group-magnitude"
 METHOD_HELP = (
@@ -134,6 +134,8 @@ def prune(
     check_new_file(output.report)
     method = make_method(flags.method, **vars(settings))
     lists = {name: listed(vars(options)[name]) or None for name in LISTS}
+    for name, given in lists.items():  # an unset variable of the shell must not protect nothing
+        require(given or vars(options)[name] is None, "it is empty", where=f"--{name}", fix="leave it out")
     common = vars(options) | lists
     at_least("--steps", recovery.steps, 1)
     check_target(flags.target)

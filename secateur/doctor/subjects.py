@@ -12,6 +12,7 @@ from torch import nn
 
 from secateur.doctor.checks import Subject
 from secateur.errors import SecateurError
+from secateur.utils.files import check_path
 
 SMALL_ENOUGH = 5_000_000
 """Parameters of a module without a config that is checked as it is."""
@@ -163,7 +164,7 @@ def _on_this_machine(name: str) -> Path:
         raise SecateurError(
             "no folder has this name, and it isn't a model that was loaded on this machine before",
             where=name,
-            fix="give a model folder; this command uses no network",
+            fix=check_path(name, "give a model folder; this command uses no network"),
         ) from error
 
 

@@ -148,7 +148,15 @@ class Context(Screen):
         for name in self.matrices:
             del others[name]
         found, _ = steer({name: [name] for name in self.matrices}, self.shares, others)
-        return {n: max(1, int(share * self.matrices[n].numel + 1e-9)) for n, share in found.items()}
+        counts = {n: int(share * self.matrices[n].numel + 1e-9) for n, share in found.items()}
+        if none := next((name for name, count in counts.items() if count < 1), None):
+            size = self.matrices[none].numel
+            raise SecateurError(
+                f"{found[none]:.4g} of the {size:,} weights of {none} is less than one",
+                where="share",
+                fix="give more",
+            )
+        return counts
 
     @cached_property
     def fixed_units(self) -> dict[str, int]:

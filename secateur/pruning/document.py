@@ -65,7 +65,8 @@ def read_document(path: str | Path) -> tuple[Path, dict[str, Any]]:
     path = Path(path)
     path = path / "plan.json" if path.is_dir() else path
     if not path.exists():
-        fix = check_path(path, "give a directory that holds plan.json")
+        fix = "give a directory that holds plan.json"
+        fix = fix if path.parent.is_dir() and path.name == "plan.json" else check_path(path, fix)
         raise SecateurError("there is no plan", where=str(path), fix=fix)
     document = read_object(path, fix="write the plan again")
     if document.get("format") != FORMAT:

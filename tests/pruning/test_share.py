@@ -167,6 +167,7 @@ def test_searches_keep_the_shares(tiny_llama):
         ({"*.mlp": "50%"}, "2:4", r"target 2:4: N:M is the same share everywhere; leave share out"),
         ({"*.mlp": "0%"}, "50%", r"share '\*\.mlp=0%'.*outside 0\.\.1"),
         ({"*.mlp": "2:4"}, "50%", r"needs a share"),
+        ({"*.mlp": 1e-9}, "50%", r"share: 1e-09 of the 1,536 weights of .*mlp\.[a-z_]+\.weight is less than one"),
         (("*.mlp",), "50%", r"'\*\.mlp' isn't a pattern with its share; such as '\*\.mlp=50%'"),
         (("a=50%", "a=40%"), "50%", r"share: 'a' is given twice"),
         ("*.mlp=50%", "50%", r"is text; give a dict"),
@@ -287,3 +288,9 @@ def test_a_slip_of_the_flag_is_offered_its_flag(capsys):
     assert "Did you mean --share?" in capsys.readouterr().err
     assert main(["prune", "tiny", "--method", "magnitude", "--target", "60%", "--lam", "1"]) == 2
     assert "--lam, which belongs to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--share", "--keep", "--only", "--kinds"])
+def test_an_empty_list_is_no_wish(capsys, flag):
+    assert main(["prune", "tiny", "--method", "magnitude", "--target", "60%", flag, ""]) == 2
+    assert capsys.readouterr().err == f"secateur: {flag}: it is empty; leave it out\n"
