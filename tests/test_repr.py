@@ -19,7 +19,14 @@ from secateur.taxonomy.axes import RECORDS
 from secateur.training.task import Task
 from secateur.utils.screen import brief, fit
 
-INSIDE = {"tokens.call", "tokens.decoder", "tokens.input", "tokens.record", "io.exchange.pt2"}
+INSIDE = {
+    "tokens.call",
+    "tokens.decoder",
+    "tokens.input",
+    "tokens.record",
+    "tokens.static",
+    "io.exchange.pt2",
+}
 """Files with parts of engines that no one is handed."""
 
 
