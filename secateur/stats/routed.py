@@ -26,6 +26,7 @@ class Routed:
         self.expert = _experts(model, modules)
         self.given: dict[nn.Module, Tensor] = {}
         """What each owner was given, while it runs."""
+        self.sides: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self.visible: dict[nn.Module, Tensor] = {}
         """[rows] bool of each expert's last call, where it isn't that of all tokens."""
 
@@ -55,6 +56,15 @@ class Routed:
 
     def _leave(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.given.pop(owner, None)
+        self.sides.pop(owner, None)
+
+    def _sides(self, owner: nn.Module, whole: Tensor) -> tuple[Tensor, Tensor]:
+        """Marks of the rows that an owner was given: those in view, and padding."""
+        if owner not in self.sides:
+            mask, marks = self.mask(owner, whole), _marks(whole.flatten(0, -2))
+            assert mask is not None
+            self.sides[owner] = marks[mask], marks[~mask]
+        return self.sides[owner]
 
     def _hook(self, owner: weakref.ref[nn.Module]) -> Any:
         def hook(expert: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -62,13 +72,12 @@ class Routed:
             x, whole = _first(args, kwargs), self.given.get(owner())  # type: ignore[arg-type]
             if x is None or whole is None or x.shape == whole.shape and x.dim() > 2:
                 return
-            mask = self.mask(owner(), whole)  # type: ignore[arg-type]
-            assert mask is not None
-            rows, all_rows = x.detach().flatten(0, -2), whole.flatten(0, -2)
-            visible = _followed(rows, all_rows, mask) if rows.shape[1] == all_rows.shape[1] else None
+            rows = x.detach().flatten(0, -2)
+            alike = rows.shape[1] == whole.shape[-1] and rows.dtype == whole.dtype
+            visible = _followed(_marks(rows), *self._sides(owner(), whole)) if alike else None  # type: ignore[arg-type]
             if visible is not None:
                 self.visible[expert] = visible
-            elif len(rows) < len(all_rows):
+            elif len(rows) < whole.shape[:-1].numel():
                 warnings.warn(
                     f"{type(expert).__name__} is given rows that aren't those of {type(owner()).__name__}, "
                     "so padding counts in its statistics; calibrate with sequences of one length",
@@ -101,19 +110,16 @@ def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     return next((x for x in given if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1), None)
 
 
-def _followed(rows: Tensor, whole: Tensor, mask: Tensor) -> Tensor | None:
-    """bool [n]: which of `rows` [n, width] are copies of rows of `whole` [N, width] that `mask` [N] shows; None: not all are copies."""
-    width = whole.shape[1]
-    weights = torch.randint(-(2**62), 2**62, (width,), generator=torch.Generator().manual_seed(0))
-    weights = (weights * 2 + 1).to(whole.device)
+def _marks(x: Tensor) -> Tensor:
+    """[n] a number for each row of [n, width]: equal for rows that are equal bit by bit, and by all odds only for those."""
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    drawn = torch.randint(-(2**62), 2**62, (x.shape[1],), generator=torch.Generator().manual_seed(0))
+    weights = (drawn * 2 + 1).to(x.device)
+    return torch.cat([(part.view(kind).long() * weights).sum(1) for part in x.contiguous().split(1024)])
 
-    def marks(x: Tensor) -> Tensor:
-        kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-        return (x.contiguous().view(kind).long() * weights).sum(1)
 
-    if rows.dtype != whole.dtype:
-        return None
-    mine, shown, hidden = marks(rows), marks(whole[mask]), marks(whole[~mask])
+def _followed(mine: Tensor, shown: Tensor, hidden: Tensor) -> Tensor | None:
+    """bool [n]: which of the rows `mine` are among those that are `shown`; None where some are in neither, by their marks."""
     visible, padding = torch.isin(mine, shown), torch.isin(mine, hidden)
     if not bool((visible | padding).all()):
         return None
