@@ -365,6 +365,36 @@ def test_padding_is_left_out_where_experts_are_modules_of_a_list():
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
+def test_the_experts_of_a_switch_transformer_see_no_padding():
+    """All experts of a layer together saw the layer's inputs that are in view, in encoder and decoder."""
+    torch.manual_seed(0)
+    config = hf.SwitchTransformersConfig(
+        d_model=32, d_ff=48, d_kv=8, num_layers=2, num_decoder_layers=2, num_heads=4, vocab_size=64, num_experts=4,
+        expert_capacity=64, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, router_dtype="float32",
+    )  # fmt: skip
+    model = hf.SwitchTransformersForConditionalGeneration(config).eval()
+    ids, answer = IDS[:2, :8] % 60 + 2, IDS[2:4, :6] % 60 + 2
+    seen, written = torch.ones_like(ids), torch.ones_like(answer)
+    seen[0, 5:], ids[0, 5:], written[1, 2:], answer[1, 2:] = 0, 0, 0, 0
+    batch = {
+        "input_ids": ids, "attention_mask": seen, "decoder_input_ids": answer, "decoder_attention_mask": written,
+    }  # fmt: skip
+    given = {}
+    layers = {name: m for name, m in model.named_modules() if type(m).__name__.endswith("SparseMLP")}
+    for name, module in layers.items():
+        module.register_forward_pre_hook(lambda m, args, name=name: given.__setitem__(name, args[0]))
+    stats = collect(model, [batch], {"hessian"}, find_matrices(model))
+    assert len(given) == 2
+    for name, x in given.items():
+        rows = x[(seen if name.startswith("encoder") else written).bool()].double()
+        own = [
+            s for key, s in stats.items() if key.startswith(f"{name}.experts") and ".wi." in key and s.tokens
+        ]
+        assert sum(s.tokens for s in own) == len(rows) and len(own) > 1, name
+        total = sum(s.hessian.double() for s in own)
+        assert close(total, 2 / 2 * rows.T @ rows), name
+
+
 def test_rows_that_cannot_be_followed_to_their_experts_are_said():
     class Scaled(Listed):
         def forward(self, x):
