@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from secateur.graph.build import _same_labels
 from secateur.graph.labels import Axes, Labels
 from secateur.graph.resolve import _varying
 
@@ -31,3 +32,14 @@ def test_what_varies_along_axes():
         3,
         3,
     ]
+
+
+def test_labels_are_the_same_when_all_layers_are():
+    labels = Labels()
+    a, b, c = (labels.new(4).reshape(1, 4) for _ in range(3))
+    labels.tie(a, b)
+    tracer = SimpleNamespace(labels=labels)
+    axes = lambda *layers: Axes((2, 4), layers)
+    assert _same_labels(tracer, axes(a), axes(b)) and _same_labels(tracer, axes(a, c), axes(b, c))
+    assert not _same_labels(tracer, axes(a, c), axes(b, a)) and not _same_labels(tracer, axes(a), axes(c))
+    assert not _same_labels(tracer, axes(a), axes(b, c))

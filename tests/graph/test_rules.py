@@ -322,6 +322,24 @@ def test_units_under_a_norm_are_inexact_however_few():
     assert [g.exact for g in trace(model, x).prunable()] == [False]
 
 
+class Expanded(nn.Module):
+    """One number for all channels, laid over as many as a constant or the layer's own size says."""
+
+    def __init__(self, width=None):
+        super().__init__()
+        self.a, self.b, self.width = nn.Linear(8, 6), nn.Linear(6, 3), width
+
+    def forward(self, x):
+        width = self.a.out_features if self.width is None else 6
+        return self.b(F.relu(self.a(x) + x.mean(-1, keepdim=True).expand(len(x), width)))
+
+
+def test_expanded_to_a_layer_s_own_size_or_to_a_constant():
+    check(Expanded(), torch.randn(2, 8), (6, {"a.w.0": 1, "a.b.0": 1, "b.w.1": 1}))
+    graph = check(Expanded("constant"), torch.randn(2, 8))
+    assert any("no channels to cut" in (g.reason or "") for g in graph.groups)
+
+
 class OneDNN(nn.Module):
     """An operation that exists for plain convolutions only, so it has no `transposed`."""
 

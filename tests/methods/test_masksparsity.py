@@ -22,6 +22,7 @@ from secateur.training.scales import (
     of_layers,
     ot_threshold,
     penalty_gradient,
+    separation,
     vote,
 )
 
@@ -356,3 +357,15 @@ def test_mistakes_are_named():
             make_method("masksparsity", **settings)
     with pytest.raises(SecateurError, match="N:M|2:4"):
         secateur.train_prune(load_task("digits"), method="masksparsity", target="2:4", steps=1)
+
+
+def test_how_well_the_scales_have_parted():
+    scales = {
+        "a": nn.Parameter(torch.tensor([-0.5, 0.001, -0.02, 0.01])),
+        "b": nn.Parameter(torch.tensor([-0.3, 0.4])),
+    }
+    found = separation(scales, {"a": torch.tensor([True, False, False, False])})
+    assert found == pytest.approx(
+        {"largest_gamma_that_leaves": 0.02, "leaving_below_0.01": 1 / 3, "smallest_gamma_that_stays": 0.3}
+    )
+    assert separation(scales, {}) == {}

@@ -1,5 +1,7 @@
 """Gradients and Fisher values against autograd, and what `collect` leaves behind."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from secateur import SecateurError
 from secateur.graph.blocks import find_matrices
 from secateur.stats.collect import collect
+from secateur.stats.record import _ExpertInputs
 
 
 def squared(model, batch):
@@ -124,3 +127,12 @@ def test_without_a_loss_the_user_is_asked_for_one():
             loss=lambda m, x: m(x).sum() * torch.nan,
         )
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_expert_s_rows_are_those_that_are_not_all_zero():
+    matrix, seen = SimpleNamespace(parameter=torch.randn(2, 3, 5)), []
+    rows = torch.tensor([[[1.0, 0, 2], [0, 0, 0], [0, 3, 0]], [[0, 0, 0], [0, 0, 4], [0, 0, 0]]])
+    with _ExpertInputs([matrix], lambda matrix, expert, x: seen.append((expert, x.tolist()))):
+        torch.bmm(rows, matrix.parameter)
+        rows[0] @ matrix.parameter[1]
+    assert seen == [(0, [[1, 0, 2], [0, 3, 0]]), (1, [[0, 0, 4]]), (1, rows[0].tolist())]

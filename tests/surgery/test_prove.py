@@ -10,7 +10,7 @@ from torch import nn
 import secateur
 from secateur.graph import trace
 from secateur.surgery import cut_units, prove
-from secateur.surgery.prove import _gap
+from secateur.surgery.prove import _gap, _rebatched
 
 
 class Net(nn.Module):
@@ -101,3 +101,9 @@ def test_the_gap_is_the_largest_difference(got, expected, gap):
 def test_whole_numbers_are_equal_or_not():
     assert _gap([torch.tensor([1, 2])], [torch.tensor([1, 2])]) is None
     assert _gap([torch.tensor([1, 2])], [torch.tensor([1, 3])]) == math.inf
+
+
+def test_another_batch_is_the_first_example_or_one_twice():
+    rows = torch.arange(6.0).reshape(3, 2)
+    assert torch.equal(_rebatched(rows[:2]), rows[:1])
+    assert torch.equal(_rebatched(rows[1:2]), rows[[1, 1]])

@@ -20,6 +20,8 @@ def test_the_search_gives_settings_within_their_bounds_and_repeats(llava):
     assert set(found) == {"r1", "r2", "t", "a", "alpha"}
     assert 0.5 <= found["r1"] <= 0.75 and 0.5333 <= found["r2"] <= 1
     assert calibrate(llava, samples, **search) == found
+    counted = calibrate(llava, samples, target="tokens=4", evaluations=1, start=1)
+    assert 0.25 <= counted["r1"] <= 0.375  # a count is no share of its own
 
 
 def test_the_unpruned_model_agrees_with_itself(llava):
