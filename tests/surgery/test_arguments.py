@@ -1,6 +1,9 @@
 """The search for arguments, on distances made up by hand."""
 
-from secateur.surgery.arguments import SAME, fit_arguments
+from torch import nn
+
+from secateur.surgery.arguments import SAME, _values, fit_arguments
+from secateur.surgery.changes import _renumber
 
 
 def toggle(name):
@@ -37,3 +40,22 @@ def test_never_three_at_a_time():
         return (0, 0) if sum(values.values()) == 3 else (5, 0)
 
     assert fit_arguments(START, KNOBS, distance) == (START, (5, 0)) and len(tried) == 1 + 3 + 3
+
+
+def test_what_an_argument_may_have_become():
+    """12 channels became 8: a count of 6 is half of them, one of 4 a third; 5 blocks became 3."""
+    changed, blocks = {(12, 8), (12, 9)}, {(5, 3), (6, 2)}
+    assert _values(6, changed, changed, blocks) == [2, 4]
+    assert _values(4, changed, changed, blocks) == [3] and _values(5, changed, changed, blocks) == [3]
+    assert _values(12, changed, changed, blocks) == [8, 9] and _values(1, changed, changed, blocks) == []
+    assert _values(7, changed, changed, blocks) == []
+    assert _values(1.5, {(12, 8), (8, 8)}, changed, blocks) == [1.0]
+    assert _values(0.0, changed, changed, blocks) == []
+
+
+def test_only_numbered_children_are_numbered_afresh():
+    numbered = nn.ModuleList(nn.Linear(1, n) for n in (1, 2, 3))
+    assert _renumber(numbered, ["0", "2"]) == {"0": "0", "2": "1"}
+    assert [layer.out_features for layer in numbered] == [1, 3]
+    named = nn.ModuleDict({"0": nn.Linear(1, 1), "a": nn.Linear(1, 2), "2": nn.Linear(1, 3)})
+    assert _renumber(named, ["a", "2"]) == {"a": "a", "2": "2"} and list(named) == ["a", "2"]
