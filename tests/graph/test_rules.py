@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from secateur.errors import SecateurError
 from secateur.graph import trace
 from secateur.surgery import cut_units, mask_units, prove
 
@@ -338,6 +339,39 @@ def test_expanded_to_a_layer_s_own_size_or_to_a_constant():
     check(Expanded(), torch.randn(2, 8), (6, {"a.w.0": 1, "a.b.0": 1, "b.w.1": 1}))
     graph = check(Expanded("constant"), torch.randn(2, 8))
     assert any("no channels to cut" in (g.reason or "") for g in graph.groups)
+
+
+def test_values_of_another_shape_are_refused():
+    model = randomised(Chain("a", F.relu, "b", a=nn.Linear(8, 6), b=nn.Linear(6, 3)))
+    (group,) = trace(model, torch.randn(2, 8)).prunable()
+    assert group.reduce({"a.weight": torch.ones(6, 8), "b.weight": torch.ones(3, 6)}).tolist() == [11] * 6
+    for values in (
+        {"a.weight": torch.ones(5, 8)},
+        {"b.weight": torch.ones(3, 5)},
+        {"b.weight": torch.ones(3)},
+    ):
+        with pytest.raises(SecateurError, match="values of shape"):
+            group.reduce(values)
+
+
+class Table(nn.Module):
+    """A router's numbers pick rows of a table of as many rows, or of more."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.gate, self.out, self.table = nn.Linear(8, 4), nn.Linear(8, 3), nn.Parameter(torch.randn(rows, 8))
+
+    def forward(self, x):
+        return self.out(x + self.table[self.gate(x).topk(2, -1).indices].sum(-2))
+
+
+@pytest.mark.parametrize(("rows", "experts"), [(4, [4]), (6, [])])
+def test_a_router_s_numbers_among_other_rows(rows, experts):
+    graph = trace(Table(rows), torch.randn(5, 8))
+    assert [g.size for g in graph.prunable()] == experts
+    if not experts:
+        reason = next(g.reason for g in graph.groups if g.size == rows)
+        assert "picked by index" in reason and not graph.rule_errors
 
 
 class OneDNN(nn.Module):

@@ -544,6 +544,16 @@ def test_blocks_hold_all_matrices_but_embedding_and_head(name):
         assert torch.equal(matrix.unfold(matrix.weight()), model.get_parameter(key))
 
 
+def test_blocks_without_a_matrix_are_no_stack():
+    def model(*more):
+        blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(4), *copy.deepcopy(more)) for _ in range(3))
+        return nn.ModuleDict({"layers": blocks, "head": nn.Linear(4, 2)})
+
+    assert (find_blocks(model()).path, len(find_blocks(model()))) == ("", 1)
+    stack = find_blocks(model(nn.Linear(4, 4)))
+    assert (stack.path, len(stack)) == ("layers", 3)
+
+
 def test_states_lie_in_one_buffer_while_they_fit_and_in_the_order_of_their_memory():
     flow = Flow(nn.Identity(), (), [torch.zeros(1, 4), torch.zeros(1, 4)])
     flow.state_bytes = 64
