@@ -77,15 +77,15 @@ def tiny_config(kind: str) -> Any:
     return transformers.AutoConfig.for_model(kind, **own)
 
 
-def build(name: str, batch: int = 2) -> tuple[torch.nn.Module, Any]:
-    """The model called `timm:...` or `hf:...` with random weights, and inputs for it."""
+def build(name: str, batch: int = 2, **smaller: Any) -> tuple[torch.nn.Module, Any]:
+    """The model called `timm:...` or `hf:...` with random weights, and inputs for it. smaller: arguments for timm."""
     torch.manual_seed(0)
     source, _, kind = name.partition(":")
     if source == "timm":
         import timm
 
-        model = timm.create_model(kind, pretrained=False)
-        model, size = smallest(kind, model)
+        model = timm.create_model(kind, pretrained=False, **smaller)
+        model, size = smallest(kind, model, **smaller)
         return fill(model), torch.randn(batch, 3, size, size)
     import transformers
 
@@ -118,7 +118,7 @@ def build(name: str, batch: int = 2) -> tuple[torch.nn.Module, Any]:
     return fill(model), inputs
 
 
-def smallest(kind: str, model: torch.nn.Module) -> tuple[torch.nn.Module, int]:
+def smallest(kind: str, model: torch.nn.Module, **smaller: Any) -> tuple[torch.nn.Module, int]:
     """The smallest image a model accepts: try sizes, rebuilding with `img_size` where the size is fixed."""
     import timm
 
@@ -129,7 +129,7 @@ def smallest(kind: str, model: torch.nn.Module) -> tuple[torch.nn.Module, int]:
             continue
         try:
             trial = (
-                timm.create_model(kind, pretrained=False, img_size=size)
+                timm.create_model(kind, pretrained=False, img_size=size, **smaller)
                 if fixed and size != native
                 else model
             )

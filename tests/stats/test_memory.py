@@ -1,5 +1,7 @@
 """The memory estimate against what the profiler sees, and how it grows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -7,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from secateur.graph.blocks import find_matrices
 from secateur.method import make_method
 from secateur.pruning.select import Pattern
-from secateur.stats.memory import estimate
+from secateur.stats.memory import _choosing, estimate
 from secateur.stats.stream import stream
 
 
@@ -56,3 +58,16 @@ def test_it_changes_nothing(tiny_llama):
     before = {n: t.clone() for n, t in model.state_dict().items()}
     estimate(model, torch.randint(0, 64, (4, 16)), {"hessian"})
     assert model.training and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_choosing_takes_the_most_where_the_largest_matrix_is():
+    def matrix(rows):
+        return SimpleNamespace(shape=(rows, 8), numel=rows * 8, parts=1, parameter=torch.zeros(1))
+
+    large, small = matrix(10), matrix(2)
+    # scores, their partition and a masked copy: 12 bytes a weight; a result and its mask: 5
+    assert _choosing({"a": large, "b": small}, {}) == 12 * 80
+    assert _choosing({"a": small, "b": large}, {}) == 5 * 16 + 12 * 80
+    assert _choosing({name: small for name in "a"}, {}) == 12 * 16
+    many = {str(n): matrix(2) for n in range(5)}
+    assert _choosing(many, {}) == 4 * 5 * 16 + 12 * 16
