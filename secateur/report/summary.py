@@ -289,11 +289,25 @@ def alarms(report: Mapping[str, Any]) -> list[str]:
     'collapsed: perplexity, ptb went from 20 to 50: 2.5 times what it was'
     """
     found = []
-    for broken in collapses(report.get("before") or {}, report.get("after") or {}):
+    for broken in collapses(_whole(report), report.get("after") or {}):
         values = [figure(broken.kind, value) for value in (broken.before, broken.after)]
         task = broken.task + METRICS.get(broken.metric, "")
         found.append(f"collapsed: {broken.kind}, {task} went from {values[0]} to {values[1]}: {broken.why}")
     return [*found, _what_next(report)] if found else []
+
+
+def _whole(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The figures of the whole network: where it was trained before anything left, those of its best phase."""
+    before, task = report.get("before") or {}, report.get("task") or {}
+    metric, name = task.get("metric"), task.get("name")
+    reached = [
+        row["quality"] for row in report.get("phases") or [] if row.get("density") == 1 and row.get("quality")
+    ]
+    if not reached or metric not in ("accuracy", "miou", "psnr"):
+        return before
+    if metric == "psnr":
+        return {**before, "psnr": {name: max(reached)}}
+    return {**before, "accuracy": {name: {"acc" if metric == "accuracy" else metric: max(reached)}}}
 
 
 def _what_next(report: Mapping[str, Any]) -> str:

@@ -173,6 +173,20 @@ def test_a_collapse_is_red_and_first_and_says_what_to_try() -> None:
     assert 'role="alert"' not in html.report_html(report, plan)
 
 
+def test_what_trains_is_compared_with_the_trained_whole() -> None:
+    """Before training the network knows nothing, so that nothing could be lost from there."""
+    report = {
+        "task": {"name": "digits", "metric": "accuracy"},
+        "before": {"accuracy": {"digits": {"acc": 0.1}}, "chance": {"digits": 0.1}},
+        "after": {"accuracy": {"digits": {"acc": 0.3}}},
+        "phases": [{"density": 1.0, "quality": 0.9}, {"density": 0.02, "quality": 0.3}],
+    }
+    first, last = summary.alarms(report)
+    assert "went from 90.0 % to 30.0 %: 75 % of" in first and "--epochs" in last
+    report["phases"][0]["quality"] = 0.35
+    assert summary.alarms(report) == []
+
+
 def test_times_have_the_digits_that_their_spread_supports() -> None:
     report, plan = structured()
     report["before"]["latency"] = {"forward_seconds": 0.447, "quartiles": {"forward_seconds": [0.431, 0.47]}}
