@@ -433,7 +433,8 @@ class DecoderDriver:
         stage, cache = step.stage(number), cache_in(kwargs)
         if stage is None or cache is None:
             return None
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        kwargs = dict(zip(self.names, args)) | kwargs
+        hidden: Tensor = kwargs.pop(self.names[0])
         held = cache.layers[number]
         key = ("mask", stage, held.is_sliding)
         if key not in step.memo:
@@ -446,7 +447,7 @@ class DecoderDriver:
             places, tables = self._moved(step.memo, stage, layer, hidden, places, gone)
             changed = {"position_ids": places, "position_embeddings": tables}
             new |= {name: value for name, value in changed.items() if name in kwargs}
-        return args, new
+        return (hidden,), new
 
     def _mask(
         self,

@@ -611,7 +611,7 @@ class Trainer:
             raise SecateurError(
                 f"it isn't a checkpoint ({error})", where=str(path), fix="remove it"
             ) from error
-        if metadata["recipe"] != self.settings():
+        if metadata.get("recipe") != self.settings():
             raise SecateurError(
                 "it belongs to another recipe", where=str(path), fix="remove it to start anew"
             )
