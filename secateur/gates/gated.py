@@ -42,6 +42,14 @@ class Gated(nn.Module):
         self.groups = {group.name: group for group in groups}
         self.points, self.frozen = dict(points), dict(frozen)
         self.fixed: dict[str, Tensor] = {}
+        self.frozen_model = False
+
+    def train(self, mode: bool = True) -> Gated:
+        """As `nn.Module.train`; with `frozen_model` the gates draw while the model itself stays in eval mode."""
+        super().train(mode)
+        if self.frozen_model:
+            self.model.eval()
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         values = self.values()

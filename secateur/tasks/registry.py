@@ -17,8 +17,10 @@ NETWORKS = {
     "digits": ("digits-cnn", "digits-resnet"),
     "sr": ("carn-m", "carn-m-x3", "carn-m-x4", "vdsr", "vdsr-x3", "vdsr-x4", "rfdn"),
     "camvid": ("espnet",),
+    "mnist": ("mnist-dit",),
 }
 """The networks of each task, its default first. A task is a module of this package."""
+MODULES = {"mnist": "mnist_dit"}
 TASKS = tuple(NETWORKS)
 OWNERS = {network: task for task, names in NETWORKS.items() for network in names}
 SPLITS = ("test", "val", "all")
@@ -68,4 +70,4 @@ def load_network(name: str) -> nn.Module:
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(f"secateur.tasks.{name}")
+    return importlib.import_module(f"secateur.tasks.{MODULES.get(name, name)}")

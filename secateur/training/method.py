@@ -23,6 +23,8 @@ class TrainMethod(Method):
     verb: ClassVar[str] = "train_prune"
     starts: ClassVar[str] = "init"
     """What the first phase begins with: "init", untrained weights, or "trained" ones."""
+    draws: ClassVar[bool] = False
+    """Whether it needs a task whose model draws in steps (`Task.sampler`)."""
     removes: ClassVar[str] = "weights"
     """Single "weights" (zeros) or whole "units" (smaller tensors)."""
     kinds: ClassVar[tuple[str, ...] | None] = None

@@ -10,6 +10,7 @@ from torch import nn
 
 from secateur.training.batches import Augment
 from secateur.training.recipe import Recipe
+from secateur.training.sampling import Sampler
 from secateur.utils.screen import Screen
 from secateur.utils.types import Objective
 
@@ -24,6 +25,7 @@ class Task(Screen):
     train: as `fit` takes it. augment: `(batch, generator) -> batch` on the model's device.
     quality: on held-out data, higher is better; None: nothing is measured. metric: what it is.
     inputs: example inputs, for tracing and counting. classes: labels of `train` are checked to be 0..classes-1, none empty.
+    sampler: how the network draws, where it generates.
     epochs, recipe: the task's default training. pretrained: the trained network, where there is one.
     """
 
@@ -39,3 +41,4 @@ class Task(Screen):
     pretrained: Callable[[], nn.Module] | None = None
     augment: Augment | None = None
     classes: int | None = None
+    sampler: Sampler | None = None
