@@ -136,3 +136,13 @@ def test_an_expert_s_rows_are_those_that_are_not_all_zero():
         torch.bmm(rows, matrix.parameter)
         rows[0] @ matrix.parameter[1]
     assert seen == [(0, [[1, 0, 2], [0, 3, 0]]), (1, [[0, 0, 4]]), (1, rows[0].tolist())]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_an_input_that_is_no_number_names_the_layer(bad):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    x = torch.randn(6, 3)
+    assert set(collect(model, x, {"input_norm"}, find_matrices(model))) == {"0.weight", "2.weight"}
+    x[4, 1] = bad
+    with pytest.raises(SecateurError, match=r"0\.weight: its inputs hold NaN"):
+        collect(model, x, {"input_norm"}, find_matrices(model))
