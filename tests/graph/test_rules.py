@@ -354,6 +354,17 @@ def test_values_of_another_shape_are_refused():
             group.reduce(values)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_rows_joined_with_rows_of_constants_keep_their_columns(first):
+    def joined(x):
+        zeros = x.new_zeros(len(x), 1, 6)
+        return torch.cat([zeros, x] if first else [x, zeros], 1)
+
+    graph = trace(Chain("a", joined, "b", a=nn.Linear(8, 6), b=nn.Linear(6, 3)), X1)
+    assert not graph.prunable()
+    assert any("no channels to cut" in g.reason for g in graph.groups if g.slices[0].name == "a.weight")
+
+
 class Table(nn.Module):
     """A router's numbers pick rows of a table of as many rows, or of more."""
 
