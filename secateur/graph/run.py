@@ -27,6 +27,7 @@ from secateur.utils.running import (
     _flat,
     evaluating,
     flat_tensors,
+    unchanged,
     without_cache,
     without_stale,
 )
@@ -68,6 +69,7 @@ def run_model(t: Tracer, inputs: Any, training: Collection[nn.Module] = ()) -> l
         t.env[value] = Axes(tuple(value.shape), [], None)
     with ExitStack() as stack:
         for context in (
+            unchanged(module for _, module in modules),
             evaluating(t.model),
             without_stale(modules),
             torch.no_grad(),

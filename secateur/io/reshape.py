@@ -84,6 +84,8 @@ def reshape(model: nn.Module, cut: dict[str, Any]) -> None:
     for path, values in cut["attributes"].items():
         module = model.get_submodule(path)
         for key, value in values.items():
+            if getattr(module, key, value) is None:  # what a run leaves behind, such as the length of a table
+                continue
             as_tuple = isinstance(value, list) and not isinstance(getattr(module, key, None), list)
             setattr(module, key, tuple(value) if as_tuple else value)
 
@@ -191,8 +193,8 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _simple(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return bool(value) and all(isinstance(item, int) for item in value)
+    if isinstance(value, tuple | list):  # a torch.Size is the shape of something that a run has seen
+        return bool(value) and not isinstance(value, torch.Size) and all(isinstance(v, int) for v in value)
     return isinstance(value, bool | int | float | str)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.utils.inputs import Inputs
-from secateur.utils.running import call, flat_tensors, without_cache
+from secateur.utils.running import attributes_of, call, flat_tensors, put_back, without_cache
 
 SEEDS = 5
 """Runs of a model that draws random numbers in evaluation mode."""
@@ -46,7 +46,8 @@ def check_forward(model: nn.Module, inputs: Inputs, steady: bool = True) -> None
 
 
 class Buffers:
-    """The buffers of a model as they are now: running a model may change them (counters, caches), `restore` undoes it."""
+    """The buffers and attributes of a model as they are now: running it may change them (counters, tables for a
+    picture's size), `restore` undoes it."""
 
     def __init__(self, model: nn.Module):
         self.saved = [
@@ -55,8 +56,10 @@ class Buffers:
             for name, tensor in module._buffers.items()
             if tensor is not None
         ]
+        self.attributes = attributes_of(model.modules())
 
     def restore(self) -> None:
+        put_back(self.attributes)
         with torch.no_grad():
             for owner, name, tensor, value in self.saved:
                 if tensor.shape == value.shape:

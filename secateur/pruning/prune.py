@@ -163,6 +163,7 @@ def prune(
             for each in (inputs, *also):
                 check_forward(working, each, steady=units and options.prove)
         before = measure(working, **measured)
+        buffers.restore()
         undo = Undo(working, rollback and inplace)
         key = (
             chosen.name,

@@ -84,6 +84,31 @@ def without_stale(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
         empty(caches(module for _, module in modules))
 
 
+def attributes_of(modules: Iterable[nn.Module]) -> list[tuple[dict, dict]]:
+    """What each module holds now beside its mode; `put_back` takes it."""
+    return [(module.__dict__, dict(module.__dict__)) for module in modules]
+
+
+def put_back(before: Sequence[tuple[dict, dict]]) -> None:
+    """Attributes that modules set, replaced or removed since then are as they were."""
+    for now, then in before:
+        for key in [key for key in now if key not in then]:
+            del now[key]
+        for key, value in then.items():
+            if key != "training" and now.get(key, now) is not value:
+                now[key] = value
+
+
+@contextmanager
+def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """What modules note while they run (tables for a picture's size, shapes they have seen) is gone afterwards."""
+    before = attributes_of(modules)
+    try:
+        yield
+    finally:
+        put_back(before)
+
+
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Models that can return a cache do not: its tensors are no output to be kept whole."""

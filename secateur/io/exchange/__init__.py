@@ -19,7 +19,7 @@ from secateur.errors import SecateurError
 from secateur.io.exchange.program import Program, largest_difference
 from secateur.utils.files import atomic_write_bytes
 from secateur.utils.inputs import Inputs, as_call
-from secateur.utils.running import call, evaluating, without_cache
+from secateur.utils.running import call, evaluating, unchanged, without_cache
 
 __all__ = ["SUFFIXES", "Program", "check_packages", "export", "is_exchange", "load_file"]
 
@@ -74,7 +74,7 @@ def export(
     path = Path(path).expanduser()
     if not is_exchange(path):
         raise SecateurError("neither .onnx nor .pt2", where=str(path), fix="end the name in .onnx or .pt2")
-    with evaluating(model):
+    with unchanged(model.modules()), evaluating(model):
         with torch.no_grad(), without_cache(model):
             expected = _tensors(call(model, inputs))
         if path.suffix.lower() == ".onnx":

@@ -26,7 +26,7 @@ from secateur.errors import SecateurError
 from secateur.io.exchange.program import Program, Spec, Template, add_step, register, tensor_at
 from secateur.utils.files import check_path
 from secateur.utils.inputs import Inputs, as_call
-from secateur.utils.running import without_cache
+from secateur.utils.running import unchanged, without_cache
 
 SIZES = {
     "size", "shape", "sizes", "split_size", "split_sizes", "start", "end", "length", "groups", "num_groups",
@@ -464,6 +464,8 @@ def _export_open(model: nn.Module, args: Any, kwargs: Any, dims: Sequence[set[in
     left = list(dims)
     for value in leaves:
         own = left.pop(0) if isinstance(value, Tensor) and value.dim() else set()
+        if own:  # a failed export leaves its marks on the tensors that it was given
+            value = value.detach()
         for k in own:
             value = torch.cat([value, value], k) if value.shape[k] == 1 else value
         wide.append(value)
@@ -487,7 +489,7 @@ def _refused(error: Exception) -> SecateurError:
 
 
 def _export(model: nn.Module, args: Any, kwargs: Any, shapes: Any) -> ExportedProgram:
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet(), unchanged(model.modules()):
         return torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False)
 
 
