@@ -348,26 +348,26 @@ def with_torch_pruning(name: str, say: Callable[[dict[str, Any]], None]) -> None
     say({"tp_status": status, "tp_share": round(share, 3), "tp_reason": why})
 
 
-TOOLS = {"secateur": with_secateur, "torch-pruning": with_torch_pruning}
+Work = Callable[[str, Callable[[dict[str, Any]], None]], None]
+TOOLS: dict[str, Work] = {"secateur": with_secateur, "torch-pruning": with_torch_pruning}
 
 
-def child(tool: str, name: str, pipe: Any, seconds: int, gigabytes: float) -> None:
-    """One tool on one model under limits; it sends what it finds."""
+def child(work: Work, name: str, pipe: Any, seconds: int, gigabytes: float, prefix: str) -> None:
+    """One piece of work on one model under limits; it sends what it finds."""
     resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
-    prefix = "" if tool == "secateur" else "tp_"
     warnings.simplefilter("ignore")
     try:
-        TOOLS[tool](name, pipe.send)
+        work(name, pipe.send)
     except Exception as error:  # noqa: BLE001  whatever a tool raises is its result
         pipe.send({f"{prefix}status": "crashed", f"{prefix}reason": told(error)})
 
 
-def limited(tool: str, name: str, seconds: int, gigabytes: float) -> dict[str, Any]:
-    """What `tool` finds in a process of its own, with `seconds` of processor time (five times that by the clock)."""
+def limited(work: Work, name: str, seconds: int, gigabytes: float, prefix: str = "") -> dict[str, Any]:
+    """What `work` finds in a process of its own, with `seconds` of processor time (five times that by the clock)."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=child, args=(tool, name, send, seconds, gigabytes))
+    process = context.Process(target=child, args=(work, name, send, seconds, gigabytes, prefix))
     process.start()
     send.close()
     row: dict[str, Any] = {}
@@ -379,7 +379,6 @@ def limited(tool: str, name: str, seconds: int, gigabytes: float) -> dict[str, A
     except EOFError:
         pass
     process.join()
-    prefix = "" if tool == "secateur" else "tp_"
     if f"{prefix}status" not in row:
         late = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
         row[f"{prefix}status"] = "timed out" if late else "crashed"
@@ -472,7 +471,7 @@ def main() -> None:
                 if row.get(f"{prefix}status") and not args.again:
                     continue
                 row.update(dict.fromkeys((f for f in FIELDS[1:] if f.startswith("tp_") == bool(prefix)), ""))
-                row.update(limited(tool, name, args.timeout, args.memory))
+                row.update(limited(TOOLS[tool], name, args.timeout, args.memory, prefix))
                 write(args.out, rows)
                 print(
                     {

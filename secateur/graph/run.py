@@ -21,7 +21,7 @@ from secateur.graph.rules.multihead import multihead, tensors_of
 from secateur.graph.rules.pick import numbers
 from secateur.graph.rules.pointwise import pointwise
 from secateur.graph.tracer import Picked, Tracer
-from secateur.graph.watch import note_sizes, sized_shape, watched_sizes
+from secateur.graph.watch import note_sizes, sized_shape, watched_comparisons, watched_sizes
 from secateur.utils.inputs import as_call
 from secateur.utils.running import (
     _flat,
@@ -47,6 +47,8 @@ WHOLE = {
     "gru": aten.gru.input,
     "rnn_tanh": aten.rnn_tanh.input,
     "rnn_relu": aten.rnn_relu.input,
+    "_pack_padded_sequence": aten._pack_padded_sequence.default,
+    "_pad_packed_sequence": aten._pad_packed_sequence.default,
     "one_hot": aten.one_hot.default,
     "histc": aten.histc.default,
     "bincount": aten.bincount.default,
@@ -74,6 +76,7 @@ def run_model(t: Tracer, inputs: Any, training: Collection[nn.Module] = ()) -> l
             without_stale(modules),
             torch.no_grad(),
             watched_sizes(modules),
+            watched_comparisons(t),
             without_cache(t.model),
             _hooked(t, modules),
             Dispatch(t),
@@ -145,15 +148,16 @@ class Functions(TorchFunctionMode):
                 return _number(t, axes, name, func, args, kwargs)
         if name == "multi_head_attention_forward":
             return _multihead(t, func, args, kwargs)
-        if name in WHOLE and not (
-            name in RECURRENT and isinstance(args[2], torch.Tensor)
-        ):  # packed sequences
+        if name in WHOLE:
+            op = WHOLE[name]
+            if name in RECURRENT and not isinstance(args[3], bool):  # packed: sizes of batches come second
+                op = getattr(aten, name).data
             t.off += 1
             try:
                 out = func(*args, **kwargs)
                 if name == "einsum" and not isinstance(args[1], (list, tuple)):
                     args = (args[0], list(args[1:]))
-                apply(t, WHOLE[name], args, kwargs, out)
+                apply(t, op, args, kwargs, out)
             finally:
                 t.off -= 1
             return out

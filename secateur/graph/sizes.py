@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from secateur.graph.labels import Axes
 
@@ -32,14 +32,30 @@ class Extent:
 
 
 class Size(int):
-    """An int with its expression: an Attribute, an Extent or (operator, left, right)."""
+    """An int with its expression: an Attribute, an Extent or (operator, left, right).
+
+    `compared` is called with the expressions of two Sizes that a model's code found equal.
+    """
 
     expr: Any
+    compared: ClassVar[Callable[[Any, Any], None] | None] = None
 
     def __new__(cls, value: int, expr: Any) -> Self:
         self = int.__new__(cls, value)
         self.expr = expr
         return self
+
+    def __eq__(self, other: object) -> bool:
+        same = int.__eq__(self, other)  # type: ignore[operator]
+        if same is True and Size.compared is not None and isinstance(other, Size):
+            Size.compared(self.expr, other.expr)
+        return same
+
+    def __ne__(self, other: object) -> bool:
+        same = self.__eq__(other)
+        return same if same is NotImplemented else not same
+
+    __hash__ = int.__hash__
 
     def __neg__(self) -> Size:
         return Size(-int(self), (operator.sub, 0, self.expr))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,7 +16,7 @@ from secateur.graph.sizes import Attribute, Extent, Size, expression, leaves
 from secateur.graph.tracer import Tracer
 
 INTERNAL = {"training", "call_super_init", "dump_patches", "padding_idx", "_version"}
-RESHAPES = {"view", "reshape", "expand", "_unsafe_view", "unflatten", "broadcast_to"}
+RESHAPES = {"view", "reshape", "expand", "repeat", "_unsafe_view", "unflatten", "broadcast_to"}
 FACTORIES = {
     "zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full",
 }  # fmt: skip
@@ -63,6 +64,24 @@ def watched_sizes(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
             owner[key] = value
 
 
+@contextmanager
+def watched_comparisons(t: Tracer) -> Iterator[None]:
+    """Where code finds an attribute equal to the size of an axis, it goes on being so: it may be an assertion."""
+
+    def compared(a: Any, b: Any) -> None:
+        extent, other = (a, b) if isinstance(a, Extent) else (b, a)
+        if t.off or not isinstance(extent, Extent) or isinstance(other, Extent):
+            return
+        if any(isinstance(leaf, Attribute) for leaf in leaves(other)):
+            t.event(other, Part(extent.axes, extent.axis, 0, extent.axes.shape[extent.axis]))
+
+    Size.compared = staticmethod(compared)
+    try:
+        yield
+    finally:
+        Size.compared = None
+
+
 def sized_shape(t: Tracer, tensor: torch.Tensor, shape: torch.Size) -> torch.Size:
     """The shape with its labelled entries as Sizes."""
     axes = t.env.get(tensor)
@@ -97,7 +116,10 @@ def reshaped(t: Tracer, name: str, args: Sequence[Any], out: torch.Tensor) -> No
         ints = list(ints[0])
     if len(ints) != rank:
         return
-    if name == "expand":
+    if name == "repeat":  # how many times; of an axis of size 1 that is its new size
+        pad = rank - args[0].dim()
+        ints = [v if k < pad or args[0].shape[k - pad] == 1 else 1 for k, v in enumerate(ints)]
+    if name in ("expand", "repeat"):
         expanded(t, args[0], out, ints)
         axes = t.axes(out)
     for k, value in enumerate(ints):
@@ -105,15 +127,27 @@ def reshaped(t: Tracer, name: str, args: Sequence[Any], out: torch.Tensor) -> No
 
 
 def expanded(t: Tracer, source: torch.Tensor, out: torch.Tensor, ints: Sequence[Any]) -> None:
-    """An axis expanded to a size that an attribute holds can shrink: it gets labels of its own."""
+    """An axis expanded to a size that an attribute holds can shrink: it gets labels of its own. One expanded to the
+    size of another axis shrinks with that."""
     axes, pad = t.axes(out), out.dim() - source.dim()
     layers = list(axes.layers)
     for k, value in enumerate(ints):
-        grown = k < pad or source.shape[k - pad] == 1
-        settable = any(isinstance(a, Attribute) for a in leaves(expression(value)))
-        if grown and settable and value > 1 and not axes.has(k):
-            layers.append(along(t.labels.new(int(value)), out.dim(), k))
+        if not (k < pad or source.shape[k - pad] == 1) or value <= 1 or axes.has(k):
+            continue
+        ids = labels_of(expression(value))
+        if ids is None and any(isinstance(a, Attribute) for a in leaves(expression(value))):
+            ids = t.labels.new(int(value))
+        if ids is not None:
+            layers.append(along(ids, out.dim(), k))
     t.env[out] = Axes(axes.shape, layers, axes.params)
+
+
+def labels_of(expr: Any) -> np.ndarray | None:
+    """The labels along the axis whose size this is, where no other axis has labels."""
+    for layer in expr.axes.layers if isinstance(expr, Extent) else ():
+        if layer.shape[expr.axis] > 1 and sum(n > 1 for n in layer.shape) == 1:
+            return layer.reshape(-1)
+    return None
 
 
 def created(t: Tracer, name: str, args: Sequence[Any], result: torch.Tensor) -> None:
@@ -124,11 +158,9 @@ def created(t: Tracer, name: str, args: Sequence[Any], result: torch.Tensor) -> 
     rank, layers = result.dim(), []
     for k, value in enumerate(shape[:rank]):
         expr = expression(value)
-        if isinstance(expr, Extent) and int(value) > 1:
-            for layer in expr.axes.layers:
-                if layer.shape[expr.axis] > 1 and sum(n > 1 for n in layer.shape) == 1:
-                    layers.append(along(layer.reshape(-1), rank, k))
-                    break
+        ids = labels_of(expr) if int(value) > 1 else None
+        if ids is not None:
+            layers.append(along(ids, rank, k))
         elif isinstance(expr, Attribute) and int(value) > 1:
             layers.append(along(t.labels.new(int(value)), rank, k))
         t.sized(value, Axes(tuple(result.shape), layers), k)

@@ -548,6 +548,19 @@ def test_e2_mixer():
     check(Mixer(), torch.randn(2, 5, 3), (10, {"t1.w.0": 1, "t1.b.0": 1, "t2.w.1": 1}), (8, stem))
 
 
+@pytest.mark.parametrize("rows", [3, 30])  # 30: by a matrix product
+def test_distances_to_the_vectors_of_a_codebook(rows):
+    class Nearest(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.book = nn.Linear(8, 6), nn.Parameter(torch.randn(rows, 6))
+
+        def forward(self, x):
+            return torch.cdist(self.a(x), self.book)
+
+    check(Nearest(), torch.randn(28, 8), (6, {"a.w.0": 1, "a.b.0": 1, "book.1": 1}))
+
+
 def test_an_operation_without_a_rule_freezes_with_its_name_and_line():
     model = Chain("a", lambda x: torch.linalg.qr(x)[0], "b", a=nn.Linear(8, 8), b=nn.Linear(5, 4))
     graph = trace(model, torch.randn(2, 5, 8))

@@ -158,3 +158,68 @@ def test_integers_are_plain_again_after_a_trace():
     model = Attention("attribute")
     trace(model, X)
     assert type(model.num_heads) is int and type(model.qkv.out_features) is int
+
+
+class Asserted(nn.Module):
+    """Code that looks at its sizes before it runs."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.channels, self.half = how, 8, 4
+        self.a, self.b = nn.Linear(12, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        y = self.a(x)
+        if self.how == "assert":
+            assert y.shape[-1] == self.channels
+        elif self.how == "raise" and self.channels != y.size(2):
+            raise ValueError("channels")
+        elif self.how == "half":
+            assert y.shape[-1] == 2 * self.half
+        elif self.how == "tuple":
+            assert y.shape[2:] == (self.channels,)
+        return self.b(y.relu())
+
+
+@pytest.mark.parametrize("how", ["assert", "raise", "half", "tuple"])
+def test_a_size_that_the_code_compares_follows(how):
+    model = Asserted(how)
+    graph = trace(model, X)
+    (group,) = graph.prunable()
+    keep = {group.name: torch.tensor([0, 1, 5, 6])}
+    assert prove(model, graph, keep, X) == {}
+    cut_units(model, graph, keep)
+    assert (model.channels, model.half) == ((8, 2) if how == "half" else (4, 4))
+    assert model(X).shape == (2, 5, 5)
+
+
+def test_nothing_is_noted_of_comparisons_after_a_trace():
+    trace(Asserted("assert"), X)
+    assert Size.compared is None
+
+
+@pytest.mark.parametrize("grown", ["repeat", "expand", "attribute"])
+def test_rows_gathered_by_numbers_that_all_channels_share(grown):
+    """The best rows are taken from a tensor of channels, with an index made as wide as the channels."""
+
+    class Best(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.score, self.b, self.width = nn.Linear(12, 8), nn.Linear(12, 1), nn.Linear(8, 5), 8
+
+        def forward(self, x):
+            y, best = self.a(x), self.score(x).topk(2, dim=1)[1]
+            wide = {
+                "repeat": lambda: best.repeat(1, 1, y.shape[-1]),
+                "expand": lambda: best.expand(-1, -1, y.shape[-1]),
+                "attribute": lambda: best.repeat(1, 1, self.width),
+            }[grown]()
+            return self.b(y.gather(1, wide))
+
+    model = Best()
+    graph = trace(model, X)
+    (group,) = graph.prunable()
+    keep = {group.name: torch.tensor([0, 1, 5])}
+    assert group.size == 8 and prove(model, graph, keep, X) == {}
+    cut_units(model, graph, keep)
+    assert model(X).shape == (2, 2, 5)

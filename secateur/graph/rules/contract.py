@@ -320,6 +320,23 @@ def embedding(t: Tracer, c: Call) -> Axes:
     return Axes(c.out, [] if ids is None else [along(ids, len(c.out), -1)], None)
 
 
+@rule("cdist", "_cdist_forward", "_euclidean_dist")
+def distances(t: Tracer, c: Call) -> Axes:
+    """Rows of one matrix against rows of another: a unit that is zero in both adds nothing."""
+    x, y = (rect(t, v) for v in list(c.axes.values())[:2])
+    for v, other in ((x, y), (y, x)):
+        if v.params:
+            t.weight(v, [-2], [-1])
+    join(t, vector(t, x, -1), vector(t, y, -1), t.reason("the partner of a distance is fixed"))
+    layers = [layer for layer in x.layers if layer.shape[-1] == 1]
+    rows = vector(t, y, -2)
+    if rows is not None:
+        layers.append(along(rows, len(c.out), -1))
+    if len(x.shape) > 2 and any(v.has(k) for v in (x, y) for k in range(-len(v.shape), -2)):
+        raise NoRule
+    return Axes(c.out, layers, t.origin([x, y]))
+
+
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
 def recurrent(t: Tracer, c: Call) -> list[Axes]:
     gates = {"lstm": 4, "gru": 3}.get(c.name, 1)
@@ -333,7 +350,7 @@ def recurrent(t: Tracer, c: Call) -> list[Axes]:
     size, per = ws[0].shape[0] // gates, len(ws) // (layers * ways)
     projected = per == (5 if biased else 3)
     why = t.reason("the input of a recurrent layer is fixed")
-    inp = vector(t, rect(t, c.axes["input"]), -1)
+    inp = vector(t, rect(t, next(iter(c.axes.values()))), -1)
     first: tuple[np.ndarray, np.ndarray] | None = None
     outs: list[np.ndarray] = []
     for n in range(layers):

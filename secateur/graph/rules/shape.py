@@ -319,3 +319,16 @@ def unfold(t: Tracer, c: Call) -> Axes:
     x, d = c.axes["self"], int(c.args["dimension"])
     x = fix(t, x, d % len(x.shape), t.reason("windows are taken along this axis"))
     return Axes(c.out, [layer[..., None] for layer in x.layers], x.params)
+
+
+@rule("_pack_padded_sequence", "_pad_packed_sequence")
+def packed(t: Tracer, c: Call) -> list[Axes]:
+    """Sentences of unequal length: [batch, words, ...] becomes [all words, ...], and back."""
+    x = next(iter(c.axes.values()))
+    for d in range(2 if c.name.startswith("_pack") else 1):
+        x = fix(t, x, d, t.reason("sentences are packed along this axis"))
+    if c.name.startswith("_pack"):
+        layers = [layer.reshape(layer.shape[1:]) for layer in x.layers]
+    else:
+        layers = [layer[None] for layer in x.layers]
+    return [Axes(c.out, layers, x.params), *(Axes(o, [], frozenset()) for o in c.outs[1:])]
