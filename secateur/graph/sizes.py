@@ -46,7 +46,7 @@ class Size(int):
         return self
 
     def __eq__(self, other: object) -> bool:
-        same = int.__eq__(self, other)  # type: ignore[operator]
+        same = int.__eq__(self, other)
         if same is True and Size.compared is not None and isinstance(other, Size):
             Size.compared(self.expr, other.expr)
         return same

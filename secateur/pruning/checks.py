@@ -33,7 +33,9 @@ def check_forward(model: nn.Module, inputs: Inputs, steady: bool = True) -> None
             raise SecateurError(
                 f"{type(model).__name__} returns no {'values' if first else 'tensor'} on them",
                 where="inputs",
-                fix="give at least one example" if first else "wrap it so that it returns what it computes",
+                fix="give inputs on which it returns some (for a detector, a lower score threshold)"
+                if first
+                else "wrap it so that it returns what it computes",
             )
         for seed in range(1, SEEDS if steady and drew() else 1 + steady):
             torch.manual_seed(seed)

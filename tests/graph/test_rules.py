@@ -561,6 +561,14 @@ def test_distances_to_the_vectors_of_a_codebook(rows):
     check(Nearest(), torch.randn(28, 8), (6, {"a.w.0": 1, "a.b.0": 1, "book.1": 1}))
 
 
+def test_regions_of_a_picture():
+    ops = pytest.importorskip("torchvision").ops
+    boxes = torch.tensor([[0, 0.0, 0.0, 3.0, 3.0], [1, 1.0, 1.0, 4.0, 3.0], [1, 0.0, 2.0, 4.0, 4.0]])
+    for pool in (ops.roi_align, ops.roi_pool):
+        model = Chain("a", lambda x, pool=pool: pool(x, boxes, 2), "b", a=conv(3, 4), b=conv(4, 5))
+        check(model, torch.randn(2, 3, 5, 5), (4, {"a.w.0": 1, "a.b.0": 1, "b.w.1": 1}))
+
+
 def test_an_operation_without_a_rule_freezes_with_its_name_and_line():
     model = Chain("a", lambda x: torch.linalg.qr(x)[0], "b", a=nn.Linear(8, 8), b=nn.Linear(5, 4))
     graph = trace(model, torch.randn(2, 5, 8))

@@ -1,5 +1,6 @@
 """What the proof asks of a cut model beyond its values: other batch sizes, and `torch.export`."""
 
+import copy
 import math
 
 import pytest
@@ -108,3 +109,55 @@ def test_another_batch_is_the_first_example_or_one_twice():
     rows = torch.arange(6.0).reshape(3, 2)
     assert torch.equal(_rebatched(rows[:2]), rows[:1])
     assert torch.equal(_rebatched(rows[1:2]), rows[[1, 1]])
+
+
+class Detector(nn.Module):
+    """Returns those of its places that score above nothing: how many follows from the values."""
+
+    def __init__(self, norm=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.score, self.box = nn.Linear(6, 8), nn.Linear(8, 1), nn.Linear(8, 4)
+        self.norm = nn.LayerNorm(8) if norm else nn.Identity()
+
+    def forward(self, x):
+        y = self.norm(self.body(x)).relu()
+        found = self.score(y)[..., 0] > 0.1
+        return self.box(y)[found], self.score(y)[found]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_sizes_that_follow_from_values_are_those_of_the_masked_model(norm):
+    model, x = Detector(norm).eval(), torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    graph = trace(model, x)
+    (group,) = graph.prunable()
+    keep = {group.name: torch.tensor([0, 1, 6])}
+    cut = copy.deepcopy(model)
+    cut_units(cut, graph, keep)
+    assert group.exact != norm and len(model(x)[0]) != len(cut(x)[0]) > 0
+    assert prove(model, graph, keep, x) == {}
+
+
+def test_a_size_that_only_the_cut_changes_is_found_out():
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.b(y), torch.zeros(y.shape[-1])
+
+    model, x = Whole().eval(), torch.randn(4, 6)
+    graph = trace(model, x)
+    group = next(g for g in graph.groups if g.size == 8)
+    group.reason = None
+    assert "output shapes" in prove(model, graph, {group.name: torch.tensor([0, 1, 6])}, x)[group.name]
+
+
+def test_a_detector_that_finds_nothing_proves_nothing():
+    model, x = Detector().eval(), torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    model.score.bias.data.fill_(-1e3)
+    (group,) = (graph := trace(model, x)).prunable()
+    reasons = prove(model, graph, {group.name: torch.tensor([0, 1, 6])}, x)
+    assert "nothing is left to compare" in reasons[group.name]

@@ -48,6 +48,15 @@ def same(t: Tracer, c: Call) -> Axes:
     return Axes(c.out, x.layers, x.params)
 
 
+@rule("roi_align", "roi_pool")
+def regions(t: Tracer, c: Call) -> list[Axes]:
+    """Regions of a picture, resampled: [pictures, channels, height, width] becomes [regions, channels, ...]."""
+    x = c.axes["input"]
+    for k in (0, 2, 3):
+        x = fix(t, x, k, t.reason("a spatial axis"))
+    return [Axes(o, x.layers, x.params) for o in c.outs]
+
+
 @rule("as_strided")
 def as_strided(t: Tracer, c: Call) -> Axes:
     x = c.axes["self"]
