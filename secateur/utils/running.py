@@ -111,15 +111,16 @@ def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Models that can return a cache do not: its tensors are no output to be kept whole."""
-    config: Any = getattr(model, "config", None)
-    setting = getattr(config, "use_cache", None)
-    if setting:
+    """Models that can return a cache do not, nor do their parts: its tensors are no output to be kept whole."""
+    found = [getattr(model, "config", None), *(vars(module).get("config") for module in model.modules())]
+    configs: Any = {id(config): config for config in found if getattr(config, "use_cache", None)}.values()
+    settings = [config.use_cache for config in configs]
+    for config in configs:
         config.use_cache = False
     try:
         yield
     finally:
-        if setting:
+        for config, setting in zip(configs, settings, strict=True):
             config.use_cache = setting
 
 

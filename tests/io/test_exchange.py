@@ -379,3 +379,56 @@ def test_a_name_without_a_format_and_a_missing_package_are_told(tmp_path, monkey
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     with pytest.raises(SecateurError, match=r"pip install secateur\[onnx\]"):
         load_file(tmp_path / "two.onnx")
+
+
+def encoder_decoder():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 30, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    return model, {"input_ids": torch.randint(30, (2, 6)), "decoder_input_ids": torch.randint(30, (2, 4))}
+
+
+def mixture():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {
+        "vocab_size": 30,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    experts = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **experts)), {"input_ids": torch.randint(30, (2, 6))}
+
+
+@pytest.mark.parametrize("build", [encoder_decoder, mixture])
+def test_caches_and_experts_are_written(build, tmp_path):
+    """The parts of an encoder-decoder have configs of their own; stacked experts have no ONNX operation."""
+    torch.manual_seed(0)
+    model, inputs = build()
+    before = model.config.to_dict()
+    pruned = secateur.prune(model, inputs, **SETTINGS)
+    found = export(pruned.model, inputs, tmp_path / "out.onnx")
+    assert found["difference"] < 1e-5
+    assert found["open"] == {name: [0, 1] for name in inputs}
+    assert model.config.to_dict() == before
+    if hasattr(model, "decoder"):
+        assert model.decoder.config.use_cache
+    else:
+        assert pruned.model.get_experts_implementation() == model.get_experts_implementation()
+
+
+def test_an_exporter_s_error_is_told_by_its_cause():
+    from secateur.io.exchange.pt2 import told
+
+    try:
+        try:
+            raise ValueError("no function for it\nand more")
+        except ValueError as cause:
+            raise RuntimeError("\x1b[96mThis is step 3/3\x1b[0m") from cause
+    except RuntimeError as error:
+        assert told(error) == "ValueError: no function for it"
+        error.__cause__ = None
+        assert told(error) == "RuntimeError: This is step 3/3"

@@ -94,7 +94,8 @@ def _check_ops(model: Any, where: str) -> None:
 def _unshare(model: Any) -> Any:
     """The same model where every constant is an initialiser, and vectors and sizes belong to one node each.
 
-    Exporters store equal vectors once (all zero biases, all sizes [1, 197, 768]); cutting one must not cut the others.
+    Exporters store equal tensors once (all zero biases, all sizes [1, 197, 768], all the scales and zeros of a freshly
+    built network); cutting one must not cut the others. A matrix that several nodes read is one: tied weights.
     """
     onnx = require_onnx()
     out = onnx.ModelProto()
@@ -109,7 +110,7 @@ def _unshare(model: Any) -> Any:
         if node.op_type == "Constant" and node.output[0] not in outputs:
             tensors[node.output[0]] = _constant(node)
         elif node.op_type == "Identity" and source in tensors and node.output[0] not in outputs:
-            if len(tensors[source].dims) > 1:
+            if not _equal_by_chance(tensors[source]):
                 renamed[node.output[0]] = source
             else:
                 copy = onnx.TensorProto()
@@ -128,7 +129,7 @@ def _unshare(model: Any) -> Any:
             if name not in tensors:
                 continue
             tensor, uses[name] = tensors[name], uses[name] + 1
-            if uses[name] > 1 and len(tensor.dims) < 2:
+            if uses[name] > 1 and _equal_by_chance(tensor):
                 copy = onnx.TensorProto()
                 copy.CopyFrom(tensor)
                 copy.name = f"{name}::{uses[name]}"
@@ -142,6 +143,14 @@ def _unshare(model: Any) -> Any:
     del graph.input[:]
     graph.input.extend(inputs)
     return out
+
+
+def _equal_by_chance(tensor: Any) -> bool:
+    """Is it a vector, of any rank, or filled with one number, so that being shared doesn't mean being tied?"""
+    if sum(size > 1 for size in tensor.dims) < 2:
+        return True
+    values = require_onnx().numpy_helper.to_array(tensor)
+    return bool(values.size) and bool((values == values.flat[0]).all())
 
 
 def _constant(node: Any) -> Any:

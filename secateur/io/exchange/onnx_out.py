@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -73,19 +75,53 @@ def _by_torch(model: nn.Module, inputs: Inputs) -> Any:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise SecateurError("the onnxscript package is missing", where="ONNX", fix=INSTALL) from error
-    from secateur.io.exchange.pt2 import export_program, quiet
+    from secateur.io.exchange.pt2 import export_program, quiet, told
 
-    program = export_program(model, inputs)
+    with gathered_experts(model):
+        program = export_program(model, inputs)
+    copy_what_moved(program)
     try:
         with quiet():
             return torch.onnx.export(program, dynamo=True, verbose=False).model_proto  # type: ignore[union-attr]
     except Exception as error:  # the exporter wraps errors of its passes, and not all of them
-        text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise SecateurError(
-            f"torch.onnx can't write this model ({type(error).__name__}: {text[:200]})",
+            f"torch.onnx can't write this model ({told(error)})",
             where="export",
             fix="write .pt2 instead",
         ) from error
+
+
+def copy_what_moved(program: Any) -> None:
+    """Between a transpose and a view goes a copy. Attention is taken apart for ONNX, and what its parts return lies
+    otherwise in memory than what the view was recorded on; in the file a copy is nothing."""
+    aten = torch.ops.aten
+    for node in list(program.graph.nodes):
+        if node.target not in (aten.view.default, aten.reshape.default):
+            continue
+        moved = node.args[0]
+        if moved.target in (aten.transpose.int, aten.permute.default):
+            with program.graph.inserting_before(node):
+                copied = program.graph.call_function(
+                    aten.clone.default, (moved,), {"memory_format": torch.contiguous_format}
+                )
+            copied.meta = dict(moved.meta)
+            node.replace_input_with(moved, copied)
+    program.graph_module.recompile()
+
+
+@contextlib.contextmanager
+def gathered_experts(model: nn.Module) -> Iterator[None]:
+    """Stacked experts of transformers are gathered for each token: their fused product has no ONNX operation."""
+    kinds: Any = getattr(model, "get_experts_implementation", dict)()
+    change: Any = getattr(model, "set_experts_implementation", None)
+    fused = set(kinds.values()) - {None, "eager", "batched_mm"}
+    try:
+        if fused:
+            change("batched_mm")
+        yield
+    finally:
+        if fused:
+            change(kinds)
 
 
 def open_sizes(data: bytes) -> dict[str, list[int]]:

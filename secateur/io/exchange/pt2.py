@@ -9,6 +9,7 @@ import io
 import logging
 import operator
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -479,10 +480,17 @@ def _export_open(model: nn.Module, args: Any, kwargs: Any, dims: Sequence[set[in
     )
 
 
+def told(error: BaseException) -> str:
+    """What an exporter's error comes from, in a line without the codes that colour a terminal."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = (re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in str(error).splitlines())
+    return f"{type(error).__name__}: {next(filter(None, lines), '')[:200]}"
+
+
 def _refused(error: Exception) -> SecateurError:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return SecateurError(
-        f"torch.export can't follow this model ({type(error).__name__}: {text[:200]})",
+        f"torch.export can't follow this model ({told(error)})",
         where="export",
         fix="save it as a folder instead",
     )
