@@ -68,9 +68,20 @@ def torchvision(name: str) -> Built:
     found = getattr(zoo.detection, name, None)
     if found is None:
         build = getattr(zoo.segmentation, name, None) or getattr(zoo, name)
-        return build(weights=None, **({"weights_backbone": None} if hasattr(zoo.segmentation, name) else {})), picture()
-    sizes = {} if "ssd" in name else {"min_size": 96, "max_size": 96}
-    return found(weights=None, weights_backbone=None, **sizes), ([torch.rand(3, 96, 96), torch.rand(3, 96, 96)],)
+        return build(
+            weights=None, **({"weights_backbone": None} if hasattr(zoo.segmentation, name) else {})
+        ), picture()
+    few: dict[str, Any] = {"score_thresh": 0.0, "topk_candidates": 20, "detections_per_img": 20}
+    if "rcnn" in name:
+        few = {
+            "box_score_thresh": 0.0,
+            "box_detections_per_img": 20,
+            "rpn_pre_nms_top_n_test": 50,
+            "rpn_post_nms_top_n_test": 20,
+        }
+    small = {} if "ssd" in name else {"min_size": 96, "max_size": 96}
+    pictures = [torch.rand(3, 96, 96), torch.rand(3, 96, 96)]
+    return found(weights=None, weights_backbone=None, **few, **small), (pictures,)
 
 
 def diffusers(name: str) -> Built:
@@ -128,7 +139,12 @@ def tiny_backbone() -> Any:
     """A small ResNet as the backbone of a detector."""
     import transformers
 
-    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+    sizes = {
+        "embedding_size": 16,
+        "hidden_sizes": [16, 32, 48, 64],
+        "depths": [1, 1, 1, 1],
+        "layer_type": "basic",
+    }
     return transformers.ResNetConfig(**sizes, out_features=["stage2", "stage3", "stage4"])
 
 
@@ -138,7 +154,12 @@ def hgnet() -> Any:
     stages = {"stage_in_channels": [16, 32, 48, 64], "stage_mid_channels": [8, 16, 16, 16], "stage_out_channels": [32, 48, 64, 64],
               "stage_num_blocks": [1, 1, 1, 1], "stage_downsample": [False, True, True, True], "stage_light_block": [False] * 4,
               "stage_kernel_size": [3, 3, 3, 3], "stage_numb_of_layers": [2, 2, 2, 2], "stem_channels": [3, 8, 16]}  # fmt: skip
-    return transformers.HGNetV2Config(**stages, out_features=["stage2", "stage3", "stage4"])
+    return transformers.HGNetV2Config(
+        embedding_size=16,
+        hidden_sizes=[32, 48, 64, 64],
+        **stages,
+        out_features=["stage2", "stage3", "stage4"],
+    )
 
 
 def hf(name: str) -> Built:
@@ -153,7 +174,10 @@ def hf(name: str) -> Built:
     seq = {"vocab_size": 100, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
            "decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "max_position_embeddings": 64,
            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}  # fmt: skip
-    detr = {**{k: v for k, v in seq.items() if k.split("_")[0] in ("encoder", "decoder") or k == "d_model"}, "num_queries": 10}
+    detr = {
+        **{k: v for k, v in seq.items() if k.split("_")[0] in ("encoder", "decoder") or k == "d_model"},
+        "num_queries": 10,
+    }
     detr.pop("decoder_start_token_id")
     levels = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "num_queries": 10, "decoder_layers": 2,
               "encoder_hidden_dim": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_denoising": 0,
@@ -166,7 +190,7 @@ def hf(name: str) -> Built:
                            "num_pos_feats": 16},
             prompt_encoder_config={"hidden_size": 32, "image_size": 64, "patch_size": 16, "mask_input_channels": 8},
             mask_decoder_config={"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 4, "iou_head_hidden_dim": 32}),
-            {**view, "input_points": torch.rand(2, 1, 2, 2) * 64}),
+            {**view, "input_points": torch.rand(2, 1, 2, 2) * 64, "input_labels": torch.tensor([[[1, 0]]] * 2), "input_boxes": torch.tensor([[[4.0, 4.0, 40.0, 50.0]]] * 2), "input_masks": torch.randn(2, 1, 16, 16)}),
         "DetrForObjectDetection": lambda: (zoo.DetrConfig(backbone_config=tiny_backbone(), **detr), view),
         "ConditionalDetrForObjectDetection": lambda: (
             zoo.ConditionalDetrConfig(backbone_config=tiny_backbone(), **detr), view),
@@ -189,7 +213,7 @@ def hf(name: str) -> Built:
                                                out_features=["stage1", "stage2", "stage3", "stage4"]),
             hidden_size=32, use_auxiliary_head=False), view),
         "DPTForDepthEstimation": lambda: (zoo.DPTConfig(
-            **seen, backbone_out_indices=[0, 1, 0, 1], neck_hidden_sizes=[16, 32, 64, 64], fusion_hidden_size=32), view),
+            **seen, backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[16, 32, 64, 64], fusion_hidden_size=32), view),
         "CLIPModel": lambda: (zoo.CLIPConfig(text_config=text, vision_config=seen, projection_dim=32),
                               {"input_ids": ids(), **view}),
         "SiglipModel": lambda: (zoo.SiglipConfig(text_config=text, vision_config=seen), {"input_ids": ids(), **view}),
@@ -282,26 +306,11 @@ def torch_nn(name: str) -> Built:
 SOURCES: dict[str, Callable[[str], Built]] = {
     "nn": torch_nn, "torchvision": torchvision, "timm": timm, "hf": hf, "diffusers": diffusers, "ultralytics": ultralytics,
 }  # fmt: skip
-NAMES = """
-nn:LSTM nn:LSTM-2-both-ways nn:LSTM-projected nn:GRU-2 nn:GRU-both-ways nn:RNN nn:LSTM-packed nn:GRU-packed nn:LSTMCell nn:GRUCell
-torchvision:fasterrcnn_mobilenet_v3_large_320_fpn torchvision:fasterrcnn_resnet50_fpn torchvision:maskrcnn_resnet50_fpn
-torchvision:keypointrcnn_resnet50_fpn torchvision:retinanet_resnet50_fpn torchvision:fcos_resnet50_fpn torchvision:ssd300_vgg16
-torchvision:ssdlite320_mobilenet_v3_large torchvision:deeplabv3_mobilenet_v3_large torchvision:deeplabv3_resnet50
-torchvision:fcn_resnet50 torchvision:lraspp_mobilenet_v3_large
-timm:convnextv2_atto timm:fastvit_t8 timm:tf_efficientnetv2_b0 timm:vit_tiny_patch16_dinov3_qkvb timm:mobilenetv4_hybrid_medium
-hf:SamModel hf:DetrForObjectDetection hf:ConditionalDetrForObjectDetection hf:DeformableDetrForObjectDetection
-hf:RTDetrForObjectDetection hf:RTDetrV2ForObjectDetection hf:DFineForObjectDetection hf:YolosForObjectDetection
-hf:SegformerForSemanticSegmentation hf:Mask2FormerForUniversalSegmentation hf:UperNetForSemanticSegmentation
-hf:DPTForDepthEstimation hf:CLIPModel hf:SiglipModel hf:WhisperForConditionalGeneration hf:Wav2Vec2ForCTC hf:HubertForCTC
-hf:T5ForConditionalGeneration hf:BartForConditionalGeneration hf:MarianMTModel hf:MixtralForCausalLM hf:Qwen3MoeForCausalLM
-hf:MambaForCausalLM hf:Mamba2ForCausalLM hf:TimeSeriesTransformerForPrediction
-diffusers:UNet2DModel diffusers:UNet2DConditionModel diffusers:AutoencoderKL diffusers:VQModel diffusers:AutoencoderTiny
-diffusers:DiTTransformer2DModel diffusers:PixArtTransformer2DModel diffusers:SD3Transformer2DModel
-diffusers:FluxTransformer2DModel
-ultralytics:yolov8n.yaml ultralytics:yolo11n.yaml ultralytics:yolo12n.yaml ultralytics:yolo26n.yaml ultralytics:yolo11n-seg.yaml
-ultralytics:yolo11n-pose.yaml ultralytics:yolo11n-obb.yaml ultralytics:yolo11n-cls.yaml ultralytics:yolov5n.yaml
-ultralytics:yolov10n.yaml
-""".split()
+NAMES = [
+    line
+    for line in Path(__file__).with_suffix(".txt").read_text().split("\n")
+    if line and not line.startswith("#")
+]
 
 
 def build(name: str) -> Built:
@@ -346,10 +355,14 @@ def trained(model: nn.Module, inputs: Any) -> str:
 
 
 def apart(a: list[Tensor], b: list[Tensor]) -> str:
-    """"yes" where these are equal to rounding."""
+    """ "yes" where these are equal to rounding."""
     if [x.shape for x in a] != [x.shape for x in b]:
         return "other shapes"
-    gaps = [float((x.double() - y.double()).nan_to_num().abs().max()) for x, y in zip(a, b, strict=True) if x.numel()]
+    gaps = [
+        float((x.double() - y.double()).nan_to_num().abs().max())
+        for x, y in zip(a, b, strict=True)
+        if x.numel()
+    ]
     return "yes" if max(gaps, default=0) <= 1e-5 else f"differs by {max(gaps):.1g}"
 
 
@@ -392,7 +405,11 @@ def tried(name: str, say: Callable[[dict[str, Any]], None]) -> None:
         return
     report = pruned.report
     frozen = [g for g in pruned.graph.groups if g.reason]
-    by_proof = [note for note in report["notes"] if note.partition(":")[0] in {g["name"].partition(":")[0] for g in report["groups"]}]
+    by_proof = [
+        note
+        for note in report["notes"]
+        if note.partition(":")[0] in {g["name"].partition(":")[0] for g in report["groups"]}
+    ]
     frozen.sort(key=lambda g: -g.size)
     told_why: dict[str, str] = {}
     for g in frozen:
@@ -457,6 +474,25 @@ def write(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
     atomic_write_text(path, text.getvalue())
 
 
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The rows as the Markdown of docs/models.md."""
+    columns = {"macs_left": "multiply-adds left", "met": "met", "refused_by_proof": "groups the proof refused", "trained": "trains",
+               "loaded": "saved and loaded", "plain": "without secateur", "pt2": ".pt2", "onnx": "ONNX"}  # fmt: skip
+    lines = [f"| model | parameters | {' | '.join(columns.values())} |", "| --- " * (len(columns) + 2) + "|"]
+    for name in [*(n for n in NAMES if n in rows), *(n for n in rows if n not in NAMES)]:
+        row = rows[name]
+        cells = [brief(str(row.get(key) or "")) for key in columns]
+        if row["status"] not in ("cut", "missed"):
+            cells = [f"{row['status']}: {brief(str(row['why']), 160)}", *[""] * (len(columns) - 1)]
+        lines.append(f"| `{name}` | {int(row['params'] or 0):,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def brief(text: str, most: int = 90) -> str:
+    text = {"True": "yes", "False": "no"}.get(text, text.replace("|", "\\|"))
+    return text if len(text) <= most else text[:most].rpartition(" ")[0] + " ..."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("models", nargs="*", help="all of the list where none is given")
@@ -465,7 +501,11 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=16, help="GB of address space")
     parser.add_argument("--again", action="store_true", help="try rows again that the table has")
     parser.add_argument("--list", action="store_true", help="only print the names")
+    parser.add_argument("--markdown", action="store_true", help="only print the table as Markdown")
     args = parser.parse_args()
+    if args.markdown:
+        print(table(rows_of(args.out)))
+        return
     if args.list:
         print("\n".join(NAMES))
         return
@@ -480,7 +520,10 @@ def main() -> None:
         if source in ("ultralytics", "diffusers") and importlib.util.find_spec(source) is None:
             print(f"{name}: {source} isn't installed", file=sys.stderr)
             continue
-        rows[name] = {"model": name, **limited(tried, name, args.timeout, args.memory)}
+        row = limited(tried, name, args.timeout, args.memory)
+        if "reason" in row:  # what ended the process
+            row["why"] = row.pop("reason")
+        rows[name] = {"model": name, **row}
         write(args.out, rows)
         print(rows[name], flush=True)
 
