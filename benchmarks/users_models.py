@@ -386,7 +386,8 @@ def without_secateur(folder: Path, name: str) -> tuple[str, nn.Module | None]:
     kind = json.loads((folder / "config.json").read_text())["architectures"][0]
     if about["form"] == "plain":
         return "plain", getattr(transformers, kind).from_pretrained(folder)
-    return "custom", transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+    loader = getattr(transformers, about["load"].partition(".")[0])
+    return "custom", loader.from_pretrained(folder, trust_remote_code=True)
 
 
 def tried(name: str, say: Callable[[dict[str, Any]], None]) -> None:
