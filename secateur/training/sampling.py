@@ -13,6 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from secateur.errors import SecateurError
 
 
+Start = Callable[[int, int], tuple[Tensor, Any]]
+Step = Callable[[nn.Module, Tensor, int, Any], Tensor]
+
+
 @dataclass(frozen=True)
 class Sampler:
     """How a model draws: from noise, in steps.
@@ -27,8 +31,8 @@ class Sampler:
     """
 
     steps: int
-    start: Callable[[int, int], tuple[Tensor, Any]]
-    step: Callable[[nn.Module, Tensor, int, Any], Tensor]
+    start: Start
+    step: Step
 
 
 def sample(model: nn.Module, sampler: Sampler, state: Tensor, asked: Any) -> Tensor:
