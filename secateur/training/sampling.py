@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from secateur.errors import SecateurError
 
-
 Start = Callable[[int, int], tuple[Tensor, Any]]
 Step = Callable[[nn.Module, Tensor, int, Any], Tensor]
 
