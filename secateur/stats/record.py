@@ -55,8 +55,9 @@ class Recorder:
         self._encoded: Tensor | None = None
         self._counts = True
         self._of_decoder = {id(module) for module in self.decoder.modules()} if self.decoder else set()
-        plain = [m.module for m in matrices.values() if not m.kind.startswith("experts") and m.kind != "conv"]
-        self._routed = Routed(model, plain, self._mask)
+        self._model = model
+        self._routed: Routed | None = None
+        """While the context is open: it knows this recorder, whose sums would otherwise wait for the garbage collector."""
         self._seen: list[tuple[weakref.ref[Tensor], int, InputStats, tuple]] = []
         self._exit = contextlib.ExitStack()
 
@@ -91,6 +92,11 @@ class Recorder:
 
     def __enter__(self) -> Self:
         experts = []
+        plain = [
+            m.module for m in self.matrices.values() if not m.kind.startswith("experts") and m.kind != "conv"
+        ]
+        self._routed = Routed(self._model, plain, self._mask)
+        self._exit.callback(setattr, self, "_routed", None)
         # before the hooks that count, so that an expert which is a single layer is known to them
         for handle in self._routed.hooks():
             self._exit.callback(handle.remove)
@@ -168,7 +174,7 @@ class Recorder:
 
     def _visible(self, matrix: Matrix, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        mask = self._routed.of(matrix.module, len(rows))
+        mask = self._routed.of(matrix.module, len(rows)) if self._routed is not None else None
         mask = self._mask(matrix.module, x, matrix.parts) if mask is None else mask
         return rows if mask is None else rows[mask]
 
