@@ -182,6 +182,17 @@ def test_layers_that_read_one_tensor_share_statistics_and_factor():
     assert inputs["q_proj"].tokens == [IDS.numel()]
 
 
+def test_a_block_s_factors_are_dropped_when_the_next_one_comes():
+    model, held = make("llama"), []
+    for block in stream(model, IDS, {"hessian"}, find_matrices(model)):
+        assert [len(inputs._factors) for inputs in held] == [0] * len(held)
+        inputs = next(iter(block.stats.values())).inputs
+        inputs.factor()
+        assert len(inputs._factors) == 1
+        held.append(inputs)
+    assert held and not any(inputs._factors for inputs in held)
+
+
 class Deep(nn.Module):
     """Blocks of one matrix; between them the model writes into what they gave."""
 
