@@ -210,7 +210,7 @@ class Attached:
     ) -> tuple[dict[str, Any], Call | None, Turn | None]:
         if any(kwargs.get(name) is not None for name in KINDS.values()) or kwargs.get("mm_encoder_outputs"):
             self._current.clear()
-        if not self.setup.family.proven and kwargs.get(KINDS["image"]) is not None:
+        if not self.setup.family.proven:
             if self.decoder is not None:
                 self.decoder.run = self.decoder.step = None
             self.input.counts = prove(self.setup, kwargs).counts

@@ -20,7 +20,7 @@ from secateur.errors import SecateurError
 from secateur.families.vlm.facts import decoder_of
 from secateur.tokens.call import Current
 from secateur.tokens.decoder import ALONE, KEYED, DecoderDriver
-from secateur.tokens.input import InputDriver, formed, takes_positions
+from secateur.tokens.input import KINDS, InputDriver, formed, takes_positions
 from secateur.tokens.method import Stage
 from secateur.tokens.setup import Placed, Setup
 from secateur.tokens.shorten import additive
@@ -38,24 +38,28 @@ class Proven:
     """Where dropping was proven: 0 at the input, K before layer K."""
 
 
-_PROVEN: weakref.WeakKeyDictionary[nn.Module, Proven] = weakref.WeakKeyDictionary()
+_PROVEN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], Proven]] = weakref.WeakKeyDictionary()
+"""By what the inputs held: pictures, videos or both."""
 
 
 def prove(setup: Setup, kwargs: Mapping[str, Any]) -> Proven:
-    """What the model shows on these inputs, run once for each model and place.
+    """What the model shows on these inputs, run once for each model, kind of inputs and place.
 
     Raises:
         SecateurError: a run gives other states than it should, with the place.
     """
-    if setup.family.proven:
+    encoded = kwargs.get("mm_encoder_outputs") or {}
+    kinds = tuple(k for k, name in KINDS.items() if kwargs.get(name) is not None or k in encoded)
+    if setup.family.proven or not kinds:
         return Proven()
+    shown = _PROVEN.setdefault(setup.model, {})
     names = inspect.signature(type(setup.model).forward).parameters
     others = ("labels", "past_key_values", "cache")
     given = {k: v for k, v in kwargs.items() if k in names and k not in others} | {"use_cache": False}
     with torch.no_grad():
-        if setup.model not in _PROVEN:
-            _PROVEN[setup.model] = _prove_whole(setup, given)
-        proven = _PROVEN[setup.model]
+        if kinds not in shown:
+            shown[kinds] = _prove_whole(setup, given)
+        proven = shown[kinds]
         places = {placed.number for placed in setup.stages if placed.kind in ("input", "layer")}
         for place in sorted(places - proven.places):
             if place == 0 and not proven.takes_positions:

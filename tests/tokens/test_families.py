@@ -381,6 +381,23 @@ def test_positions_that_never_reach_the_language_model_are_refused(vip: Any) -> 
     handle.remove()
 
 
+def test_a_decoder_that_counts_its_tokens_itself() -> None:
+    """OPT's positions leave padding out, and no forward hands them over."""
+    from tiny_models import IDS, clip, fill
+
+    text = tf.OPTConfig(
+        vocab_size=100, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=128, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    config = tf.VipLlavaConfig(
+        vision_config=clip(), text_config=text, vision_feature_layers=[-2, -3, 1], tie_word_embeddings=False, **IDS
+    )  # fmt: skip
+    model, inputs = fill(tf.VipLlavaForConditionalGeneration(config)), inputs_for("llava-clip")
+    with torch.no_grad(), attach(model, lambda sets: sets.index % 2 == 0, target="50%") as attached:
+        model(**inputs)
+        assert attached.input.counts and len(attached.kept["input"][0]) == 16
+
+
 def test_places_that_nothing_tells_are_missing(vip: Any) -> None:
     with (
         torch.no_grad(),

@@ -21,7 +21,8 @@ def sees_and_writes(model: Any) -> bool:
     if not hasattr(model, "config") or not hasattr(model, "base_model"):
         return False
     names = inspect.signature(type(model).forward).parameters
-    return "input_ids" in names and any("pixel" in name for name in names)
+    pictured = any("pixel" in name for name in names) or "image" in getattr(model, "input_modalities", ())
+    return "input_ids" in names and pictured
 
 
 def refusal(model: Any) -> str | None:
