@@ -9,7 +9,8 @@ token kept, generation gives the same logits to the last bit; `input`, `layer` a
 of the untouched model without cache, in which every token stays in place and the dropped ones are hidden from attention
 (1e-6, of the largest logit where that is above 1; 1e-4 for one type whose scans run in single precision), over three generated tokens, for three left-padded rows with two, one and no pictures that lose different numbers.
 Layers that keep a state in place of keys have no such masks; where there are some behind the stage, the reference hands all
-of them the shorter sequence. `reason`: what was refused or went wrong.
+of them the shorter sequence. `places`: where tokens lie on a picture is told by a file (`file`), by the inputs' grids
+(`grid`; changed patches move the tokens there most), or by nothing (`unknown`). `reason`: what was refused or went wrong.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ FIELDS = [
     "keep_all",
     "input",
     "layer",
-    "encoder",
+    "places",
     "seconds",
     "transformers",
     "reason",
@@ -574,6 +575,38 @@ def attached(model: Any, inputs: Mapping[str, Any], at: str, gone: Tensor) -> tu
         return run(model, inputs)
 
 
+def placed_by(model: Any, inputs: Mapping[str, Any]) -> str:
+    """What tells where tokens lie on a picture: "file", "grid" or "unknown"; "wrong" where changed patches say otherwise."""
+    family = family_of(model)
+    if family.measure is None:
+        return "file"
+    output = encoded(model, inputs)
+    layout = family.measure(model, inputs, "image", output)
+    if bool((layout.grid == 0).any()):
+        return "unknown"
+    before = torch.cat(parts_of(output, sum(ROWS)))
+    pixels = inputs["pixel_values"]
+    side = round((len(pixels) / len(before)) ** 0.5)
+    # patches lie either token by token or in raster order
+    by_token, by_row = torch.arange(len(pixels)) // side**2, []
+    for picture, (h, w) in enumerate(layout.grid.tolist()):
+        place = torch.arange(h * w * side**2)
+        first = int((layout.image < picture).sum())
+        by_row.append(first + place // (w * side) // side * w + place % (w * side) // side)
+    probes = torch.arange(0, len(pixels), 5)
+    moved = []
+    for patch in probes:
+        changed = pixels.clone()
+        changed[patch] += 20
+        after = torch.cat(parts_of(encoded(model, {**inputs, "pixel_values": changed}), sum(ROWS)))
+        moved.append(int((after - before).abs().sum(1).argmax()))
+    found = torch.tensor(moved)
+    raster = layout.grid_row * layout.grid[layout.crop, 1] + layout.grid_col
+    in_order = all(bool((raster[layout.image == i].diff() == 1).all()) for i in range(len(layout.grid)))
+    agree = torch.equal(found, by_token[probes]) or torch.equal(found, torch.cat(by_row)[probes])
+    return "grid" if agree and in_order else "wrong"
+
+
 def _states(model: Any, first: int) -> bool:
     """Whether a layer from `first` on keeps a state in place of keys."""
     kinds = getattr(decoder_of(model).config, "layer_types", None) or ()
@@ -609,6 +642,7 @@ def judge(kind: str) -> dict[str, Any]:
         stage = "inputs"
         inputs = inputs_of(model, kind)
         ids = inputs["input_ids"]
+        row["places"] = placed_by(model, inputs)
         full = run(model, inputs)
         if not bool(torch.isfinite(full[1]).all()):
             raise ValueError("the model itself gives no finite logits")

@@ -19,6 +19,12 @@ class Site:
     def parse(cls, text: str, layers: int, blocks: int) -> Site:
         """Raises `SecateurError` for what isn't a site of this model."""
         parts = text.split(":")
+        if parts[0] == "encoder" and not blocks:
+            raise SecateurError(
+                "the blocks of this model's vision tower aren't known, so nothing can be read or dropped there",
+                where="tokens",
+                fix="use a method that works at the input or between layers",
+            )
         depth = {"encoder": blocks, "layer": layers}.get(parts[0], 0)
         forms = {"", "raw", "modules", "peek", "mlp"}
         try:

@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from secateur.errors import SecateurError
+from secateur.tokens.attach import attach
+
 PATH = Path(__file__).parents[2] / "benchmarks" / "vlm_types.py"
 SPEC = importlib.util.spec_from_file_location("vlm_types", PATH)
 assert SPEC is not None and SPEC.loader is not None
@@ -48,7 +51,7 @@ def test_a_type_does_what_the_table_says(kind: str) -> None:
         # another version may refuse more, but nothing may be wrong
         assert "no" not in (row["keep_all"], row["input"], row["layer"]), row["reason"]
         return
-    names = ("built", "family", "keep_all", "input", "layer", "encoder")
+    names = ("built", "family", "keep_all", "input", "layer", "places")
     assert {name: row[name] for name in names} == {name: TABLE[kind][name] for name in names}, row["reason"]
 
 
@@ -84,6 +87,11 @@ def test_pictures_and_videos_together(kind: str, at: str) -> None:
     found = bench.attached(model, inputs, at, gone)
     assert torch.equal(found[0], words) and (found[1] - logits).abs().max() < 1e-6
     assert (logits - full[1]).abs().max() > 1e-3
+
+
+def test_a_method_that_reads_a_tower_nobody_knows_is_refused() -> None:
+    with pytest.raises(SecateurError, match="blocks of this model's vision tower aren't known"):
+        attach(bench.model_of("mistral3"), "fastervlm", target="50%")
 
 
 def test_the_table_has_every_type() -> None:
