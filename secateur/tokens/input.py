@@ -204,7 +204,8 @@ class InputDriver:
         """Ids, mask, positions, types and labels of the columns that stay; `given`: the arguments with every token."""
         table, ids, compact = call.table, kwargs["input_ids"], self.setup.compact
         rows, length = ids.shape
-        self._check_window(length + (_to_come(self.setup.model, kwargs, length) if generating else 0))
+        if len(table.alive) < table.visual:
+            self._check_window(length + (_to_come(self.setup.model, kwargs, length) if generating else 0))
         # text and padding inside the mask stay, and of the visual columns those whose place is taken
         keep = mask.bool().clone()
         keep[table.row[: table.visual], table.column[: table.visual]] = False

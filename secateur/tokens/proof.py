@@ -127,7 +127,8 @@ def _prove_dropping(setup: Setup, proven: Proven, given: dict[str, Any], place: 
     whole = replace(setup, target=1.0, stages=(), sites={})
     label = f"layer:{place}" if place else "input"
     stage = Placed(Stage(label, _every_second, scope="row"), "layer" if place else "input", place, label)
-    half = replace(setup, target=0.5, stages=(stage,), sites={})
+    # hidden tokens leave positions as they are
+    half = replace(setup, target=0.5, stages=(stage,), sites={}, compact=False)
 
     driver = InputDriver(whole, Current(), None, counts=proven.counts)
     laid, _, _ = driver.prepare(dict(given), generating=False)
@@ -136,6 +137,8 @@ def _prove_dropping(setup: Setup, proven: Proven, given: dict[str, Any], place: 
 
     current = Current()
     driver = InputDriver(half, current, None, counts=proven.counts)
+    if not place and driver.window is not None and given["input_ids"].shape[1] > driver.window[1]:
+        return  # where windows count columns, only compact positions are allowed, which no mask gives
     short, call, _ = driver.prepare(dict(encoded), generating=False)
     assert call is not None and call.mask is not None
     if place:

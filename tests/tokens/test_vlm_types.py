@@ -89,6 +89,22 @@ def test_pictures_and_videos_together(kind: str, at: str) -> None:
     assert (logits - full[1]).abs().max() > 1e-3
 
 
+def test_prompts_longer_than_a_sliding_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact between layers; at the input only with compact positions, which the proof on the first inputs mustn't refuse."""
+    monkeypatch.setitem(bench.CHANGES, "mistral3", {"text_config": {"sliding_window": 8}})
+    row = bench.judge("mistral3")
+    assert (row["keep_all"], row["input"], row["layer"]) == ("yes", "refused", "yes"), row["reason"]
+    assert "more than the sliding window of 8" in row["reason"]
+    model = bench.model_of("mistral3")
+    inputs = bench.inputs_of(model, "mistral3")
+    for at in ("input", "layer:2"):
+        with attach(
+            model, lambda sets: sets.index % 2 == 0, at=at, target="50%", positions="compact"
+        ) as attached:
+            bench.run(model, inputs)
+            assert len(attached.kept[at][0]) == 4
+
+
 def test_a_method_that_reads_a_tower_nobody_knows_is_refused() -> None:
     with pytest.raises(SecateurError, match="blocks of this model's vision tower aren't known"):
         attach(bench.model_of("mistral3"), "fastervlm", target="50%")
