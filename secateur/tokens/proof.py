@@ -24,6 +24,7 @@ from secateur.tokens.input import KINDS, InputDriver, formed, takes_positions
 from secateur.tokens.method import Stage
 from secateur.tokens.setup import Placed, Setup
 from secateur.tokens.shorten import additive
+from secateur.utils.running import evaluating
 
 
 @dataclass
@@ -56,7 +57,7 @@ def prove(setup: Setup, kwargs: Mapping[str, Any]) -> Proven:
     names = inspect.signature(type(setup.model).forward).parameters
     others = ("labels", "past_key_values", "cache")
     given = {k: v for k, v in kwargs.items() if k in names and k not in others} | {"use_cache": False}
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(setup.model):
         if kinds not in shown:
             shown[kinds] = _prove_whole(setup, given)
         proven = shown[kinds]

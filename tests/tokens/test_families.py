@@ -322,6 +322,14 @@ def test_a_family_of_ones_own_in_a_few_lines(vip: Any, at: str, layer: int) -> N
     inputs = inputs_for("llava-clip")
     gone = dropped(inputs, 0.5, 3)
     words, reference = generate(vip, "llava-clip", inputs, {layer: gone}, 4)
+    # the proof is of the model without its dropout
+    for module in vip.train().modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    with torch.no_grad(), attach_drop(vip, inputs, at, gone):
+        vip(**inputs)
+    assert all(module.training for module in vip.modules())
+    vip.eval()
     with attach_drop(vip, inputs, at, gone):
         tokens, logits = run(vip, inputs)
     assert torch.equal(tokens, words) and (logits - reference).abs().max() < 1e-6
