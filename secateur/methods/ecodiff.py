@@ -120,7 +120,12 @@ class EcoDiff(TrainMethod):
             lambda_least=min(made.logits.min().item() for made in laws.values()),
             lambda_most=max(made.logits.max().item() for made in laws.values()),
         )
-        job.cut(context.allocate({name: made.logits.detach() for name, made in laws.items()}))
+        scores = {name: made.logits.detach() for name, made in laws.items()}
+        each = self.kinds_of(gated) if job.target.kind == "share" else [[*laws]]
+        keep: dict[str, Tensor] = {}
+        for names in each:  # a share is that of each kind, as the paper's ratios are
+            keep |= context.allocate({name: scores[name] for name in names})
+        job.cut(keep)
         return job.plan()
 
     def drawings(self, job: Job, sampler: Sampler) -> tuple[Tensor, Any, Tensor]:
@@ -151,7 +156,12 @@ class EcoDiff(TrainMethod):
 
     def regularise(self, gated: Gated, laws: dict[str, HardConcrete]) -> Tensor:
         """The sum over kinds, heads and neurons, each the mean over its modules."""
-        kinds: dict[str, list[HardConcrete]] = {}
-        for name, made in laws.items():
-            kinds.setdefault("neurons" if gated.groups[name].kind == "neurons" else "heads", []).append(made)
-        return torch.stack([regulariser(found, self.penalty) for found in kinds.values()]).sum()
+        parts = [[laws[name] for name in names] for names in self.kinds_of(gated)]
+        return torch.stack([regulariser(part, self.penalty) for part in parts]).sum()
+
+    def kinds_of(self, gated: Gated) -> list[list[str]]:
+        """The names of the groups of heads, and of those of neurons."""
+        kinds: dict[bool, list[str]] = {}
+        for name, group in gated.groups.items():
+            kinds.setdefault(group.kind == "neurons", []).append(name)
+        return [*kinds.values()]
