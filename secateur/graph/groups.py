@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError, choose
 from secateur.graph.labels import Axes
-from secateur.graph.notes import RuleError
+from secateur.graph.notes import RuleError, Run
 from secateur.graph.sizes import Attribute, Extent, evaluate, leaves
 from secateur.utils.screen import Screen, counted, fit
 
@@ -110,10 +110,12 @@ class Group:
                     f"values of shape {tuple(value.shape)}", where=s.name, fix="give the shape of the tensor"
                 )
             index = s.index.to(value.device)
-            rows_ = value.movedim(s.dim, 0).reshape(value.shape[s.dim], -1)
             if how == "sum":
-                parts.append(rows_.sum(1, keepdim=True)[index.reshape(-1)].reshape(self.size, -1))
+                others = [k for k in range(value.dim()) if k != s.dim]
+                sums = value.sum(others) if others else value
+                parts.append(sums[index.reshape(-1)].reshape(self.size, -1))
             else:
+                rows_ = value.movedim(s.dim, 0).reshape(value.shape[s.dim], -1)
                 parts.append(rows_[index.reshape(-1)].reshape(self.size, -1))
         if not parts:
             raise SecateurError(
@@ -145,6 +147,7 @@ class Graph:
     _open: np.ndarray = field(default_factory=lambda: np.zeros(0, bool), repr=False)
     _events: list[Any] = field(default_factory=list, repr=False)
     _costs: list[Any] = field(default_factory=list, repr=False)
+    _runs: dict[str, Run] = field(default_factory=dict, repr=False)
     _found: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)
     _choices: list[tuple[str, str, np.ndarray]] = field(default_factory=list, repr=False)
     _rescaled: list[tuple[np.ndarray, list[tuple[str, int, np.ndarray]]]] = field(

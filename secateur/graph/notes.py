@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from secateur.graph.labels import Axes
 from secateur.graph.source import line
@@ -42,6 +44,21 @@ class RuleError(NamedTuple):
     error: str
 
 
+class Run(NamedTuple):
+    """A run on inputs of a form: what it did, as one number; of its outputs the shapes, whether they are finite, some values."""
+
+    inputs: str
+    ops: int
+    shapes: list[tuple[int, ...]]
+    finite: list[bool]
+    some: list[Tensor]
+
+
+def some_of(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """A few thousand values of each, evenly spread."""
+    return [v.detach().reshape(-1)[:: max(1, v.numel() // 4096)].clone() for v in outputs]
+
+
 @dataclass
 class Notes:
     """What follows from the operations of one run, besides which labels were tied.
@@ -61,6 +78,7 @@ class Notes:
     roles: "out" or "in" of each parameter's axis; uses: parameters in the order of their first use.
     calls: (input, output) of each call of a module, by path.
     unknown: why, by the name of the operation that has no rule; rule_errors: rules that failed.
+    runs: what was run; ops: the operations of the present run so far, in order, as one number.
     """
 
     splits: list[np.ndarray] = field(default_factory=list)
@@ -81,3 +99,5 @@ class Notes:
     calls: dict[str, list[tuple[Axes | None, Axes | None]]] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
     rule_errors: list[RuleError] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    ops: int = 0

@@ -15,14 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import SecateurError
 from secateur.graph.labels import Axes, NoRule
-from secateur.graph.notes import RuleError
+from secateur.graph.notes import RuleError, Run, some_of
 from secateur.graph.rules import RULES, Call
 from secateur.graph.rules.multihead import multihead, tensors_of
 from secateur.graph.rules.pick import numbers
 from secateur.graph.rules.pointwise import pointwise
 from secateur.graph.tracer import Picked, Tracer
 from secateur.graph.watch import note_sizes, sized_shape, watched_comparisons, watched_sizes
-from secateur.utils.inputs import as_call
+from secateur.utils.inputs import as_call, describe
 from secateur.utils.running import (
     _flat,
     evaluating,
@@ -67,6 +67,7 @@ def run_model(t: Tracer, inputs: Any, training: Collection[nn.Module] = ()) -> l
     costs, calls = t.notes.costs, t.notes.calls
     if calls:
         t.notes.costs, t.notes.calls = [], {}
+    t.notes.ops = 0
     for value in flat_tensors((args, kwargs)):
         t.env[value] = Axes(tuple(value.shape), [], None)
     with ExitStack() as stack:
@@ -97,7 +98,12 @@ def run_model(t: Tracer, inputs: Any, training: Collection[nn.Module] = ()) -> l
             ) from error
     if calls:
         t.notes.costs, t.notes.calls = costs, {**t.notes.calls, **calls}
-    return [t.axes(value) for value in flat_tensors(output)]
+    outputs = list(flat_tensors(output))
+    if not training:
+        finite = [bool(torch.isfinite(value).all()) for value in outputs]
+        shapes = [tuple(v.shape) for v in outputs]
+        t.notes.runs.append(Run(str(describe(inputs)), t.notes.ops, shapes, finite, some_of(outputs)))
+    return [t.axes(value) for value in outputs]
 
 
 # --- what is seen: operations, Python calls, modules
@@ -110,7 +116,13 @@ class Dispatch(TorchDispatchMode):
         super().__init__()
         self.tracer = tracer
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # a wrapper around every operation that only compiling needs
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        notes = self.tracer.notes
+        notes.ops = hash((notes.ops, id(func)))
         out = func(*args, **(kwargs or {}))
         if not self.tracer.off and hasattr(func, "_schema"):
             self.tracer.off += 1

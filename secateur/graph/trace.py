@@ -53,6 +53,7 @@ def trace(model: nn.Module, inputs: Any, *, also: Sequence[Any] = (), inner: boo
         SecateurError: the model cannot be run on the inputs.
     """
     tracer, outputs = _ran(model, [inputs, *also], inner)
+    runs = {run.inputs: run for run in reversed(tracer.notes.runs)}
     training: list[nn.Module] = []
     if missed := tracer.unreached():
         tracer, outputs, training = _in_training(model, [inputs, *also], inner, missed, tracer, outputs)
@@ -61,6 +62,7 @@ def trace(model: nn.Module, inputs: Any, *, also: Sequence[Any] = (), inner: boo
     if stuck:  # grouped convolutions that cannot lose the same channel of every group: let whole groups leave
         tracer, outputs = _ran(model, [inputs, *also], inner, stuck, training)
         graph = build_graph(tracer, outputs)
+    graph._runs = runs
     return graph
 
 

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from secateur.data import camvid, choices, digits, pictures, super_resolution, text
 from secateur.errors import SecateurError
 from secateur.measure import timing, vision
-from secateur.measure.cost import accepts, macs, params, params_nonzero, peak_memory, size_bytes
+from secateur.measure.cost import (
+    accepts,
+    macs,
+    macs_and_memory,
+    params,
+    params_nonzero,
+    peak_memory,
+    size_bytes,
+)
 from secateur.measure.quality import accuracy, perplexity
 from secateur.measure.timing import decode_latency, in_turn, latencies, latency
 from secateur.utils.inputs import Inputs, describe
@@ -43,6 +51,7 @@ def measure(
     batch: int = 4,
     latency: bool = False,
     inputs: Inputs | None = None,
+    counted: Sequence[int] = (),
 ) -> dict[str, Any]:
     """What a model costs and how well it does, as a dict that JSON can hold.
 
@@ -56,7 +65,7 @@ def measure(
     data.choices), or of pictures (data.pictures, `digits`; `camvid`, with a label for each pixel; `set5`, `set14` for
     networks that enlarge them: PSNR). limit: at most so many windows of a text and questions of a set. seqlen: tokens in a window,
     cut to the model's context. batch: windows at once, and questions of as many tokens. inputs: of the forward
-    that macs, memory and latency are measured on; a language model gets [1, seqlen] token ids.
+    that macs, memory and latency are measured on; a language model gets [1, seqlen] token ids. counted: what `cost.counting` found for them already.
 
     Keys: params, params_nonzero, macs, size_bytes, peak_memory_bytes (macs and this are None without inputs),
     perplexity {task: x} (None where it is not finite), accuracy {task: {"acc", "acc_norm", "miou"}}, chance {task: what
@@ -72,12 +81,15 @@ def measure(
         inputs = token_inputs(model, seqlen)
     texts, questions, shown = _load(model, tasks, tokenizer, limit)
     first = next(model.parameters(), torch.empty(0))
+    counts: Sequence[int | None] = counted
+    if not counts:
+        counts = (None, None) if inputs is None else macs_and_memory(model, inputs)
     result: dict[str, Any] = {
         "params": params(model),
         "params_nonzero": params_nonzero(model),
-        "macs": None if inputs is None else macs(model, inputs),
+        "macs": counts[0],
         "size_bytes": size_bytes(model),
-        "peak_memory_bytes": None if inputs is None else peak_memory(model, inputs),
+        "peak_memory_bytes": counts[1],
         "perplexity": {},
         "accuracy": {},
         "psnr": {},

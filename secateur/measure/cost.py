@@ -101,11 +101,19 @@ def macs(model: nn.Module, inputs: Inputs) -> int:
     nn.MultiheadAttention), grouped heads, mixture-of-experts products, matrix times vector, LSTM and GRU.
     Causal attention counts in full, as it does there; element-wise work (norms, scans, activations) does not count.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=_formulas())
-    counter.mod_tracker = _Whole()  # type: ignore[assignment]
-    with evaluating(model), _unfused(model), counter:
+    with evaluating(model), _unfused(model), _counter() as counter:
         run(model, inputs)
     return counter.get_total_flops() // 2
+
+
+def _counter() -> FlopCounterMode:
+    counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+    counter.mod_tracker = _Whole()  # type: ignore[assignment]
+    return counter
+
+
+FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.RNNBase)
+"""Modules that are counted on another way than the one they take when they run."""
 
 
 class _Whole(contextlib.nullcontext):
@@ -131,13 +139,17 @@ def _unfused(model: nn.Module) -> Iterator[None]:
 class _Live(TorchDispatchMode):
     """Bytes of the storages that a forward makes, while they live, and their peak."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # a wrapper around every operation that only compiling needs
+
     def __init__(self, known: set[int]):
         super().__init__()
         self.known, self.now, self.peak = known, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
+        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.known:
@@ -158,8 +170,7 @@ def peak_memory(model: nn.Module, inputs: Inputs) -> int:
     On CUDA what the allocator says (workspaces included); elsewhere the tensors alive at once, op by op, which
     is the same on every machine but does not see the scratch space inside an op.
     """
-    own = {t.untyped_storage()._cdata: t.untyped_storage() for t in [*model.parameters(), *model.buffers()]}
-    weights = sum(storage.nbytes() for storage in own.values())
+    own, weights = _storages(model)
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     with evaluating(model):
         if device.type == "cuda":
@@ -170,9 +181,48 @@ def peak_memory(model: nn.Module, inputs: Inputs) -> int:
             torch.cuda.synchronize(device)
             return weights + torch.cuda.max_memory_allocated(device) - before
         given = {t.untyped_storage()._cdata for t in tree_leaves(inputs) if isinstance(t, Tensor)}
-        with _Live(set(own) | given) as live:
+        with _Live(own | given) as live:
             run(model, inputs)
         return weights + live.peak
+
+
+@contextlib.contextmanager
+def counting(model: nn.Module, inputs: Inputs, counted: list[int]) -> Iterator[None]:
+    """Counts the one forward on `inputs` that is run within: `counted` is [`macs`, `peak_memory`] at the end.
+
+    >>> model, inputs, counted = nn.Linear(3, 4), torch.ones(2, 3), []
+    >>> with counting(model, inputs, counted), torch.no_grad():
+    ...     _ = model(inputs)
+    >>> counted
+    [24, 96]
+
+    The list stays empty where the two take different ways through a model, where memory is the allocator's to tell, and
+    where a cache would count that the caller leaves out.
+    """
+    caches = getattr(getattr(model, "config", None), "use_cache", False)
+    device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    if caches or device.type == "cuda" or any(isinstance(m, FUSED) for m in model.modules()):
+        yield
+        return
+    own, weights = _storages(model)
+    given = {t.untyped_storage()._cdata for t in tree_leaves(inputs) if isinstance(t, Tensor)}
+    with evaluating(model), _Live(own | given) as live, _counter() as counter:
+        yield
+    counted += [counter.get_total_flops() // 2, weights + live.peak]
+
+
+def macs_and_memory(model: nn.Module, inputs: Inputs) -> tuple[int, int]:
+    """`macs` and `peak_memory`, from one forward where that is possible."""
+    counted: list[int] = []
+    with counting(model, inputs, counted):
+        run(model, inputs)
+    return (counted[0], counted[1]) if counted else (macs(model, inputs), peak_memory(model, inputs))
+
+
+def _storages(model: nn.Module) -> tuple[set[int], int]:
+    """(keys of the memory that a model's tensors lie in, its bytes)."""
+    own = {t.untyped_storage()._cdata: t.untyped_storage() for t in [*model.parameters(), *model.buffers()]}
+    return set(own), sum(storage.nbytes() for storage in own.values())
 
 
 def accepts(model: nn.Module, name: str) -> bool:

@@ -46,5 +46,6 @@ class GroupMagnitude(UnitMethod):
         parameters = dict(context.model.named_parameters(remove_duplicate=False))
         names = [s.name for s in group.slices if s.role in ("out", "in") and s.name in parameters]
         names += [name for name in parameters if name.startswith(tuple(f"{m}." for m in group.modules))]
-        powers = {name: parameters[name].detach().abs().float().pow(self.norm) for name in names}
+        values = {name: parameters[name].detach().float() for name in names}
+        powers = {n: v.square() if self.norm == 2 else v.abs().pow(self.norm) for n, v in values.items()}
         return group.reduce(powers, roles=("out", "in")).pow(1 / self.norm)

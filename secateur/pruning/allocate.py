@@ -75,17 +75,26 @@ class Competitor(Screen):
 
     def grains(self) -> list[list[int]]:
         """Leaving units, lowest score first (of equals the later one), in steps that keep a multiple of `round_to`."""
-        values, steps, kept = self.scores.tolist(), [], self.size
-        order = sorted(range(self.size), key=lambda unit: (values[unit], -unit))
-        floor = max(1, self.floor)
+        values, steps, size = self.scores.tolist(), [], self.size
+        order = sorted(range(size - 1, -1, -1), key=values.__getitem__)
+        floor, kept = max(1, self.floor), size
         while kept > floor:
             down = kept % self.round_to or self.round_to
             if kept - down < floor:
                 break
-            gone = self.size - kept
+            gone = size - kept
             steps.append(order[gone : gone + down])
             kept -= down
         return steps
+
+    def down_to(self, limit: int) -> Tensor:
+        """Sorted kept units once as many have left as it takes to keep `limit` or, if it can't, as few as it can."""
+        kept = set(range(self.size))
+        for grain in self.grains():
+            if len(kept) <= limit:
+                break
+            kept.difference_update(grain)
+        return torch.tensor(sorted(kept), dtype=torch.int64)
 
 
 Step = list[tuple[str, int]]

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.utils.inputs import Inputs
+from secateur.graph import Graph
+from secateur.graph.notes import some_of
+from secateur.utils.inputs import Inputs, describe
 from secateur.utils.running import attributes_of, call, flat_tensors, put_back, without_cache
 
 SEEDS = 5
 """Runs of a model that draws random numbers in evaluation mode."""
 
 
-def check_forward(model: nn.Module, inputs: Inputs, steady: bool = True) -> None:
+def check_forward(
+    model: nn.Module,
+    inputs: Inputs,
+    steady: bool = True,
+    again: Callable[[], bool] | None = None,
+    around: AbstractContextManager | None = None,
+) -> list[Tensor]:
     """Run the model, in evaluation mode, without gradients; the global random state stays as it was.
 
     >>> check_forward(nn.Linear(4, 2), torch.ones(1, 3))
     Traceback (most recent call last):
     secateur.errors.SecateurError: inputs: Linear fails on them (RuntimeError: mat1 and mat2 shapes cannot be multiplied ...
 
-    steady: run it again, and five times where it draws random numbers, and compare.
+    steady: run it again, and five times where it draws random numbers, and compare. again: whether to do so where it draws
+    none (None: yes); where not, `check_traced` is to follow. around: what the first run is done in.
 
-    Raises `SecateurError` where the model fails, returns no tensor, or gives other outputs for the same inputs.
+    Returns `some_of` its outputs. Raises `SecateurError` where the model fails, returns no tensor, or gives other
+    outputs for the same inputs.
     """
     with _random_state(model) as drew, without_cache(model), torch.no_grad():
-        first = _run(model, inputs)
+        with around or nullcontext():
+            first = _run(model, inputs)
         if not any(tensor.numel() for tensor in first):
             raise SecateurError(
                 f"{type(model).__name__} returns no {'values' if first else 'tensor'} on them",
@@ -37,7 +48,8 @@ def check_forward(model: nn.Module, inputs: Inputs, steady: bool = True) -> None
                 if first
                 else "wrap it so that it returns what it computes",
             )
-        for seed in range(1, SEEDS if steady and drew() else 1 + steady):
+        more = SEEDS - 1 if drew() else int(again is None or again())
+        for seed in range(1, 1 + more if steady else 1):
             torch.manual_seed(seed)
             if (why := _apart(first, _run(model, inputs))) is not None:
                 raise SecateurError(
@@ -45,6 +57,14 @@ def check_forward(model: nn.Module, inputs: Inputs, steady: bool = True) -> None
                     where="model",
                     fix="fix its random numbers and its state, or cut it without a proof (prove=False, --prove off)",
                 )
+        return some_of(first)
+
+
+def check_traced(model: nn.Module, graph: Graph, inputs: Inputs, first: list[Tensor]) -> None:
+    """`check_forward` gave `first` of one run, the trace is the second; where they differ others decide."""
+    run = graph._runs.get(str(describe(inputs)))
+    if run is None or _apart(first, run.some) is not None:
+        check_forward(model, inputs)
 
 
 class Buffers:
@@ -60,6 +80,18 @@ class Buffers:
         ]
         self.attributes = attributes_of(model.modules())
 
+    def changed(self) -> bool:
+        """Whether anything is another now, but for what is inside of lists and the like."""
+        for now, then in self.attributes:
+            if any(key != "training" and now.get(key, now) is not value for key, value in then.items()):
+                return True
+            if len(now) != len(then):
+                return True
+        return any(
+            owner.get(name) is not tensor or not _same(tensor, value)
+            for owner, name, tensor, value in self.saved
+        )
+
     def restore(self) -> None:
         put_back(self.attributes)
         with torch.no_grad():
@@ -67,6 +99,10 @@ class Buffers:
                 if tensor.shape == value.shape:
                     tensor.copy_(value)
                 owner[name] = tensor
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 @contextmanager
@@ -147,7 +183,7 @@ def check_model(model: nn.Module) -> None:
     count = 0
     for name, parameter in model.named_parameters():
         count += parameter.numel()
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+        if parameter.is_floating_point() and not _finite(parameter.detach()):
             raise SecateurError(
                 "its weights hold NaN or infinite values", where=name, fix="load or train the model again"
             )
@@ -155,3 +191,8 @@ def check_model(model: nn.Module) -> None:
         raise SecateurError(
             "it has no parameters", where=type(model).__name__, fix="pass a model with weights"
         )
+
+
+def _finite(tensor: Tensor) -> bool:
+    """A sum is finite only where all entries are, and quicker; it may overflow where they are."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

@@ -431,16 +431,7 @@ class Context(Screen):
         how = allocation or self.allocation or self.method.allocation
         fixed = any(group.fixed for group in groups)
         if how == "uniform" and not fixed:
-            return {
-                name: kept
-                for group in groups
-                for name, kept in follow(
-                    [group],
-                    build_path([group]),
-                    lambda keep: max(len(units) for units in keep.values()),
-                    max(int(self.target.value * group.size + 1e-9), self._smallest(group)),
-                ).items()
-            }
+            return {group.name: group.down_to(int(self.target.value * group.size + 1e-9)) for group in groups}
         path = build_path(groups, how)
         limit = int(self.target.value * sum(g.size for g in groups) + 1e-9)
         if not fixed:

@@ -18,8 +18,9 @@ from secateur.errors import SecateurError
 from secateur.graph import Graph, trace
 from secateur.io.artefact import save_model
 from secateur.measure import latency, measure
+from secateur.measure.cost import counting
 from secateur.method import Method
-from secateur.pruning.checks import Buffers, check_forward, check_model, check_tensors
+from secateur.pruning.checks import Buffers, check_forward, check_model, check_tensors, check_traced
 from secateur.pruning.context import Context
 from secateur.pruning.method import UnitMethod, WeightMethod
 from secateur.pruning.plan import Plan
@@ -159,10 +160,14 @@ def prune(
     working.eval()
     undo: Undo | None = None
     try:
+        steady = units and options.prove
+        counted: list[int] = []
+        seen: list[list[Tensor]] = []
         if inputs is not None:
-            for each in (inputs, *also):
-                check_forward(working, each, steady=units and options.prove)
-        before = measure(working, **measured)
+            around = counting(working, inputs, counted)
+            seen = [check_forward(working, inputs, steady, again=buffers.changed, around=around)]
+            seen += [check_forward(working, each, steady, again=buffers.changed) for each in also]
+        before = measure(working, **measured, counted=counted)
         buffers.restore()
         undo = Undo(working, rollback and inplace)
         key = (
@@ -190,6 +195,9 @@ def prune(
             lean=inplace and not rollback,
             also=tuple(also),
         )
+        if steady and inputs is not None:
+            for each, first in zip((inputs, *also), seen):
+                check_traced(working, context.graph, each, first)
         plan, graph = make_plan(context)
         buffers.restore()
         if plan.structured:

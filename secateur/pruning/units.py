@@ -27,7 +27,7 @@ def plan_units(method: UnitMethod, context: Context, targets: Sequence[Target]) 
     Each round scores what the one before left, masked. A group whose cut isn't provably right is frozen, and the round
     planned again without it. What the report tells is left in `context`.
     """
-    graph: Graph | None = None
+    graph: Graph | None = context.__dict__.get("graph")  # where it was traced already
     plan: Plan | None = None
     scratch = Undo(context.model)
     for index, target in enumerate(targets):

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.graph.blocks import Matrix, check_weights
+from secateur.graph.blocks import Matrix, check_weights, find_blocks
 from secateur.stats.layer import OF_GRADIENTS, OF_INPUTS, LayerStats, check_needs
-from secateur.stats.record import NotShared, Recorder
+from secateur.stats.record import NotShared, Recorder, Stop
 from secateur.utils.batches import as_batches, labels_in, sequences_in, token_mask
 from secateur.utils.inputs import Inputs, as_call, map_tensors
 from secateur.utils.running import device_of, evaluating, logits_of, run
@@ -82,14 +82,52 @@ def _inputs(
         recorder = Recorder(model, matrices, needs, share)
         try:
             with torch.no_grad(), evaluating(model), recorder:
-                for batch in progress(batches, "activations", len(batches)) if progress else batches:
+                every = progress(batches, "activations", len(batches)) if progress else batches
+                for batch, forward in zip(every, _forwards(model, matrices)):
                     recorder.begin(batch)
-                    run(model, batch)
+                    forward(batch)
         except NotShared:
             continue
         break
     recorder.check()
     return recorder.stats
+
+
+def _forwards(model: nn.Module, matrices: Mapping[str, Matrix]) -> Iterator[Callable[[Inputs], None]]:
+    """What runs the model on a batch, for one batch after the other: all of it on the first, then as far as its last block,
+    where the first saw each block once and in order, and all matrices lie in them."""
+    blocks = find_blocks(model)
+    order: list[int] = []
+
+    def watched(batch: Inputs) -> None:
+        hooks = [
+            module.register_forward_hook(lambda *_, n=n: order.append(n))  # type: ignore[misc]
+            for n, module in enumerate(blocks.modules)
+        ]
+        try:
+            run(model, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def stopped(batch: Inputs) -> None:
+        hook = blocks.modules[-1].register_forward_hook(_stop)
+        try:
+            run(model, batch)
+        except Stop:
+            pass
+        finally:
+            hook.remove()
+
+    yield watched
+    inside = blocks.repeated and all(matrix.block_path == blocks.path for matrix in matrices.values())
+    ends = inside and order == list(range(len(blocks)))
+    while True:
+        yield stopped if ends else partial(run, model)
+
+
+def _stop(*_: Any) -> None:
+    raise Stop
 
 
 def _gradients(

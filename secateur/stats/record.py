@@ -25,6 +25,10 @@ MASKS = {"encoder": "attention_mask", "decoder": "decoder_attention_mask"}
 """Which mask hides the padding of a side; a model without two sides has only the first."""
 
 
+class Stop(BaseException):
+    """Ends a forward behind the last block that is needed of it."""
+
+
 class NotShared(Exception):
     """Layers that read one tensor in the first batch read different ones later."""
 

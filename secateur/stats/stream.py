@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.graph.blocks import Matrix, check_weights, find_blocks
 from secateur.stats.layer import OF_GRADIENTS, LayerStats, check_needs
-from secateur.stats.record import NotShared, Recorder
+from secateur.stats.record import NotShared, Recorder, Stop
 from secateur.utils.batches import as_batches, batch_numel
 from secateur.utils.running import evaluating, run
 from secateur.utils.screen import Screen
@@ -96,10 +96,6 @@ def _drop(block: Block) -> None:
     block.stats.clear()
 
 
-class _Stop(BaseException):
-    """Ends a forward behind the block it is for."""
-
-
 class Flow:
     """Hidden states between two blocks, one per batch, moved forward in place."""
 
@@ -142,7 +138,7 @@ class Flow:
                 stack.enter_context(_forward_replaced(self.modules[position], forward))
             try:
                 run(self.model, self.batches[number])
-            except _Stop:
+            except Stop:
                 return
         raise SecateurError(
             "the model's forward doesn't come by it",
@@ -176,7 +172,7 @@ class Flow:
                 self._store(number, states)
                 self.level[number] = position
             if stop:
-                raise _Stop
+                raise Stop
             return output
 
         return forward

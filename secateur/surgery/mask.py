@@ -26,18 +26,31 @@ def mask_units(model: nn.Module, graph: Graph, keep: Keep) -> None:
 
     Raises SecateurError for unknown or frozen groups and for unit numbers out of range.
     """
+    with torch.no_grad():
+        for name, dims in zeros(graph, keep).items():
+            tensor = _tensor(model, name)
+            for dim, places in dims.items():
+                tensor.index_fill_(dim, places.to(tensor.device), 0)
+    leave_out(model, graph, keep)
+
+
+def zeros(graph: Graph, keep: Keep) -> dict[str, dict[int, Tensor]]:
+    """Where `mask_units` writes zeros: name -> axis -> places along it."""
+    found: dict[str, dict[int, list[Tensor]]] = {}
+    for group, kept in graph._kept(keep):
+        gone = None if group.kind == "layers" else _gone(group, kept)
+        for s in group.slices if gone is not None else ():
+            if s.name not in graph.normalised:
+                found.setdefault(s.name, {}).setdefault(s.dim, []).append(s.index[gone].reshape(-1))
+    return {name: {dim: torch.cat(v) for dim, v in dims.items()} for name, dims in found.items()}
+
+
+def leave_out(model: nn.Module, graph: Graph, keep: Keep) -> None:
+    """What `mask_units` does beside zeros: blocks pass their input on, and routers don't pick removed units."""
     for group, kept in graph._kept(keep):
         if group.kind == "layers":
             for path in _removed_blocks(group, kept):
                 model.get_submodule(path).register_forward_hook(_pass_through, with_kwargs=True)
-            continue
-        gone = _gone(group, kept)
-        with torch.no_grad():
-            for s in group.slices:
-                if s.name in graph.normalised:
-                    continue
-                tensor = _tensor(model, s.name)
-                tensor.index_fill_(s.dim, s.index[gone].reshape(-1).to(tensor.device), 0)
     _exclude(model, graph, keep)
 
 

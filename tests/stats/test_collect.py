@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from secateur import SecateurError
-from secateur.graph.blocks import find_matrices
+from secateur.graph.blocks import every_matrix, find_matrices
 from secateur.stats.collect import collect
 from secateur.stats.record import _ExpertInputs
 
@@ -146,3 +146,40 @@ def test_an_input_that_is_no_number_names_the_layer(bad):
     x[4, 1] = bad
     with pytest.raises(SecateurError, match=r"0\.weight: its inputs hold NaN"):
         collect(model, x, {"input_norm"}, find_matrices(model))
+
+
+def test_forwards_end_behind_the_last_block(tiny_llama):
+    model = tiny_llama()
+    ids, matrices, heads = torch.randint(0, 64, (3, 10)), find_matrices(model), []
+    whole = [collect(model, one[None], {"input_norm"}, matrices) for one in ids]
+    model.lm_head.register_forward_hook(lambda *_: heads.append(1))
+    stats = collect(model, ids, {"input_norm"}, matrices, batch_size=1)
+    assert len(heads) == 1  # the first forward is whole
+    for name in matrices:
+        parts = torch.stack([w[name].input_norm for w in whole]).square().mean(0).sqrt()
+        assert torch.allclose(stats[name].input_norm, parts, rtol=1e-5)
+    collect(model, ids, {"input_norm"}, {**matrices, **every_matrix(model)}, batch_size=1)
+    assert len(heads) == 4  # the head's inputs are wanted
+
+
+class Looped(nn.Module):
+    """Three blocks, the first of which runs again at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+
+    def forward(self, x):
+        for block in [*self.blocks, self.blocks[0]]:
+            x = block(x)
+        return x
+
+
+def test_forwards_are_whole_where_a_block_runs_twice():
+    torch.manual_seed(0)
+    model, x = Looped(), torch.randn(6, 4)
+    stats = collect(model, x, {"input_mean"}, find_matrices(model), batch_size=2)
+    out = x
+    for block in model.blocks:
+        out = block(out)
+    assert torch.allclose(stats["blocks.0.0.weight"].input_mean, (x.mean(0) + out.mean(0)) / 2, atol=1e-6)
