@@ -101,7 +101,7 @@ def _forwards(model: nn.Module, matrices: Mapping[str, Matrix]) -> Iterator[Call
 
     def watched(batch: Inputs) -> None:
         hooks = [
-            module.register_forward_hook(lambda *_, n=n: order.append(n))  # type: ignore[misc]
+            module.register_forward_hook(lambda *_, n=n: order.append(n))
             for n, module in enumerate(blocks.modules)
         ]
         try:

@@ -47,10 +47,13 @@ def loosened(model: nn.Module) -> dict[str, Tensor]:
             value = parameter.detach()
             changed[name] = value + _noise(name, value) * (value.abs() * 0.1 + 0.02)
     for path, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+        if not isinstance(module, nn.modules.batchnorm._NormBase):
+            continue
+        means, variances = module.running_mean, module.running_var
+        if means is not None and variances is not None:
             mean, var = f"{path}.running_mean".lstrip("."), f"{path}.running_var".lstrip(".")
-            changed[mean] = module.running_mean + 0.1 * _noise(mean, module.running_mean)
-            changed[var] = module.running_var * (1 + 0.2 * _noise(var, module.running_var).clamp(-2, 2))
+            changed[mean] = means + 0.1 * _noise(mean, means)
+            changed[var] = variances * (1 + 0.2 * _noise(var, variances).clamp(-2, 2))
     return changed
 
 
