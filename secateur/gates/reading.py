@@ -98,7 +98,11 @@ class Readers:
                 continue
             source, scaled = sites(self.model, points)
             self.handles.append(source.register_forward_pre_hook(_read(law), prepend=True))
-            self.handles += [module.register_forward_hook(_multiply(law, index)) for module, index in scaled]
+            for module, index in scaled:
+                if points.place == "norms":
+                    self.handles.append(module.register_forward_hook(_behind(law, index)))
+                else:
+                    self.handles.append(module.register_forward_pre_hook(_before(law, index)))
 
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
@@ -107,22 +111,32 @@ class Readers:
 
 
 def sites(model: nn.Module, points: Points) -> tuple[nn.Module, list[tuple[nn.Module, Tensor]]]:
-    """(the module whose input is read, [(a norm whose output is multiplied, channels of each unit)]).
+    """(the module whose input is read, [(a module whose channels are multiplied, channels of each unit)]).
 
-    Raises `SecateurError` where the units aren't channels with a norm behind their producer.
+    The norms behind the producers are multiplied as they come out, consumers as they go in. Raises `SecateurError` where
+    the units are a stream, or a consumer reads them in groups.
     """
-    if points.place != "norms":
+    producers = [s for s in (*points.soft, *points.closed) if s.role == "out"]
+    found = {s.name.rpartition(".")[0]: s for s in points.soft}
+    whole = [
+        path
+        for path, s in found.items()
+        if points.place == "consumers"
+        and _channels(model.get_submodule(path)) != model.get_parameter(s.name).shape[s.dim]
+    ]
+    if points.place == "producers" or not producers or whole:
         raise SecateurError(
-            f"its gate meets the {points.place}, not a norm behind its producer",
+            f"its gate meets {'a layer that reads in groups' if whole else 'a stream'}, which no input opens or closes",
             where=points.soft[0].name,
-            fix="gate only layers, or channels with a norm",
+            fix="gate only layers, channels and neurons",
         )
-    producer = next(s for s in points.closed if s.role == "out")
-    norms = {s.name.rpartition(".")[0]: s.index for s in points.soft}
-    return (
-        model.get_submodule(producer.name.rpartition(".")[0]),
-        [(model.get_submodule(path), index) for path, index in norms.items()],
-    )
+    source = model.get_submodule(producers[0].name.rpartition(".")[0])
+    return source, [(model.get_submodule(path), s.index) for path, s in found.items()]
+
+
+def _channels(module: nn.Module) -> int:
+    """How many channels go into a linear layer or convolution; 0 for other modules."""
+    return int(getattr(module, "in_features", getattr(module, "in_channels", 0)))
 
 
 def _read(law: Reading) -> Callable[..., None]:
@@ -132,17 +146,30 @@ def _read(law: Reading) -> Callable[..., None]:
     return hook
 
 
-def _multiply(law: Reading, index: Tensor) -> Callable[..., Tensor]:
+def _behind(law: Reading, index: Tensor) -> Callable[..., Tensor]:
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        gates = law.seen[0]
-        each = torch.ones(len(gates), output.shape[1], dtype=gates.dtype, device=gates.device)
-        each = each.index_put(
-            (torch.arange(len(gates), device=gates.device)[:, None], index.reshape(1, -1).to(gates.device)),
-            gates.repeat_interleave(index.shape[1], 1),
-        )
-        return output * each.to(output).reshape(*each.shape, *[1] * (output.dim() - 2))
+        return output * _spread(law.seen[0], index, output, 1)
 
     return hook
+
+
+def _before(law: Reading, index: Tensor) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any) -> Any:
+        dim = args[0].dim() - 1 if isinstance(module, nn.Linear) else 1
+        return (args[0] * _spread(law.seen[0], index, args[0], dim), *args[1:])
+
+    return hook
+
+
+def _spread(gates: Tensor, index: Tensor, value: Tensor, dim: int) -> Tensor:
+    """The gates [batch, units] of each channel along `dim`, 1 where none is, in a shape that multiplies the value."""
+    rows = torch.arange(len(gates), device=gates.device)[:, None]
+    each = torch.ones(len(gates), value.shape[dim], dtype=gates.dtype, device=gates.device)
+    places = (rows, index.reshape(1, -1).to(gates.device))
+    each = each.index_put(places, gates.repeat_interleave(index.shape[1], 1))
+    return each.to(value).reshape(
+        [len(gates) if d == 0 else value.shape[d] if d == dim else 1 for d in range(value.dim())]
+    )
 
 
 def _gated_block(law: Reading, number: int) -> Callable[..., Any]:

@@ -416,8 +416,8 @@ def process(code: str, *words: object, **environment: str) -> subprocess.Complet
 
 
 def test_stdout_is_json_and_nothing_else(tiny_folder: Path) -> None:
-    noisy = "import secateur.measure.cost\nm = sys.modules['secateur.measure']; old = m.macs\n"
-    noisy += "m.macs = lambda *a: (print('a library that talks'), old(*a))[1]"
+    noisy = "import secateur.measure.cost\nm = sys.modules['secateur.measure']; old = m.params_nonzero\n"
+    noisy += "m.params_nonzero = lambda *a: (print('a library that talks'), old(*a))[1]"
     done = process(noisy, "measure", tiny_folder, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["params"] == PARAMS

@@ -255,3 +255,24 @@ def test_refusals_name_the_gate(net):
     gated.laws[1].logits.data.fill_(-9)
     with pytest.raises(SecateurError, match="all its gates are closed"):
         gated.open()
+
+
+def test_each_sample_closes_neurons_of_its_own():
+    """Without a norm the gate stands before the consumer."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 6), nn.Sigmoid(), nn.Linear(6, 2)), torch.randn(9, 3)
+    gated = place(model, trace(model, x), lambda g: Reading(g.size), kinds=("neurons",), inputs=x).eval()
+    assert torch.equal(gated(x), model(x))
+    (law,) = gated.laws
+    with torch.no_grad():
+        centre(law.nets[0], x)
+    out, gates = gated(x), law.answers()
+    assert 0 < gates.sum() < gates.numel()
+    torch.testing.assert_close(out, model[2](torch.sigmoid(model[0](x)) * gates))
+
+
+def test_a_stream_has_no_gate_that_reads_the_input():
+    model, inputs = architectures.build("hf:llama")
+    graph = trace(model, inputs)
+    with pytest.raises(SecateurError, match="a stream"):
+        place(model, graph, lambda g: Reading(g.size), kinds=("hidden",), inputs=inputs)
