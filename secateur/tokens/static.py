@@ -69,7 +69,7 @@ def is_static(cache: Any) -> bool:
     from transformers.cache_utils import StaticLayer
 
     layers: Any = getattr(cache, "layers", None)
-    return len(layers) > 0 and all(isinstance(layer, StaticLayer) for layer in layers)
+    return layers is not None and len(layers) > 0 and all(isinstance(layer, StaticLayer) for layer in layers)
 
 
 def buffers_of(cache: Any) -> Buffers | None:
