@@ -85,22 +85,22 @@ class Method:
             own = MethodInfo()
         if own.short:
             above: Any = cls.__mro__[1]
-            pattern = cls.usual() if above.__name__ in (*KINDS, "Method") else above.info
+            pattern = MethodInfo(**cls.usual()) if above.__name__ in (*KINDS, "Method") else above.info
             title = cls.name.replace("-", " ").capitalize()
             cls.info = own.completed(dataclasses.replace(pattern, name=cls.name), title)
 
     @classmethod
-    def usual(cls) -> MethodInfo:
-        """The axes of a record where a class says nothing of them; a kind of method overrides it."""
-        return MethodInfo(
-            title="",
-            spec="none",
-            objects="tool",
-            granularity="none",
-            speedup="none",
-            when="none",
-            criteria="none",
-        )
+    def usual(cls) -> dict[str, Any]:
+        """The axes of a record where a class says nothing of them; a kind of method adds its own."""
+        return {
+            "title": "",
+            "spec": "none",
+            "objects": "tool",
+            "granularity": "none",
+            "speedup": "none",
+            "when": "none",
+            "criteria": "none",
+        }
 
     def __post_init__(self) -> None:
         """Refuses a hyperparameter outside the range that its field declares."""

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from secateur.cli.flags import OUTPUT, SWITCH, Settings, flag
 from secateur.cli.shared import JSON_HELP, at_least, check_new_file, method_entry, quiet_stdout, show
 from secateur.errors import SecateurError
-from secateur.utils.spread import Speed, quartiles
+from secateur.utils.spread import Speed
 
 MODEL = Parameter(
     help="scenes, scenes:qwen, scenes:llava:1 (variant, seed), or a folder or hub name of a vision-language model"
@@ -225,9 +225,8 @@ def compare(
     asked: Asked, method: str, settings: Mapping[str, Any], name: str, flags: Tokens
 ) -> dict[str, Any]:
     """The answers and figures of both runs; draws the kept tokens where --out says."""
-    import torch
-
-    from secateur.measure.load import Others, crowded, processors
+    from secateur.measure.load import Others
+    from secateur.measure.timing import summed
     from secateur.report.tokens import token_alarms
     from secateur.tokens.attach import attach
 
@@ -249,7 +248,7 @@ def compare(
             report = attached.report
             stages = {stage: attached.coordinates(stage)[0] for stage in attached.kept}
             shape = _grid(attached)
-    used, count = others.used(), len(processors())
+    used = others.used()
     figures = ("visual_tokens", "tokens_x_layers", "equivalent_tokens", "flops", "kv_bytes")
     found: dict[str, Any] = {
         "model": name,
@@ -266,15 +265,10 @@ def compare(
         counted = report.get(side) or {}
         columns = zip(TIMES, zip(*(times for _, *times in made[flags.repeats > 1 :])))
         seconds[side] = {key: list(values) for key, values in columns if None not in values}
-        spans = {key: quartiles(values) for key, values in seconds[side].items()}
+        latency = summed(seconds[side], used)
         found[side] = {"answer": made[-1][0]} | {key: counted.get(key) for key in figures}
-        found[side] |= {key: spans[key][1] if key in spans else None for key in TIMES}
-        found[side]["latency"] = {
-            "quartiles": {key: [low, high] for key, (low, _, high) in spans.items()},
-            "processors": count,
-            "others": round(used, 2),
-            "crowded": crowded(used, count, torch.get_num_threads()),
-        }
+        found[side] |= {key: latency.pop(key, None) for key in TIMES}
+        found[side]["latency"] = latency
     found["speed"] = {
         key: Speed.of(seconds["before"][key], seconds["after"][key]).as_dict()
         for key in TIMES

@@ -3,12 +3,13 @@
 from secateur.gates.controllers import Lagrangian, log_cost, penalty
 from secateur.gates.cost import ExpectedCost, unit_macs
 from secateur.gates.gated import Gated, place
-from secateur.gates.laws import Gaussian, HardConcrete, Law, StraightThrough
+from secateur.gates.laws import Gate, Gaussian, HardConcrete, Law, StraightThrough
 from secateur.gates.points import Points, points_of
-from secateur.gates.reading import Reading
+from secateur.gates.reading import Reading, answers_over
 
 __all__ = [
     "ExpectedCost",
+    "Gate",
     "Gated",
     "Gaussian",
     "HardConcrete",
@@ -17,6 +18,7 @@ __all__ = [
     "Points",
     "Reading",
     "StraightThrough",
+    "answers_over",
     "log_cost",
     "penalty",
     "place",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from typing import Any
 
@@ -59,6 +59,13 @@ class ExpectedCost:
             owners = self._owners_of(module + ".", keep, lambda g: g.kind == "layers")
             totals[owners] = totals.get(owners, 0) + const * prod(sizes)
         return _sum(totals, keep)
+
+    def share_of_units(self, names: Iterable[str]) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        """The share of the multiply-adds of these groups' units that is expected to be left, as a function of the
+        probabilities: each unit weighs what leaves with it alone."""
+        each = {name: unit_macs(self.graph, self.graph[name]) for name in names}
+        total = sum(float(costs.sum()) for costs in each.values())
+        return lambda keep: torch.stack([(each[n].to(keep[n]) * keep[n]).sum() for n in each]).sum() / total
 
     def _owners_of(self, name: str, keep: Mapping[str, Tensor], counts: Any) -> tuple[tuple[str, int], ...]:
         """(group, unit) of each block with a probability that a parameter or module lies in."""

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from secateur.errors import SecateurError
-from secateur.gates.laws import Law
-from secateur.gates.points import Points, points_of
+from secateur.gates.laws import Gate, Law
+from secateur.gates.points import Points, entries, points_of
 from secateur.gates.reading import Readers, Reading
 from secateur.graph import Graph, Group
 from secateur.utils.inputs import Inputs
-from secateur.utils.running import call, evaluating, flat_tensors
+from secateur.utils.running import call, evaluating, with_residual
 
 
 class Gated(nn.Module):
@@ -25,16 +25,18 @@ class Gated(nn.Module):
     >>> gated(x)  # a draw in train mode, the decided values in eval mode  # doctest: +SKIP
 
     laws: the law of each group, in the order of the graph. points: where each meets the network. frozen: groups that
-    have no gate, and why. fixed: values that stand in place of the laws', for groups in it.
+    have no gate, and why. fixed: values that stand in place of the laws', for groups in it. train_model: no: the model's
+    parameters get no gradient.
     """
 
     def __init__(
         self,
         model: nn.Module,
         groups: Sequence[Group],
-        laws: Sequence[Law],
+        laws: Sequence[Gate],
         points: Mapping[str, Points],
         frozen: Mapping[str, str],
+        train_model: bool = True,
     ):
         super().__init__()
         self.model = model
@@ -42,28 +44,27 @@ class Gated(nn.Module):
         self.groups = {group.name: group for group in groups}
         self.points, self.frozen = dict(points), dict(frozen)
         self.fixed: dict[str, Tensor] = {}
-        self.frozen_model = False
+        self.train_model = train_model
 
     def train(self, mode: bool = True) -> Gated:
-        """As `nn.Module.train`; with `frozen_model` the gates draw while the model itself stays in eval mode."""
+        """As `nn.Module.train`; a model that isn't trained stays in eval mode while its gates draw."""
         super().train(mode)
-        if self.frozen_model:
+        if not self.train_model:
             self.model.eval()
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         values = self.values()
-        readers = [(law, self.points[name]) for name, law in self.by_group().items() if self._reads(name)]
-        with _Branches(self, values), Readers(self.model, readers):  # type: ignore[arg-type]
+        readers = [(law, self.points[name]) for name, law in self.readers().items() if name not in self.fixed]
+        with _Branches(self, values), Readers(self.model, readers):
             return functional_call(self.model, self._parameters_at(values), args, kwargs)
 
     def values(self) -> dict[str, Tensor]:
         """The gates of one forward: draws in train mode, else what is decided; [units] by group name."""
-        values = {
-            name: self.fixed[name] if name in self.fixed else (law.sample() if self.training else law.value())
-            for name, law in self.by_group().items()
-            if not self._reads(name)
-        }
+        values = dict(self.fixed)
+        for name, law in self.by_group().items():
+            if name not in values and isinstance(law, Law):
+                values[name] = law.sample() if self.training else law.value()
         for name, value in values.items():
             if not torch.isfinite(value).all():
                 raise SecateurError(
@@ -73,10 +74,11 @@ class Gated(nn.Module):
                 )
         return values
 
-    def _reads(self, name: str) -> bool:
-        return name not in self.fixed and isinstance(self.by_group()[name], Reading)
+    def readers(self) -> dict[str, Reading]:
+        """The laws that read the input, by group name."""
+        return {name: law for name, law in self.by_group().items() if isinstance(law, Reading)}
 
-    def by_group(self) -> dict[str, Law]:
+    def by_group(self) -> dict[str, Gate]:
         """The laws by group name."""
         return dict(zip(self.groups, self.laws, strict=True))  # type: ignore[arg-type]
 
@@ -92,7 +94,7 @@ class Gated(nn.Module):
         """
         found = {name: law.value().nonzero().flatten().cpu() for name, law in self.by_group().items()}
         for name, units in found.items():
-            if not len(units) and self.points[name].place != "blocks":
+            if not len(units):
                 raise SecateurError(
                     "all its gates are closed",
                     where=name,
@@ -112,14 +114,20 @@ class Gated(nn.Module):
                 self.points[name].place == "blocks"
                 and not torch.isin(value, torch.tensor([0.0, 1.0]).to(value)).all()
             ):
-                raise SecateurError("a block's gate between 0 and 1 has no place in weights", where=name)
+                raise SecateurError(
+                    "a block's gate between 0 and 1 has no place in weights",
+                    where=name,
+                    fix="decide it: fixed values of 0 and 1",
+                )
         own = dict(self.model.named_parameters())
         for name, value in self._parameters_at(values, decided=True).items():
             own[name].copy_(value)
 
     def _parameters_at(self, values: Mapping[str, Tensor], decided: bool | None = None) -> dict[str, Tensor]:
-        own = dict(self.model.named_parameters())
-        changed: dict[str, Tensor] = {}
+        own: dict[str, Tensor] = dict(self.model.named_parameters())
+        if not self.train_model:
+            own = {name: parameter.detach() for name, parameter in own.items()}
+        changed: dict[str, Tensor] = {} if self.train_model else dict(own)
         decided = not self.training if decided is None else decided
         laws = self.by_group()
         for name, points in self.points.items():
@@ -133,16 +141,14 @@ class Gated(nn.Module):
             for slices, gate in parts:
                 for s in slices:
                     tensor = changed.get(s.name, own[s.name])
-                    changed[s.name] = tensor * _spread(gate, s.index, tensor, s.dim)
+                    changed[s.name] = tensor * _at(gate, s.index, tensor, s.dim)
         return changed
 
 
-def _spread(gate: Tensor, index: Tensor, tensor: Tensor, dim: int) -> Tensor:
-    """The gate of each entry along `dim`, 1 where none is, in a shape that multiplies the tensor."""
-    index = index.to(tensor.device)
-    ones = torch.ones(tensor.shape[dim], dtype=tensor.dtype, device=tensor.device)
-    flat = ones.index_put((index.reshape(-1),), gate.to(tensor).repeat_interleave(index.shape[1]))
-    return flat.reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
+def _at(gate: Tensor, index: Tensor, tensor: Tensor, dim: int) -> Tensor:
+    """The gate of each entry along `dim` in a shape that multiplies the tensor."""
+    each = entries(gate.to(tensor), index, tensor.shape[dim])
+    return each.reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
 
 
 class _Branches:
@@ -168,16 +174,11 @@ class _Branches:
 
 
 def _scaled(gate: Tensor) -> Callable[..., Any]:
+    def mix(given: Tensor, made: Tensor) -> Tensor:
+        return torch.lerp(given, made, gate.to(made))  # exact at both ends
+
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        made = list(flat_tensors(output)) if isinstance(output, list) else [next(flat_tensors(output))]
-        given = list(flat_tensors((args, kwargs)))
-        values = []
-        for one in made:
-            before = next(v for v in given if v.shape == one.shape)
-            values.append(torch.lerp(before, one, gate.to(one)))  # exact at both ends
-        if isinstance(output, list):
-            return values
-        return (values[0], *output[1:]) if isinstance(output, tuple) else values[0]
+        return with_residual(output, (args, kwargs), mix)
 
     return hook
 
@@ -185,17 +186,19 @@ def _scaled(gate: Tensor) -> Callable[..., Any]:
 def place(
     model: nn.Module,
     graph: Graph,
-    law: Callable[[Group], Law],
+    law: Callable[[Group], Gate],
     kinds: Sequence[str] | None = None,
     groups: Sequence[Group] | None = None,
     inputs: Inputs | None = None,
+    train_model: bool = True,
 ) -> Gated:
     """Gates for the groups of a traced model.
 
     >>> gated = place(model, graph, lambda group: HardConcrete(group.size, start=2.5))  # doctest: +SKIP
 
     law: the law of a group. kinds: None: all. groups: only these. inputs: examples, which laws that read the input need
-    once. Groups without a gate point are in `frozen` with the reason.
+    once. train_model: whether the model learns beside its gates. Groups without a gate point are in `frozen` with the
+    reason.
 
     Raises `SecateurError` where no group gets a gate, with the reasons.
     """
@@ -220,9 +223,9 @@ def place(
             raise SecateurError(
                 f"a law of {made.units} gates for {group.size} units", where=group.name, fix="law(group.size)"
             )
-    gated = Gated(model, chosen, laws, points, frozen)
+    gated = Gated(model, chosen, laws, points, frozen, train_model)
     gated.laws.to(next(model.parameters()).device)
-    if any(isinstance(made, Reading) for made in laws):
+    if gated.readers():
         if inputs is None:
             raise SecateurError(
                 "gates that read the input need an example of it", where="place", fix="pass inputs="

@@ -7,6 +7,7 @@ loop seeds at every step, or from a generator.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError, choose
 
 
-class Law(nn.Module):
-    """A gate for each unit of one group. Subclasses say what is drawn, how likely a unit stays, and what is decided."""
+class Gate(nn.Module, ABC):
+    """A gate for each unit of one group: how likely each stays, and what is decided."""
 
     opens_from_closed = False
     """Whether a gate at exactly 0 still gets a gradient."""
@@ -24,20 +25,24 @@ class Law(nn.Module):
     def __init__(self, units: int):
         super().__init__()
         if units < 1:
-            raise SecateurError(f"a gate of {units} units", where=type(self).__name__)
+            raise SecateurError(f"a gate of {units} units", where=type(self).__name__, fix="one unit or more")
         self.units = units
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """A draw, [units]; gradients reach the law's parameters."""
-        raise NotImplementedError
-
+    @abstractmethod
     def keep(self) -> Tensor:
         """The probability that each unit stays, [units] in 0..1, with a gradient."""
-        raise NotImplementedError
 
+    @abstractmethod
     def value(self) -> Tensor:
         """What the gate is without chance, [units]: 0 where it is closed."""
-        raise NotImplementedError
+
+
+class Law(Gate):
+    """A gate that is drawn, whatever the input."""
+
+    @abstractmethod
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """A draw, [units]; gradients reach the law's parameters."""
 
 
 def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:

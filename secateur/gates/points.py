@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.graph import Graph, Group, Slice
 
@@ -75,3 +75,17 @@ def _loose(slices: list[Slice], producers: list[Slice], modules: Mapping[str, nn
 
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
+
+
+def entries(gates: Tensor, index: Tensor, size: int) -> Tensor:
+    """The gate of each of the `size` entries of an axis, 1 where none is: [..., units] -> [..., size].
+
+    >>> entries(torch.tensor([0.5, 0.0]), torch.tensor([[0, 1], [3, 4]]), 6)
+    tensor([0.5000, 0.5000, 1.0000, 0.0000, 0.0000, 1.0000])
+
+    index: [units, k], the entries of each unit.
+    """
+    each = gates.new_ones(*gates.shape[:-1], size)
+    return each.index_copy(
+        -1, index.reshape(-1).to(gates.device), gates.repeat_interleave(index.shape[1], -1)
+    )

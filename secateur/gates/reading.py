@@ -5,18 +5,19 @@ Facts of the scheme: Learning a Consensus Sub-Network, arXiv 2302.10798 (spec: c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.gates.laws import Law, hard_step
-from secateur.gates.points import Points
+from secateur.gates.laws import Gate, hard_step
+from secateur.gates.points import Points, entries
+from secateur.utils.running import with_residual
 
 
-class Reading(Law):
+class Reading(Gate):
     """Pool the input over places, two linear layers, a hard step: one answer a sample and unit.
 
     >>> law = Reading(4)
@@ -81,6 +82,28 @@ class Reading(Law):
         return (self.keep().detach() >= 0.5).float()
 
 
+@torch.no_grad()
+def answers_over(
+    readers: Mapping[str, Reading], forwards: Iterable[object]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """By name, over all samples: the share that runs each unit, and how sure their gates are, [units] each.
+
+    >>> answers_over(laws, (gated(x) for x in batches))  # doctest: +SKIP
+
+    forwards: one forward is done for each of them. The shares are exact where all samples agree.
+    """
+    ran = {name: torch.zeros(law.units) for name, law in readers.items()}
+    sure = {name: torch.zeros(law.units) for name, law in readers.items()}
+    count = 0
+    for _ in forwards:
+        for name, law in readers.items():
+            answers = law.answers().cpu()
+            ran[name] += answers.sum(0)
+            sure[name] += law.probability().cpu() * len(answers)
+        count += len(answers)
+    return {name: (ran[name] / count, sure[name] / count) for name in readers}
+
+
 class Readers:
     """While the model runs, its units are multiplied by what each sample's gates say."""
 
@@ -94,7 +117,8 @@ class Readers:
             if points.blocks:
                 for number, path in enumerate(points.blocks):
                     block = self.model.get_submodule(path)
-                    self.handles.append(block.register_forward_hook(_gated_block(law, number)))
+                    hook = _gated_block(law, number)
+                    self.handles.append(block.register_forward_hook(hook, with_kwargs=True))
                 continue
             source, scaled = sites(self.model, points)
             self.handles.append(source.register_forward_pre_hook(_read(law), prepend=True))
@@ -148,7 +172,7 @@ def _read(law: Reading) -> Callable[..., None]:
 
 def _behind(law: Reading, index: Tensor) -> Callable[..., Tensor]:
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output * _spread(law.seen[0], index, output, 1)
+        return output * _at(law.seen[0], index, output, 1)
 
     return hook
 
@@ -156,27 +180,23 @@ def _behind(law: Reading, index: Tensor) -> Callable[..., Tensor]:
 def _before(law: Reading, index: Tensor) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any) -> Any:
         dim = args[0].dim() - 1 if isinstance(module, nn.Linear) else 1
-        return (args[0] * _spread(law.seen[0], index, args[0], dim), *args[1:])
+        return (args[0] * _at(law.seen[0], index, args[0], dim), *args[1:])
 
     return hook
 
 
-def _spread(gates: Tensor, index: Tensor, value: Tensor, dim: int) -> Tensor:
-    """The gates [batch, units] of each channel along `dim`, 1 where none is, in a shape that multiplies the value."""
-    rows = torch.arange(len(gates), device=gates.device)[:, None]
-    each = torch.ones(len(gates), value.shape[dim], dtype=gates.dtype, device=gates.device)
-    places = (rows, index.reshape(1, -1).to(gates.device))
-    each = each.index_put(places, gates.repeat_interleave(index.shape[1], 1))
-    return each.to(value).reshape(
-        [len(gates) if d == 0 else value.shape[d] if d == dim else 1 for d in range(value.dim())]
-    )
+def _at(gates: Tensor, index: Tensor, value: Tensor, dim: int) -> Tensor:
+    """The gates [batch, units] in a shape that multiplies a value whose channels lie along `dim`."""
+    each = entries(gates, index, value.shape[dim]).to(value)
+    return each.reshape([value.shape[d] if d in (0, dim) else 1 for d in range(value.dim())])
 
 
 def _gated_block(law: Reading, number: int) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        gate = law(args[0], number)
-        return torch.lerp(
-            args[0], output, gate.to(output).reshape(-1, *[1] * (output.dim() - 1)).expand_as(output)
-        )
+    def mix(given: Tensor, made: Tensor) -> Tensor:
+        gate = law(given, number).to(made).reshape(-1, *[1] * (made.dim() - 1))
+        return torch.lerp(given, made, gate.expand_as(made))
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return with_residual(output, (args, kwargs), mix)
 
     return hook

@@ -160,20 +160,22 @@ def latencies(
                 times[TOKEN] = token_seconds(models, inputs["input_ids"])
             except SecateurError as error:
                 reasons[TOKEN] = str(error)
-    used, count = others.used(), len(processors())
-    found = []
-    for place in range(len(models)):
-        spans = {key: quartiles(seconds[place]) for key, seconds in times.items()}
-        found.append(
-            {key: middle for key, (_, middle, _) in spans.items()}
-            | {
-                "quartiles": {key: [low, high] for key, (low, _, high) in spans.items()},
-                "processors": count,
-                "others": round(used, 2),
-                "crowded": crowded(used, count, torch.get_num_threads()),
-            }
-        )
+    used = others.used()
+    found = [
+        summed({key: seconds[place] for key, seconds in times.items()}, used) for place in range(len(models))
+    ]
     speed = {}
     if len(models) == 2:
         speed = {key: Speed.of(*seconds).as_dict() for key, seconds in times.items()}
     return found, speed, reasons
+
+
+def summed(seconds: Mapping[str, Sequence[float]], used: float) -> dict[str, Any]:
+    """What reports hold of the times of one model by key, while others `used` so many processors: see `latencies`."""
+    spans, count = {key: quartiles(values) for key, values in seconds.items()}, len(processors())
+    return {key: middle for key, (_, middle, _) in spans.items()} | {
+        "quartiles": {key: [low, high] for key, (low, _, high) in spans.items()},
+        "processors": count,
+        "others": round(used, 2),
+        "crowded": crowded(used, count, torch.get_num_threads()),
+    }

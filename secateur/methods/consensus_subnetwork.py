@@ -13,7 +13,7 @@ after the cut.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,19 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.gates import ExpectedCost, Gated, Reading, place, unit_macs
+from secateur.gates import ExpectedCost, Gated, Reading, answers_over, place
 from secateur.gates.laws import GRADIENTS
 from secateur.graph import Graph, Group
 from secateur.method import register
 from secateur.pruning.allocate import at_least
 from secateur.pruning.plan import Plan
-from secateur.solvers.batchnorm import reestimate_batchnorm
 from secateur.taxonomy import record
-from secateur.training.batches import Draw
 from secateur.training.job import Job
 from secateur.training.method import TrainMethod
 from secateur.training.ramp import Ramp
-from secateur.utils.batches import inputs_of
 from secateur.utils.running import evaluating, run
 
 
@@ -113,16 +110,16 @@ class ConsensusSubnetwork(TrainMethod):
                 fix="a batch of 2 or more, or lambda_p=0",
             )
         context = job.context()
-        kind = self.kind(context.groups)
+        layers = [group for group in context.groups if group.kind == "layers"]
+        kind = self.gate if self.gate != "auto" else "layers" if layers else "channels"
         groups = [group for group in context.groups if group.kind == kind]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(job.generator("gates").initial_seed() % 2**63)
+        with job.seeded("gates"):
             gated = place(job.model, context.graph, self.law, groups=groups, inputs=context.example)
         price, wanted = self.price(job, context.graph, gated)
-        ramp, laws = Ramp(self.ramp), [law for law in gated.laws if isinstance(law, Reading)]
+        ramp, laws = Ramp(self.ramp), gated.readers()
 
         def polar(model: nn.Module, batch: Any) -> Tensor:
-            answers = torch.cat([law.answers() for law in laws], 1)
+            answers = torch.cat([law.answers() for law in laws.values()], 1)
             return self.lambda_p * ramp.weight * polarisation(answers)
 
         def size(model: nn.Module, batch: Any) -> Tensor:
@@ -133,72 +130,39 @@ class ConsensusSubnetwork(TrainMethod):
             model=gated,
             parameters=[
                 {"params": [*job.model.parameters()], "lr": job.recipe.lr},
-                {
-                    "params": [*gated.laws.parameters()],
-                    "lr": job.recipe.lr * self.gate_lr,
-                    "weight_decay": 0.0,
-                },
+                {"params": [*gated.laws.parameters()], "lr": job.recipe.lr * self.gate_lr, "weight_decay": 0},
             ],
             loss_terms=[polar, size],
             after_step=[ramp],
         )
-        shares, sure = self.consensus(job, gated)
+        with evaluating(gated):
+            found = answers_over(laws, (run(gated, batch) for batch in job.batches(max(1, round(job.epoch)))))
+        shares = {name: share for name, (share, _) in found.items()}
+        majority = {name: (share >= 0.5).float() for name, share in shares.items()}
         job.note(
             quality_of_the_gated=None if job.task.quality is None else float(job.task.quality(gated.eval())),
             disagreement=max(disagreement(share) for share in shares.values()),
-            share_of_the_consensus=float(
-                price({name: (share >= 0.5).float() for name, share in shares.items()})
-            ),
+            share_of_the_consensus=float(price(majority)),
         )
-        job.cut(self.choose(job, shares, sure))
-        if self.reestimate:
-            draw = Draw(job.task.train, job.recipe.batch, job.seed)
-            with torch.no_grad():
-                reestimate_batchnorm(
-                    job.model, (inputs_of(job.model, draw(step)) for step in range(self.reestimate))
-                )
+        job.cut(self.choose(job, shares, {name: sure for name, (_, sure) in found.items()}))
+        job.reestimate(self.reestimate)
         job.note(quality_after_the_cut=job.quality())
         if steps := round(self.tune * job.steps):
             job.train("tune", steps=steps)
         return job.plan(notes={f"no gate: {name}": why for name, why in gated.frozen.items()})
 
-    def kind(self, groups: list[Group]) -> str:
-        if self.gate != "auto":
-            return self.gate
-        return "layers" if any(group.kind == "layers" for group in groups) else "channels"
-
     def law(self, group: Group) -> Reading:
         return Reading(group.size, blocks=group.kind == "layers", hidden=self.width, gradient=self.gradient)
 
-    def price(self, job: Job, graph: Graph, gated: Gated) -> tuple[Any, float]:
+    def price(self, job: Job, graph: Graph, gated: Gated) -> tuple[Callable[..., Tensor], float]:
         """(the share that is expected to be left, as a function of the shares of inputs that run each unit; the wanted)."""
         target, cost = job.target, ExpectedCost(graph)
-        if target.kind in ("macs", "params"):
-            whole = cost.whole_macs if target.kind == "macs" else cost.whole_params
-            count = cost.macs if target.kind == "macs" else cost.params
-            return lambda keep: count(keep).float() / whole, target.limit(whole) / whole
-        each = {name: unit_macs(graph, graph[name]) for name in gated.points}
-        total = sum(costs.sum() for costs in each.values())
-        return lambda keep: sum((each[n].to(keep[n]) * keep[n]).sum() for n in each) / total, job.share
-
-    @torch.no_grad()
-    def consensus(self, job: Job, gated: Gated) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """[units] by group over an epoch of the training data: the share of inputs that run each, and how sure."""
-        draw = Draw(job.task.train, job.recipe.batch, job.seed)
-        shares = {name: torch.zeros(law.units) for name, law in gated.by_group().items()}
-        sure = {name: torch.zeros(law.units) for name, law in gated.by_group().items()}
-        seen = 0
-        with evaluating(gated):
-            for step in range(max(1, round(job.epoch))):
-                run(gated, inputs_of(job.model, draw(step)))
-                for name, law in gated.by_group().items():
-                    assert isinstance(law, Reading)
-                    answers = law.answers().cpu()
-                    shares[name] += answers.sum(0)
-                    sure[name] += law.probability().cpu() * len(answers)
-                seen += len(answers)
-        shares, sure = ({name: total / seen for name, total in found.items()} for found in (shares, sure))
-        return shares, sure
+        if target.kind not in ("macs", "params"):
+            return cost.share_of_units(gated.points), job.share
+        count, whole = (
+            (cost.macs, cost.whole_macs) if target.kind == "macs" else (cost.params, cost.whole_params)
+        )
+        return lambda keep: count(keep).float() / whole, target.limit(whole) / whole
 
     def choose(self, job: Job, shares: Mapping[str, Tensor], sure: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Kept units by group: one at least, the most used, of equals the first."""

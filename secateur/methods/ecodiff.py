@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.gates import Gated, HardConcrete, place
+from secateur.gates import HardConcrete, place
 from secateur.method import register
 from secateur.pruning.plan import Plan
 from secateur.taxonomy import record
@@ -91,40 +91,38 @@ class EcoDiff(TrainMethod):
             job.train("dense")
         context = job.context()
         law = lambda group: HardConcrete(group.size, self.start, delta=self.delta)
-        gated = place(job.model, context.graph, law, groups=context.groups)
-        gated.frozen_model = True
+        gated = place(job.model, context.graph, law, groups=context.groups, train_model=False)
         laws = {name: made for name, made in gated.by_group().items() if isinstance(made, HardConcrete)}
-        job.model.eval()
-        trainable = [p for p in job.model.parameters() if p.requires_grad]
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        try:
-            job.train(
-                "gates",
-                model=gated,
-                parameters=[{"params": [*gated.laws.parameters()], "lr": self.gate_lr}],
-                loss=self.distance(sampler),
-                loss_terms=[lambda model, batch: self.beta_reg * self.regularise(gated, laws)],
-                data=self.drawings(job, sampler),
-                optimizer="adamw",
-                lr=self.gate_lr,
-                batch=min(self.batch, self.samples),
-                lr_schedule="constant",
-                clip=0.0,
-            )
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+        heads = [name for name in laws if gated.groups[name].kind != "neurons"]
+        kinds = [names for names in (heads, [name for name in laws if name not in heads]) if names]
+
+        def penalty(model: nn.Module, batch: Any) -> Tensor:
+            parts = [regulariser([laws[name] for name in names], self.penalty) for names in kinds]
+            return self.beta_reg * torch.stack(parts).sum()
+
+        job.train(
+            "gates",
+            model=gated,
+            parameters=[{"params": [*gated.laws.parameters()], "lr": self.gate_lr}],
+            loss=self.distance(sampler),
+            loss_terms=[penalty],
+            data=self.drawings(job, sampler),
+            optimizer="adamw",
+            lr=self.gate_lr,
+            batch=min(self.batch, self.samples),
+            lr_schedule="constant",
+            clip=0.0,
+        )
         job.note(
             penalty=regulariser([*laws.values()], self.penalty).item(),
             lambda_least=min(made.logits.min().item() for made in laws.values()),
             lambda_most=max(made.logits.max().item() for made in laws.values()),
         )
-        scores = {name: made.logits.detach() for name, made in laws.items()}
-        each = self.kinds_of(gated) if job.target.kind == "share" else [[*laws]]
+        # a share is that of each kind, as the paper's ratios are
+        together = kinds if job.target.kind == "share" else [[*laws]]
         keep: dict[str, Tensor] = {}
-        for names in each:  # a share is that of each kind, as the paper's ratios are
-            keep |= context.allocate({name: scores[name] for name in names})
+        for names in together:
+            keep |= context.allocate({name: laws[name].logits.detach() for name in names})
         job.cut(keep)
         return job.plan()
 
@@ -153,15 +151,3 @@ class EcoDiff(TrainMethod):
             return total / sampler.steps
 
         return final if self.match == "final" else step
-
-    def regularise(self, gated: Gated, laws: dict[str, HardConcrete]) -> Tensor:
-        """The sum over kinds, heads and neurons, each the mean over its modules."""
-        parts = [[laws[name] for name in names] for names in self.kinds_of(gated)]
-        return torch.stack([regulariser(part, self.penalty) for part in parts]).sum()
-
-    def kinds_of(self, gated: Gated) -> list[list[str]]:
-        """The names of the groups of heads, and of those of neurons."""
-        kinds: dict[bool, list[str]] = {}
-        for name, group in gated.groups.items():
-            kinds.setdefault(group.kind == "neurons", []).append(name)
-        return [*kinds.values()]

@@ -22,9 +22,7 @@ from secateur.graph import Group
 from secateur.method import register
 from secateur.pruning.context import Context
 from secateur.pruning.plan import Plan
-from secateur.solvers.batchnorm import reestimate_batchnorm
 from secateur.taxonomy import record
-from secateur.training.batches import Draw
 from secateur.training.job import Job
 from secateur.training.method import TrainMethod
 from secateur.training.scales import (
@@ -40,7 +38,6 @@ from secateur.training.scales import (
     separation,
     vote,
 )
-from secateur.utils.batches import inputs_of
 
 
 @register
@@ -110,12 +107,7 @@ class MaskSparsity(TrainMethod):
             units = {name: self.fallen(group, scales) for name, group in members.items()}
         job.note(quality=job.quality(), **separation(scales, layers))
         job.cut({name: keep.nonzero().flatten().cpu() for name, keep in units.items()})
-        if self.reestimate:
-            draw = Draw(job.task.train, job.recipe.batch, job.seed)
-            with torch.no_grad():
-                reestimate_batchnorm(
-                    job.model, (inputs_of(job.model, draw(step)) for step in range(self.reestimate))
-                )
+        job.reestimate(self.reestimate)
         job.note(quality_after_the_cut=job.quality())
         if steps := round(self.tune * job.steps):
             job.train("tune", steps=steps, lr=self.tune_lr)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.method import Method
-from secateur.taxonomy import MethodInfo
 
 if TYPE_CHECKING:
     from secateur.graph.groups import Group
@@ -32,17 +31,9 @@ class WeightMethod(Method):
     verb: ClassVar[str] = "prune"
 
     @classmethod
-    def usual(cls) -> MethodInfo:
-        return MethodInfo(
-            title="",
-            spec="none",
-            objects="W",
-            granularity="unstr/N:M",
-            speedup="spec",
-            when="PAT-PT",
-            criteria="none",
-            data="calib" if cls.needs else "free",
-        )
+    def usual(cls) -> dict[str, Any]:
+        own = {"objects": "W", "granularity": "unstr/N:M", "speedup": "spec", "when": "PAT-PT"}
+        return {**super().usual(), **own, "data": "calib" if cls.needs else "free"}
 
     scope = "row"
     """Where weights compete: in their output row, in their layer, or globally."""
@@ -99,17 +90,9 @@ class UnitMethod(Method):
     """What a bare percentage counts: "units" of every prunable group, or the "weights" inside a language model's blocks."""
 
     @classmethod
-    def usual(cls) -> MethodInfo:
-        return MethodInfo(
-            title="",
-            spec="none",
-            objects="N F C H",
-            granularity="struct",
-            speedup="univ",
-            when="PAT-PT",
-            criteria="none",
-            data="calib" if cls.needs else "free",
-        )
+    def usual(cls) -> dict[str, Any]:
+        own = {"objects": "N F C H", "granularity": "struct", "speedup": "univ", "when": "PAT-PT"}
+        return {**super().usual(), **own, "data": "calib" if cls.needs else "free"}
 
     def score(self, group: Group, context: Context) -> Tensor:
         """[units], higher = keep."""

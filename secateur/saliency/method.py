@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from secateur.method import Method
-from secateur.taxonomy import MethodInfo
 from secateur.utils.screen import Screen
 
 
@@ -37,22 +36,9 @@ class SaliencyMethod(Method):
     verb: ClassVar[str] = "saliency"
 
     @classmethod
-    def usual(cls) -> MethodInfo:
-        return MethodInfo(
-            title="",
-            spec="none",
-            objects="S",
-            granularity="none",
-            speedup="none",
-            when="none",
-            criteria="SAL",
-            order="-",
-            data="input",
-            task="-",
-            decision="-",
-            scope="-",
-            budget_exact=None,
-        )
+    def usual(cls) -> dict[str, Any]:
+        own = {"objects": "S", "criteria": "SAL", "order": "-", "data": "input", "budget_exact": None}
+        return {**super().usual(), **own, **dict.fromkeys(("task", "decision", "scope"), "-")}
 
     def draw(self, model: nn.Module, image: Tensor, target: Any) -> Drawn:
         """Draw the map of each picture.

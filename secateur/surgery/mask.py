@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from secateur.graph.groups import Graph
 from secateur.graph.run import Functions
 from secateur.surgery.changes import Keep, _gone, _removed_blocks, _tensor
-from secateur.utils.running import flat_tensors
+from secateur.utils.running import with_residual
 
 
 def mask_units(model: nn.Module, graph: Graph, keep: Keep) -> None:
@@ -136,8 +136,4 @@ def _exclude(model: nn.Module, graph: Graph, keep: Keep) -> None:
 
 
 def _pass_through(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    first = next(flat_tensors(output))
-    value = next(v for v in flat_tensors((args, kwargs)) if v.shape == first.shape)
-    if isinstance(output, tuple):
-        return (value, *output[1:])
-    return value
+    return with_residual(output, (args, kwargs), lambda given, made: given)

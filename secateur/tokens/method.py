@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from secateur.families.vlm import Facts
 from secateur.method import Method
-from secateur.taxonomy import MethodInfo
 from secateur.tokens.state import Reduction, TokenSets
 
 Select = Callable[[TokenSets], "Tensor | Reduction"]
@@ -62,19 +61,9 @@ class TokenMethod(Method):
     """It finds the counts itself: the target may be None."""
 
     @classmethod
-    def usual(cls) -> MethodInfo:
-        return MethodInfo(
-            title="",
-            spec="none",
-            objects="T",
-            granularity="token",
-            speedup="univ",
-            when="RT",
-            criteria="none",
-            data="input",
-            decision="dyn",
-            budget_unit="tokens",
-        )
+    def usual(cls) -> dict[str, Any]:
+        own = {"objects": "T", "granularity": "token", "speedup": "univ", "when": "RT"}
+        return {**super().usual(), **own, "data": "input", "decision": "dyn", "budget_unit": "tokens"}
 
     def select(self, sets: TokenSets) -> Tensor | Reduction:
         """The tokens that stay at the default stage.

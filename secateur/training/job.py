@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,18 @@ from secateur.pruning.options import Options
 from secateur.pruning.plan import DENSE_NOTE, Plan
 from secateur.pruning.request import removes_units
 from secateur.pruning.target import Target
+from secateur.solvers.batchnorm import reestimate_batchnorm
 from secateur.surgery import cut_units, prove
-from secateur.training.batches import length
+from secateur.training.batches import Draw, length
 from secateur.training.checkpoint import Moments, copy_moments
 from secateur.training.fit import fit
 from secateur.training.masks import Masked
 from secateur.training.recipe import Recipe
 from secateur.training.state import Hook, State
 from secateur.training.task import Task
+from secateur.utils.batches import inputs_of
 from secateur.utils.inputs import Inputs
-from secateur.utils.random import seeded
+from secateur.utils.random import seed_of, seeded
 from secateur.utils.screen import Screen
 from secateur.utils.types import Objective
 
@@ -97,6 +100,13 @@ class Job(Screen):
 
     def generator(self, *parts: object) -> torch.Generator:
         return seeded(self.seed, self.method.name, *parts)
+
+    @contextmanager
+    def seeded(self, *parts: object) -> Iterator[None]:
+        """Torch's global random state is that of the seed and this place, for what draws from it, such as new layers."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self.seed, self.method.name, *parts))
+            yield
 
     def train(
         self,
@@ -180,6 +190,16 @@ class Job(Screen):
     def masked(self, masks: Mapping[str, Tensor]) -> Masked:
         """A hook that keeps zero what the masks removed, from now on."""
         return Masked(self.model, masks)
+
+    def batches(self, count: int) -> Iterator[Any]:
+        """Inputs of the first `count` training batches, without labels; `round(epoch)` of them are the whole data."""
+        draw = Draw(self.task.train, self.recipe.batch, self.seed)
+        return (inputs_of(self.model, draw(step)) for step in range(count))
+
+    def reestimate(self, count: int) -> None:
+        """Take BatchNorm statistics anew on so many training batches, as after a cut; 0: leave them."""
+        if count:
+            reestimate_batchnorm(self.model, self.batches(count))
 
     def quality(self) -> float | None:
         """The task's number for the model as it is now; None where the task has none."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from secateur.method import Method
-from secateur.taxonomy import MethodInfo
 
 if TYPE_CHECKING:
     from secateur.pruning.plan import Plan
@@ -33,21 +32,12 @@ class TrainMethod(Method):
     """What a bare percentage counts, where it removes units: as for `UnitMethod`."""
 
     @classmethod
-    def usual(cls) -> MethodInfo:
+    def usual(cls) -> dict[str, Any]:
         units = cls.removes == "units"
-        return MethodInfo(
-            title="",
-            spec="none",
-            objects="N F C H" if units else "W",
-            granularity="struct" if units else "unstr",
-            speedup="univ" if units else "spec",
-            when="PAT",
-            criteria="none",
-            data="data",
-            start="init" if cls.starts == "init" else "pre",
-            recovery="train",
-            supervision="supervised",
-        )
+        own = {"objects": "N F C H" if units else "W", "granularity": "struct" if units else "unstr"}
+        own |= {"speedup": "univ" if units else "spec", "when": "PAT", "data": "data", "recovery": "train"}
+        own |= {"start": "init" if cls.starts == "init" else "pre", "supervision": "supervised"}
+        return {**super().usual(), **own}
 
     def prune(self, job: Job) -> Plan:
         """Trains `job.model` in phases and gives the plan. It is run again from its top when a run is resumed: finished

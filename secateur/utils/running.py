@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -137,6 +137,24 @@ def run(model: nn.Module, batch: Inputs) -> Any:
     if "use_cache" in inspect.signature(type(model).forward).parameters:
         kwargs.setdefault("use_cache", False)
     return model(*args, **kwargs)
+
+
+def with_residual(output: Any, inputs: Any, mix: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    """What a block gave, with mix(its input of the same shape, it) in place of its first tensor, or of each of a list.
+
+    >>> with_residual((torch.ones(2), "cache"), (torch.zeros(2),), lambda given, made: given)
+    (tensor([0., 0.]), 'cache')
+    """
+    given = _flat(inputs, [])
+
+    def mixed(made: Tensor) -> Tensor:
+        place = next(n for n, value in enumerate(given) if value.shape == made.shape)
+        return mix(given.pop(place), made)  # of several of one shape each continues its own
+
+    if isinstance(output, list):
+        return [mixed(made) if isinstance(made, Tensor) else made for made in output]
+    value = mixed(next(flat_tensors(output)))
+    return (value, *output[1:]) if isinstance(output, tuple) else value
 
 
 def logits_of(output: Any) -> Tensor:

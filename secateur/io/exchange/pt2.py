@@ -9,7 +9,6 @@ import io
 import logging
 import operator
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, plain_text
 from secateur.io.exchange.program import Program, Spec, Template, add_step, register, tensor_at
 from secateur.utils.files import check_path
 from secateur.utils.inputs import Inputs, as_call
@@ -484,7 +483,7 @@ def told(error: BaseException) -> str:
     """What an exporter's error comes from, in a line without the codes that colour a terminal."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = (re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in str(error).splitlines())
+    lines = (line.strip() for line in plain_text(str(error)).splitlines())
     return f"{type(error).__name__}: {next(filter(None, lines), '')[:200]}"
 
 
