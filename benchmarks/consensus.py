@@ -92,6 +92,7 @@ def one(network: str, method: str, seed: int, args: argparse.Namespace) -> dict[
         "before": report["before"]["quality"],
         "gated": row.get("quality_of_the_gated"),
         "disagreement": row.get("disagreement"),
+        "consensus": row.get("share_of_the_consensus"),
         "end": report["after"]["quality"],
         "macs": report["after"]["macs"] / report["before"]["macs"],
         "params": report["after"]["params"] / report["before"]["params"],

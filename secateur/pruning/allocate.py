@@ -57,6 +57,58 @@ def owl_shares(outliers: Sequence[float], share: float, lam: float = 0.08) -> li
     return (raised - raised.mean() + share).clamp(0, 1).tolist()
 
 
+def coarse_to_fine(sizes: Sequence[int], scores: Sequence[float], keep: int, most: float) -> list[int]:
+    """How many weights each block keeps: what the cap leaves it, and of the rest a part in proportion to its score.
+
+    >>> coarse_to_fine([1000, 1000, 2000], [5, 1, 2], 2000, 0.6)
+    [650, 450, 900]
+
+    most: the largest share that any block may lose. In all exactly `keep` (ECoFLaP, arXiv 2310.02998; spec: ecoflap).
+    The released code adds what the rounding kept too many instead of taking it away.
+
+    Raises `SecateurError` where a score is negative or no number, or the cap leaves more than `keep`.
+    """
+    if not all(score >= 0 and math.isfinite(score) for score in scores):
+        raise SecateurError(
+            f"scores of blocks must be numbers of 0 or more: {list(scores)}", where="coarse-to-fine"
+        )
+    least = [round(size * (1 - most), 9) for size in sizes]
+    floors = [math.floor(value) for value in least]
+    if sum(floors) > keep:
+        raise SecateurError(
+            f"where no block may lose more than {most:.4g}, {sum(floors):,} weights stay of the {keep:,} wanted",
+            where="coarse-to-fine",
+            fix="let a block lose more, or keep more",
+        )
+    kept, left = [math.ceil(value) for value in least], [float(score) for score in scores]
+    keep = min(keep, sum(sizes))
+    while (missing := keep - sum(kept)) > 0:
+        left = [score if n < size else 0.0 for score, n, size in zip(left, kept, sizes)]
+        if not sum(left):
+            left = [float(size - n) for size, n in zip(sizes, kept)]
+        more = [max(math.ceil(round(s / sum(left) * missing, 9)), 1) if s else 0 for s in left]
+        kept = [min(size, n + add) for size, n, add in zip(sizes, kept, more)]
+    while (over := sum(kept) - keep) > 0:
+        largest = max((i for i in range(len(kept)) if kept[i] > floors[i]), key=kept.__getitem__)
+        kept[largest] -= min(over, kept[largest] - floors[largest])
+    return kept
+
+
+def arithmetic_shares(count: int, share: float, step: float) -> list[float]:
+    """Shares kept that fall by `step` from each block to the next, with the mean `share` (arXiv 2502.14770).
+
+    >>> arithmetic_shares(3, 0.5, 0.1)
+    [0.6, 0.5, 0.4]
+    """
+    return [share + step * ((count - 1) / 2 - number) for number in range(count)]
+
+
+def arithmetic_steps(count: int, share: float, tries: int = 5) -> list[float]:
+    """Steps worth a try, from 0 to the largest at which no block is below 0 or above 1."""
+    largest = 2 * min(share, 1 - share) / max(1, count - 1)
+    return [largest * number / tries for number in range(tries)]
+
+
 @dataclass(frozen=True, repr=False)
 class Competitor(Screen):
     """One group as the allocator sees it: units with scores, in a kind, with a floor and a grain."""

@@ -25,7 +25,9 @@ class Options:
     )
     allocation: str | None = field(
         default=None,
-        metadata={"help": "how the budget is divided: uniform, global, per-kind, owl; default: the method's"},
+        metadata={
+            "help": "how the budget is divided: uniform, global, per-kind; for single weights also owl, coarse-to-fine, arithmetic[:STEP]; default: the method's"
+        },
     )
     floor: float = field(
         default=0.0, metadata={"help": "least share kept of any layer or group, 0..1", "min": 0, "max": 1}

@@ -32,7 +32,7 @@ from secateur.pruning.share import read_shares
 from secateur.pruning.target import Target, parse_schedule, rounds
 from secateur.pruning.undo import Undo
 from secateur.pruning.units import plan_units
-from secateur.pruning.weights import plan_weights
+from secateur.pruning.weights import plan_weights, reads_data
 from secateur.surgery import cut_units
 from secateur.surgery.changes import set_values
 from secateur.utils.inputs import Inputs, default_inputs, from_description, map_tensors
@@ -143,7 +143,7 @@ def prune(
     if inputs is None and (units or hasattr(getattr(model, "config", None), "vocab_size")):
         inputs = default_inputs(model, min(options.seqlen, TRACED))
     batches = None
-    if chosen.statistics():
+    if reads_data(chosen, options.divides):
         batches = calibration_batches(data, tokenizer, model, options.samples, options.seqlen, seed)
 
     measured: dict[str, Any] = {

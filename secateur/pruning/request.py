@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +106,14 @@ def _check_pair(method: Method, target: Target) -> None:
 def _check_allocation(method: Method, allocation: str | None) -> None:
     if allocation is not None:
         known, what = (ORDERS, "units") if removes_units(method) else (ALLOCATIONS, "weights")
-        choose(allocation, known, what=f"allocation for {what}", where="allocation")
+        name, colon, number = allocation.partition(":")
+        choose(name, known, what=f"allocation for {what}", where="allocation")
+        if colon and name != "arithmetic":
+            raise SecateurError(f"{name} takes no number", where="allocation", fix=f"write {name}")
+        if colon and not re.fullmatch(r"-?(\d+(\.\d*)?|\.\d+)(e-?\d+)?", number):
+            raise SecateurError(
+                f"{number!r} isn't a number", where=f"allocation {allocation}", fix="such as arithmetic:0.01"
+            )
 
 
 def _check_kinds(method: Method, kinds: Sequence[str] | str | None) -> None:

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.method import make_method
-from secateur.pruning.allocate import divide
+from secateur.method import Method, make_method
+from secateur.pruning.allocate import arithmetic_shares, arithmetic_steps, divide
 from secateur.pruning.context import Context
 from secateur.pruning.method import WeightMethod
 from secateur.pruning.plan import DENSE_NOTE, Plan
 from secateur.pruning.select import Pattern, top_k
 from secateur.pruning.share import ALONE
+from secateur.pruning.undo import Undo
+from secateur.stats.collect import default_loss
 from secateur.stats.layer import LayerStats
 from secateur.stats.memory import estimate
+from secateur.utils.batches import as_batches
+from secateur.utils.inputs import map_tensors
+from secateur.utils.running import device_of, evaluating
 
 Allocation = Callable[[WeightMethod, Context, int], dict[str, Pattern]]
 ALLOCATIONS: dict[str, Allocation] = {}
 """Allocations of a budget over matrices, by name: (method, context, weights kept in all) -> a pattern for each."""
 
 
-def allocation(name: str) -> Callable[[Allocation], Allocation]:
+READ_DATA: set[str] = set()
+"""Allocations that read the calibration data, whatever the method reads."""
+
+
+def allocation(name: str, reads_data: bool = False) -> Callable[[Allocation], Allocation]:
     """Decorator: an allocation for single weights under this name, for `allocation=`.
 
     >>> @allocation("mine")  # doctest: +SKIP
@@ -34,9 +43,17 @@ def allocation(name: str) -> Callable[[Allocation], Allocation]:
 
     def add(function: Allocation) -> Allocation:
         ALLOCATIONS[name] = function
+        if reads_data:
+            READ_DATA.add(name)
         return function
 
     return add
+
+
+def reads_data(method: Method, asked: str | None) -> bool:
+    """Whether a run reads calibration data: for its method's statistics, or to divide its budget."""
+    own = isinstance(method, WeightMethod) and (asked or method.allocation).partition(":")
+    return bool(method.statistics()) or (own and own[0] in READ_DATA and own[2] == "")
 
 
 def plan_weights(method: WeightMethod, context: Context) -> Plan:
@@ -139,8 +156,9 @@ def _patterns(method: WeightMethod, context: Context) -> dict[str, Pattern]:
     fixed = context.fixed_weights
     name = "global" if method.scope == "global" else context.allocation or method.allocation
     context.notes.pop("share", None)
+    divided = ALLOCATIONS[name.partition(":")[0]]
     if not fixed:
-        return ALLOCATIONS[name](method, context, keep)
+        return divided(method, context, keep)
     rest = dataclasses.replace(context)
     rest.matrices = {name: matrix for name, matrix in matrices.items() if name not in fixed}
     given, left = sum(fixed.values()), sum(matrix.numel for matrix in rest.matrices.values())
@@ -154,7 +172,7 @@ def _patterns(method: WeightMethod, context: Context) -> dict[str, Pattern]:
     if keep - given >= left:
         context.notes["share"] = ALONE
         return patterns
-    return patterns | ALLOCATIONS[name](method, rest, keep - given)
+    return patterns | divided(method, rest, keep - given)
 
 
 def _n_m_patterns(method: WeightMethod, context: Context, n: int, m: int) -> dict[str, Pattern]:
@@ -211,12 +229,74 @@ def kinds_compete(method: WeightMethod, context: Context, keep: int) -> dict[str
     return _ranked(method, context, list(roles.values()), counts)
 
 
-@allocation("owl")
+@allocation("owl", reads_data=True)
 def by_outliers(method: WeightMethod, context: Context, keep: int) -> dict[str, Pattern]:
     """The shares of OWL: blocks with more outliers keep more."""
     owl = method if method.allocation == "owl" else make_method("owl")
     assert isinstance(owl, WeightMethod)
     return by_shares(method, context, keep, owl.shares(context, _share(context, keep)))
+
+
+@allocation("coarse-to-fine", reads_data=True)
+def by_the_loss(method: WeightMethod, context: Context, keep: int) -> dict[str, Pattern]:
+    """The shares of ECoFLaP: blocks that the loss hangs on more keep more."""
+    ecoflap = method if method.name == "ecoflap" else make_method("ecoflap")
+    assert isinstance(ecoflap, WeightMethod)
+    return by_shares(method, context, keep, ecoflap.shares(context, _share(context, keep)))
+
+
+@allocation("arithmetic", reads_data=True)
+def falling(method: WeightMethod, context: Context, keep: int) -> dict[str, Pattern]:
+    """Shares that fall by the same step from block to block; the step is `arithmetic:0.01`'s number or, without one, that of
+    the least loss on the calibration data, masked once."""
+    blocks = list(dict.fromkeys((m.block_path, m.block) for m in context.matrices.values()))
+    share = _share(context, keep)
+
+    def at(step: float) -> dict[str, Pattern]:
+        each = arithmetic_shares(len(blocks), share, step)
+        if not (-1e-9 < min(each) and max(each) < 1 + 1e-9):
+            raise SecateurError(
+                f"steps of {step:g} over {len(blocks)} blocks lead from {each[0]:.4g} to {each[-1]:.4g}, outside 0..1",
+                where="allocation",
+                fix=f"at most {2 * min(share, 1 - share) / max(1, len(blocks) - 1):.4g}",
+            )
+        of_block = dict(zip(blocks, each))
+        shares = {name: of_block[m.block_path, m.block] for name, m in context.matrices.items()}
+        return by_shares(method, context, keep, shares)
+
+    number = (context.allocation or "").partition(":")[2]
+    if number:
+        return at(float(number))
+    steps = arithmetic_steps(len(blocks), share)
+    losses = context.remember("arithmetic", lambda: {"losses": _losses(method, context, map(at, steps))})
+    best = int(losses["losses"].argmin())
+    context.notes["arithmetic"] = f"the share falls by {steps[best]:.4g} from block to block: " + ", ".join(
+        f"{step:.4g} gave a loss of {loss:.4g}" for step, loss in zip(steps, losses["losses"].tolist())
+    )
+    return at(steps[best])
+
+
+@torch.no_grad()
+def _losses(method: WeightMethod, context: Context, trials: Iterable[Mapping[str, Pattern]]) -> Tensor:
+    """The mean loss on the calibration data with what each of the patterns removes set to zero, [trials]."""
+    scores = _dense_scores(method, context)
+    device = device_of(context.model)
+    batches = [map_tensors(batch, lambda t: t.to(device)) for batch in as_batches(context.require_data())]
+    loss = context.loss or default_loss(context.model, batches[0])
+    found = []
+    for patterns in trials:
+        undo = Undo(context.model)
+        try:
+            for name, pattern in patterns.items():
+                matrix = context.matrices[name]
+                undo.remember(name)
+                kept = pattern.select(scores[name], matrix.parts)
+                matrix.set(matrix.weight().masked_fill(~kept, 0))
+            with evaluating(context.model):
+                found.append(sum(float(loss(context.model, batch)) for batch in batches) / len(batches))
+        finally:
+            undo.restore()
+    return torch.tensor(found, dtype=torch.float64)
 
 
 @allocation("own")
@@ -225,15 +305,19 @@ def of_the_method(method: WeightMethod, context: Context, keep: int) -> dict[str
     return by_shares(method, context, keep, method.shares(context, _share(context, keep)))
 
 
+def _dense_scores(method: WeightMethod, context: Context) -> dict[str, Tensor]:
+    stats = context.stats(method.statistics()) if method.statistics() else {}
+    return {
+        name: method.scores(matrix.weight(), stats.get(name) or LayerStats(name=name, seed=context.seed))
+        for name, matrix in context.matrices.items()
+    }
+
+
 def _ranked(
     method: WeightMethod, context: Context, pools: Sequence[list[str]], keeps: Sequence[int]
 ) -> dict[str, Pattern]:
     """Matrices of a pool compete with their dense scores; within a matrix the method then chooses that many."""
-    stats = context.stats(method.statistics()) if method.statistics() else {}
-    scores = {
-        name: method.scores(matrix.weight(), stats.get(name) or LayerStats(name=name, seed=context.seed))
-        for name, matrix in context.matrices.items()
-    }
+    scores = _dense_scores(method, context)
     patterns: dict[str, Pattern] = {}
     for names, keep in zip(pools, keeps):
         floors = {name: max(1, int(context.options.floor * scores[name].numel())) for name in names}
