@@ -68,7 +68,9 @@ def one(network: str, method: str, seed: int, args: argparse.Namespace) -> dict[
     started = time.process_time()
     task = load_task(network, train=args.train, test=args.test)
     chosen: TrainMethod = (
-        ConsensusSubnetwork(lambda_p=args.lambda_p * (method == "consensus"), gate_lr=args.gate_lr)
+        ConsensusSubnetwork(
+            lambda_p=args.lambda_p * (method == "consensus"), lambda_s=args.lambda_s, gate_lr=args.gate_lr
+        )
         if method in ("consensus", "dynamic")
         else Rival("random" if method == "random-blocks" else "norm")
     )
@@ -136,6 +138,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--gate-lr", type=float, default=1.0, help="of the gates, in rates of the network")
     parser.add_argument("--lambda-p", type=float, default=2.0)
+    parser.add_argument("--lambda-s", type=float, default=4.0)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--train", type=int)
     parser.add_argument("--test", type=int)

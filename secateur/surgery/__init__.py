@@ -2,7 +2,8 @@
 
 from secateur.surgery.changes import Changes
 from secateur.surgery.cut import cut_units
-from secateur.surgery.mask import mask_units, unmask_units
+from secateur.surgery.mask import mask_units, unit_masks, unmask_units
 from secateur.surgery.prove import prove
+from secateur.surgery.trial import trial
 
-__all__ = ["Changes", "cut_units", "mask_units", "prove", "unmask_units"]
+__all__ = ["Changes", "cut_units", "mask_units", "prove", "trial", "unit_masks", "unmask_units"]

@@ -45,6 +45,22 @@ def zeros(graph: Graph, keep: Keep) -> dict[str, dict[int, Tensor]]:
     return {name: {dim: torch.cat(v) for dim, v in dims.items()} for name, dims in found.items()}
 
 
+def unit_masks(model: nn.Module, graph: Graph, keep: Keep) -> dict[str, Tensor]:
+    """Bool masks of the parameters that `mask_units` writes zeros in; True stays.
+
+    >>> unit_masks(model, graph, {"fc1:neurons": torch.tensor([0, 2])})["fc1.bias"]  # doctest: +SKIP
+    tensor([ True, False,  True, False])
+    """
+    parameters = dict(model.named_parameters())
+    masks = {}
+    for name, dims in zeros(graph, keep).items():
+        if name in parameters:
+            masks[name] = torch.ones(parameters[name].shape, dtype=torch.bool)
+            for dim, places in dims.items():
+                masks[name].index_fill_(dim, places, False)
+    return masks
+
+
 def leave_out(model: nn.Module, graph: Graph, keep: Keep) -> None:
     """What `mask_units` does beside zeros: blocks pass their input on, and routers don't pick removed units."""
     for group, kept in graph._kept(keep):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -9,8 +11,10 @@ from torch import nn
 from secateur.data.digits import MEAN, STD, load_digits
 from secateur.errors import SecateurError
 from secateur.measure.vision import accuracy
+from secateur.tasks import digits_heads
 from secateur.tasks.augment import Batch, shift
 from secateur.tasks.networks.digits_cnn import DigitsCnn
+from secateur.tasks.networks.digits_heads import DigitsHeads
 from secateur.tasks.networks.digits_resnet import DigitsResNet
 from secateur.training import fit
 from secateur.training.recipe import Recipe
@@ -20,7 +24,12 @@ from secateur.utils.files import atomic_directory, cache_dir
 BLACK = -MEAN / STD
 RECIPE = Recipe(optimizer="adamw", lr=1e-2, batch=64, weight_decay=1e-3, warmup=0.1)
 STEPS, VERSION = 400, 1
-BUILDS = {"digits-cnn": DigitsCnn, "digits-resnet": DigitsResNet}
+HEADS = "digits-heads"
+BUILDS: dict[str, Callable[[], nn.Module]] = {
+    "digits-cnn": DigitsCnn,
+    "digits-resnet": DigitsResNet,
+    HEADS: DigitsHeads,
+}
 
 
 def augment(batch: Batch, generator: torch.Generator) -> Batch:
@@ -34,14 +43,16 @@ def load_network(name: str = "digits-cnn") -> nn.Module:
     file = folder / "model.safetensors"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: nn.Module = BUILDS[name]()
+        model = BUILDS[name]()
     if not file.is_file():
+        several = name == HEADS
         fit(
             model,
-            load_digits("train"),
+            digits_heads.load_tasks("train") if several else load_digits("train"),
             steps=STEPS,
             seed=0,
-            recipe=RECIPE,
+            loss=digits_heads.loss if several else None,
+            recipe=digits_heads.RECIPE if several else RECIPE,
             augment=augment,
             description=f"training {name}",
         )
@@ -56,7 +67,23 @@ def load_network(name: str = "digits-cnn") -> nn.Module:
 
 
 def task(network: str, split: str, train: int | None, test: int | None) -> Task:
-    """1,200 digits to train on, 397 to be judged by (or 200 for validation)."""
+    """1,200 digits to train on, 397 to be judged by (or 200 for validation); of three tasks at once, by the mean score."""
+    if network == HEADS:
+        judged = digits_heads.load_tasks(split, test)
+        return Task(
+            name=f"digits:{network}",
+            build=DigitsHeads,
+            pretrained=lambda: load_network(network),
+            train=digits_heads.load_tasks("train", train),
+            quality=lambda model: sum(digits_heads.scores(model, judged).values()) / 3,
+            inputs=torch.zeros(1, 1, 8, 8),
+            metric="score",
+            loss=digits_heads.loss,
+            losses=digits_heads.losses,
+            recipe=digits_heads.RECIPE,
+            epochs=20,
+            augment=augment,
+        )
     held_out = load_digits(split, test)
     return Task(
         name=f"digits:{network}",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 NETWORKS = {
     "cifar10": ("resnet20", "resnet32", "resnet44", "resnet56"),
-    "digits": ("digits-cnn", "digits-resnet"),
+    "digits": ("digits-cnn", "digits-resnet", "digits-heads"),
     "sr": ("carn-m", "carn-m-x3", "carn-m-x4", "vdsr", "vdsr-x3", "vdsr-x4", "rfdn"),
     "camvid": ("espnet",),
     "mnist": ("mnist-dit",),

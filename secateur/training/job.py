@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +27,16 @@ from secateur.surgery import cut_units, prove
 from secateur.training.batches import Draw, length
 from secateur.training.checkpoint import Moments, copy_moments
 from secateur.training.fit import fit
+from secateur.training.journal import Journal
+from secateur.training.losses import checked_loss
 from secateur.training.masks import Masked
 from secateur.training.recipe import Recipe
 from secateur.training.state import Hook, State
 from secateur.training.task import Task
-from secateur.utils.batches import inputs_of
-from secateur.utils.inputs import Inputs
+from secateur.utils.batches import inputs_of, sequences_in
+from secateur.utils.inputs import Inputs, map_tensors
 from secateur.utils.random import seed_of, seeded
+from secateur.utils.running import device_of, evaluating
 from secateur.utils.screen import Screen
 from secateur.utils.types import Objective
 
@@ -195,6 +198,39 @@ class Job(Screen):
         """Inputs of the first `count` training batches, without labels; `round(epoch)` of them are the whole data."""
         draw = Draw(self.task.train, self.recipe.batch, self.seed)
         return (inputs_of(self.model, draw(step)) for step in range(count))
+
+    def journal(self, name: str) -> Journal:
+        """What is measured one after the other under this name; a resumed run reads what is there."""
+        return Journal(self.directory / f"{name}.json" if self.directory else None)
+
+    def losses(self, samples: int, single: bool = False) -> Callable[[], dict[str, float]]:
+        """A function that gives the task's losses by name for the model as it is, over so many training samples.
+
+        single: where the task has no `losses`, its only one. Raises `SecateurError` where it has none, and not `single`.
+        """
+        own, alone = self.task.losses, self.task.loss or checked_loss(self.task.train)
+        if own is None and not single:
+            raise SecateurError(
+                "it has one loss, and the worst of several is guarded",
+                where=f"{self.method.name}, task {self.task.name}",
+                fix="a task with losses=, a function of (model, batch) that gives them by name, or single=True",
+            )
+        device = device_of(self.model)
+        draw = Draw(self.task.train, min(self.recipe.batch, samples), self.seed)
+        count = min(-(-samples // draw.batch), -(-draw.count // draw.batch))
+        batches = [map_tensors(draw(step), lambda t: t.to(device)) for step in range(count)]
+
+        @torch.no_grad()
+        def measured() -> dict[str, float]:
+            total: dict[str, float] = {}
+            with evaluating(self.model):
+                for batch in batches:
+                    found = own(self.model, batch) if own else {"loss": alone(self.model, batch)}
+                    for name, value in found.items():
+                        total[name] = total.get(name, 0.0) + float(value) * sequences_in(batch)
+            return total
+
+        return measured
 
     def reestimate(self, count: int) -> None:
         """Take BatchNorm statistics anew on so many training batches, as after a cut; 0: leave them."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.training.batches import Augment
 from secateur.training.recipe import Recipe
@@ -25,7 +25,8 @@ class Task(Screen):
     train: as `fit` takes it. augment: `(batch, generator) -> batch` on the model's device.
     quality: on held-out data, higher is better; None: nothing is measured. metric: what it is.
     inputs: example inputs, for tracing and counting. classes: labels of `train` are checked to be 0..classes-1, none empty.
-    sampler: how the network draws, where it generates.
+    sampler: how the network draws, where it generates. losses: where it has several tasks, (model, batch) -> the loss of each
+    by name, a mean over the batch; methods that guard the worst of them read it.
     epochs, recipe: the task's default training. pretrained: the trained network, where there is one.
     """
 
@@ -42,3 +43,4 @@ class Task(Screen):
     augment: Augment | None = None
     classes: int | None = None
     sampler: Sampler | None = None
+    losses: Callable[[nn.Module, Any], Mapping[str, Tensor]] | None = None

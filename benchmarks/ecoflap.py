@@ -1,0 +1,132 @@
+"""Shares of blocks by what the loss hangs on (ECoFLaP) against equal, outlier, arithmetic and random shares, with Wanda in all.
+
+    python benchmarks/ecoflap.py                         # SmolLM2: about 25 CPU minutes
+    python benchmarks/ecoflap.py --smoke                 # a tiny model: does it run
+
+Perplexity of WikiText-2 valid after 60 and 70 % of the weights in the blocks are zero, the same Brown tokens for all; and how
+zeroth and first order agree (Spearman over blocks). Sensitivity is measured on `--windows` x `--length` tokens, and
+shared by both targets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import secateur
+from secateur.data.text import encode, load_calibration, load_text
+from secateur.graph.blocks import find_matrices
+from secateur.measure import perplexity
+from secateur.pruning.allocate import coarse_to_fine
+from secateur.stats.sensitivity import first_order, zeroth_order
+from secateur.tasks import load_model
+
+SHARES = ("uniform", "owl", "arithmetic", "zeroth", "first", "random")
+
+
+def blocks_of(model: nn.Module) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for name, matrix in find_matrices(model).items():
+        found.setdefault(matrix.block, []).append(name)
+    return found
+
+
+def given(model: nn.Module, scores: list[float], share: float) -> tuple[str, ...]:
+    """Shares of the blocks as patterns of `share=`."""
+    matrices, blocks = find_matrices(model), blocks_of(model)
+    sizes = [sum(matrices[name].numel for name in names) for names in blocks.values()]
+    kept = coarse_to_fine(sizes, scores, int(share * sum(sizes)), 1 - share + 0.1)
+    path = next(iter(matrices.values())).block_path
+    return tuple(
+        f"{path}.{block}.*={count / size:.6f}" for block, count, size in zip(blocks, kept, sizes, strict=True)
+    )
+
+
+def rank_correlation(a: list[float], b: list[float]) -> float:
+    ranks = [torch.tensor(x).argsort().argsort().double() for x in (a, b)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--data", default="brown")
+    parser.add_argument("--targets", nargs="*", default=["40%", "30%"])
+    parser.add_argument("--calibration", type=int, default=16, help="windows of 256 tokens for Wanda")
+    parser.add_argument("--windows", type=int, default=8, help="samples of the sensitivity")
+    parser.add_argument("--length", type=int, default=64, help="tokens of these")
+    parser.add_argument("--eval", type=int, default=16, help="windows of 512 tokens")
+    parser.add_argument("--draws", type=int, default=2, help="random shares")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.smoke:
+        args.model, args.calibration, args.windows, args.length, args.eval, args.draws = (
+            "aidreams",
+            2,
+            2,
+            16,
+            2,
+            1,
+        )
+    model, tokenizer = load_model(args.model)
+    ids = load_calibration(model, tokenizer, args.data, args.calibration, 256, args.seed)
+    text = encode(tokenizer, load_text("wikitext2"))
+    matrices, blocks = find_matrices(model), blocks_of(model)
+
+    def evaluate(network: nn.Module) -> float:
+        return perplexity(copy.deepcopy(network).bfloat16(), text, 512, limit=args.eval)
+
+    scores: dict[str, list[float]] = {}
+    small = ids[: args.windows, : args.length]
+    for order in ("zeroth", "first"):
+        started = time.process_time()
+        found = (zeroth_order if order == "zeroth" else first_order)(model, small, matrices)
+        scores[order] = [sum(found.scores[name] for name in names) for names in blocks.values()]
+        print(f"{order} order: {time.process_time() - started:.0f} CPU s", flush=True)
+    print(
+        f"rank correlation of the two orders over blocks: {rank_correlation(*scores.values()):.2f}",
+        flush=True,
+    )
+    print(f"dense: {evaluate(model):.2f}", flush=True)
+    rows: list[dict[str, Any]] = []
+    for target in args.targets:
+        share = float(target.rstrip("%")) / 100
+        for how in SHARES:
+            values = []
+            for draw in range(args.draws if how == "random" else 1):
+                settings: dict[str, Any] = {}
+                if how in ("owl", "arithmetic"):
+                    settings["allocation"] = how
+                elif how != "uniform":
+                    generator = torch.Generator().manual_seed(draw)
+                    of_blocks = scores.get(how) or torch.rand(len(blocks), generator=generator).tolist()
+                    settings["share"] = given(model, of_blocks, share)
+                pruned = secateur.prune(
+                    model, method="wanda", target=target, data=ids, seed=args.seed, **settings
+                )
+                kept = pruned.report["after"]["params_nonzero"] / pruned.report["before"]["params_nonzero"]
+                values.append(evaluate(pruned.model))
+            rows.append(
+                {"target": target, "shares": how, "perplexity": statistics.mean(values), "nonzero": kept}
+            )
+            print(json.dumps(rows[-1]), flush=True)
+            if args.json:
+                args.json.write_text(json.dumps({"scores": scores, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
