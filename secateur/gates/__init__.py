@@ -1,5 +1,6 @@
 """Gates: units that are open by a number, which is learned. `place` puts them where the traced graph says."""
 
+from secateur.gates.choice import Choice, choice_of, counts_of, depth_choices, width_choices
 from secateur.gates.controllers import Lagrangian, log_cost, penalty
 from secateur.gates.cost import ExpectedCost, unit_macs
 from secateur.gates.gated import Gated, place
@@ -8,6 +9,7 @@ from secateur.gates.points import Points, points_of
 from secateur.gates.reading import Reading, answers_over
 
 __all__ = [
+    "Choice",
     "ExpectedCost",
     "Gate",
     "Gated",
@@ -19,9 +21,13 @@ __all__ = [
     "Reading",
     "StraightThrough",
     "answers_over",
+    "choice_of",
+    "counts_of",
+    "depth_choices",
     "log_cost",
     "penalty",
     "place",
     "points_of",
     "unit_macs",
+    "width_choices",
 ]

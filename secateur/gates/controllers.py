@@ -26,7 +26,12 @@ def log_cost(expected: Tensor, now: float, target: float, tolerance: float) -> T
     tensor(True)
 
     Above the target at all is too much; below it by more than the tolerance is too little (TAS, arXiv 1905.09717).
+    Raises `SecateurError` where the tolerance is below 0.
     """
+    if not tolerance >= 0:
+        raise SecateurError(
+            f"{tolerance} is below 0", where="tolerance", fix="such as 0.05 of the whole cost"
+        )
     if now > target:
         return expected.log()
     return -expected.log() if now < target - tolerance else expected.log() * 0

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from secateur.errors import SecateurError
+from secateur.gates.choice import Choice
 from secateur.gates.laws import Gate, Law
+from secateur.gates.mixing import Mixing, Widths, widths_at
 from secateur.gates.points import Points, entries, points_of
 from secateur.gates.reading import Readers, Reading
 from secateur.graph import Graph, Group
@@ -24,7 +26,8 @@ class Gated(nn.Module):
     >>> gated = place(model, graph, lambda group: HardConcrete(group.size), kinds=("neurons",))  # doctest: +SKIP
     >>> gated(x)  # a draw in train mode, the decided values in eval mode  # doctest: +SKIP
 
-    laws: the law of each group, in the order of the graph. points: where each meets the network. frozen: groups that
+    laws: the law of each group, in the order of the graph. points: where each meets the network. widths: norms of each
+    width that a `Choice` has. frozen: groups that
     have no gate, and why. fixed: values that stand in place of the laws', for groups in it. train_model: no: the model's
     parameters get no gradient.
     """
@@ -45,6 +48,15 @@ class Gated(nn.Module):
         self.points, self.frozen = dict(points), dict(frozen)
         self.fixed: dict[str, Tensor] = {}
         self.train_model = train_model
+        self.widths = nn.ModuleList()
+        self._widths: dict[str, dict[str, nn.Module]] = {}
+        for name, law in self.choices().items():
+            if not points[name].blocks:
+                places = widths_at(model, points[name])
+                assert not isinstance(places, str)
+                sizes = {path: Widths(model.get_submodule(path), law, i) for path, i in places.items()}
+                self._widths[name] = {**sizes}
+                self.widths.extend(sizes.values())
 
     def train(self, mode: bool = True) -> Gated:
         """As `nn.Module.train`; a model that isn't trained stays in eval mode while its gates draw."""
@@ -56,7 +68,9 @@ class Gated(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         values = self.values()
         readers = [(law, self.points[name]) for name, law in self.readers().items() if name not in self.fixed]
-        with _Branches(self, values), Readers(self.model, readers):
+        choices = {n: (law, self.points[n]) for n, law in self.choices().items() if n not in self.fixed}
+        mixing = Mixing(self.model, choices, self._widths, self.training)
+        with _Branches(self, values), Readers(self.model, readers), mixing:
             return functional_call(self.model, self._parameters_at(values), args, kwargs)
 
     def values(self) -> dict[str, Tensor]:
@@ -77,6 +91,10 @@ class Gated(nn.Module):
     def readers(self) -> dict[str, Reading]:
         """The laws that read the input, by group name."""
         return {name: law for name, law in self.by_group().items() if isinstance(law, Reading)}
+
+    def choices(self) -> dict[str, Choice]:
+        """The laws that choose among counts, by group name."""
+        return {name: law for name, law in self.by_group().items() if isinstance(law, Choice)}
 
     def by_group(self) -> dict[str, Gate]:
         """The laws by group name."""
@@ -106,8 +124,14 @@ class Gated(nn.Module):
     def fold(self) -> None:
         """Write the decided gates into the model's parameters, so that it computes without gates what it did with them.
 
-        Blocks whose gate isn't 0 or 1 can't be folded. Raises `SecateurError` for these.
+        Blocks whose gate isn't 0 or 1 can't be folded, nor a width with a norm of its own. Raises `SecateurError` for these.
         """
+        if apart := [name for name, sizes in self._widths.items() if name not in self.fixed and sizes]:
+            raise SecateurError(
+                "each of its widths has a norm of its own, which isn't the model's",
+                where=apart[0],
+                fix="cut to `open()` and train what is left",
+            )
         values = {name: self.fixed.get(name, law.value()) for name, law in self.by_group().items()}
         for name, value in values.items():
             if (
@@ -205,10 +229,16 @@ def place(
     wanted = [g for g in (graph.groups if groups is None else groups) if kinds is None or g.kind in kinds]
     points: dict[str, Points] = {}
     frozen: dict[str, str] = {}
+    laws: dict[str, Gate] = {}
     for group in wanted:
         found = points_of(model, graph, group)
         if isinstance(found, str):
             frozen[group.name] = found
+            continue
+        laws[group.name] = made = law(group)
+        places = widths_at(model, found) if isinstance(made, Choice) and not found.blocks else {}
+        if isinstance(places, str):
+            frozen[group.name] = places
         else:
             points[group.name] = found
     if not points:
@@ -217,13 +247,14 @@ def place(
             f"no group gets a gate ({reasons})", where=type(model).__name__, fix="see graph.explain()"
         )
     chosen = [group for group in wanted if group.name in points]
-    laws = [law(group) for group in chosen]
-    for group, made in zip(chosen, laws, strict=True):
-        if made.units != group.size:
+    for group in chosen:
+        if laws[group.name].units != group.size:
             raise SecateurError(
-                f"a law of {made.units} gates for {group.size} units", where=group.name, fix="law(group.size)"
+                f"a law of {laws[group.name].units} gates for {group.size} units",
+                where=group.name,
+                fix="law(group.size)",
             )
-    gated = Gated(model, chosen, laws, points, frozen, train_model)
+    gated = Gated(model, chosen, [laws[group.name] for group in chosen], points, frozen, train_model)
     gated.laws.to(next(model.parameters()).device)
     if gated.readers():
         if inputs is None:

@@ -45,7 +45,7 @@ class Law(Gate):
         """A draw, [units]; gradients reach the law's parameters."""
 
 
-def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+def uniform_like(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Numbers strictly between 0 and 1."""
     drawn = torch.rand(like.shape, generator=generator, dtype=torch.float32)
     return drawn.clamp_(1e-6, 1 - 1e-6).to(like)
@@ -88,7 +88,7 @@ class HardConcrete(Law):
         return (stretched * (self.zeta - self.gamma) + self.gamma).clamp(0, 1)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        return self.at(_uniform(self.logits, generator))
+        return self.at(uniform_like(self.logits, generator))
 
     def keep(self) -> Tensor:
         return torch.sigmoid(self.logits - self.beta * math.log(-self.gamma / self.zeta))

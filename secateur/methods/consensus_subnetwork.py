@@ -13,7 +13,7 @@ after the cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,15 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.gates import ExpectedCost, Gated, Reading, answers_over, place
+from secateur.gates import Reading, answers_over, place
 from secateur.gates.laws import GRADIENTS
-from secateur.graph import Graph, Group
+from secateur.graph import Group
 from secateur.method import register
 from secateur.pruning.allocate import at_least
 from secateur.pruning.plan import Plan
 from secateur.taxonomy import record
 from secateur.training.job import Job
 from secateur.training.method import TrainMethod
+from secateur.training.price import price
 from secateur.training.ramp import Ramp
 from secateur.utils.running import evaluating, run
 
@@ -115,7 +116,7 @@ class ConsensusSubnetwork(TrainMethod):
         groups = [group for group in context.groups if group.kind == kind]
         with job.seeded("gates"):
             gated = place(job.model, context.graph, self.law, groups=groups, inputs=context.example)
-        price, wanted = self.price(job, context.graph, gated)
+        share_of, wanted = price(job, context.graph, gated.points)
         ramp, laws = Ramp(self.ramp), gated.readers()
 
         def polar(model: nn.Module, batch: Any) -> Tensor:
@@ -123,7 +124,7 @@ class ConsensusSubnetwork(TrainMethod):
             return self.lambda_p * ramp.weight * polarisation(answers)
 
         def size(model: nn.Module, batch: Any) -> Tensor:
-            return self.lambda_s * (price(gated.keep()) - wanted).clamp_min(0)
+            return self.lambda_s * (share_of(gated.keep()) - wanted).clamp_min(0)
 
         job.train(
             "gates",
@@ -142,7 +143,7 @@ class ConsensusSubnetwork(TrainMethod):
         job.note(
             quality_of_the_gated=None if job.task.quality is None else float(job.task.quality(gated.eval())),
             disagreement=max(disagreement(share) for share in shares.values()),
-            share_of_the_consensus=float(price(majority)),
+            share_of_the_consensus=float(share_of(majority)),
         )
         job.cut(self.choose(job, shares, {name: sure for name, (_, sure) in found.items()}))
         job.reestimate(self.reestimate)
@@ -153,16 +154,6 @@ class ConsensusSubnetwork(TrainMethod):
 
     def law(self, group: Group) -> Reading:
         return Reading(group.size, blocks=group.kind == "layers", hidden=self.width, gradient=self.gradient)
-
-    def price(self, job: Job, graph: Graph, gated: Gated) -> tuple[Callable[..., Tensor], float]:
-        """(the share that is expected to be left, as a function of the shares of inputs that run each unit; the wanted)."""
-        target, cost = job.target, ExpectedCost(graph)
-        if target.kind not in ("macs", "params"):
-            return cost.share_of_units(gated.points), job.share
-        count, whole = (
-            (cost.macs, cost.whole_macs) if target.kind == "macs" else (cost.params, cost.whole_params)
-        )
-        return lambda keep: count(keep).float() / whole, target.limit(whole) / whole
 
     def choose(self, job: Job, shares: Mapping[str, Tensor], sure: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Kept units by group: one at least, the most used, of equals the first."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.training.batches import Augment, Draw, step_seed
+from secateur.training.batches import Augment, Draw, length, step_seed
 from secateur.training.checkpoint import load_moments
 from secateur.training.recipe import Recipe, autocast
 from secateur.training.state import State
@@ -80,7 +80,14 @@ class Second:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Puts back what `state_dict` gave."""
+        """Puts back what `state_dict` gave. Raises `SecateurError` where that was of other parameters."""
+        shapes = {f"parameter/{i}": p.shape for i, p in enumerate(self.parameters)}
+        if {n: v.shape for n, v in state.items() if n.startswith("parameter/")} != shapes:
+            raise SecateurError(
+                "its second optimiser trained other parameters",
+                where="checkpoint",
+                fix="use the same settings, or remove it to start anew",
+            )
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in state.items():
             kind, _, rest = name.partition("/")
@@ -90,3 +97,25 @@ class Second:
             else:
                 moments.setdefault(int(number), {})[key] = value
         load_moments(self.optimizer, moments)
+
+
+def halves(data: Any, generator: torch.Generator) -> tuple[Any, Any]:
+    """Two halves of the samples (or ready batches), divided by chance: one for each optimiser.
+
+    >>> [half.shape for half in halves(torch.zeros(5, 3), torch.Generator())]
+    [torch.Size([2, 3]), torch.Size([3, 3])]
+
+    Raises `SecateurError` for fewer than two samples.
+    """
+    count = length(data)
+    if count < 2:
+        raise SecateurError("one sample has no halves", where="data", fix="give two samples or more")
+    order = torch.randperm(count, generator=generator)
+    first, second = order[: count // 2], order[count // 2 :]
+    if isinstance(data, list):
+        return [data[i] for i in first.tolist()], [data[i] for i in second.tolist()]
+
+    def rows(of: Tensor) -> Any:
+        return map_tensors(data, lambda t: t[of.to(t.device)])
+
+    return rows(first), rows(second)
