@@ -278,5 +278,7 @@ def _matrices_of(module: Any) -> list[tuple[str, Tensor, str]]:
     if transposed is None:
         down = next((p for n, p in tensors.items() if "down" in n), None)
         up = next((p for n, p in tensors.items() if "up" in n), None)
-        transposed = up is not None and down is not None and up.shape[1] == down.shape[2]
+        # without a gate in `up` both ways fit: then it is [experts, out, in], as in nn.Linear
+        fits = up is not None and down is not None and up.shape[1] == down.shape[2]
+        transposed = fits and up.shape[2] != down.shape[1]  # type: ignore[union-attr]
     return [(n, p, "experts_transposed" if transposed else "experts") for n, p in tensors.items()]
