@@ -40,7 +40,7 @@ FILE_METHOD = "group-magnitude"
 METHOD_HELP = (
     f"the method: `secateur methods` lists them, or file.py:Class; default for .onnx and .pt2: {FILE_METHOD}"
 )
-TARGET_HELP = "what holds at the end: 50% (share kept), 'params<=100e6', 'macs<=50%', 'size<=200MB', 'latency<=8ms', 2:4"
+TARGET_HELP = "what holds at the end: 50% (share kept), 'params<=100e6', 'macs<=50%', 'size<=200MB', 'latency<=8ms', 2:4, 'encoder=80%,decoder=50%'"
 LISTS = ("kinds", "keep", "only", "share")
 RECOVERY = Parameter(group=Group("Recovery", sort_key=3))
 

@@ -18,10 +18,14 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Blocks(Screen):
-    """The blocks in order. `path` is the list's module path; "" with one module: the whole model is one block."""
+    """The blocks of one stack in order. `path` is the list's module path; "" with one module: the whole model is one block.
+
+    start: how many blocks the stacks before it have; blocks are numbered through.
+    """
 
     path: str
     modules: tuple[nn.Module, ...]
+    start: int = 0
 
     @property
     def repeated(self) -> bool:
@@ -110,61 +114,89 @@ class Matrix(Screen):
         self.parameter.copy_(self.unfold(weight))
 
 
+SMALL, SMALL_TOWER = 0.05, 0.005
+"""Lists with less than this share of the largest's parameters are no stack; of a decoder's, that stand outside it."""
+
+
+def find_stacks(model: nn.Module) -> tuple[Blocks, ...]:
+    """The stacks of repeated blocks that are made of matrices, in the order of the modules.
+
+    >>> [(stack.path, len(stack)) for stack in find_stacks(model)]
+    [('model.layers', 30)]
+
+    An encoder and a decoder are two, and so are a vision tower and a language model. A model that isn't made of such stacks
+    (convolutional nets) is one block.
+    """
+    root = language_model_of(model)
+    prefix = next(name for name, module in model.named_modules() if module is root)
+    lists: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = root is model or name == prefix or name.startswith(f"{prefix}.")
+        nested = any(name.startswith(f"{path}.") or not path for path in lists)
+        if _repeated(module, alone=inside and root is not model) and not nested:
+            lists[name] = module
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in lists.items()}
+    core = [n for n in lists if root is model or n == prefix or n.startswith(f"{prefix}.")]
+    if not core:
+        return (Blocks("", (model,)),)
+    largest = max(sizes[name] for name in core)
+    core = [name for name in core if sizes[name] > SMALL * largest]
+    if "" in core or not all(_of_matrices(lists[name]) for name in core):
+        return (Blocks("", (model,)),)
+    around = [n for n in lists if n not in core and root is not model and not n.startswith(f"{prefix}.")]
+    towers = [n for n in around if sizes[n] > SMALL_TOWER * largest and _of_matrices(lists[n])]
+    found: list[Blocks] = []
+    for name in [name for name in lists if name in core or name in towers]:
+        modules = tuple(lists[name].children())
+        found.append(Blocks(name, modules, sum(map(len, found))))
+    return tuple(found)
+
+
 def find_blocks(model: nn.Module) -> Blocks:
-    """The repeated blocks that hold most parameters.
+    """The stack that holds most parameters, of a language model's decoder; the whole model as one block where it has none.
 
     >>> blocks = find_blocks(model)
     >>> blocks.path, len(blocks)
     ('model.layers', 30)
-
-    A language model's are its decoder's. A model that isn't one stack of blocks made of matrices (convolutional nets,
-    an encoder beside a decoder) is one block.
     """
-    whole = Blocks("", (model,))
-    root = _decoder(model)
-    prefix = next(name for name, module in model.named_modules() if module is root)
-    lists: dict[str, nn.Module] = {}
-    for name, module in root.named_modules():
-        if _repeated(module, alone=root is not model) and not any(name.startswith(f"{p}.") for p in lists):
-            lists[name] = module
-    if not lists:
-        return whole
-    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in lists.items()}
-    best = max(sizes, key=lambda name: sizes[name])
-    if any(size > 0.05 * sizes[best] for name, size in sizes.items() if name != best):
-        return whole
+    return max(
+        find_stacks(model), key=lambda stack: sum(p.numel() for m in stack.modules for p in m.parameters())
+    )
+
+
+def _of_matrices(module: nn.Module) -> bool:
+    """Whether nearly all of its weights are matrices, and not convolutions'."""
     dense, convolved = 0, 0
-    for module in lists[best].modules():
-        if isinstance(module, CONVS) and module.groups == 1:
-            convolved += module.weight.numel()
+    for part in module.modules():
+        if isinstance(part, CONVS) and part.groups == 1:
+            convolved += part.weight.numel()
         else:
-            dense += sum(p.numel() for _, p, _ in _matrices_of(module))
-    if dense == 0 or convolved > 0.05 * dense:
-        return whole
-    path = f"{prefix}.{best}" if prefix and best else prefix or best
-    return Blocks(path, tuple(lists[best].children())) if path else whole
+            dense += sum(p.numel() for _, p, _ in _matrices_of(part))
+    return dense > 0 and convolved <= 0.05 * dense
 
 
 def find_matrices(model: nn.Module) -> dict[str, Matrix]:
     """The matrices that a share of the weights counts, by parameter name, in the order of the modules.
 
-    In a stack of blocks: Linear, `transformers.Conv1D` and expert tensors inside the blocks (embeddings, head and
+    In stacks of blocks: Linear, `transformers.Conv1D` and expert tensors inside the blocks (embeddings, head and
     norms stay). Elsewhere: every Linear and convolution. A tensor shared with an embedding, or the output head of a
     language model, is left out.
     """
-    blocks = find_blocks(model)
-    index: dict[int, int] = {}
-    for position, block in enumerate(blocks.modules):
-        index |= {id(module): position for module in block.modules()}
+    stacks = find_stacks(model)
+    place: dict[int, tuple[int, Blocks]] = {}
+    for stack in stacks:
+        for position, block in enumerate(stack.modules, stack.start):
+            place |= {id(module): (position, stack) for module in block.modules()}
     kept_out = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     if (head := _output_head(model)) is not None and getattr(head, "weight", None) is not None:
         kept_out.add(id(head.weight))
     matrices: dict[str, Matrix] = {}
     seen: set[int] = set()
     for path, module in model.named_modules():
-        if id(module) not in index:
+        if id(module) not in place:
             continue
-        if isinstance(module, CONVS) and not blocks.repeated:
+        number, stack = place[id(module)]
+        if isinstance(module, CONVS) and not stack.repeated:
             found: list[tuple[str, Tensor, str]] = [("weight", module.weight, "conv")]
         else:
             found = _matrices_of(module)
@@ -174,9 +206,7 @@ def find_matrices(model: nn.Module) -> dict[str, Matrix]:
             seen.add(id(parameter))
             parts = module.groups if kind == "conv" else len(parameter) if kind.startswith("experts") else 1
             name = f"{path}.{attribute}" if path else attribute
-            matrices[name] = Matrix(
-                name, path, module, attribute, index[id(module)], kind, parts, blocks.path
-            )
+            matrices[name] = Matrix(name, path, module, attribute, number, kind, parts, stack.path)
     return matrices
 
 
@@ -229,7 +259,8 @@ def plain_experts(module: nn.Module) -> Iterator[None]:
             config._experts_implementation = implementation
 
 
-def _decoder(model: Any) -> nn.Module:
+def language_model_of(model: Any) -> nn.Module:
+    """The decoder of a model that generates, such as a vision-language model's; else the model itself."""
     generates = getattr(model, "can_generate", lambda: False)
     if not hasattr(model, "get_decoder") or not generates():
         return model

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import lcm, prod
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.graph import Graph, Group, Slice, trace
-from secateur.graph.blocks import Matrix, find_matrices
+from secateur.graph.blocks import Blocks, Matrix, find_matrices, find_stacks
+from secateur.graph.parts import inside, parts_of, resolve_parts
 from secateur.method import Method
 from secateur.pruning.allocate import Competitor, Step, build_path, follow
 from secateur.pruning.options import Options
@@ -86,8 +88,55 @@ class Context(Screen):
         graph = trace(
             self.model, self.example, also=self.also, inner="head_dim" in (self.options.kinds or ())
         )
-        freeze_protected(graph, self.options.keep, self.options.only)
+        freeze_protected(graph, self.options.keep, self.options.only, [*self.parts.values()])
         return graph
+
+    @cached_property
+    def parts(self) -> dict[str, str]:
+        """The module path of each part that the target names; {} where it names none."""
+        return resolve_parts(self.model, [name for name, _ in self.target.parts])
+
+    def each_part(self) -> Iterator[Context]:
+        """A context for each part of the target, with its share, its matrices and its groups; or this one alone."""
+        if not self.target.parts:
+            yield self
+            return
+        for name, goal in self.target.parts:
+            path, own = self.parts[name], dataclasses.replace(self, target=goal)
+            own.every_matrix = {n: m for n, m in self.every_matrix.items() if inside(n, path)}
+            own.matrices = {n: m for n, m in self.matrices.items() if inside(n, path)}
+            if not own.every_matrix:
+                raise SecateurError(
+                    "it has no linear or convolution weights that a share counts",
+                    where=f"part {name}",
+                    fix="leave it out",
+                )
+            if "graph" in self.__dict__:
+                own.graph = self.graph
+                own.groups = [group for group in self.groups if inside(_home(group), path)]
+                if not own.groups:
+                    raise SecateurError(
+                        f"{self.method.name} can cut nothing there",
+                        where=f"part {name}",
+                        fix="`secateur inspect` shows every group",
+                    )
+            yield own
+
+    def part_rows(self, plan: Plan) -> list[dict[str, Any]]:
+        """What a plan keeps of the weights of each part: those that the target names, or else those that the model has."""
+        shares = dict(self.target.parts)
+        rows = []
+        for name, path in (self.parts or parts_of(self.model)).items():
+            own = {n: m.numel for n, m in self.every_matrix.items() if inside(n, path)}
+            if plan.keep:
+                kept = self.graph.params(plan.keep, names=list(own))
+            else:
+                kept = sum(int(plan.masks[n].sum()) if n in plan.masks else numel for n, numel in own.items())
+            target = str(shares[name]) if name in shares else None
+            rows.append(
+                {"name": name, "path": path, "size": sum(own.values()), "kept": kept, "target": target}
+            )
+        return rows
 
     @property
     def example(self) -> Inputs:
@@ -104,7 +153,7 @@ class Context(Screen):
     @cached_property
     def matrices(self) -> dict[str, Matrix]:
         """The matrices that may be pruned: those that the options don't protect."""
-        reasons = protected(self.every_matrix, self.options.keep, self.options.only)
+        reasons = protected(self.every_matrix, self.options.keep, self.options.only, [*self.parts.values()])
         return {name: matrix for name, matrix in self.every_matrix.items() if name not in reasons}
 
     @cached_property
@@ -143,7 +192,7 @@ class Context(Screen):
         """How many weights of a matrix stay because the caller gave its share."""
         if not self.shares:
             return {}
-        reasons = protected(self.every_matrix, self.options.keep, self.options.only)
+        reasons = protected(self.every_matrix, self.options.keep, self.options.only, [*self.parts.values()])
         others = {n: ([n], reasons.get(n, "it isn't pruned")) for n, _ in self.model.named_parameters()}
         for name in self.matrices:
             del others[name]
@@ -250,15 +299,24 @@ class Context(Screen):
         return draw_windows(self.require_data(), count, length, self.generator(*parts))
 
     def stream(
-        self, needs: Iterable[str] | None = None, *, propagate: bool = True, skip: int = 0
+        self,
+        needs: Iterable[str] | None = None,
+        *,
+        propagate: bool = True,
+        skip: int = 0,
+        names: Container[str] | None = None,
     ) -> Iterator[Block]:
-        """Blocks in order with their statistics; with `propagate`, each sees what was done to those before it."""
-        names = self._needs(needs)
+        """Blocks in order with their statistics; with `propagate`, each sees what was done to those before it.
+
+        names: only these matrices, and the stacks they lie in.
+        """
+        wanted = {n: m for n, m in self.every_matrix.items() if names is None or n in names}
+        read = self._needs(needs)
         for block in stream(
             self.model,
-            self.require_data() if names else self.data,
-            names,
-            self.every_matrix,
+            self.require_data() if read else self.data,
+            read,
+            wanted,
             propagate=propagate,
             skip=skip,
             progress=self.progress,
@@ -348,13 +406,16 @@ class Context(Screen):
         return scores
 
     def block_of(self, name: str) -> int | None:
-        """The index of the repeated block a group or parameter lies in."""
-        return block_index(name, self._block_path)
+        """The number of the repeated block a group or parameter lies in; stacks are numbered through."""
+        for stack in self._stacks:
+            index = block_index(name, stack.path)
+            if index is not None:
+                return stack.start + index
+        return None
 
     @cached_property
-    def _block_path(self) -> str | None:
-        paths = {m.block_path for m in self.matrices.values()}
-        return next(iter(paths)) if len(paths) == 1 else None
+    def _stacks(self) -> tuple[Blocks, ...]:
+        return find_stacks(self.model)
 
     def cost(self) -> tuple[Callable[[Mapping[str, Tensor]], float], float]:
         """(what the target bounds as a function of the kept units, its limit)."""
@@ -378,6 +439,12 @@ class Context(Screen):
         if kind == "latency":
             self.limit = self.target.limit(self._latency({}))
             return self._latency, self.limit
+        if kind == "parts":
+            raise SecateurError(
+                f"{self.method.name} divides one budget over all that it cuts",
+                where=f"target {self.target}",
+                fix="give a share of the whole, or take a method such as group-magnitude or taylor",
+            )
         raise SecateurError(
             f"{self.method.name} removes whole units",
             where=f"target {self.target}",
@@ -400,6 +467,12 @@ class Context(Screen):
         self, scores: Mapping[str, Tensor], allocation: str | None = None, *, keep_scores: bool = True
     ) -> dict[str, Tensor]:
         """Kept units per group: the scores' order, divided so that the target is met exactly and never exceeded."""
+        if self.target.parts:
+            kept: dict[str, Tensor] = {}
+            for part in self.each_part():
+                own = {group.name: scores[group.name] for group in part.groups if group.name in scores}
+                kept |= part.allocate(own, allocation, keep_scores=keep_scores)
+            return kept
         groups, method = self.competitors(scores, keep_scores=keep_scores), self.method
         if self.target.kind == "share" and getattr(method, "share_of", None) == "units":
             return self._share_of_units(groups, allocation)
@@ -440,6 +513,8 @@ class Context(Screen):
 
     def keeps_share(self, keep: Mapping[str, Tensor]) -> bool:
         """Whether no more is kept than the share asked for (a group can't go below its floor)."""
+        if self.target.parts:
+            return all(part.keeps_share(keep) for part in self.each_part())
         method = self.method
         if getattr(method, "share_of", None) == "weights":
             cost, limit = self.cost()
@@ -496,6 +571,12 @@ class Context(Screen):
             notes={**self.notes, **(notes or {})},
             source=self.method.source,
         )
+
+
+def _home(group: Group) -> str:
+    """Where a group lies: the tensor that makes its units, or its first block."""
+    makers = [s.name for s in group.slices if s.role == "out"] or [s.name for s in group.slices]
+    return makers[0] if makers else group.modules[0]
 
 
 def block_index(name: str, block_path: str | None) -> int | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from secateur.errors import SecateurError, nearest
 from secateur.graph import Graph
+from secateur.graph.parts import inside
 
 Patterns = tuple[str, ...] | None
 KEPT, OUTSIDE = "protected by keep", "outside only"
+BEYOND = "outside the parts of the target"
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -26,8 +28,11 @@ def matches(name: str, pattern: str) -> bool:
     return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
 
 
-def protected(names: Iterable[str], keep: Patterns, only: Patterns) -> dict[str, str]:
-    """Parameters that must stay as they are, with the reason: those that fit `keep`, and those that fit none of `only`.
+def protected(
+    names: Iterable[str], keep: Patterns, only: Patterns, parts: Sequence[str] = ()
+) -> dict[str, str]:
+    """Parameters that must stay as they are, with the reason: those that fit `keep`, those that fit none of `only`, and
+    those in none of `parts` (module paths), where there are any.
 
     >>> protected(["a.weight", "b.weight"], ("a",), None)
     {'a.weight': "protected by keep 'a'"}
@@ -39,6 +44,8 @@ def protected(names: Iterable[str], keep: Patterns, only: Patterns) -> dict[str,
             reasons[name] = f"{KEPT} {pattern!r}"
         elif only and not any(matches(name, p) for p in only):
             reasons[name] = f"{OUTSIDE} {', '.join(map(repr, only))}"
+        elif parts and not any(inside(name, path) for path in parts):
+            reasons[name] = BEYOND
     return reasons
 
 
@@ -75,9 +82,9 @@ def _nearest(pattern: str, names: Iterable[str]) -> list[str]:
     return [f"*.{end}" for end in nearest(bare, ends, count=3, cutoff=0.3)]
 
 
-def freeze_protected(graph: Graph, keep: Patterns, only: Patterns) -> None:
+def freeze_protected(graph: Graph, keep: Patterns, only: Patterns, parts: Sequence[str] = ()) -> None:
     """Groups that would take something from a protected parameter stay whole, with the reason."""
-    reasons = protected(graph.shapes, keep, only)
+    reasons = protected(graph.shapes, keep, only, parts)
     for group in graph.groups:
         touched = [s.name for s in group.slices]
         for module in group.modules:  # a unit that is a whole block takes all that is in it

@@ -199,6 +199,7 @@ def prune(
             for each, first in zip((inputs, *also), seen):
                 check_traced(working, context.graph, each, first)
         plan, graph = make_plan(context)
+        parts = context.part_rows(plan)
         buffers.restore()
         if plan.structured:
             undo.release()
@@ -228,6 +229,7 @@ def prune(
         refused=context.refused,
         skipped=context.skipped,
         latency=(context.limit, seconds),
+        parts=parts,
     )
     if graph is not None and (endangered := graph.endangered(plan.keep)):
         report["unreached"], report["met"] = endangered, False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.graph import Graph
@@ -58,12 +58,13 @@ def build_report(
     refused: Mapping[str, str],
     skipped: Mapping[str, str] | None = None,
     latency: tuple[float | None, float | None] = (None, None),
+    parts: Sequence[Mapping[str, Any]] = (),
 ) -> Report:
     """Method, target, figures before and after, a row for each group and masked tensor, and notes.
 
     options: as the report shows them. kinds: the kinds of unit that were to be cut; None: all. kept_share: whether a
     share target is met where the plan has no masks. refused, skipped: reasons by group and by matrix. latency: (the
-    limit in seconds, seconds of one forward of the result), where the target is one.
+    limit in seconds, seconds of one forward of the result), where the target is one. parts: weights kept of each part.
     """
     skipped = skipped or {}
     weights: list[dict[str, Any]] = [
@@ -85,6 +86,7 @@ def build_report(
             "after": after,
             "groups": group_rows(method, graph, plan, kinds, refused),
             "weights": weights,
+            **({"parts": list(parts)} if parts else {}),
             "notes": [
                 *filter(None, [target.meaning]),
                 *plan.notes.values(),
@@ -94,6 +96,9 @@ def build_report(
     )
     if target.kind == "latency":
         report["latency"] = {"limit_seconds": limit, "after_seconds": seconds}
+    elif target.parts and plan.masks:
+        shares = {name: goal.value for name, goal in target.parts}
+        report["met"] = all(row["kept"] <= shares[row["name"]] * row["size"] + 1e-6 for row in parts)
     else:
         report["met"] = target_met(target, before, after, plan, kept_share and not skipped)
     return report
@@ -124,7 +129,7 @@ def target_met(
     target: Target, before: Mapping[str, Any], after: Mapping[str, Any], plan: Plan, kept_share: bool
 ) -> bool:
     """Whether the result keeps no more than the target allows; for all targets but a latency."""
-    if target.kind in ("share", "n_m"):
+    if target.kind in ("share", "n_m", "parts"):
         if not plan.masks or not kept_share:
             return kept_share
         sizes = [(int(mask.sum()), mask.numel()) for mask in plan.masks.values()]

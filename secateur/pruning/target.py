@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from secateur.errors import SecateurError
 
-FORMS = "50%, params<=100e6, macs<=50%, size<=200MB, latency<=8ms, 2:4 or tokens=64"
+FORMS = "50%, params<=100e6, macs<=50%, size<=200MB, latency<=8ms, 2:4, tokens=64 or part=50%,other=65%"
 _UNITS = {
     "size": {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30},
     "latency": {"": 1e-3, "us": 1e-6, "ms": 1e-3, "s": 1.0},
@@ -26,6 +26,8 @@ class Target:
     relative: bool
     text: str
     n_m: tuple[int, int] | None = None
+    parts: tuple[tuple[str, Target], ...] = ()
+    """Of kind "parts": the share of each part that is named; what lies in none stays whole."""
 
     def limit(self, dense: float) -> float:
         """The absolute limit, given the dense model's figure."""
@@ -101,6 +103,8 @@ def parse_target(text: str | float | Target) -> Target:
         return Target("n_m", n / m, True, raw, (n, m))
     if match := re.fullmatch(r"tokens=(\d+)", clean):
         return Target("tokens", float(match[1]), False, raw)
+    if re.fullmatch(r"[^<>=,]+=[^<>=,]+(,[^<>=,]+=[^<>=,]+)*", raw):
+        return _of_parts(raw)
     if match := re.fullmatch(rf"(params|macs|size|latency)<=({_NUMBER})([a-z%]*)", clean):
         kind, number, unit = match[1], float(match[2]), match[3]
         if unit == "%":
@@ -110,6 +114,24 @@ def parse_target(text: str | float | Target) -> Target:
         if unit in _UNITS[kind] and number > 0:
             return Target(kind, number * _UNITS[kind][unit], False, raw)
     raise SecateurError(f"{raw!r} can't be read", where="target", fix=f"write one of {FORMS}")
+
+
+def _of_parts(raw: str) -> Target:
+    """`text_encoder=52.5%,unet=65%`: a share for each part."""
+    parts: dict[str, Target] = {}
+    for item in raw.split(","):
+        name, _, share = (word.strip() for word in item.partition("="))
+        goal = parse_target(share)
+        if goal.kind != "share":
+            raise SecateurError(
+                f"{share!r} is no share",
+                where=f"target {raw}",
+                fix=f"give shares of parts, such as {name}=50%",
+            )
+        if name in parts:
+            raise SecateurError(f"{name} is named twice", where=f"target {raw}", fix="name each part once")
+        parts[name] = goal
+    return Target("parts", min(goal.value for goal in parts.values()), True, raw, parts=tuple(parts.items()))
 
 
 def parse_schedule(text: str) -> int:

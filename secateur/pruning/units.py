@@ -71,7 +71,7 @@ def plan_units(method: UnitMethod, context: Context, targets: Sequence[Target]) 
     if not plan.keep:
         plan.values = {}
     context.scores, context.limit = current.scores, current.limit
-    if context.target.kind == "share":
+    if context.target.kind in ("share", "parts"):
         context.met = current.keeps_share(plan.keep)
     return plan, graph
 

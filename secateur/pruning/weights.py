@@ -61,8 +61,8 @@ def plan_weights(method: WeightMethod, context: Context) -> Plan:
 
     Blocks that an earlier, killed run finished are taken from its checkpoint.
     """
-    matrices, needs = context.every_matrix, method.statistics()
-    patterns = _patterns(method, context)
+    needs, patterns = method.statistics(), _patterns(method, context)
+    matrices = {name: matrix for name, matrix in context.every_matrix.items() if name in patterns}
     if context.announce and needs:
         needed = estimate(context.model, context.require_data(), needs, matrices)
         context.announce(
@@ -77,14 +77,12 @@ def plan_weights(method: WeightMethod, context: Context) -> Plan:
         if finished is None:
             break
         _install(context, finished, plan)
-        done += 1
+        done = index + 1
 
     with torch.no_grad():
-        for block in context.stream(needs, propagate=method.propagate, skip=done):
+        for block in context.stream(needs, propagate=method.propagate, skip=done, names=patterns):
             cut = {
-                name: patterns[name]
-                for name in block.matrices
-                if name in patterns and patterns[name].keep < matrices[name].numel
+                name: patterns[name] for name in block.matrices if patterns[name].keep < matrices[name].numel
             }
             result: dict[str, Tensor] = {}
             for name, (weight, mask) in method.solve_block(block, cut).items():
@@ -126,6 +124,9 @@ def _install(context: Context, result: Mapping[str, Tensor], plan: Plan) -> None
 
 def _patterns(method: WeightMethod, context: Context) -> dict[str, Pattern]:
     """How many weights each matrix keeps, and where they compete."""
+    if context.target.parts:
+        found = [_patterns(method, part) for part in context.each_part()]
+        return {name: pattern for patterns in found for name, pattern in patterns.items()}
     matrices, target = context.matrices, context.target
     if not matrices:
         raise SecateurError(

@@ -229,6 +229,11 @@ def left(report: Mapping[str, Any]) -> str:
         row = Row(key, FIGURES[key], before[key], after[key])
         if row.ratio is not None:
             shares.append(f"{row.ratio:.1%} of the {row.label}".replace("%", " %"))
+    for part in report.get("parts") or ():
+        if part["size"]:
+            shares.append(
+                f"{part['kept'] / part['size']:.1%} of the weights of {part['name']}".replace("%", " %")
+            )
     return f"left: {', '.join(shares)}" if shares else ""
 
 

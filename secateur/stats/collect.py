@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.graph.blocks import Matrix, check_weights, find_blocks
+from secateur.graph.blocks import Matrix, check_weights, find_stacks
 from secateur.stats.layer import OF_GRADIENTS, OF_INPUTS, LayerStats, check_needs
 from secateur.stats.record import NotShared, Recorder, Stop
 from secateur.utils.batches import as_batches, labels_in, sequences_in, token_mask
@@ -96,7 +96,8 @@ def _inputs(
 def _forwards(model: nn.Module, matrices: Mapping[str, Matrix]) -> Iterator[Callable[[Inputs], None]]:
     """What runs the model on a batch, for one batch after the other: all of it on the first, then as far as its last block,
     where the first saw each block once and in order, and all matrices lie in them."""
-    blocks = find_blocks(model)
+    stacks = find_stacks(model)
+    blocks = stacks[-1]
     order: list[int] = []
 
     def watched(batch: Inputs) -> None:
@@ -120,7 +121,8 @@ def _forwards(model: nn.Module, matrices: Mapping[str, Matrix]) -> Iterator[Call
             hook.remove()
 
     yield watched
-    inside = blocks.repeated and all(matrix.block_path == blocks.path for matrix in matrices.values())
+    alone = len(stacks) == 1 and blocks.repeated
+    inside = alone and all(matrix.block_path == blocks.path for matrix in matrices.values())
     ends = inside and order == list(range(len(blocks)))
     while True:
         yield stopped if ends else partial(run, model)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from secateur.graph.blocks import Matrix, find_blocks, find_matrices
+from secateur.graph.blocks import Matrix, find_matrices, find_stacks
 from secateur.stats.layer import OF_INPUTS, LayerStats, check_needs
 from secateur.stats.stream import Flow
 from secateur.utils.batches import as_batches, batch_numel
@@ -39,18 +39,19 @@ def estimate(
     """
     needs = check_needs(frozenset(needs)) & OF_INPUTS
     matrices = find_matrices(model) if matrices is None else matrices
-    blocks = find_blocks(model)
-    weights = [sum(m.numel for m in matrices.values() if m.block == i) for i in range(len(blocks))]
-    index = weights.index(max(weights))
-    own = {name: matrix for name, matrix in matrices.items() if matrix.block == index}
+    stacks = find_stacks(model)
+    weights = [sum(m.numel for m in matrices.values() if m.block == i) for i in range(sum(map(len, stacks)))]
+    number = weights.index(max(weights))
+    own = {name: matrix for name, matrix in matrices.items() if matrix.block == number}
+    blocks = next(stack for stack in reversed(stacks) if stack.start <= number)
     if not needs:
         return _choosing(own, {})
     chunks = as_batches(batches, batch_size)
     largest = max(chunks, key=batch_numel)
-    flow = Flow(model, blocks.modules, [largest, largest])
+    flow = Flow(model, blocks.modules, [largest, largest], blocks.path)
     held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     with _Peak(held) as peak:
-        stats = flow.gather(index, own, needs, keep_output=False)
+        stats = flow.gather(number - blocks.start, own, needs, keep_output=False)
     each = flow.state_bytes if blocks.repeated else 0
     # all batches' states between two blocks, and a copy of the running one
     states = each * sum(map(batch_numel, chunks)) // max(batch_numel(largest), 1) + each

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.errors import SecateurError
-from secateur.graph.blocks import Matrix, plain_experts
+from secateur.graph.blocks import Matrix, language_model_of, plain_experts
 from secateur.stats.layer import InputStats, LayerStats
 from secateur.stats.routed import Routed
 from secateur.utils.batches import sequences_in, token_mask
@@ -58,6 +58,8 @@ class Recorder:
         self._masks: dict[str, Tensor | None] = {}
         self._encoded: Tensor | None = None
         self._counts = True
+        # a mask hides tokens of the language model; a tower may have as many of its own
+        self._masked = {id(module) for module in language_model_of(model).modules()}
         self._of_decoder = {id(module) for module in self.decoder.modules()} if self.decoder else set()
         self._model = model
         self._routed: Routed | None = None
@@ -168,6 +170,8 @@ class Recorder:
 
     def _mask(self, module: nn.Module, x: Tensor, parts: int = 1) -> Tensor | None:
         """[tokens] bool, those of `x` [..., in] that count; cross-attention reads the encoder's inside the decoder."""
+        if id(module) not in self._masked:
+            return None
         inside = id(module) in self._of_decoder
         mask = self._masks["decoder" if inside and x is not self._encoded else "encoder"]
         rows = x.shape[:-1].numel()

@@ -1,7 +1,7 @@
 """Statistics block by block, through the model's own forward: the memory of one block, whatever the depth.
 
-For block i the model's forward runs with the blocks before it replaced by what they gave last time, and stops behind
-block i. Masks, rotary tables and per-layer arguments therefore come from the model itself.
+For block i of a stack the model's forward runs with the blocks before it replaced by what they gave last time, and stops
+behind block i; the blocks of other stacks (a vision tower's) run as they are. Masks, rotary tables and per-layer arguments therefore come from the model itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.graph.blocks import Matrix, check_weights, find_blocks
+from secateur.graph.blocks import Matrix, check_weights, find_stacks
 from secateur.stats.layer import OF_GRADIENTS, LayerStats, check_needs
 from secateur.stats.record import NotShared, Recorder, Stop
 from secateur.utils.batches import as_batches, batch_numel
@@ -73,16 +73,24 @@ def stream(
             where="stream",
             fix="use collect",
         )
-    blocks = find_blocks(model)
-    flow = Flow(model, blocks.modules, as_batches(batches, batch_size) if needs else [])
-    order: Iterable[int] = range(skip, len(blocks))
-    if progress is not None:
-        order = progress(order, "blocks", len(blocks) - skip)
-    for index in order:
-        own = {name: matrix for name, matrix in matrices.items() if matrix.block == index}
+    chunks = as_batches(batches, batch_size) if needs else []
+    numbers = [
+        (stack, index)
+        for stack in find_stacks(model)
+        for index in range(len(stack))
+        if stack.start + index >= skip
+    ]
+    wanted = {matrix.block_path for matrix in matrices.values()}
+    numbers = [(stack, index) for stack, index in numbers if stack.path in wanted or not wanted]
+    flow: Flow | None = None
+    for stack, index in progress(numbers, "blocks", len(numbers)) if progress is not None else numbers:
+        if flow is None or flow.modules is not stack.modules:
+            flow = Flow(model, stack.modules, chunks, stack.path)
+        number = stack.start + index
+        own = {name: matrix for name, matrix in matrices.items() if matrix.block == number}
         check_weights(own)
         empty = {name: LayerStats(name=name) for name in own}
-        block = Block(index, blocks.path_of(index), blocks.modules[index], own, empty)
+        block = Block(number, stack.path_of(index), stack.modules[index], own, empty)
         if needs:
             block.stats = flow.gather(index, own, needs, keep_output=not propagate)
         yield block
@@ -97,10 +105,10 @@ def _drop(block: Block) -> None:
 
 
 class Flow:
-    """Hidden states between two blocks, one per batch, moved forward in place."""
+    """Hidden states between two blocks of a stack, one per batch, moved forward in place. Other stacks run as they are."""
 
-    def __init__(self, model: nn.Module, modules: tuple[nn.Module, ...], batches: list):
-        self.model, self.modules, self.batches = model, modules, batches
+    def __init__(self, model: nn.Module, modules: tuple[nn.Module, ...], batches: list, path: str = ""):
+        self.model, self.modules, self.batches, self.path = model, modules, batches, path
         self.hidden: list[list[Tensor]] = [[] for _ in batches]
         self.level = [-1] * len(batches)
         self.outputs: dict[int, Any] = {}
@@ -142,8 +150,10 @@ class Flow:
                 return
         raise SecateurError(
             "the model's forward doesn't come by it",
-            where=f"block {index}",
-            fix="give data that uses every block",
+            where=f"{self.path}.{index}" if self.path else "the model",
+            fix=f"give data that uses it, or leave {self.path} out: keep='{self.path}', or name the other parts in the target"
+            if self.path
+            else "give data that uses it",
         )
 
     def _replay(self, position: int, number: int, passing: list[Tensor]) -> Callable[..., Any]:

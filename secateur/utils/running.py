@@ -84,9 +84,20 @@ def without_stale(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
         empty(caches(module for _, module in modules))
 
 
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+"""Where a module keeps them; transformers sets hooks, and notes so on the module, when a model first runs."""
+
+
 def attributes_of(modules: Iterable[nn.Module]) -> list[tuple[dict, dict]]:
-    """What each module holds now beside its mode; `put_back` takes it."""
-    return [(module.__dict__, dict(module.__dict__)) for module in modules]
+    """What each module holds now beside its mode, its hooks too; `put_back` takes it."""
+    held = [table for module in modules for table in (module.__dict__, *(getattr(module, h) for h in HOOKS))]
+    return [(table, dict(table)) for table in held]
 
 
 def put_back(before: Sequence[tuple[dict, dict]]) -> None:
