@@ -34,13 +34,15 @@ def test_depthwise_convolutions_are_no_matrices_of_a_stack():
     assert list(find_matrices(model)) == ["blocks.0.0.weight", "blocks.1.0.weight"]
 
 
-@pytest.mark.parametrize(("width", "path"), [(5, "first"), (6, "")])
-def test_a_second_list_of_blocks_may_hold_a_twentieth(width, path):
+@pytest.mark.parametrize(("width", "paths"), [(5, ["first"]), (6, ["second", "first"])])
+def test_a_second_list_of_blocks_is_a_stack_above_a_twentieth(width, paths):
     """1,000 parameters in the first list; 2 * 5 * 5 = 50 in the second are a twentieth, 72 are more."""
     first = stack(lambda: linear(25, 20))
     model = nn.ModuleDict({"second": stack(lambda: linear(width)), "first": first})
     assert sum(p.numel() for p in first.parameters()) == 1000
-    assert find_blocks(model).path == path
+    assert [stack.path for stack in find_stacks(model)] == paths
+    assert [stack.start for stack in find_stacks(model)] == [0, 2][: len(paths)]
+    assert find_blocks(model).path == "first"
 
 
 def test_lists_inside_a_block_are_not_counted_beside_it():
