@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from secateur.errors import SecateurError
-from secateur.graph.blocks import check_weights, every_matrix, find_blocks, find_matrices, plain_experts
+from secateur.graph.blocks import (
+    check_weights,
+    every_matrix,
+    find_blocks,
+    find_matrices,
+    find_stacks,
+    plain_experts,
+)
 
 
 def linear(n, m=None):
