@@ -175,6 +175,40 @@ def test_a_decided_shape_is_the_masked_and_the_cut_network(name):
     outputs = architectures.outputs
     for a, b in zip(outputs(gated.eval(), inputs), outputs(masked, inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert ExpectedCost(graph).macs(gated.keep()).item() == pytest.approx(graph.macs(keep), rel=1e-6)
+
+
+class Joined(nn.Module):
+    """One norm over the channels of two convolutions, which are two groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 4, 3), nn.Conv2d(1, 6, 3)
+        self.norm, self.last = nn.BatchNorm2d(10), nn.Conv2d(10, 2, 1)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.norm(torch.cat([self.a(x), self.b(x)], 1))))
+
+
+def test_two_groups_behind_one_norm():
+    torch.manual_seed(0)
+    model, x = Joined(), torch.randn(5, 1, 4, 4)
+    model.train()(x)
+    model.eval()
+    graph, gated = placed(model, x)
+    decide(gated, 1)
+    keep = gated.open()
+    assert {name: len(units) for name, units in keep.items()} == {"a:channels": 2, "b:channels": 2}
+    small = copy.deepcopy(model)
+    cut_units(small, graph, keep)
+    torch.testing.assert_close(gated.eval()(x), small(x))
+    for choice in gated.choices().values():
+        with torch.no_grad():
+            choice.logits.zero_()
+    torch.manual_seed(0)
+    gated.train()(x).sum().backward()
+    moved = [choice.logits.grad.abs().sum() for choice in gated.choices().values()]
+    assert len(moved) == 2 and min(moved) > 0
 
 
 def test_the_mixture_is_that_of_two_networks_by_hand():
