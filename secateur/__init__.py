@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from secateur.pruning.options import Options
     from secateur.pruning.plan import Plan
     from secateur.pruning.prune import Pruned, apply_plan, prune
+    from secateur.pruning.threshold import Threshold, threshold
     from secateur.saliency import saliency
     from secateur.taxonomy import MethodInfo
     from secateur.tokens.attach import Attached, attach
@@ -43,6 +44,7 @@ __all__ = [
     "Pruned",
     "SecateurError",
     "SecateurWarning",
+    "Threshold",
     "TrainMethod",
     "UnitMethod",
     "WeightMethod",
@@ -58,6 +60,7 @@ __all__ = [
     "recover",
     "register",
     "saliency",
+    "threshold",
     "trace",
     "train_prune",
 ]
@@ -74,6 +77,7 @@ _HOME = {
     "pruning.plan": "Plan",
     "pruning.options": "Options",
     "pruning.prune": "Pruned apply_plan prune",
+    "pruning.threshold": "Threshold threshold",
     "saliency": "saliency",
     "taxonomy": "MethodInfo",
     "tokens.attach": "Attached attach",

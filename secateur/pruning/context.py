@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.graph import Graph, Group, Slice, trace
-from secateur.graph.blocks import Blocks, Matrix, find_matrices, find_stacks
+from secateur.graph.blocks import Blocks, Matrix, every_matrix, find_matrices, find_stacks
 from secateur.graph.parts import inside, parts_of, resolve_parts
 from secateur.method import Method
 from secateur.pruning.allocate import Competitor, Step, build_path, follow
@@ -148,6 +148,8 @@ class Context(Screen):
     @cached_property
     def every_matrix(self) -> dict[str, Matrix]:
         """What a share of weights counts, by parameter name."""
+        if self.options.everywhere or getattr(self.method, "everywhere", False):
+            return every_matrix(self.model)
         return find_matrices(self.model)
 
     @cached_property

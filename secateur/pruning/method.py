@@ -37,6 +37,10 @@ class WeightMethod(Method):
 
     scope = "row"
     """Where weights compete: in their output row, in their layer, or globally."""
+    everywhere: ClassVar[bool] = False
+    """Whether linear and convolution layers outside the repeated blocks count too, as with the option of that name."""
+    later_stays: ClassVar[bool] = False
+    """Which of equal scores stays: the earlier weight, or the later."""
     propagate: ClassVar[bool] = True
     """Whether a block's statistics are gathered after the blocks before it were pruned."""
 
@@ -64,7 +68,7 @@ class WeightMethod(Method):
 
     def solve(self, weight: Tensor, stats: LayerStats, pattern: Pattern) -> tuple[Tensor, Tensor]:
         """(new weight, kept mask), both [out, in]; the mask satisfies `pattern` exactly."""
-        mask = pattern.select(self.scores(weight, stats), stats.parts)
+        mask = pattern.select(self.scores(weight, stats), stats.parts, self.later_stays)
         return weight.masked_fill(~mask, 0), mask
 
     def solve_block(self, block: Block, patterns: Mapping[str, Pattern]) -> dict[str, tuple[Tensor, Tensor]]:

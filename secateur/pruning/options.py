@@ -60,6 +60,10 @@ class Options:
             "help": "the share kept of these: names or patterns as for keep, e.g. '*.mlp=50%'; of two that fit the later wins",
         },
     )
+    everywhere: bool = field(
+        default=False,
+        metadata={"help": "single weights: also linear and convolution layers outside the repeated blocks"},
+    )
     uniform: bool = field(
         default=False,
         metadata={"help": "cut every layer alike, so that plain from_pretrained loads the result"},

@@ -131,12 +131,14 @@ class Pattern:
     scope: str = "row"
     n_m: tuple[int, int] | None = None
 
-    def select(self, scores: Tensor, parts: int = 1) -> Tensor:
+    def select(self, scores: Tensor, parts: int = 1, later_stays: bool = False) -> Tensor:
         """Bool mask like `scores` [out, in], True = kept.
 
         parts: equal runs of rows with inputs of their own (experts). Each is a layer: norms over different tokens can't
-        be compared.
+        be compared. later_stays: which of equal scores stays.
         """
+        if later_stays:
+            return self.select(scores.flip(0, 1), parts).flip(0, 1)
         if self.n_m:
             return n_of_m(scores, *self.n_m)
         if self.scope == "layer":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.graph.parts import inside, parts_of
 from secateur.method import Method, make_method
 from secateur.pruning.allocate import arithmetic_shares, arithmetic_steps, divide
 from secateur.pruning.context import Context
@@ -155,7 +156,8 @@ def _patterns(method: WeightMethod, context: Context) -> dict[str, Pattern]:
             fix=f"ask for more than {whole / total:.1%}, or protect less",
         )
     fixed = context.fixed_weights
-    name = "global" if method.scope == "global" else context.allocation or method.allocation
+    own = {"global": "global", "part": "per-part"}.get(method.scope)
+    name = own or context.allocation or method.allocation
     context.notes.pop("share", None)
     divided = ALLOCATIONS[name.partition(":")[0]]
     if not fixed:
@@ -230,6 +232,18 @@ def kinds_compete(method: WeightMethod, context: Context, keep: int) -> dict[str
     return _ranked(method, context, list(roles.values()), counts)
 
 
+@allocation("per-part")
+def within_parts(method: WeightMethod, context: Context, keep: int) -> dict[str, Pattern]:
+    """Matrices of one part of the model compete (a text encoder, a denoiser); each part keeps the same share."""
+    paths = parts_of(context.model).values()
+    pools: dict[str, list[str]] = {}
+    for name in context.matrices:
+        pools.setdefault(next((path for path in paths if inside(name, path)), ""), []).append(name)
+    totals = [sum(context.matrices[name].numel for name in names) for names in pools.values()]
+    counts = divide(totals, [_share(context, keep)] * len(totals), keep)
+    return _ranked(method, context, list(pools.values()), counts)
+
+
 @allocation("owl", reads_data=True)
 def by_outliers(method: WeightMethod, context: Context, keep: int) -> dict[str, Pattern]:
     """The shares of OWL: blocks with more outliers keep more."""
@@ -291,7 +305,7 @@ def _losses(method: WeightMethod, context: Context, trials: Iterable[Mapping[str
             for name, pattern in patterns.items():
                 matrix = context.matrices[name]
                 undo.remember(name)
-                kept = pattern.select(scores[name], matrix.parts)
+                kept = pattern.select(scores[name], matrix.parts, method.later_stays)
                 matrix.set(matrix.weight().masked_fill(~kept, 0))
             with evaluating(context.model):
                 found.append(sum(float(loss(context.model, batch)) for batch in batches) / len(batches))
@@ -323,7 +337,8 @@ def _ranked(
     for names, keep in zip(pools, keeps):
         floors = {name: max(1, int(context.options.floor * scores[name].numel())) for name in names}
         joined = torch.cat([scores[name].flatten().float() for name in names])
-        masks = top_k(joined, keep).split([scores[name].numel() for name in names])
+        chosen = top_k(joined.flip(0), keep).flip(0) if method.later_stays else top_k(joined, keep)
+        masks = chosen.split([scores[name].numel() for name in names])
         counts = [max(int(mask.sum()), floors[name]) for name, mask in zip(names, masks)]
         # what the floors added is taken back where most is left above one
         while (over := sum(counts) - keep) > 0:

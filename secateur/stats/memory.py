@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from secateur.graph.blocks import Matrix, find_matrices, find_stacks
+from secateur.graph.blocks import Blocks, Matrix, find_matrices, find_stacks
 from secateur.stats.layer import OF_INPUTS, LayerStats, check_needs
 from secateur.stats.stream import Flow
 from secateur.utils.batches import as_batches, batch_numel
@@ -39,7 +39,8 @@ def estimate(
     """
     needs = check_needs(frozenset(needs)) & OF_INPUTS
     matrices = find_matrices(model) if matrices is None else matrices
-    stacks = find_stacks(model)
+    alone = {matrix.block_path for matrix in matrices.values()} == {""}
+    stacks = (Blocks("", (model,)),) if alone else find_stacks(model)
     weights = [sum(m.numel for m in matrices.values() if m.block == i) for i in range(sum(map(len, stacks)))]
     number = weights.index(max(weights))
     own = {name: matrix for name, matrix in matrices.items() if matrix.block == number}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.graph.blocks import Matrix, check_weights, find_stacks
+from secateur.graph.blocks import Blocks, Matrix, check_weights, find_stacks
 from secateur.stats.layer import OF_GRADIENTS, LayerStats, check_needs
 from secateur.stats.record import NotShared, Recorder, Stop
 from secateur.utils.batches import as_batches, batch_numel
@@ -74,14 +74,14 @@ def stream(
             fix="use collect",
         )
     chunks = as_batches(batches, batch_size) if needs else []
+    wanted = {matrix.block_path for matrix in matrices.values()}
+    stacks = (Blocks("", (model,)),) if wanted == {""} else find_stacks(model)
     numbers = [
         (stack, index)
-        for stack in find_stacks(model)
+        for stack in stacks
         for index in range(len(stack))
-        if stack.start + index >= skip
+        if stack.start + index >= skip and (stack.path in wanted or not wanted)
     ]
-    wanted = {matrix.block_path for matrix in matrices.values()}
-    numbers = [(stack, index) for stack, index in numbers if stack.path in wanted or not wanted]
     flow: Flow | None = None
     for stack, index in progress(numbers, "blocks", len(numbers)) if progress is not None else numbers:
         if flow is None or flow.modules is not stack.modules:
