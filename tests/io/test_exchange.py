@@ -432,3 +432,48 @@ def test_an_exporter_s_error_is_told_by_its_cause():
         assert told(error) == "ValueError: no function for it"
         error.__cause__ = None
         assert told(error) == "RuntimeError: This is step 3/3"
+
+
+class Projected(nn.Module):
+    """An LSTM with a projection, and a squeeze of an axis that is longer than one."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory = nn.LSTM(4, 6, proj_size=3, bias=False, bidirectional=True, batch_first=True)
+
+    def forward(self, x):
+        return self.memory(x)[0].squeeze(1)
+
+
+def test_what_onnx_lacks_is_written_by_its_parts(tmp_path):
+    torch.manual_seed(0)
+    result = secateur.export(Projected(), torch.randn(2, 2, 4), tmp_path / "a.onnx")
+    assert result["difference"] < 1e-5
+
+
+class Checked(nn.Module):
+    """Its code checks values: a file can't."""
+
+    def forward(self, x):
+        torch._assert_async((x.abs() < 9).all(), "too large")
+        return x * 2
+
+
+def test_checks_of_values_are_left_out_of_a_file(tmp_path):
+    assert secateur.export(Checked(), torch.randn(2, 3), tmp_path / "a.onnx")["difference"] == 0
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.memory = nn.GRU(4, 3, batch_first=True)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        return nn.utils.rnn.pad_packed_sequence(self.memory(packed)[0], batch_first=True)[0]
+
+
+def test_a_model_that_a_program_can_t_express_is_refused_with_its_reason(tmp_path):
+    with pytest.raises(SecateurError, match="packed sequence, whose sizes are values"):
+        secateur.export(Packed(), (torch.randn(2, 3, 4), torch.tensor([3, 2])), tmp_path / "a.pt2")
+    assert not (tmp_path / "a.pt2").exists()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._decomp import get_decompositions
 from torch.utils import _pytree as pytree
 
 from secateur.errors import SecateurError
@@ -79,7 +80,11 @@ def _by_torch(model: nn.Module, inputs: Inputs) -> Any:
 
     with gathered_experts(model):
         program = export_program(model, inputs)
+    if any(map(_projects, program.graph.nodes)):
+        with quiet():
+            program = program.run_decompositions(get_decompositions([torch.ops.aten.lstm.input]))
     copy_what_moved(program)
+    drop_what_does_nothing(program)
     try:
         with quiet():
             return torch.onnx.export(program, dynamo=True, verbose=False).model_proto  # type: ignore[union-attr]
@@ -107,6 +112,27 @@ def copy_what_moved(program: Any) -> None:
             copied.meta = dict(moved.meta)
             node.replace_input_with(moved, copied)
     program.graph_module.recompile()
+
+
+def drop_what_does_nothing(program: Any) -> None:
+    """Checks of values, which a file can't make, and squeezes of an axis that isn't one long, which ONNX refuses."""
+    aten, graph = torch.ops.aten, program.graph
+    for node in list(graph.nodes):
+        if str(node.target).partition(".")[2].startswith(("_assert_async", "_assert_scalar")):
+            graph.erase_node(node)
+        elif node.target is aten.squeeze.dim and node.args[0].meta["val"].shape == node.meta["val"].shape:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+
+
+def _projects(node: Any) -> bool:
+    """Whether it is an LSTM with a projection, which ONNX has only step by step."""
+    if node.target is not torch.ops.aten.lstm.input:
+        return False
+    _, _, weights, biases, layers, _, _, both_ways, _ = node.args
+    return len(weights) == layers * (2 if both_ways else 1) * (5 if biases else 3)
 
 
 @contextlib.contextmanager

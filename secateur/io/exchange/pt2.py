@@ -9,6 +9,7 @@ import io
 import logging
 import operator
 import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -488,11 +489,23 @@ def told(error: BaseException) -> str:
 
 
 def _refused(error: Exception) -> SecateurError:
+    why = told(error)
+    if _packed(error):
+        why = "a recurrent layer runs over a packed sequence, whose sizes are values"
+    elif type(error).__name__ == "GuardOnDataDependentSymNode":
+        why = f"a size follows from values, such as a number of boxes; {why}"
     return SecateurError(
-        f"torch.export can't follow this model ({told(error)})",
+        f"torch.export can't follow this model ({why})",
         where="export",
         fix="save it as a folder instead",
     )
+
+
+def _packed(error: Exception) -> bool:
+    """Whether it was raised inside a recurrent layer that was given a packed sequence."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    inside = (f for f in frames if f.f_code.co_filename == nn.modules.rnn.__file__)
+    return any(f.f_locals.get("batch_sizes") is not None for f in inside)
 
 
 def _export(model: nn.Module, args: Any, kwargs: Any, shapes: Any) -> ExportedProgram:
