@@ -300,7 +300,7 @@ def _valid_fields(dense: Any, fields: dict[str, Any]) -> dict[str, Any]:
 def _verify(model: nn.Module, cls: type, config_file: Path) -> None:
     """Builds the model as a loader would and compares shapes and attributes."""
     config, built = _pruned_classes(cls, "verify")
-    again = _build(lambda: built(config.from_dict(json.loads(config_file.read_text()))))
+    again = _build(lambda: built(config.from_dict(config._dict_from_json_file(config_file))))
     left = compare(model, again)
     if left["blocks"] or left["identity"] or left["shapes"]:
         raise SecateurError(
@@ -346,7 +346,9 @@ def _load_transformers(path: Path, dtype: torch.dtype | None) -> nn.Module:
         document = read_object(path / "config.json", fix="save the model again")
         if "pruned" in document:
             cls, config = _trusted_classes(document, path)
-            config = config.from_dict(document)
+            config = config.from_dict(
+                config._dict_from_json_file(path / "config.json")
+            )  # with its infinities
         else:
             cls, config = auto_or_model_class(document, where), None
         with quiet():

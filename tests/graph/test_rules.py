@@ -311,6 +311,10 @@ RULES = {
     "rows of a picture": (
         Chain("a", lambda x: x.narrow(2, 1, 3), "b", a=conv(4, 8), b=conv(8, 4)), X2,
         [(8, {"a.w.0": 1, "a.b.0": 1, "b.w.1": 1})]),
+    "unequal parts at fixed places": (
+        Chain("a", lambda x: torch.cat([F.relu(p) for p in x.split([2, 4, 2], 1)], 1), "b", a=conv(4, 8), b=conv(8, 4)), X2, []),
+    "every other channel": (Chain("a", lambda x: x[:, ::2] * x[:, 1::2], "b", a=conv(4, 8), b=conv(4, 4)), X2,
+        [(4, {"a.w.0": 2, "a.b.0": 2, "b.w.1": 1})]),
     "channels at a fixed place": (Chain("a", lambda x: x.narrow(1, 1, 5), "b", a=conv(4, 8), b=conv(5, 4)), X2, []),
     "median over a picture": (
         Chain("a", lambda x: x.flatten(2).median(2).values, "b", a=conv(4, 8), b=nn.Linear(8, 4)), X2,

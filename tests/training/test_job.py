@@ -120,3 +120,71 @@ def test_two_phases_of_one_name_are_refused() -> None:
 
     with pytest.raises(SecateurError, match="two phases are named 'dense'"):
         run(method=Twice())
+
+
+@dataclass
+class Looks(Norms):
+    """Looks at its job, and keeps everything."""
+
+    look: ClassVar[Any]
+
+    def prune(self, job: Job) -> Plan:
+        self.look(job)
+        return job.plan()
+
+
+def looked(look: Any, **settings: Any) -> Any:
+    Looks.look = staticmethod(look)
+    return run("100%", method=Looks(), **settings)
+
+
+def test_batches_and_losses_are_those_of_the_training_data() -> None:
+    def look(job: Job) -> None:
+        x, y = job.task.train
+        assert job.epoch == 6 and [job.step_of(text) for text in ("1", "2it", "0.5ep", "50%")] == [1, 2, 3, 2]
+        drawn = torch.cat(list(job.batches(6)))
+        assert len(drawn) == 48 and torch.equal(drawn.flatten(1).sort(0).values, x.flatten(1).sort(0).values)
+        assert not torch.equal(drawn, x) and [len(b) for b in job.batches(2)] == [8, 8]
+        mode = job.model.training
+        job.model.eval()
+        own = nn.functional.cross_entropy(job.model(x), y).item()
+        job.model.train(mode)
+        assert job.losses(48, single=True)() == pytest.approx({"loss": 48 * own}, rel=1e-5)
+        assert job.losses(999, single=True)() == pytest.approx({"loss": 48 * own}, rel=1e-5)  # all there are
+        few = job.losses(3, single=True)()["loss"]
+        assert job.losses(9, single=True)()["loss"] != few and job.losses(3, single=True)()["loss"] == few
+        assert job.model.training == mode
+        with pytest.raises(SecateurError, match="it has one loss"):
+            job.losses(48)
+
+    looked(look)
+
+
+def test_new_layers_are_drawn_from_the_seed_and_the_place() -> None:
+    drawn: dict[Any, float] = {}
+
+    def look(job: Job) -> None:
+        before = torch.get_rng_state()
+        for place in ("a", "b"):
+            with job.seeded(place):
+                drawn[job.seed, place] = torch.rand(()).item()
+        with job.seeded("a"):
+            assert torch.rand(()).item() == drawn[job.seed, "a"]
+        assert torch.equal(torch.get_rng_state(), before)
+
+    for seed in (0, 1):
+        looked(look, seed=seed)
+    assert len(set(drawn.values())) == 4
+
+
+def test_statistics_are_taken_anew_on_so_many_batches() -> None:
+    def look(job: Job) -> None:
+        norm = job.model.get_submodule("norm")
+        before = norm.running_mean.clone()
+        job.reestimate(0)
+        assert torch.equal(norm.running_mean, before)
+        job.reestimate(6)
+        mean = job.model.get_submodule("conv")(job.task.train[0]).mean((0, 2, 3))
+        torch.testing.assert_close(norm.running_mean, mean, rtol=1e-4, atol=1e-5)
+
+    looked(look)
