@@ -27,7 +27,7 @@ def calibration_batches(
     data: such ids or inputs (an iterable of them is read to its end, at most `samples`; a pair of them and their labels
     is parted into batches of 16, as are pictures); a text file or the name of a
     text (needs a tokenizer), or of pictures (`cifar10`, `imagenet-sample`, `digits`, `camvid`: `samples` of those to train on, with labels); None: English that every machine has, or, without a tokenizer, text that the model itself
-    writes; "self": the latter.
+    writes, or what it meets while it draws (`calibration_inputs(samples, seed)` of the model); "self": such text.
 
     Raises `SecateurError` for empty data, NaN inputs, ids outside the vocabulary, and text that is too short.
     """
@@ -37,6 +37,8 @@ def calibration_batches(
         data = pictures.load_pictures(data, samples, split="train")
     elif data == "digits":
         data = digits.load_digits("train", samples)
+    elif data is None and hasattr(model, "calibration_inputs"):
+        data = model.calibration_inputs(samples, seed)
     elif data == "camvid":
         data = as_pairs(camvid.load_camvid("train", samples), 2)
     if data is None or isinstance(data, str | Path):

@@ -18,9 +18,10 @@ NETWORKS = {
     "sr": ("carn-m", "carn-m-x3", "carn-m-x4", "vdsr", "vdsr-x3", "vdsr-x4", "rfdn"),
     "camvid": ("espnet",),
     "mnist": ("mnist-dit",),
+    "digits-diffusion": ("digits-diffusion",),
 }
 """The networks of each task, its default first. A task is a module of this package."""
-MODULES = {"mnist": "mnist_dit"}
+MODULES = {"mnist": "mnist_dit", "digits-diffusion": "digits_diffusion"}
 TASKS = tuple(NETWORKS)
 OWNERS = {network: task for task, names in NETWORKS.items() for network in names}
 SPLITS = ("test", "val", "all")
