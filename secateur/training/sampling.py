@@ -24,14 +24,15 @@ class Sampler:
     >>> sample(nn.Identity(), sampler, *sampler.start(1, 0))
     tensor([2.6620])
 
-    steps: how many. start: (count, seed) -> noise and what is asked for (classes, prompts), a function of the seed.
+    steps: how many, each of which keeps its input alone while gradients are taken; a single one is run as it is. start: (count, seed) -> noise and what is asked for (classes, prompts), a function of the seed.
     step: (model, state, number of the step, what is asked for) -> the next state. Noise within a step comes from torch's
-    global random state.
+    global random state. at_once: drawings that are made together where no gradient is taken.
     """
 
     steps: int
     start: Start
     step: Step
+    at_once: int = 100
 
 
 def sample(model: nn.Module, sampler: Sampler, state: Tensor, asked: Any) -> Tensor:
@@ -41,7 +42,7 @@ def sample(model: nn.Module, sampler: Sampler, state: Tensor, asked: Any) -> Ten
     memory for one step's activations and all states, one extra forward (EcoDiff, arXiv 2412.02852, section 3).
     """
     for number in range(sampler.steps):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and sampler.steps > 1:
             state = checkpoint(
                 sampler.step, model, state, number, asked, use_reentrant=False, preserve_rng_state=True
             )
@@ -51,7 +52,9 @@ def sample(model: nn.Module, sampler: Sampler, state: Tensor, asked: Any) -> Ten
 
 
 @torch.no_grad()
-def draw(model: nn.Module, sampler: Sampler, count: int, seed: int, batch: int = 100) -> tuple[Tensor, Any]:
+def draw(
+    model: nn.Module, sampler: Sampler, count: int, seed: int, batch: int | None = None
+) -> tuple[Tensor, Any]:
     """`count` drawings without gradients, and what was asked for.
 
     Raises `SecateurError` where the sampler isn't a function of its seed.
@@ -63,6 +66,7 @@ def draw(model: nn.Module, sampler: Sampler, count: int, seed: int, batch: int =
             "two starts from one seed differ", where="sampler", fix="draw its noise from a seeded generator"
         )
     device = next(model.parameters()).device
+    batch = batch or sampler.at_once
     pieces = [
         sample(model, sampler, part.to(device), _part(asked, i * batch, len(part), device)).cpu()
         for i, part in enumerate(noise.split(batch))

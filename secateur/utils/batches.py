@@ -43,6 +43,8 @@ def sequences_in(batch: Inputs) -> int:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim():
             return len(value)
+        if isinstance(value, dict) and value:  # what one part of a pipeline is called with
+            return sequences_in(value)
     raise SecateurError(
         "a batch holds no tensor", where="data", fix="pass a tensor, a tuple or a dict of tensors"
     )

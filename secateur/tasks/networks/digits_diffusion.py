@@ -126,7 +126,6 @@ class Denoiser(nn.Module):
         self.enter = nn.Conv2d(1, WIDTH, PATCH, stride=PATCH)
         self.places = nn.Parameter(0.02 * torch.randn((SIZE // PATCH) ** 2, WIDTH))
         self.time = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
-        self.pooled = nn.Linear(WIDTH, WIDTH)
         self.blocks = nn.ModuleList(Block(prompted=True) for _ in range(3))
         self.norm = nn.LayerNorm(WIDTH)
         self.leave = nn.ConvTranspose2d(WIDTH, 1, PATCH, stride=PATCH)
@@ -135,8 +134,7 @@ class Denoiser(nn.Module):
         frequencies = 1000.0 ** (-torch.arange(WIDTH // 2, device=t.device) / (WIDTH // 2 - 1))
         angles = 100 * t * frequencies.to(t.dtype)
         time = self.time(torch.cat([angles.sin(), angles.cos()], 1))
-        # the prompt's mean goes everywhere, its words where cross-attention wants them
-        h = self.enter(x).flatten(2).transpose(1, 2) + self.places + (time + self.pooled(prompt.mean(1)))[:, None]
+        h = self.enter(x).flatten(2).transpose(1, 2) + self.places + time[:, None]
         for block in self.blocks:
             h = block(h, prompt)
         return self.leave(self.norm(h).transpose(1, 2).unflatten(2, (SIZE // PATCH, SIZE // PATCH)))
