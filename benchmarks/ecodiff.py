@@ -1,10 +1,11 @@
-"""EcoDiff against random units, grouped magnitude and its own per-step loss, on the small transformer that draws digits.
+"""EcoDiff against random units, grouped magnitude and its own per-step loss, on small transformers that draw digits.
 
-    python benchmarks/ecodiff.py              # three seeds: about 8 CPU minutes
+    python benchmarks/ecodiff.py              # mnist-dit, three seeds: about 8 CPU minutes
+    python benchmarks/ecodiff.py --network digits-diffusion --methods random group-magnitude ecodiff
     python benchmarks/ecodiff.py --smoke      # a few steps: does it run
 
-80 % of the heads and of the neurons stay, without repair. Printed: how many of 200 drawings (50 guided steps) are the digit that
-was asked for, their distance from the dense model's drawings of the same noise (mean squared error), and the memory of a
+80 % of the heads and of the neurons stay, without repair. Printed: how many of 200 drawings (50 guided steps, or 20) are the digit
+that was asked for, their distance from the dense model's drawings of the same noise (mean squared error), and the memory of a
 training step through 32 steps of the sampler over that through 4.
 """
 
@@ -27,11 +28,11 @@ from secateur.gates import HardConcrete, place
 from secateur.graph import trace
 from secateur.measure.cost import _Live
 from secateur.surgery import cut_units
-from secateur.tasks import load_task
-from secateur.tasks.mnist_dit import SEEDS, consistency, load_network, sampler
+from secateur.tasks import digits_diffusion, load_task, mnist_dit
 from secateur.training.sampling import draw, sample
 from secateur.training.task import Task
 
+NETWORKS: dict[str, Any] = {"mnist-dit": mnist_dit, "digits-diffusion": digits_diffusion}
 METHODS = ("random", "group-magnitude", "ecodiff", "ecodiff, per step")
 
 
@@ -47,7 +48,7 @@ def cut(task: Task, method: str, seed: int, args: argparse.Namespace) -> nn.Modu
             seed=seed,
             match="step" if "step" in method else "final",
         ).model
-    model = load_network()
+    model = task.pretrained()
     if method == "group-magnitude":
         pruned = secateur.prune(
             model, task.inputs, method=method, target=args.target, kinds=("heads", "neurons"), inplace=True
@@ -64,11 +65,11 @@ def cut(task: Task, method: str, seed: int, args: argparse.Namespace) -> nn.Modu
     return model
 
 
-def memory(steps: int, task: Task) -> int:
+def memory(steps: int, task: Task, sampler: Any) -> int:
     """Peak bytes of tensors alive in a forward and backward of the gates through so many steps."""
     gated = place(
-        load_network(),
-        trace(load_network(), task.inputs),
+        task.pretrained(),
+        trace(task.pretrained(), task.inputs),
         lambda g: HardConcrete(g.size),
         ("heads", "neurons"),
     )
@@ -85,13 +86,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--network", default="mnist-dit", choices=tuple(NETWORKS))
     parser.add_argument("--target", default="80%")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60, help="of the gates")
     parser.add_argument("--samples", type=int, default=40)
     parser.add_argument(
-        "--sampler-steps", type=int, default=10, help="in training; drawings are judged after 50"
+        "--sampler-steps", type=int, default=10, help="in training; drawings are judged after 50, or 20"
     )
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
@@ -101,9 +103,11 @@ def main() -> None:
     if args.smoke:
         args.seeds, args.steps, args.samples, args.sampler_steps, args.count = 1, 2, 4, 2, 10
     torch.set_num_threads(args.threads)
-    task = dataclasses.replace(load_task("mnist-dit"), sampler=sampler(args.sampler_steps))
-    dense = load_network()
-    before, _ = draw(dense, sampler(), args.count, SEEDS["test"])
+    own = NETWORKS[args.network]
+    consistency, sampler, first = own.consistency, own.sampler, own.SEEDS["test"]
+    task = dataclasses.replace(load_task(args.network), sampler=sampler(args.sampler_steps))
+    dense = own.load_network()
+    before, _ = draw(dense, sampler(), args.count, first)
     print(f"dense: {consistency(dense, args.count):.1%} of {args.count} drawings are what was asked for")
     found: list[dict[str, Any]] = []
     for seed in range(args.seeds):
@@ -112,7 +116,7 @@ def main() -> None:
                 continue
             started = time.process_time()
             model = cut(task, method, seed, args).eval()
-            after, _ = draw(model, sampler(), args.count, SEEDS["test"])
+            after, _ = draw(model, sampler(), args.count, first)
             row = {
                 "method": method,
                 "seed": seed,
@@ -133,7 +137,7 @@ def main() -> None:
         error = 2 * statistics.stdev(asked) / len(asked) ** 0.5 if len(asked) > 1 else float("nan")
         distance, params = (statistics.mean(row[key] for row in rows) for key in ("distance", "params"))
         print(f"{method:20s} {statistics.mean(asked):7.1%} {error:9.1%} {distance:9.4f} {params:7.1%}")
-    print(f"\nmemory through 32 steps over 4: {memory(32, task) / memory(4, task):.2f}")
+    print(f"\nmemory through 32 steps over 4: {memory(32, task, sampler) / memory(4, task, sampler):.2f}")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from secateur.utils.code import announced, read_spec
 from secateur.utils.files import check_path
 
 MODEL = Parameter(
-    help="smollm2, aidreams, a task or its network (cifar10, resnet56, vdsr, espnet, ...), a folder that transformers or"
-    " secateur wrote, an .onnx or .pt2 file, or a hub name"
+    help="smollm2, aidreams, a task or its network (cifar10, resnet56, vdsr, espnet, ...), a folder that transformers,"
+    " diffusers or secateur wrote, an .onnx or .pt2 file, or a hub name"
 )
 OUT_HELP = "a new folder for the result, or a new .onnx or .pt2 file"
 REPORT_HELP = "a self-contained HTML file with the report"

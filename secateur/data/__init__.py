@@ -38,7 +38,7 @@ def calibration_batches(
     elif data == "digits":
         data = digits.load_digits("train", samples)
     elif data is None and hasattr(model, "calibration_inputs"):
-        data = model.calibration_inputs(samples, seed)
+        data = model.calibration_inputs(samples, seed)  # type: ignore[operator]
     elif data == "camvid":
         data = as_pairs(camvid.load_camvid("train", samples), 2)
     if data is None or isinstance(data, str | Path):

@@ -1,11 +1,12 @@
 """Saves pruned models so that they load without secateur: safetensors, JSON and, where needed, one short Python file.
 
-Three forms, the simplest that can hold the model:
+Four forms, the simplest that can hold the model:
 
 - plain: a transformers model whose shapes its config can express, or a timm model that timm's arguments can; any
   `from_pretrained`, or `timm.create_model("local-dir:...")`, loads it.
 - custom: a transformers model whose layers differ; `modeling_pruned.py` builds the dense model from the config and
   re-shapes it, so `from_pretrained(folder, trust_remote_code=True)` loads it.
+- pipeline: a pipeline of diffusers whose parts' configs can't say the shapes; `pruned.json` does, and `secateur.load` reads it.
 - module: any other module; `load_pruned.py` re-shapes a freshly built dense model and loads the weights.
 """
 
@@ -19,7 +20,9 @@ import torch
 from torch import nn
 
 from secateur.errors import SecateurError
+from secateur.families.pipelines import Parts
 from secateur.io.module import _load_module, _save_module
+from secateur.io.pipelines import is_pipeline_folder, load_pipeline, save_pipeline
 from secateur.io.timm import is_plain, load_plain
 from secateur.io.transformers import (
     _load_tokenizer,
@@ -56,7 +59,9 @@ def save_model(
     dense one doesn't have.
     """
     with atomic_directory(directory) as partial:
-        if _transformers_class(model) is not None:
+        if isinstance(model, Parts):
+            about = save_pipeline(model, partial, plan)
+        elif _transformers_class(model) is not None:
             about = _save_transformers(model, partial, plan, dense_config)
         else:
             about = _save_module(model, partial, plan)
@@ -81,7 +86,8 @@ def load(
     >>> model, _ = secateur.load("out", model=build_the_dense_model())  # doctest: +SKIP
 
     model: a freshly built dense model, needed for modules that are neither transformers' nor timm's. No code of the
-    directory is run: what it says was cut is done by this library's own copy of it. The model is in eval mode.
+    directory is run: what it says was cut is done by this library's own copy of it. The model is in eval mode. Of a pipeline
+    of diffusers it is the parts that can be cut; `model.pipeline` draws.
 
     Raises `SecateurError` where there is no model, or it is damaged.
     """
@@ -90,6 +96,8 @@ def load(
         from secateur.io.exchange import load_file
 
         return load_file(path).to(device or "cpu", dtype), None
+    if is_pipeline_folder(path):
+        return load_pipeline(path, dtype).to(device or "cpu").eval(), None
     if is_plain(path):
         loaded = load_plain(path)
         loaded = loaded.to(dtype) if dtype else loaded

@@ -85,7 +85,11 @@ class EcoDiff(TrainMethod):
             raise SecateurError(
                 "it needs a model that draws in steps",
                 where=self.name,
-                fix="a task with a sampler, such as mnist-dit",
+                fix="a task with a sampler, such as mnist-dit, or a pipeline of diffusers",
+            )
+        if self.match == "step" and sampler.steps == 1:
+            raise SecateurError(
+                "the sampler can't be run step by step", where="match", fix="compare the final drawing"
             )
         if not job.trained:
             job.train("dense")

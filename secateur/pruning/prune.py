@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from secateur.data import calibration_batches
 from secateur.errors import SecateurError
+from secateur.families.pipelines import as_module
 from secateur.graph import Graph, trace
 from secateur.io.artefact import save_model
 from secateur.measure import latency, measure
@@ -91,7 +92,7 @@ class Pruned:
 
 
 def prune(
-    model: nn.Module,
+    model: nn.Module | Any,
     inputs: Inputs | None = None,
     *,
     method: str | Method,
@@ -108,6 +109,8 @@ def prune(
     limit: int | None = None,
     progress: Callable[..., Iterable] | None = None,
     announce: Callable[[str], None] | None = None,
+    prompts: Sequence[Any] | None = None,
+    drawing: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Pruned:
     """Cut `model` down to `target` with `method`.
@@ -117,6 +120,7 @@ def prune(
 
     Parameters
     ----------
+    model: a module, or a pipeline of diffusers, whose text encoders and denoisers are cut; `result.model.pipeline` draws with them.
     inputs: example inputs of `model.forward`: a tensor, a tuple or a dict. Language models need none.
     target: `50%` (share kept), `params<=100e6`, `macs<=50%`, `size<=200MB`, `latency<=8ms`, `2:4`.
     data: calibration data: token ids [samples, length], a list of model inputs, a text file, the name of a text, or
@@ -129,6 +133,8 @@ def prune(
     tasks, limit: what to measure before and after (`wikitext2`, `piqa`, ...), with at most `limit` items each.
     progress, announce: `secateur.utils.progress.track` for bars; what is called with a line to tell, such as the memory that
         calibration will need.
+    prompts, drawing: of a pipeline: what is drawn for calibration, and further arguments of its call (num_inference_steps,
+        guidance_scale, ...).
     settings: fields of `Options` (samples, seqlen, schedule, allocation, floor, round_to, kinds, keep, only, share, uniform, prove) and
         hyperparameters of the method.
 
@@ -138,6 +144,7 @@ def prune(
     request = read_request("prune", method, target, settings)
     chosen, options, goal = request.method, request.options, request.target
     units = isinstance(chosen, UnitMethod)
+    model = as_module(model, prompts, drawing)
     check_model(model)
     check_patterns(model, keep=options.keep, only=options.only, share=tuple(read_shares(options.share)))
     if inputs is None and (units or hasattr(getattr(model, "config", None), "vocab_size")):

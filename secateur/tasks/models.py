@@ -79,7 +79,7 @@ def model_folder(name_or_path: str | Path) -> Path:
     """
     path, text = Path(name_or_path).expanduser(), str(name_or_path)
     if path.is_dir():
-        if not any((path / name).is_file() for name in ("config.json", "model.json")):
+        if not any((path / name).is_file() for name in ("config.json", "model.json", "model_index.json")):
             raise SecateurError("the folder holds no model", where=str(path), fix=SAVED)
         return path
     if path.exists():

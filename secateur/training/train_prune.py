@@ -7,7 +7,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.families.pipelines import Parts, as_module
 from secateur.graph import trace
 from secateur.measure import latency, measure
 from secateur.method import Method
@@ -29,6 +30,7 @@ from secateur.training.batches import check_classes, length
 from secateur.training.finite import nonfinite_tensor
 from secateur.training.job import Job
 from secateur.training.method import TrainMethod
+from secateur.training.pipelines import pipeline_task
 from secateur.training.recipe import Recipe
 from secateur.training.task import Task
 from secateur.utils.files import atomic_write_json
@@ -44,7 +46,7 @@ RECIPE = tuple(item.name for item in dataclasses.fields(Recipe))
 
 
 def train_prune(
-    task: Task | nn.Module,
+    task: Task | nn.Module | Any,
     inputs: Inputs | None = None,
     *,
     method: str | Method,
@@ -60,14 +62,18 @@ def train_prune(
     resume: bool | str | Path = False,
     every: int = 100,
     clean: bool = True,
+    prompts: Sequence[Any] | None = None,
+    drawing: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Pruned:
     """Train a network and prune it on the way.
 
     >>> pruned = secateur.train_prune(net, method="lottery-ticket", target="20%", data=(x, y), epochs=10)  # doctest: +SKIP
     >>> pruned = secateur.train_prune(load_task("cifar10"), method="lottery-rewinding", target="20%")  # doctest: +SKIP
+    >>> pruned = secateur.train_prune(pipe, method="ecodiff", target="80%", prompts=["a red house"])  # doctest: +SKIP
 
-    task: a `Task` (`secateur.tasks.load_task`), or a network as it is now (a copy is trained) with `data` as for `fit`.
+    task: a `Task` (`secateur.tasks.load_task`), or a network as it is now (a copy is trained) with `data` as for `fit`;
+        or a pipeline of diffusers, for methods that learn from what it draws.
     target: `20%` is the share kept, of the weights of linear and convolution layers, or of units for methods that
         remove those; further as in `prune`.
     epochs, steps: the length of one training; None: the task's. A method may train several times.
@@ -78,6 +84,7 @@ def train_prune(
         goes on there and ends with the same bits; False keeps nothing and starts from the beginning. What was kept is
         removed at the end, unless `clean=False` (so that the result can be written first). `every`: steps between
         checkpoints.
+    prompts, drawing: of a pipeline: what it draws, and further arguments of its call (num_inference_steps, ...).
     settings: hyperparameters of the method, fields of `Recipe`, and of `Options` (floor, round_to, kinds, prove,
         allocation, uniform).
 
@@ -88,7 +95,11 @@ def train_prune(
     request = read_request("train_prune", method, target, settings, options=MEANT, others=RECIPE)
     chosen, options, goal = request.method, request.options, request.target
     assert isinstance(chosen, TrainMethod)
-    if isinstance(task, nn.Module):
+    task = as_module(task, prompts, drawing)
+    if isinstance(task, Parts) and data is None:
+        check_model(task)
+        task = pipeline_task(task, inputs, quality)
+    elif isinstance(task, nn.Module):
         check_model(task)
         task = _as_task(task, inputs, data, loss, quality)
     elif data is not None or inputs is not None or loss is not None or quality is not None:
