@@ -206,3 +206,11 @@ def test_experts_run_one_by_one_within_and_as_before_after():
         None,
         "grouped_mm",
     ]
+
+
+@pytest.mark.parametrize(("width", "paths"), [(5, ["body.layers"]), (6, ["body.layers", "tower"])])
+def test_a_tower_beside_a_decoder_is_a_stack_from_a_two_hundredth_on(width, paths):
+    """2,000 parameters in the decoder's blocks; 2 * 5 in the tower are no more than a two hundredth, 2 * 6 are."""
+    model = Speaks(stack(lambda: linear(50, 20)))
+    model.tower = stack(lambda: linear(width, 1))
+    assert [found.path for found in find_stacks(model)] == paths and find_blocks(model).path == "body.layers"

@@ -330,6 +330,14 @@ RULES = {
     "roll on channels": (Chain("a", lambda x: x.roll(1, 1), "b", a=conv(4, 8), b=conv(8, 4)), X2, []),
     "sort on channels": (Chain("a", lambda x: x.sort(1)[0], "b", a=conv(4, 8), b=conv(8, 4)), X2, []),
     "added to the input": (Chain(lambda x: x + F.relu(x), "a", a=nn.Linear(8, 8)), X1, []),
+    "times a vector of constants": (
+        Chain("a", lambda x: x * torch.linspace(1, 2, 6), "b", a=nn.Linear(8, 6), b=nn.Linear(6, 3)), X1, []),
+    "plus a column of constants": (
+        Chain("a", lambda x: x + torch.linspace(1, 2, 5)[:, None], "b", a=nn.Linear(8, 6), b=nn.Linear(6, 3)), X1,
+        [(6, {"a.w.0": 1, "a.b.0": 1, "b.w.1": 1})]),
+    "three at once": (
+        Chain("a", lambda x: torch.addcmul(x, x.relu(), x.sin()), "b", a=nn.Linear(8, 6), b=nn.Linear(6, 3)), X1,
+        [(6, {"a.w.0": 1, "a.b.0": 1, "b.w.1": 1})]),
     "prelu": (
         Chain("a", "p", "b", a=conv(4, 8), p=nn.PReLU(8), b=conv(8, 4)), X2,
         [(8, {"a.w.0": 1, "a.b.0": 1, "p.w.0": 1, "b.w.1": 1})]),

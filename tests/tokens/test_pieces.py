@@ -7,7 +7,7 @@ import torch
 
 from secateur.tokens.call import Call
 from secateur.tokens.cost import Clock, cache_bytes, report
-from secateur.tokens.input import formed
+from secateur.tokens.input import _seen_positions, formed
 from secateur.tokens.live import _at, _padded
 from secateur.tokens.tower import _mean_over_patches
 
@@ -99,3 +99,23 @@ def test_bytes_of_a_cache():
     layer = SimpleNamespace(keys=torch.zeros(2, 3, dtype=torch.float16), values=torch.zeros(4))
     assert cache_bytes(SimpleNamespace(layers=[layer, SimpleNamespace(keys=None)])) == 12 + 16
     assert cache_bytes(None) == 0
+
+
+def test_positions_are_those_that_the_decoder_is_given_and_it_does_not_run():
+    class Model(torch.nn.Module):
+        def __init__(self, key):
+            super().__init__()
+            self.inner, self.key = torch.nn.Identity(), key
+
+        def get_decoder(self):
+            return self.inner
+
+        def forward(self, ids, labels=None):
+            assert labels is None
+            return self.inner(ids, **{self.key: ids + 1})
+
+    ids = torch.arange(3)[None]
+    model = Model("position_ids")
+    assert _seen_positions(model, {"ids": ids, "labels": ids}).tolist() == [[1, 2, 3]]
+    assert not model.inner._forward_pre_hooks
+    assert _seen_positions(Model("other"), {"ids": ids}) is None

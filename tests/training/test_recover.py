@@ -250,3 +250,27 @@ def test_nonsense_is_refused(tiny_llama: Callable[..., nn.Module]) -> None:
             recover(model, text(), steps=1, **arguments)
     with pytest.raises(SecateurError, match="no linear layer"):
         recover(nn.Sequential(nn.LayerNorm(3)), torch.rand(4, 3), steps=1)
+
+
+def test_what_a_mask_removed_takes_no_part_in_clipping_and_hooks_of_the_caller_run() -> None:
+    """The gradient is (3, 4); without the masked weight its norm is 3, so clipped to 1 the step of the other is the rate."""
+    net = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[1.0, 0.0]]))
+    seen: list[Any] = []
+    losses = recover(
+        net,
+        [torch.tensor([[3.0, 4.0]])],
+        how="full",
+        steps=1,
+        lr=0.5,
+        masks={"weight": torch.tensor([[True, False]])},
+        loss=lambda model, x: model(x).sum(),
+        optimizer="sgd",
+        momentum=0.0,
+        warmup=0.0,
+        after_backward=[lambda state: seen.append(net.weight.grad.tolist())],
+        after_step=[lambda state: seen.append(net.weight[0, 0].item())],
+    )
+    assert losses == [3.0] and seen == [[[3.0, 4.0]], pytest.approx(0.5)]
+    assert net.weight.tolist() == [[pytest.approx(0.5), 0.0]]
