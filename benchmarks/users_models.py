@@ -19,6 +19,7 @@ import csv
 import importlib.util
 import io
 import os
+import re
 import sys
 import tempfile
 import time
@@ -456,7 +457,7 @@ def attempt(work: Callable[[], str]) -> str:
     try:
         return work()
     except Exception as error:  # noqa: BLE001  whatever fails is the result
-        return told(error).removeprefix("SecateurError: ")
+        return re.sub(r"\S*/model\.\w+: ", "", told(error).removeprefix("SecateurError: "))
 
 
 def rows_of(path: Path) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import secateur
 from secateur.errors import SecateurError
 from secateur.io import module as io_module
 from secateur.io import transformers as io_transformers
@@ -574,3 +575,27 @@ def test_a_pickled_checkpoint_is_never_opened(tiny_llama: Callable[..., nn.Modul
     (tmp_path / "out" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     with pytest.raises(SecateurError, match="safetensors"):
         load(tmp_path / "out")
+
+
+def test_a_config_with_an_infinity_comes_back(tmp_path):
+    """JSON has no infinity: transformers writes it in another form, which has to be read as such."""
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    sizes = {
+        "vocab_size": 20,
+        "hidden_size": 16,
+        "num_heads": 4,
+        "head_dim": 8,
+        "n_groups": 2,
+        "state_size": 4,
+    }
+    torch.manual_seed(0)
+    model = Mamba2ForCausalLM(Mamba2Config(**sizes, chunk_size=4, num_hidden_layers=1)).eval()
+    ids = torch.randint(3, 20, (2, 5))
+    pruned = secateur.prune(model, {"input_ids": ids}, method="group-magnitude", target="macs<=70%")
+    pruned.save(tmp_path / "out")
+    again, _ = secateur.load(tmp_path / "out")
+    assert (tmp_path / "out" / "modeling_pruned.py").exists() and again.config.time_step_limit[1] == float(
+        "inf"
+    )
+    torch.testing.assert_close(again(ids).logits, pruned.model(ids).logits)
