@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from secateur.errors import SecateurError
 from secateur.utils.inputs import map_tensors
 from secateur.utils.random import seed_of
-from secateur.utils.running import evaluating
+from secateur.utils.running import device_of, evaluating
 
 PARTS = ("text_encoder", "unet", "transformer", "prior")
 """How the names of what is cut begin; all else (image decoders, safety checkers) stays as it is."""
@@ -199,8 +199,10 @@ class Parts(nn.Module):
         where = type(self.pipeline.scheduler).__name__
         seeds, asked = self.seeds(1, 0), torch.tensor([0])
         drawn = []
+        device = device_of(self)
+        devices = [device] if device.type == "cuda" else []
         for state in (1, 2):
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
+            with torch.random.fork_rng(devices=devices), torch.no_grad():
                 torch.manual_seed(state)
                 drawn.append(self.draw(seeds, asked))
         if not torch.equal(*drawn):

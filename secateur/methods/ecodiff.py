@@ -6,7 +6,7 @@ Spec: ecodiff.
 Differs from the published code: one draw of the gates a step is multiplied into the weights (there, each module draws its
 own at every call); a step that is run again on the way back has the random numbers it had; the regulariser of a group that
 can't be cut isn't counted; `ratio` 0 is refused by the budget, where the code keeps nearly everything; AdaLN outputs are
-no kind of unit here.
+no kind of unit here; hidden units of the embedders of time and prompt are gated as neurons, where the code leaves them whole.
 """
 
 from __future__ import annotations
