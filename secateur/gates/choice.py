@@ -108,8 +108,8 @@ class Choice(Law):
         two: list[int] = torch.multinomial(chances, 2, generator=generator).tolist()
         return two, z[two].softmax(-1)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Which units any of the mixed counts has, [units]; `drawn` has the weights, and the gradient."""
+    def sample(self, generator: torch.Generator | None = None, rows: tuple[int, ...] = ()) -> Tensor:
+        """Which units any of the mixed counts has, [units]; `drawn` has the weights, and the gradient. One for all rows."""
         if not torch.isfinite(self.logits).all():
             return self._nothing()
         self.drawn = self.draw(generator)

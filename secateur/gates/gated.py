@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from secateur.gates.laws import Gate, Law
 from secateur.gates.mixing import Mixing, Widths, widths_at
 from secateur.gates.points import Points, entries, points_of
 from secateur.gates.reading import Readers, Reading
+from secateur.gates.rows import Rows, row_sites
 from secateur.graph import Graph, Group
 from secateur.utils.inputs import Inputs
 from secateur.utils.running import call, evaluating, with_residual
@@ -29,7 +30,7 @@ class Gated(nn.Module):
     laws: the law of each group, in the order of the graph. points: where each meets the network. widths: norms of each
     width that a `Choice` has. frozen: groups that
     have no gate, and why. fixed: values that stand in place of the laws', for groups in it. train_model: no: the model's
-    parameters get no gradient.
+    parameters get no gradient. rows: draws for each token; `by_rows` holds where.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Gated(nn.Module):
         points: Mapping[str, Points],
         frozen: Mapping[str, str],
         train_model: bool = True,
+        rows: bool = False,
     ):
         super().__init__()
         self.model = model
@@ -49,6 +51,8 @@ class Gated(nn.Module):
         self.fixed: dict[str, Tensor] = {}
         self.train_model = train_model
         self.widths = nn.ModuleList()
+        found = {n: row_sites(model, p) for n, p in self.points.items() if rows and not p.blocks}
+        self.by_rows = {name: sites for name, sites in found.items() if sites is not None}
         self._widths: dict[str, dict[str, nn.Module]] = {}
         for name, law in self.choices().items():
             if not points[name].blocks:
@@ -70,14 +74,14 @@ class Gated(nn.Module):
         readers = [(law, self.points[name]) for name, law in self.readers().items() if name not in self.fixed]
         choices = {n: (law, self.points[n]) for n, law in self.choices().items() if n not in self.fixed}
         mixing = Mixing(self.model, choices, self._widths, self.training)
-        with _Branches(self, values), Readers(self.model, readers), mixing:
+        with _Branches(self, values), Readers(self.model, readers), mixing, self._rows():
             return functional_call(self.model, self._parameters_at(values), args, kwargs)
 
     def values(self) -> dict[str, Tensor]:
         """The gates of one forward: draws in train mode, else what is decided; [units] by group name."""
         values = dict(self.fixed)
         for name, law in self.by_group().items():
-            if name not in values and isinstance(law, Law):
+            if name not in values and isinstance(law, Law) and not (self.training and name in self.by_rows):
                 values[name] = law.sample() if self.training else law.value()
         for name, value in values.items():
             if not torch.isfinite(value).all():
@@ -87,6 +91,12 @@ class Gated(nn.Module):
                     fix="lower the rate of the gates, and check the loss for NaN",
                 )
         return values
+
+    def _rows(self) -> Rows:
+        """The draws of each token, where the model trains and no value is fixed."""
+        own = {n: sites for n, sites in self.by_rows.items() if self.training and n not in self.fixed}
+        laws = self.by_group()
+        return Rows(own, {name: cast(Law, laws[name]) for name in own})
 
     def readers(self) -> dict[str, Reading]:
         """The laws that read the input, by group name."""
@@ -215,13 +225,15 @@ def place(
     groups: Sequence[Group] | None = None,
     inputs: Inputs | None = None,
     train_model: bool = True,
+    rows: bool = False,
 ) -> Gated:
     """Gates for the groups of a traced model.
 
     >>> gated = place(model, graph, lambda group: HardConcrete(group.size, start=2.5))  # doctest: +SKIP
 
     law: the law of a group. kinds: None: all. groups: only these. inputs: examples, which laws that read the input need
-    once. train_model: whether the model learns beside its gates. Groups without a gate point are in `frozen` with the
+    once. train_model: whether the model learns beside its gates. rows: a draw for each token (sample, of convolutions) in place
+    of one for the forward, where a gate meets whole layers. Groups without a gate point are in `frozen` with the
     reason.
 
     Raises `SecateurError` where no group gets a gate, with the reasons.
@@ -254,7 +266,7 @@ def place(
                 where=group.name,
                 fix="law(group.size)",
             )
-    gated = Gated(model, chosen, [laws[group.name] for group in chosen], points, frozen, train_model)
+    gated = Gated(model, chosen, [laws[group.name] for group in chosen], points, frozen, train_model, rows)
     gated.laws.to(next(model.parameters()).device)
     if gated.readers():
         if inputs is None:

@@ -41,13 +41,13 @@ class Law(Gate):
     """A gate that is drawn, whatever the input."""
 
     @abstractmethod
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """A draw, [units]; gradients reach the law's parameters."""
+    def sample(self, generator: torch.Generator | None = None, rows: tuple[int, ...] = ()) -> Tensor:
+        """A draw, [units], or one for each of some rows, [*rows, units]; gradients reach the law's parameters."""
 
 
-def uniform_like(like: Tensor, generator: torch.Generator | None) -> Tensor:
+def uniform_like(like: Tensor, generator: torch.Generator | None, rows: tuple[int, ...] = ()) -> Tensor:
     """Numbers strictly between 0 and 1."""
-    drawn = torch.rand(like.shape, generator=generator, dtype=torch.float32)
+    drawn = torch.rand((*rows, *like.shape), generator=generator, dtype=torch.float32)
     return drawn.clamp_(1e-6, 1 - 1e-6).to(like)
 
 
@@ -87,8 +87,8 @@ class HardConcrete(Law):
         stretched = torch.sigmoid((noise + self.logits) / self.beta)
         return (stretched * (self.zeta - self.gamma) + self.gamma).clamp(0, 1)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        return self.at(uniform_like(self.logits, generator))
+    def sample(self, generator: torch.Generator | None = None, rows: tuple[int, ...] = ()) -> Tensor:
+        return self.at(uniform_like(self.logits, generator, rows))
 
     def keep(self) -> Tensor:
         return torch.sigmoid(self.logits - self.beta * math.log(-self.gamma / self.zeta))
@@ -119,8 +119,8 @@ class Gaussian(Law):
         """log(sigma^2 / mu^2), [units], in float32."""
         return self.log_variance.float() - torch.log(self.mu.float() ** 2 + 1e-8)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        noise = torch.randn(self.mu.shape, generator=generator).to(self.mu)
+    def sample(self, generator: torch.Generator | None = None, rows: tuple[int, ...] = ()) -> Tensor:
+        noise = torch.randn((*rows, *self.mu.shape), generator=generator).to(self.mu)
         return self.mu + noise * torch.exp(self.log_variance / 2)
 
     def keep(self) -> Tensor:
@@ -164,8 +164,8 @@ class StraightThrough(Law):
         self.gradient = choose(gradient, GRADIENTS, what="gradient", where="StraightThrough")
         self.logits = nn.Parameter(torch.as_tensor(start, dtype=torch.float32).expand(units).clone())
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        return hard_step(self.logits, self.gradient)
+    def sample(self, generator: torch.Generator | None = None, rows: tuple[int, ...] = ()) -> Tensor:
+        return hard_step(self.logits, self.gradient).expand(*rows, self.units)
 
     def keep(self) -> Tensor:
         return torch.sigmoid(self.logits)

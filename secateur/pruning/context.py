@@ -513,16 +513,19 @@ class Context(Screen):
             limit = max(limit, sum(map(self._smallest, groups)))
         return follow(groups, path, lambda keep: sum(map(len, keep.values())), limit, describe=self._describe)
 
-    def keeps_share(self, keep: Mapping[str, Tensor]) -> bool:
-        """Whether no more is kept than the share asked for (a group can't go below its floor)."""
+    def keeps_share(self, keep: Mapping[str, Tensor], names: Container[str] | None = None) -> bool:
+        """Whether no more is kept than the share asked for (a group can't go below its floor).
+
+        names: the groups whose units a share counts; None: all that the method may cut.
+        """
         if self.target.parts:
-            return all(part.keeps_share(keep) for part in self.each_part())
-        method = self.method
-        if getattr(method, "share_of", None) == "weights":
+            return all(part.keeps_share(keep, names) for part in self.each_part())
+        if getattr(self.method, "share_of", None) == "weights":
             cost, limit = self.cost()
             return cost(keep) <= limit
-        kept = sum(len(keep[group.name]) if group.name in keep else group.size for group in self.groups)
-        return kept <= sum(max(self.share * group.size, self.floor_of(group)) for group in self.groups) + 1e-6
+        own = [group for group in self.groups if names is None or group.name in names]
+        kept = sum(len(keep[group.name]) if group.name in keep else group.size for group in own)
+        return kept <= sum(max(self.share * group.size, self.floor_of(group)) for group in own) + 1e-6
 
     @staticmethod
     def _smallest(group: Competitor) -> int:

@@ -97,6 +97,21 @@ def length(data: Any) -> int:
     return lengths.pop()
 
 
+def part_of(data: Any, share: float, generator: torch.Generator) -> Any:
+    """A share of the samples (or ready batches), drawn once: one at least; all of them, as they are, where it is 1.
+
+    >>> len(part_of(torch.arange(100), 0.03, torch.Generator()))
+    3
+    """
+    if share >= 1:
+        return data
+    count = length(data)
+    rows = torch.randperm(count, generator=generator)[: max(1, round(share * count))].sort().values
+    if isinstance(data, list):
+        return [data[int(row)] for row in rows]
+    return map_tensors(data, lambda tensor: tensor[rows.to(tensor.device)])
+
+
 def _describe(data: Any) -> Any:
     return map_tensors(data, lambda t: [list(t.shape), str(t.dtype), t.sum(dtype=torch.float64).item()])
 

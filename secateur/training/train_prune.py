@@ -154,7 +154,7 @@ def train_prune(
         after,
         options={key: getattr(options, key) for key in MEANT},
         kinds=options.kinds or chosen.kinds,
-        kept_share=bool(plan.masks) or goal.value == 1 or (job.removed_units and not job.frozen),
+        kept_share=bool(plan.masks) or goal.value == 1 or job.keeps_share(plan),
         refused=job.frozen,
         latency=(
             job.limit,

@@ -10,11 +10,15 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.errors import SecateurError
+from secateur.method import make_method
 from secateur.pruning.plan import Plan
+from secateur.pruning.target import parse_target
 from secateur.taxonomy import MethodInfo
 from secateur.training.job import Job
 from secateur.training.losses import default_loss
 from secateur.training.method import TrainMethod
+from secateur.training.recipe import Recipe
+from secateur.training.task import Task
 
 
 @dataclass
@@ -188,3 +192,17 @@ def test_statistics_are_taken_anew_on_so_many_batches() -> None:
         torch.testing.assert_close(norm.running_mean, mean, rtol=1e-4, atol=1e-5)
 
     looked(look)
+
+
+def test_batchnorm_statistics_are_those_of_what_training_sees():
+    """Means of an input that the augmentation doubles are doubled."""
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)) + 5
+    task = Task(
+        "doubled", lambda: net, (x, torch.arange(64) % 2), inputs=x[:1], augment=lambda b, g: (2 * b[0], b[1])
+    )
+    job = Job(net, task, make_method("masksparsity"), parse_target("50%"), 1, Recipe(batch=16), inputs=x[:1])
+    job.reestimate(4)
+    torch.testing.assert_close(net[0].running_mean, 2 * x.mean(0), rtol=1e-3, atol=1e-3)
+    assert all(len(batch) == 16 for batch in job.batches(2))
+    torch.testing.assert_close(torch.cat([*job.batches(4)]).mean(0), x.mean(0))
