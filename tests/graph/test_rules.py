@@ -422,6 +422,28 @@ def test_a_router_s_numbers_among_other_rows(rows, experts):
         assert "picked by index" in reason and not graph.rule_errors
 
 
+class Told(nn.Module):
+    """A router whose numbers are compared with a number."""
+
+    def __init__(self, compare):
+        super().__init__()
+        self.gate, self.out, self.compare = nn.Linear(8, 4), nn.Linear(8, 3), compare
+
+    def forward(self, x):
+        chosen = self.compare(self.gate(x).topk(2, -1).indices)
+        return self.out(x * chosen.to(x.dtype).sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("compare", [lambda n: n < 2, lambda n: n != 1, lambda n: n > 0, lambda n: n + 1])
+def test_units_that_are_told_apart_by_number_stay(compare):
+    graph = trace(randomised(Told(compare)), torch.randn(5, 8))
+    assert not graph.prunable()
+    reason = next(
+        g.reason for g in graph.groups if any(s.name == "gate.weight" and s.dim == 0 for s in g.slices)
+    )
+    assert "number" in reason
+
+
 class OneDNN(nn.Module):
     """An operation that exists for plain convolutions only, so it has no `transposed`."""
 

@@ -11,7 +11,7 @@ from torch import nn
 import secateur
 from secateur.graph import trace
 from secateur.surgery import cut_units, prove
-from secateur.surgery.prove import _gap, _rebatched
+from secateur.surgery.prove import _gap, _rebatched, _smaller
 
 
 class Net(nn.Module):
@@ -161,3 +161,15 @@ def test_a_detector_that_finds_nothing_proves_nothing():
     (group,) = (graph := trace(model, x)).prunable()
     reasons = prove(model, graph, {group.name: torch.tensor([0, 1, 6])}, x)
     assert "nothing is left to compare" in reasons[group.name]
+
+
+def test_a_proof_makes_do_with_less_of_long_inputs_only():
+    """From 96 pixels and 48 tokens on; where all inputs are sequences of one length."""
+    for size, less in ((95, None), (96, 64)):
+        found = _smaller(torch.zeros(2, 3, 100, size))
+        assert found is None if less is None else found.shape == (2, 3, 64, 64)
+    ids = torch.arange(48)[None].repeat(2, 1)
+    found = _smaller({"input_ids": ids, "attention_mask": ids})
+    assert found["input_ids"].tolist() == [list(range(32))] * 2 and found["attention_mask"].shape == (2, 32)
+    assert _smaller(ids[:, :47]) is None and _smaller({"a": ids, "b": ids[:, :40]}) is None
+    assert _smaller({"a": ids, "b": torch.zeros(2, 3)}) is None and _smaller(torch.zeros(2, 96)) is None

@@ -206,3 +206,9 @@ def test_batchnorm_statistics_are_those_of_what_training_sees():
     torch.testing.assert_close(net[0].running_mean, 2 * x.mean(0), rtol=1e-3, atol=1e-3)
     assert all(len(batch) == 16 for batch in job.batches(2))
     torch.testing.assert_close(torch.cat([*job.batches(4)]).mean(0), x.mean(0))
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_the_folder_of_a_run_is_removed_at_its_end_or_stays(clean: bool, tmp_path: Path) -> None:
+    run("100%", resume=tmp_path / "run", clean=clean)
+    assert (tmp_path / "run").exists() != clean
