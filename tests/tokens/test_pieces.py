@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from secateur.tokens.attach import Attached
 from secateur.tokens.call import Call
 from secateur.tokens.cost import Clock, cache_bytes, report
 from secateur.tokens.input import _seen_positions, formed
@@ -119,3 +120,18 @@ def test_positions_are_those_that_the_decoder_is_given_and_it_does_not_run():
     assert _seen_positions(model, {"ids": ids, "labels": ids}).tolist() == [[1, 2, 3]]
     assert not model.inner._forward_pre_hooks
     assert _seen_positions(Model("other"), {"ids": ids}) is None
+
+
+def test_what_an_attached_model_prints():
+    kept = {"input": [range(3), range(2)], "layer:2": [range(1), range(0)]}
+    setup = SimpleNamespace(target="50%")
+    fake = SimpleNamespace(
+        attached=True, method="a method", model=torch.nn.Identity(), setup=setup, kept=kept
+    )
+    lines = Attached.__repr__(fake).split("\n")
+    assert lines[:2] == ["Attached: 'a method' on Identity", "  target 50%"]
+    assert lines[2:4] == [
+        "  input: [3, 2] tokens stay in each row",
+        "  layer:2: [1, 0] tokens stay in each row",
+    ]
+    assert "taken off" in Attached.__repr__(SimpleNamespace(**{**vars(fake), "attached": False, "kept": {}}))
