@@ -5,7 +5,8 @@
 
 - prune: processor seconds of a whole `prune` of half of every group, proof included, against Torch-Pruning's whole call
   (magnitude pruner, which proves nothing), each on a copy of one model, in turn.
-- trace: of a trace against Torch-Pruning's graph and groups, over convolutional networks at the list's small pictures.
+- trace: of a trace against Torch-Pruning's graph and groups, over convolutional networks at the list's small pictures;
+  and of a trace that computes everything, as within `prune` (`values=True`).
 - memory: what the proof holds at its peak beside the model, in models, counted in living tensors.
 
 Every round runs both; medians of the rounds, the first of which warms up and doesn't count.
@@ -121,7 +122,7 @@ def by_call(rounds: int) -> None:
 
 
 def by_trace(rounds: int) -> None:
-    ratios = []
+    ratios, whole = [], []
     for name in CNNS:
         model, x = architectures.build(f"timm:{name}")
         try:
@@ -129,17 +130,24 @@ def by_trace(rounds: int) -> None:
         except Exception as error:  # noqa: BLE001  what it can't list
             print(f"trace {name}: Torch-Pruning fails ({type(error).__name__})")
             continue
-        ours, theirs, ratio = medians(
+        ours, theirs, computed, ratio = medians(
             rounds,
             lambda m=model, x=x: seconds(lambda: secateur.trace(m, x)),  # type: ignore[misc]
             lambda m=model, x=x: seconds(lambda: groups(m, x)),  # type: ignore[misc]
+            lambda m=model, x=x: seconds(lambda: secateur.trace(m, x, values=True)),  # type: ignore[misc]
         )
         ratios.append(ratio)
-        print(f"trace {name}: {ours:.3f} s, Torch-Pruning {theirs:.3f} s, ratio {ratio:.2f}", flush=True)
-    print(
-        f"trace: median ratio {statistics.median(ratios):.2f} of {len(ratios)}, "
-        f"from {min(ratios):.2f} to {max(ratios):.2f}"
-    )
+        whole.append(computed / theirs)
+        print(
+            f"trace {name}: {ours:.3f} s, Torch-Pruning {theirs:.3f} s, ratio {ratio:.2f}; "
+            f"with all values {computed:.3f} s, ratio {whole[-1]:.2f}",
+            flush=True,
+        )
+    for text, found in (("", ratios), (" with all values", whole)):
+        print(
+            f"trace{text}: median ratio {statistics.median(found):.2f} of {len(found)}, "
+            f"from {min(found):.2f} to {max(found):.2f}"
+        )
 
 
 class Alive(TorchDispatchMode):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from math import gcd, lcm
 from typing import Any
 
@@ -97,9 +98,10 @@ class Members:
 def members_of(t: Tracer, classes: Classes) -> Members:
     """The entries that each class holds, in the order of the parameters."""
     keys, sizes = list(t.ids), [len(ids) for ids in t.ids.values()]
+    ends = list(accumulate(sizes, initial=0))
     none = np.zeros(0, np.int32)
     cls = classes.of.astype(np.int32)[np.concatenate([*t.ids.values(), none])]
-    axes = np.split(cls, np.cumsum(sizes, dtype=int)[:-1]) if keys else []
+    axes = [cls[start:end] for start, end in pairwise(ends)]
     owner = np.repeat(np.arange(len(keys), dtype=np.int32), sizes)
     place = np.concatenate([*(np.arange(size, dtype=np.int32) for size in sizes), none])
     order = np.argsort(cls, kind="stable")
@@ -125,7 +127,8 @@ def buckets(classes: Classes, members: Members) -> list[tuple[int, int, np.ndarr
         rows = rows.view(np.dtype((np.void, rows.dtype.itemsize * (width + 1)))).ravel()
         which = np.unique(rows, return_inverse=True)[1][np.cumsum(new) - 1]
         order = np.argsort(which, kind="stable")
-        for part in np.split(order, np.cumsum(np.bincount(which))[:-1]):
+        for start, end in pairwise(accumulate(np.bincount(which).tolist(), initial=0)):
+            part = order[start:end]
             result.append((int(here[part[0]]), int(reasons[here[part[0]]]), width, starts[here[part]]))
     return [(why, width, group) for _, why, width, group in sorted(result, key=lambda item: item[0])]
 
@@ -142,16 +145,16 @@ def make_groups(
     if np.count_nonzero(classes.flags & EXPERT):
         pairs = zip(members.keys, members.axes, strict=True)
         stacked = {key[0] for key, mine in pairs if classes.flags[mine].max() & EXPERT}
-    ranks = {name: v.dim() for name, v in t.tensors("_parameters")}
+    ranks = {name: v.dim() for name, v in t.parameters}
     floors = [(classes.met(ids), len(ids), k) for ids, k in t.notes.floors]
     grains = [(classes.met(ids), len(ids), k) for ids, k in t.notes.grains]
 
     groups = []
     for code, width, starts in buckets:
-        units, slices = _slices(t, members, starts, width)
         reason = t.labels.reasons[code] if code else None
         if reason is not None and reason.startswith("a spatial axis of a convolution"):
             continue
+        units, slices = _slices(t, members, starts, width)
         if reason is None and not made[units].any():
             reason = "no layer produces it"
         if reason is None and all(s.name not in t.notes.uses for s in slices):
@@ -319,12 +322,14 @@ def _layers(t: Tracer, graph: Graph) -> list[Group]:
         for name, child in module.named_children():
             inside = f"{path}.{name}" if path else name
             calls = t.notes.calls.get(inside, [])
-            if len(calls) != 1 or not any(True for _ in child.parameters()):
+            if len(calls) != 1:
                 continue
             before, after = calls[0]
             if not isinstance(before, Axes) or after is None or not before.layers or before is after:
                 continue
-            if before.shape == after.shape and _same_labels(t, before, after):
+            if before.shape != after.shape or not _same_labels(t, before, after):
+                continue
+            if any(True for _ in child.parameters()):
                 found.append(inside)
         if len(found) > 1:
             groups.append(Group(f"{path or 'model'}:layers", "layers", len(found), modules=tuple(found)))

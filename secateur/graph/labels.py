@@ -5,7 +5,7 @@ Spec: spa, "Finding the groups" (Structurally Prune Anything, arXiv 2403.18955).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -79,9 +79,12 @@ class Labels:
         a, b = self.find(a.ravel()), self.find(b.ravel())
         while True:
             apart = a != b
-            if not np.count_nonzero(apart):
+            count = np.count_nonzero(apart)
+            if not count:
                 return
-            low, high = np.minimum(a, b)[apart], np.maximum(a, b)[apart]
+            low, high = np.minimum(a, b), np.maximum(a, b)
+            if count < len(apart):
+                low, high = low[apart], high[apart]
             np.minimum.at(self.parent, high, low)
             if not np.count_nonzero(self.parent[high] != low):
                 return
@@ -104,19 +107,19 @@ class Labels:
 
     def same(self, array: np.ndarray, axis: int) -> bool:
         """Are all labels along this axis one and the same?"""
-        start = [0] * array.ndim
-        first = self.root(array[tuple(start)])
-        start[axis] = -1
-        if self.root(array[tuple(start)]) != first:
+        rank = array.ndim
+        last = (*(0,) * (axis % rank), -1, *(0,) * (rank - axis % rank - 1))
+        if self.root(array[(0,) * rank]) != self.root(array[last]):
             return False
         found = self.find(array)
         return not np.count_nonzero(found != found.take([0], axis))
 
     def root(self, label: int) -> int:
-        parent = self.parent
-        while (up := parent[label]) != label:
-            label = up
-        return label
+        """The representative of one label."""
+        up = self.parent.item(label)
+        while up != label:
+            label, up = up, self.parent.item(up)
+        return up
 
 
 class Axes:
@@ -131,12 +134,12 @@ class Axes:
     def __init__(
         self,
         shape: tuple[int, ...],
-        layers: Iterable[np.ndarray] = (),
+        layers: Sequence[np.ndarray] = (),
         params: frozenset[str] | None = None,
         picks: np.ndarray | None = None,
     ):
         self.shape, self.params, self.picks = shape, params, picks
-        self.layers = [layer for layer in layers if layer.size > 1]
+        self.layers = [layer for layer in layers if layer.size > 1] if layers else []
 
     def has(self, axis: int) -> bool:
         for layer in self.layers:
@@ -154,4 +157,4 @@ def along(ids: np.ndarray, rank: int, axis: int) -> np.ndarray:
     """A vector of labels as a layer of this rank."""
     shape = [1] * rank
     shape[axis % rank] = len(ids)
-    return np.reshape(ids, shape)
+    return ids.reshape(shape)

@@ -45,12 +45,15 @@ class RuleError(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run on inputs of a form: what it did, as one number; of its outputs the shapes, whether they are finite, some values."""
+    """A run on inputs of a form: what it did, as one number; of its outputs the shapes, whether they are finite, some values.
+
+    finite: None where values were spared.
+    """
 
     inputs: str
     ops: int
     shapes: list[tuple[int, ...]]
-    finite: list[bool]
+    finite: list[bool] | None
     some: list[Tensor]
 
 
@@ -76,7 +79,7 @@ class Notes:
     normalised: parameters that only a weight norm reads.
     events: sizes passed to operations; costs: (module, axes whose sizes multiply to its multiply-adds).
     roles: "out" or "in" of each parameter's axis; uses: parameters in the order of their first use.
-    calls: (input, output) of each call of a module, by path.
+    calls: (input, output) of each call of a module of a list, by path.
     unknown: why, by the name of the operation that has no rule; rule_errors: rules that failed.
     runs: what was run; ops: the operations of the present run so far, in order, as one number.
     """

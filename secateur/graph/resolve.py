@@ -49,6 +49,8 @@ def settle_experts(t: Tracer) -> dict[str, np.ndarray]:
 
 def query_rows(t: Tracer) -> list[tuple[np.ndarray, list[tuple[str, int, np.ndarray]]]]:
     """Attention that divides by the root of its width: the rows that make its queries, to be scaled when it shrinks."""
+    if not t.notes.rescaled:
+        return []
     owner = np.full(t.labels.count, -1)
     keys = list(t.ids)
     for n, key in enumerate(keys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from secateur.errors import SecateurError
 from secateur.graph.labels import Axes, NoRule
 from secateur.graph.notes import RuleError, Run, some_of
+from secateur.graph.operations import bind, described
 from secateur.graph.rules import RULES, Call
 from secateur.graph.rules.multihead import multihead, tensors_of
 from secateur.graph.rules.pick import numbers
 from secateur.graph.rules.pointwise import pointwise
+from secateur.graph.sparing import Looked, Spared, sparing
 from secateur.graph.tracer import Picked, Tracer
 from secateur.graph.watch import note_sizes, sized_shape, watched_comparisons, watched_sizes
 from secateur.utils.inputs import as_call, describe
@@ -56,34 +57,38 @@ WHOLE = {
 """Python calls that one rule sees as a whole: what they dispatch to says less."""
 
 
-def run_model(t: Tracer, inputs: Any, training: Collection[nn.Module] = ()) -> list[Axes]:
+def run_model(
+    t: Tracer, inputs: Any, training: Collection[nn.Module] = (), spare: bool = False
+) -> list[Axes]:
     """The axes of the model's outputs, after one run in which the tracer has noted everything else.
 
     The modules in `training` run in train mode. A further run of the same tracer adds constraints only: costs and
-    calls stay those of the first.
+    calls stay those of the first. With `spare` convolutions are not computed; `Looked` is raised where that would show.
     """
     args, kwargs = as_call(inputs)
     modules = list(t.unique())
-    costs, calls = t.notes.costs, t.notes.calls
-    if calls:
+    costs, calls, further = t.notes.costs, t.notes.calls, bool(t.notes.runs)
+    if further:
         t.notes.costs, t.notes.calls = [], {}
     t.notes.ops = 0
-    for value in flat_tensors((args, kwargs)):
+    given = _flat((args, kwargs), [])
+    for value in given:
         t.env[value] = Axes(tuple(value.shape), [], None)
     with ExitStack() as stack:
         for context in (
             unchanged(module for _, module in modules),
             evaluating(t.model),
-            without_stale(modules),
+            without_stale(module for _, module in modules),
             torch.no_grad(),
             watched_sizes(modules),
             watched_comparisons(t),
             without_cache(t.model),
-            _hooked(t, modules),
-            Dispatch(t),
-            Functions(t),
+            _followed(t, modules),
         ):
             stack.enter_context(context)
+        spared = stack.enter_context(sparing(t, given)) if spare else None
+        stack.enter_context(Dispatch(t, spared))
+        stack.enter_context(Functions(t, spared))
         for module in training:
             module.training = True
         try:
@@ -91,15 +96,21 @@ def run_model(t: Tracer, inputs: Any, training: Collection[nn.Module] = ()) -> l
         except (SecateurError, RuleFailure):
             raise
         except Exception as error:  # the model is the user's: it can fail in any way
+            if spared is not None:
+                raise Looked from error
             raise SecateurError(
                 f"the model does not run on these inputs: {type(error).__name__}: {error}",
                 where="trace",
                 fix="give inputs on which model(*inputs) or model(**inputs) works",
             ) from error
-    if calls:
+    if further:
         t.notes.costs, t.notes.calls = costs, {**t.notes.calls, **calls}
     outputs = list(flat_tensors(output))
-    if not training:
+    if spared is not None and spared.any:
+        t.notes.runs.append(
+            Run(str(describe(inputs)), t.notes.ops, [tuple(v.shape) for v in outputs], None, [])
+        )
+    elif not training:
         finite = [bool(torch.isfinite(value).all()) for value in outputs]
         shapes = [tuple(v.shape) for v in outputs]
         t.notes.runs.append(Run(str(describe(inputs)), t.notes.ops, shapes, finite, some_of(outputs)))
@@ -112,9 +123,9 @@ def run_model(t: Tracer, inputs: Any, training: Collection[nn.Module] = ()) -> l
 class Dispatch(TorchDispatchMode):
     """Sees every operation that reaches the dispatcher."""
 
-    def __init__(self, tracer: Tracer):
+    def __init__(self, tracer: Tracer, spared: Spared | None):
         super().__init__()
-        self.tracer = tracer
+        self.tracer, self.spared = tracer, spared
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -123,7 +134,9 @@ class Dispatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         notes = self.tracer.notes
         notes.ops = hash((notes.ops, id(func)))
-        out = func(*args, **(kwargs or {}))
+        out = None if self.spared is None else self.spared(func, args, kwargs)
+        if out is None:
+            out = func(*args, **(kwargs or {}))
         if not self.tracer.off and hasattr(func, "_schema"):
             self.tracer.off += 1
             try:
@@ -136,9 +149,9 @@ class Dispatch(TorchDispatchMode):
 class Functions(TorchFunctionMode):
     """Sees what Python calls: whole contractions, and the integers given to views, slices and splits."""
 
-    def __init__(self, tracer: Tracer):
+    def __init__(self, tracer: Tracer, spared: Spared | None):
         super().__init__()
-        self.tracer = tracer
+        self.tracer, self.spared = tracer, spared
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -146,6 +159,8 @@ class Functions(TorchFunctionMode):
         t = self.tracer
         if t.off:
             return func(*args, **kwargs)
+        if self.spared is not None:
+            self.spared.called(name)
         if name == "__get__":  # a property such as `x.shape`
             out = func(*args, **kwargs)
             return sized_shape(t, args[0], out) if type(out) is torch.Size else out
@@ -216,23 +231,37 @@ def _number(t: Tracer, axes: Axes, name: str, func: Any, args: Any, kwargs: Any)
 
 
 @contextmanager
-def _hooked(t: Tracer, modules: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
-    """Know which module runs, and what goes in and comes out."""
-    handles = []
-    for path, module in modules:
-        if not isinstance(module, torch.jit.ScriptModule):
-            enter, leave = functools.partial(_enter, t, path), functools.partial(_leave, t, path)
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(leave))
+def _followed(t: Tracer, modules: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
+    """Know which module runs, and of modules in a list what goes in and comes out.
+
+    The class is asked and not each module: hooks of hundreds of modules cost more than all that they would note.
+    """
+    paths = {id(module): path for path, module in modules if not isinstance(module, torch.jit.ScriptModule)}
+    plain = nn.Module.__call__
+
+    def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        path = paths.get(id(module))
+        if path is None:
+            return plain(module, *args, **kwargs)
+        t.stack.append(path)
+        try:
+            if path not in t.listed:
+                return plain(module, *args, **kwargs)
+            _entered(t, path, args, kwargs)
+            output = plain(module, *args, **kwargs)
+        finally:
+            t.stack.pop()
+        _left(t, path, output)
+        return output
+
+    nn.Module.__call__ = call  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        nn.Module.__call__ = plain  # type: ignore[method-assign]
 
 
-def _enter(t: Tracer, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-    t.stack.append(path)
+def _entered(t: Tracer, path: str, args: Any, kwargs: Any) -> None:
     t.off += 1
     inputs = [t.axes(v) for v in _flat(kwargs, _flat(args, []))]
     t.off -= 1
@@ -245,8 +274,7 @@ def _enter(t: Tracer, path: str, module: nn.Module, args: Any, kwargs: Any) -> N
             t.notes.experts.setdefault(container, ids)
 
 
-def _leave(t: Tracer, path: str, module: nn.Module, args: Any, output: Any) -> None:
-    t.stack.pop()
+def _left(t: Tracer, path: str, output: Any) -> None:
     calls = t.notes.calls[path]
     first = output if isinstance(output, torch.Tensor) else next(iter(_flat(output, [])), None)
     if first is None:
@@ -264,30 +292,33 @@ def _leave(t: Tracer, path: str, module: nn.Module, args: Any, output: Any) -> N
 
 def apply(t: Tracer, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
     """Label the results of one operation."""
-    t.op, name, in_place, is_pointwise = described(op)
-    named = bind(op, args, kwargs)
+    known = described(op)
+    t.op = known.full
+    named = bind(known, args, kwargs)
     axes: dict[str, Any] = {}
     for key, value in named.items():
         if isinstance(value, torch.Tensor):
             axes[key] = t.axes(value)
         elif isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
             axes[key] = [t.axes(v) if isinstance(v, torch.Tensor) else None for v in value]
-    outs = list(flat_tensors(result))
-    call = Call(name, named, axes, [tuple(o.shape) for o in outs])
+    outs = [result] if isinstance(result, torch.Tensor) else _flat(result, [])
+    call = Call(known.name, named, axes, [tuple(o.shape) for o in outs])
     xs = call.tensors()
     _used(t, xs)
     if not outs:
         _left_tensors(t, axes.get("self"))
         return
-    labelled = _labelled(t, call, xs, is_pointwise)
-    if any(x.picks is not None for x in xs):
-        numbers(t, call, labelled)
+    labelled = _labelled(t, call, xs, known.pointwise)
+    for x in xs:
+        if x.picks is not None:
+            numbers(t, call, labelled)
+            break
     for n, out in enumerate(outs):
         new = labelled[n] if n < len(labelled) else None
         if new is None or new.shape != call.outs[n]:  # a rule that answers for the first result only
             same = call.outs[n] == labelled[0].shape
             new = Axes(call.outs[n], labelled[0].layers if same else [], labelled[0].params)
-        if in_place and n == 0:
+        if known.in_place and n == 0:
             _written(t, out, new)
         t.env[out] = new
 
@@ -310,8 +341,9 @@ def _used(t: Tracer, xs: Sequence[Axes]) -> None:
     """Note the parameters that an operation reads."""
     uses = t.notes.uses
     for x in xs:
-        for used in sorted(x.params or ()):
-            uses.setdefault(used, len(uses))
+        if x.params and not x.params <= uses.keys():
+            for used in sorted(x.params):
+                uses.setdefault(used, len(uses))
 
 
 def _failed(t: Tracer, name: str, xs: Sequence[Axes], error: Exception) -> None:
@@ -342,40 +374,10 @@ def _left_tensors(t: Tracer, x: Any) -> None:
 
 def _written(t: Tracer, out: torch.Tensor, axes: Axes) -> None:
     """A write into a view reaches its base: labels that the base does not know cannot be cut."""
-    before = t.env.get(out)
     if out._base is None or not axes.layers:
         return
+    before = t.env.get(out)
     labelled = {k for layer in (before.layers if before else []) for k, n in enumerate(layer.shape) if n > 1}
     for layer in axes.layers:
         if any(k not in labelled for k, n in enumerate(layer.shape) if n > 1):
             t.freeze(layer, t.reason("written into a part of another tensor"))
-
-
-def bind(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by the names of an operation's schema, defaults filled in."""
-    names, defaults = arguments(op)
-    out = dict(zip(names, args, strict=False))
-    for name in names[len(args) :]:
-        if name in kwargs:
-            out[name] = kwargs[name]
-        elif name in defaults:
-            out[name] = defaults[name]
-    return out
-
-
-@functools.cache
-def arguments(op: Any) -> tuple[list[str], dict[str, Any]]:
-    """Names of an operation's arguments, and the defaults of those that have one."""
-    known = op._schema.arguments
-    return [a.name for a in known], {a.name: a.default_value for a in known if a.has_default_value()}
-
-
-@functools.cache
-def described(op: Any) -> tuple[str, str, bool, bool]:
-    """Name, name of its rule, whether it works in place, whether it is elementwise."""
-    full = op._schema.name.split("::")[1]
-    in_place = full.endswith("_") and not full.endswith("__")
-    name = full.rstrip("_") if in_place else full
-    if name in ("__and__", "__or__", "__xor__", "__iand__", "__ior__"):
-        name = "bitwise"
-    return full, name, in_place, name == "bitwise" or torch.Tag.pointwise in op.tags

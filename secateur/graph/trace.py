@@ -20,10 +20,14 @@ from secateur.graph.build import build_graph
 from secateur.graph.groups import Graph
 from secateur.graph.labels import Axes
 from secateur.graph.run import run_model
+from secateur.graph.sparing import Looked, worthwhile
 from secateur.graph.tracer import Tracer
+from secateur.utils.running import module_paths
 
 
-def trace(model: nn.Module, inputs: Any, *, also: Sequence[Any] = (), inner: bool = False) -> Graph:
+def trace(
+    model: nn.Module, inputs: Any, *, also: Sequence[Any] = (), inner: bool = False, values: bool = False
+) -> Graph:
     """The groups of coupled parameter slices of a model.
 
     >>> graph = trace(model, {"input_ids": torch.zeros(2, 8, dtype=torch.long)})
@@ -44,6 +48,8 @@ def trace(model: nn.Module, inputs: Any, *, also: Sequence[Any] = (), inner: boo
         inner: the units of attention are entries of its heads' width (kind `head_dim`: the same entry of every head, of
             queries and keys with the partner it is rotated with) instead of whole heads. A tensor can be cut along one
             of them.
+        values: compute everything, and note a little of the outputs, which the checks of `prune` compare. Without it
+            convolutions are left out as long as nothing that runs can tell: no branch, size or index hangs on them.
 
     Returns:
         The graph; groups that can't be cut are in it with the reason, and parameters that no run reached are named in
@@ -52,7 +58,9 @@ def trace(model: nn.Module, inputs: Any, *, also: Sequence[Any] = (), inner: boo
     Raises:
         SecateurError: the model cannot be run on the inputs.
     """
-    tracer, outputs = _ran(model, [inputs, *also], inner)
+    spare = not values and worthwhile([module for _, module in module_paths(model)])
+    tracer, outputs = _ran(model, [inputs, *also], inner, spare=spare)
+    spare = any(run.finite is None for run in tracer.notes.runs)
     runs = {run.inputs: run for run in reversed(tracer.notes.runs)}
     training: list[nn.Module] = []
     if missed := tracer.unreached():
@@ -60,7 +68,7 @@ def trace(model: nn.Module, inputs: Any, *, also: Sequence[Any] = (), inner: boo
     graph = build_graph(tracer, outputs)
     stuck = collapsed(tracer, graph)
     if stuck:  # grouped convolutions that cannot lose the same channel of every group: let whole groups leave
-        tracer, outputs = _ran(model, [inputs, *also], inner, stuck, training)
+        tracer, outputs = _ran(model, [inputs, *also], inner, stuck, training, spare)
         graph = build_graph(tracer, outputs)
     graph._runs = runs
     return graph
@@ -72,10 +80,19 @@ def _ran(
     inner: bool,
     whole_groups: frozenset[str] = frozenset(),
     training: Sequence[nn.Module] = (),
+    spare: bool = False,
 ) -> tuple[Tracer, list[Axes]]:
-    """A tracer that saw a run on each of these inputs, then one with `training` in train mode; all outputs."""
-    tracer = Tracer(model, whole_groups, inner)
-    outputs = [axes for each in inputs for axes in run_model(tracer, each)]
+    """A tracer that saw a run on each of these inputs, then one with `training` in train mode; all outputs.
+
+    With `spare` convolutions are not computed, as long as nothing looks at what they give.
+    """
+    for spared in (True, False) if spare else (False,):
+        tracer = Tracer(model, whole_groups, inner)
+        try:
+            outputs = [axes for each in inputs for axes in run_model(tracer, each, spare=spared)]
+            break
+        except Looked:
+            continue
     if training:
         # Norms and dropout stay in eval mode, but a module of the model's own may count or draw as it trains.
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]

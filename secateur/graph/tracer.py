@@ -17,14 +17,14 @@ from secateur.graph.labels import Axes, Labels, along
 from secateur.graph.notes import Event, Notes, Part
 from secateur.graph.sizes import Attribute, Size, leaves
 from secateur.graph.source import source_line, source_place
-from secateur.utils.running import flat_ints, flat_items
+from secateur.utils.running import flat_ints, flat_items, module_paths
 
 
 class AxesByTensor:
     """The axes of each living tensor: a dictionary by identity that forgets tensors when they are freed."""
 
     def __init__(self) -> None:
-        self.entries: dict[int, tuple[Axes, weakref.ref]] = {}
+        self.entries: dict[int, tuple[Axes, weakref.ref | None]] = {}
         entries = self.entries
 
         def forget(ref: weakref.ref) -> None:
@@ -35,6 +35,10 @@ class AxesByTensor:
     def get(self, tensor: torch.Tensor) -> Axes | None:
         pair = self.entries.get(id(tensor))
         return None if pair is None else pair[0]
+
+    def hold(self, tensor: torch.Tensor, axes: Axes) -> None:
+        """For a tensor that someone keeps as long as this lives: there is nothing to forget."""
+        self.entries[id(tensor)] = (axes, None)
 
     def __setitem__(self, tensor: torch.Tensor, axes: Axes) -> None:
         key = id(tensor)
@@ -57,14 +61,16 @@ class Key(weakref.ref):
 class Reason:
     """Why the running operation freezes labels; the text, with the line of the model's code, is made when asked for."""
 
-    __slots__ = ("text", "tracer")
+    __slots__ = ("made", "text", "tracer")
 
     def __init__(self, tracer: Tracer, text: str):
-        self.tracer, self.text = tracer, text
+        self.tracer, self.text, self.made = tracer, text, ""
 
     def __str__(self) -> str:
-        module = self.tracer.stack[-1]
-        return f"{self.text} ({self.tracer.op}{' in ' + module if module else ''}, {source_line()})"
+        if not self.made:
+            module = self.tracer.stack[-1]
+            self.made = f"{self.text} ({self.tracer.op}{' in ' + module if module else ''}, {source_line()})"
+        return self.made
 
 
 class Tracer:
@@ -96,6 +102,12 @@ class Tracer:
             if isinstance(module, nn.ModuleList) and len(module) > 1
             for n, name in enumerate(module._modules)
         }
+        self.listed = {
+            f"{path}.{name}".lstrip(".")
+            for path, module in self.unique()
+            if isinstance(module, (nn.ModuleList, nn.Sequential))
+            for name in module._modules
+        }
         self._label_parameters()
 
     # --- the model's modules and tensors
@@ -107,41 +119,47 @@ class Tracer:
     def tensors(self, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Named parameters or buffers (`_parameters`, `_buffers`), shared ones by all their names."""
         for path, module in self.paths:
-            start = path + "." if path else ""
-            for name, tensor in getattr(module, kind).items():
-                if tensor is not None:
-                    yield start + name, tensor
+            if held := getattr(module, kind):
+                start = path + "." if path else ""
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        yield start + name, tensor
 
     def unreached(self) -> list[str]:
         """Parameters that no operation of a run has read, by their first names."""
         return [
             name
-            for name, tensor in self.tensors("_parameters")
+            for name, tensor in self.parameters
             if name in self.own and tensor.numel() and name not in self.notes.uses
         ]
 
     def _label_parameters(self) -> None:
         """Fresh labels for every index of every axis; two names of one storage share theirs."""
         names: dict[tuple, str] = {}
-        named = [*self.tensors("_parameters"), *self.tensors("_buffers")]
+        self.parameters = list(self.tensors("_parameters"))
+        self.buffers = list(self.tensors("_buffers"))
+        named = [*self.parameters, *self.buffers]
         self.labels = Labels(1024 + sum(sum(v.shape) for _, v in named if v.is_floating_point()))
+        fresh, at = self.labels.parent.copy(), 0
         for name, tensor in named:
             if not tensor.is_floating_point():
                 continue
             key = storage_key(tensor)
             if tensor.numel() and key in names:
                 self.aliases[name] = names[key]
-                self.env[tensor] = self.by_storage[key]
+                self.env.hold(tensor, self.by_storage[key])
                 continue
             shape, layers = tuple(tensor.shape), []
             for d, n in enumerate(shape):
                 if n > 1:
-                    self.ids[name, d] = self.labels.new(n)
-                    layers.append(along(self.ids[name, d], len(shape), d))
+                    ids = self.ids[name, d] = fresh[at : at + n]
+                    at += n
+                    layers.append(along(ids, len(shape), d))
             axes = self.own[name] = Axes(shape, layers, frozenset([name]))
-            self.env[tensor] = axes
+            self.env.hold(tensor, axes)
             if tensor.numel():
                 names[key], self.by_storage[key] = name, axes
+        self.labels.new(at)
 
     def axes(self, tensor: torch.Tensor) -> Axes:
         """The axes of a tensor; an unseen one is a constant, unless it is a parameter's `.data`."""
@@ -293,18 +311,6 @@ class Tracer:
 def storage_key(tensor: torch.Tensor) -> tuple:
     """What two names of one parameter, and its `.data`, have in common."""
     return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device)
-
-
-def module_paths(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` with every path of a shared module, without a generator for each level."""
-    stack = [(path, module)]
-    while stack:
-        path, module = stack.pop()
-        yield path, module
-        start = path + "." if path else ""
-        stack += [
-            (start + name, child) for name, child in reversed(module._modules.items()) if child is not None
-        ]
 
 
 # --- numbers of units that have become Python integers

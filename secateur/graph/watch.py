@@ -14,8 +14,9 @@ from secateur.graph.labels import Axes, along
 from secateur.graph.notes import Part
 from secateur.graph.sizes import Attribute, Extent, Size, expression, leaves
 from secateur.graph.tracer import Tracer
+from secateur.utils.running import BARE
 
-INTERNAL = {"training", "call_super_init", "dump_patches", "padding_idx", "_version"}
+INTERNAL = {"call_super_init", "dump_patches", "padding_idx", "_version"}
 RESHAPES = {"view", "reshape", "expand", "repeat", "_unsafe_view", "unflatten", "broadcast_to"}
 FACTORIES = {
     "zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full",
@@ -32,8 +33,8 @@ def watched_sizes(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
     seen: set[int] = set()
 
     def watch(owner: dict, module: str, prefix: str) -> None:
-        for key, value in list(owner.items()):
-            kind = type(value)
+        for key in [key for key in owner if key not in BARE]:
+            value, kind = owner[key], type(owner[key])
             if kind is int:
                 if value < 2 or key in INTERNAL:
                     continue

@@ -86,7 +86,11 @@ class Context(Screen):
     @cached_property
     def graph(self) -> Graph:
         graph = trace(
-            self.model, self.example, also=self.also, inner="head_dim" in (self.options.kinds or ())
+            self.model,
+            self.example,
+            also=self.also,
+            inner="head_dim" in (self.options.kinds or ()),
+            values=True,
         )
         freeze_protected(graph, self.options.keep, self.options.only, [*self.parts.values()])
         return graph

@@ -197,17 +197,18 @@ def _smaller(inputs: Any) -> Any:
 
 
 def _run_of(model: nn.Module, graph: Graph, inputs: Any) -> Run:
-    """The run that the trace made on such inputs; the dense model's where it made none."""
+    """The run that the trace made on such inputs; the dense model's where it made none, or one that spared values."""
     key = str(describe(inputs))
-    if key not in graph._runs:
+    run = graph._runs.get(key, Run(key, 0, [], None, []))
+    if run.finite is None:
         outputs = _forward(model, inputs)
         finite = [bool(torch.isfinite(o).all()) for o in outputs]
-        graph._runs[key] = Run(key, 0, _shapes(outputs), finite, [])
-    return graph._runs[key]
+        run = graph._runs[key] = Run(key, run.ops, _shapes(outputs), finite, [])
+    return run
 
 
 def _like(outputs: Sequence[Tensor], run: Run) -> bool:
-    finite = [bool(torch.isfinite(o).all()) or not was for o, was in zip(outputs, run.finite)]
+    finite = [bool(torch.isfinite(o).all()) or not was for o, was in zip(outputs, run.finite or [])]
     return _shapes(outputs) == run.shapes and all(finite)
 
 

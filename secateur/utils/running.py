@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -52,13 +53,22 @@ def flat_ints(value: Any) -> Iterator[int]:
             yield from flat_ints(v)
 
 
+BARE = frozenset(nn.Module().__dict__)
+"""The attributes that every module has."""
+
+
+def own_attributes(module: nn.Module) -> list[str]:
+    """The attributes that a module has beside those of every module."""
+    return [name for name in module.__dict__ if name not in BARE]
+
+
 def caches(modules: Iterable[nn.Module]) -> list[dict]:
     """Dictionaries that modules fill with tensors while running (such as position biases by device)."""
     return [
-        value
+        module.__dict__[name]
         for module in modules
-        for name, value in module.__dict__.items()
-        if type(value) is dict and "cache" in name
+        for name in own_attributes(module)
+        if "cache" in name and type(module.__dict__[name]) is dict
     ]
 
 
@@ -74,14 +84,27 @@ def empty(dictionaries: Sequence[dict]) -> None:
             value.clear()
 
 
+def module_paths(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` with every path of a shared module, without a generator for each level."""
+    stack = [(path, module)]
+    while stack:
+        path, module = stack.pop()
+        yield path, module
+        start = path + "." if path else ""
+        stack += [
+            (start + name, child) for name, child in reversed(module._modules.items()) if child is not None
+        ]
+
+
 @contextmanager
-def without_stale(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
+def without_stale(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Caches of tensors are empty before and after."""
-    empty(caches(module for _, module in modules))
+    found = caches(modules)
+    empty(found)
     try:
         yield
     finally:
-        empty(caches(module for _, module in modules))
+        empty(found)
 
 
 HOOKS = (
@@ -96,13 +119,16 @@ HOOKS = (
 
 def attributes_of(modules: Iterable[nn.Module]) -> list[tuple[dict, dict]]:
     """What each module holds now beside its mode, its hooks too; `put_back` takes it."""
-    held = [table for module in modules for table in (module.__dict__, *(getattr(module, h) for h in HOOKS))]
+    hooks = operator.attrgetter(*HOOKS)
+    held = [table for module in modules for table in (module.__dict__, *hooks(module))]
     return [(table, dict(table)) for table in held]
 
 
 def put_back(before: Sequence[tuple[dict, dict]]) -> None:
     """Attributes that modules set, replaced or removed since then are as they were."""
     for now, then in before:
+        if [*now] == [*then] and all(map(operator.is_, now.values(), then.values())):
+            continue  # the usual case, in a fraction of the time
         for key in [key for key in now if key not in then]:
             del now[key]
         for key, value in then.items():
@@ -123,7 +149,10 @@ def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Models that can return a cache do not, nor do their parts: its tensors are no output to be kept whole."""
-    found = [getattr(model, "config", None), *(vars(module).get("config") for module in model.modules())]
+    found = [
+        getattr(model, "config", None),
+        *(vars(module).get("config") for _, module in module_paths(model)),
+    ]
     configs: Any = {id(config): config for config in found if getattr(config, "use_cache", None)}.values()
     settings = [config.use_cache for config in configs]
     for config in configs:
@@ -192,10 +221,12 @@ def device_of(model: nn.Module) -> torch.device:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; every module has its own mode again afterwards, whatever was done to it."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for _, module in module_paths(model)]
     try:
-        model.eval()
+        if any(mode for _, mode in modes):
+            model.eval()
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            if module.training is not mode:
+                module.training = mode

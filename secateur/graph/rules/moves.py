@@ -201,7 +201,7 @@ def one_axis(t: Tracer, operands: Sequence[Axes], rank: int) -> list[np.ndarray]
     if len(found) == 2:
         t.labels.tie(found[0], found[1])
     elif len(found) > 2:
-        t.labels.tie(np.concatenate(found[1:]).reshape(len(found) - 1, -1), found[0])
+        t.labels.tie(np.concatenate(found[1:]), np.concatenate(found[:1] * (len(found) - 1)))
     return [canon(t, along(found[0], rank, place))]
 
 
