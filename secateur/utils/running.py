@@ -149,10 +149,7 @@ def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Models that can return a cache do not, nor do their parts: its tensors are no output to be kept whole."""
-    found = [
-        getattr(model, "config", None),
-        *(vars(module).get("config") for _, module in module_paths(model)),
-    ]
+    found = [getattr(model, "config", None), *(vars(module).get("config") for module in model.modules())]
     configs: Any = {id(config): config for config in found if getattr(config, "use_cache", None)}.values()
     settings = [config.use_cache for config in configs]
     for config in configs:
@@ -221,7 +218,7 @@ def device_of(model: nn.Module) -> torch.device:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; every module has its own mode again afterwards, whatever was done to it."""
-    modes = [(module, module.training) for _, module in module_paths(model)]
+    modes = [(module, module.training) for module in model.modules()]
     try:
         if any(mode for _, mode in modes):
             model.eval()
