@@ -33,7 +33,7 @@ class SDPrune(WeightMethod):
 
     `scope="part"`: one ranking over all weights of a part, which behaves very differently. `secateur.threshold` finds the
     share below which a part breaks. Of equal weights the earlier leaves. For the activation-aware rival take
-    `method="wanda", everywhere=True`, with states of the sampler as data.
+    `method="wanda", everywhere=True, data=visited(model, sampler, 20, seed=0)` (`secateur.training.sampling`): inputs of all steps.
     """
 
     scope: str = field(

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from secateur.errors import SecateurError
+from secateur.graph.parts import resolve_parts
 from secateur.pruning.prune import prune
 
 
@@ -44,12 +45,15 @@ def threshold(
     None: the whole model. tolerance: how much less than the dense model's quality is well, absolutely. settings: what
     `prune` takes. The quality is taken to fall with the share, so that log2(1 / step) models are judged.
 
-    Raises `SecateurError` for a step or a tolerance that makes no sense, and where two dense runs differ by more than it.
+    Raises `SecateurError` for a step or a tolerance that makes no sense, a part that there isn't, and where two dense runs
+    differ by more than the tolerance.
     """
     if not (0 < step < 1 and tolerance >= 0):
         raise SecateurError(
             f"step {step}, tolerance {tolerance}", where="threshold", fix="0 < step < 1, 0 or more"
         )
+    if part and isinstance(model, nn.Module):
+        resolve_parts(model, [part])  # before anything is judged
     dense, again = (float(quality(model)) for _ in range(2))
     if not abs(dense - again) <= tolerance or math.isnan(dense):
         raise SecateurError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from secateur.errors import SecateurError
+from secateur.utils.inputs import Inputs, map_tensors
+from secateur.utils.running import evaluating
 
 Start = Callable[[int, int], tuple[Tensor, Any]]
 Step = Callable[[nn.Module, Tensor, int, Any], Tensor]
@@ -76,3 +79,31 @@ def draw(
 
 def _part(asked: Any, start: int, count: int, device: torch.device) -> Any:
     return asked[start : start + count].to(device) if isinstance(asked, Tensor) else asked
+
+
+def visited(model: nn.Module, sampler: Sampler, count: int, seed: int) -> list[Inputs]:
+    """What the model is given while it makes `count` drawings, one batch a call: calibration data of a model that draws.
+
+    >>> data = visited(model, sampler, 20, seed=0)  # doctest: +SKIP
+    >>> secateur.prune(model, method="wanda", target="60%", everywhere=True, data=data)  # doctest: +SKIP
+
+    All steps are there, and of guidance all branches, as often as the sampler runs the model on them. The model draws in eval
+    mode. Raises `SecateurError` where the sampler isn't a function of its seed, or never calls the model.
+    """
+    seen: list[Inputs] = []
+
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = args if not kwargs else inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        seen.append(map_tensors(given, lambda tensor: tensor.detach().clone()))
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with evaluating(model):
+            draw(model, sampler, count, seed)
+    finally:
+        hook.remove()
+    if not seen:
+        raise SecateurError(
+            "its steps never call the model", where="sampler", fix="call the model that is given to `step`"
+        )
+    return seen

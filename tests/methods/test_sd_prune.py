@@ -141,3 +141,38 @@ def test_qualities_that_are_drawn_anew_are_refused():
         secateur.threshold(Uneven(), lambda model: next(values), inputs=torch.ones(1, 4))
     with pytest.raises(SecateurError, match="step 2"):
         secateur.threshold(Uneven(), lambda model: 1.0, step=2.0)
+
+
+def test_a_part_that_there_is_not_is_told_before_anything_is_judged():
+    with pytest.raises(SecateurError, match="no part 'unet2'.*text_encoder, unet"):
+        secateur.threshold(Draws(), lambda model: pytest.fail("judged"), part="unet2")
+
+
+class Drawn(nn.Module):
+    """What a denoiser has beside linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.enter, self.leave = nn.Conv2d(4, 5, 3), nn.ConvTranspose2d(5, 4, 3)  # 180 weights each
+
+    def forward(self, x):
+        return self.leave(self.enter(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_35_of_180_weights_of_a_convolution_are_63_though_floats_say_62_999(dtype):
+    model = Drawn().to(dtype)
+    assert 0.35 * 180 < 63
+    pruned = secateur.prune(model, torch.ones(1, 4, 5, 5, dtype=dtype), method="sd-prune", target="65%").model
+    weight, before = pruned.enter.weight.flatten(), model.enter.weight.flatten()
+    gone = before.float().abs().argsort(stable=True)[:63]
+    assert int((weight == 0).sum()) == 63 and not weight[gone].any()
+    assert torch.equal(pruned.leave.weight, model.leave.weight)
+    assert pruned.enter.weight.dtype == dtype
+
+
+def test_where_nothing_leaves_every_bit_stays():
+    model, words = Draws(), torch.tensor([[0, 1]])
+    same = secateur.prune(model, words, method="sd-prune", target="text_encoder=100%,unet=100%").model
+    assert torch.equal(same(words), model(words))

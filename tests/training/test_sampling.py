@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+import secateur
 from secateur import SecateurError
 from secateur.measure.cost import _Live
-from secateur.training.sampling import Sampler, draw, sample
+from secateur.training.sampling import Sampler, draw, sample, visited
 
 
 class Scaled(nn.Module):
@@ -87,3 +88,41 @@ def test_drawings_are_a_function_of_the_seed():
     careless = Sampler(2, lambda count, seed: (torch.randn(count, 2), None), lambda m, z, i, asked: m(z))
     with pytest.raises(SecateurError, match="two starts from one seed differ"):
         draw(Scaled(), careless, 3, 0)
+
+
+def test_visited_is_every_call_of_the_model_with_both_branches():
+    """z doubles at each step; the second of two steps is guided and runs the model on both branches at once."""
+
+    def step(model, z, number, asked):
+        if not number:
+            model(z, t=torch.zeros(len(z)))
+        else:
+            model(torch.cat([z, z]), torch.ones(2 * len(z)))
+        return z.mul_(2)  # in place: what was noted must stay as it was
+
+    class Timed(nn.Linear):
+        def forward(self, z, t):
+            assert not self.training
+            return super().forward(z)
+
+    model = Timed(1, 1)
+    first, second = visited(model, Sampler(2, start, step), 3, 0)
+    assert first["z"].tolist() == [[2.0]] * 3 and first["t"].tolist() == [0.0] * 3
+    assert second[0].tolist() == [[4.0]] * 6 and second[1].tolist() == [1.0] * 6
+    assert model.training and not model._forward_pre_hooks
+    with pytest.raises(SecateurError, match="never call the model"):
+        visited(model, Sampler(2, start, lambda m, z, i, asked: z), 3, 0)
+
+
+def test_wanda_pools_its_norms_over_the_steps():
+    """Inputs (1, 1) and then (3, 0), twice for guidance: squared norms 1 + 2 * 9 and 1, so the columns' are sqrt(19) and 1."""
+
+    def step(model, z, number, asked):
+        return model(z)[:, :2] * 0 + torch.tensor([3.0, 0.0]) if not number else model(torch.cat([z, z]))
+
+    model = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 4.0], [1.0, 5.0]]))  # 4 * 1 < sqrt(19) < 5 * 1
+    data = visited(model, Sampler(2, lambda count, seed: (torch.ones(count, 2), None), step), 1, 0)
+    pruned = secateur.prune(model, method="wanda", target="50%", everywhere=True, data=data)
+    assert pruned.model.weight.tolist() == [[1.0, 0.0], [0.0, 5.0]]
