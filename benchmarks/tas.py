@@ -52,7 +52,15 @@ class Shape(TAS):
             generator = job.generator("shape", group.name)
             lift = torch.rand((), generator=generator) if self.by == "random" else 0.0
             scores[group.name] = lift - torch.arange(group.size, dtype=torch.float64) / group.size
-        return context.allocate(scores, "global")
+        keep = context.allocate(scores, "global")
+        cost, limit = context.cost()
+        for group in context.groups:  # what still fits: the allocation closes all groups of a size at once
+            while group.name in keep and len(keep[group.name]) < group.size:
+                wider = {**keep, group.name: torch.arange(len(keep[group.name]) + 1)}
+                if cost(wider) > limit:
+                    break
+                keep = wider
+        return keep
 
 
 def one(network: str, method: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
