@@ -1,8 +1,8 @@
 """The shape that TAS finds against a uniform and a random one, at equal multiply-adds, with equal distillation.
 
     python benchmarks/tas.py                                                    # digits, three seeds: about 8 CPU minutes
-    python benchmarks/tas.py --networks cifar10:resnet20 --seeds 1 --epochs 1 --train 8000 --test 2000 --batch 64 \\
-        --shape-lr 0.05 --lr 0.1 --optimizer sgd
+    python benchmarks/tas.py --networks cifar10:resnet20 --target "macs<=50%" --seeds 1 --epochs 1 --search 0.8 \\
+        --train 16000 --test 5000 --batch 64 --lr 0.05 --shape-lr 0.05          # about 10 CPU minutes
     python benchmarks/tas.py --smoke                                            # a few steps: does it run
 
 Every row is a small network that begins untrained, has the same teacher, rates, data and order, and the same budget.
