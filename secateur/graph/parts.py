@@ -58,7 +58,8 @@ def resolve_parts(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
             told = list(known) or [
                 n for n, child in model.named_children() if any(True for _ in child.parameters())
             ]
-            near = nearest(name, [*known, *{path.rpartition(".")[2]: None for path in modules}], count=1)
+            ends = {path.rpartition(".")[2]: None for path in modules}
+            near = nearest(name, [*known, *ends], count=1, cutoff=0.75)
             also = f"; did you mean {near[0]}?" if near and near[0] not in told else ""
             raise SecateurError(
                 f"{len(outer)} modules are called {name!r}" if outer else f"there is no part {name!r}",

@@ -71,7 +71,7 @@ class Pagcp(TrainMethod):
     )
     single: bool = field(default=False, metadata={"help": "guard the task's only loss"})
     samples: int = field(default=256, metadata={"help": "training samples the guard sees", "min": 1})
-    rounds: int = field(default=10, metadata={"help": "passes at most, each followed by training", "min": 1})
+    rounds: int = field(default=20, metadata={"help": "passes at most, each followed by training", "min": 1})
     slope: float = field(
         default=1.0,
         metadata={

@@ -221,7 +221,7 @@ class Job(Screen):
             raise SecateurError(
                 "it has one loss, and the worst of several is guarded",
                 where=f"{self.method.name}, task {self.task.name}",
-                fix="a task with losses=, a function of (model, batch) that gives them by name, or single=True",
+                fix="a task with losses=, a function of (model, batch) that gives them by name, or single",
             )
         device = device_of(self.model)
         draw = Draw(self.task.train, min(self.recipe.batch, samples), self.seed)
