@@ -2,7 +2,7 @@
 
 from secateur.gates.choice import Choice, choice_of, counts_of, depth_choices, width_choices
 from secateur.gates.controllers import Lagrangian, log_cost, penalty
-from secateur.gates.cost import ExpectedCost, unit_macs
+from secateur.gates.cost import ExpectedCost
 from secateur.gates.gated import Gated, place
 from secateur.gates.laws import Gate, Gaussian, HardConcrete, Law, StraightThrough
 from secateur.gates.points import Points, points_of
@@ -28,6 +28,5 @@ __all__ = [
     "penalty",
     "place",
     "points_of",
-    "unit_macs",
     "width_choices",
 ]

@@ -59,14 +59,3 @@ class Lagrangian(nn.Module):
     def groups(self, lr: float) -> dict[str, object]:
         """The optimiser's parameter group."""
         return {"params": [*self.parameters()], "lr": lr, "weight_decay": 0.0, "maximize": True}
-
-
-def warmed(start: float, target: float, step: int, warmup: int) -> float:
-    """The target on its way from `start`, in a straight line over `warmup` steps.
-
-    >>> warmed(0.1, 0.5, 5, 10)
-    0.3
-    """
-    if warmup < 0:
-        raise SecateurError(f"{warmup} steps", where="warmup", fix="0 or more")
-    return start + (target - start) * (min(1.0, step / warmup) if warmup else 1.0)

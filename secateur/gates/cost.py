@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Container, Mapping
 from math import prod
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.graph import Graph, Group
+from secateur.graph import Graph
 
 
 class ExpectedCost:
@@ -35,12 +35,14 @@ class ExpectedCost:
         ]
         self._sizes = _sizes(graph)
 
-    def params(self, keep: Mapping[str, Tensor]) -> Tensor:
-        """Expected parameters of the whole model, a scalar."""
+    def params(self, keep: Mapping[str, Tensor], names: Container[str] | None = None) -> Tensor:
+        """Expected parameters of the whole model, or of those that are named, a scalar."""
         keep = _double(keep)
         gone = {name: len(p) - p.sum() for name, p in keep.items()}
         totals: dict[tuple[tuple[str, int], ...], Any] = {}
         for name, (shape, leaves) in self._sizes.items():
+            if names is not None and name not in names:
+                continue
             dims: list[Any] = list(shape)
             for dim, group, width in leaves:
                 if group in gone:
@@ -59,13 +61,6 @@ class ExpectedCost:
             owners = self._owners_of(module + ".", keep, lambda g: g.kind == "layers")
             totals[owners] = totals.get(owners, 0) + const * prod(sizes)
         return _sum(totals, keep)
-
-    def share_of_units(self, names: Iterable[str]) -> Callable[[Mapping[str, Tensor]], Tensor]:
-        """The share of the multiply-adds of these groups' units that is expected to be left, as a function of the
-        probabilities: each unit weighs what leaves with it alone."""
-        each = {name: unit_macs(self.graph, self.graph[name]) for name in names}
-        total = sum(float(costs.sum()) for costs in each.values())
-        return lambda keep: torch.stack([(each[n].to(keep[n]) * keep[n]).sum() for n in each]).sum() / total
 
     def _owners_of(self, name: str, keep: Mapping[str, Tensor], counts: Any) -> tuple[tuple[str, int], ...]:
         """(group, unit) of each block with a probability that a parameter or module lies in."""
@@ -156,14 +151,3 @@ def _sizes(graph: Graph) -> dict[str, tuple[tuple[int, ...], list[tuple[int, str
                 if s.name in found:
                     found[s.name][1].append((s.dim, group.name, s.index.shape[1]))
     return found
-
-
-def unit_macs(graph: Graph, group: Group) -> Tensor:
-    """The multiply-adds that leave with each unit alone, [units]."""
-    every = torch.arange(group.size)
-    whole = graph.macs()
-    if group.kind != "layers":
-        return torch.full((group.size,), float(whole - graph.macs({group.name: every[1:]})))
-    return torch.tensor(
-        [float(whole - graph.macs({group.name: every[every != u]})) for u in range(group.size)]
-    )

@@ -27,10 +27,9 @@ class Gated(nn.Module):
     >>> gated = place(model, graph, lambda group: HardConcrete(group.size), kinds=("neurons",))  # doctest: +SKIP
     >>> gated(x)  # a draw in train mode, the decided values in eval mode  # doctest: +SKIP
 
-    laws: the law of each group, in the order of the graph. points: where each meets the network. widths: norms of each
-    width that a `Choice` has. frozen: groups that
-    have no gate, and why. fixed: values that stand in place of the laws', for groups in it. train_model: no: the model's
-    parameters get no gradient. rows: draws for each token; `by_rows` holds where.
+    laws: the law of each group, in the order of the graph. points: where each meets the network. widths: norms of each width
+    that a `Choice` has. frozen: groups that have no gate, and why. fixed: values that stand in place of the laws', for groups
+    in it. train_model: no: the model's parameters get no gradient. rows: draws for each token; `by_rows` holds where, by group.
     """
 
     def __init__(
@@ -52,7 +51,8 @@ class Gated(nn.Module):
         self.train_model = train_model
         self.widths = nn.ModuleList()
         found = {n: row_sites(model, p) for n, p in self.points.items() if rows and not p.blocks}
-        self.by_rows = {name: sites for name, sites in found.items() if sites is not None}
+        self.by_rows = {name: sites for name, (sites, _) in found.items() if sites}
+        self._loose = {name: loose for name, (sites, loose) in found.items() if sites}
         self._widths: dict[str, dict[str, nn.Module]] = {}
         for name, law in self.choices().items():
             if not points[name].blocks:
@@ -81,7 +81,7 @@ class Gated(nn.Module):
         """The gates of one forward: draws in train mode, else what is decided; [units] by group name."""
         values = dict(self.fixed)
         for name, law in self.by_group().items():
-            if name not in values and isinstance(law, Law) and not (self.training and name in self.by_rows):
+            if name not in values and isinstance(law, Law):
                 values[name] = law.sample() if self.training else law.value()
         for name, value in values.items():
             if not torch.isfinite(value).all():
@@ -168,9 +168,10 @@ class Gated(nn.Module):
             if name not in values:
                 continue
             soft = values[name]
+            drawn = not decided and name in self.by_rows and name not in self.fixed
+            parts = [(self._loose[name] if drawn else points.soft, soft)]
             # where a closed gate must feel its gradient, what only looks at it closed would hide it
-            parts = [(points.soft, soft)]
-            if decided or not laws[name].opens_from_closed:
+            if decided or not (drawn or laws[name].opens_from_closed):
                 parts.append((points.closed, (soft.detach() != 0).to(soft)))
             for slices, gate in parts:
                 for s in slices:

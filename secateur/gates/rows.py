@@ -2,40 +2,68 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from secateur.gates.laws import Law
 from secateur.gates.points import Points
+from secateur.graph import Slice
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def row_sites(model: nn.Module, points: Points) -> list[tuple[nn.Module, Tensor, bool]] | None:
-    """[(module, channels [units, k] of each unit, whether its input is multiplied and not its output)]; None where the gate
-    meets something that is no layer's whole input or output, so that only its parameters can be multiplied.
+@dataclass(frozen=True)
+class Site:
+    """A module whose input or output is multiplied. index: [units, k], the channels of each unit. dim: the axis of the channels."""
 
-    >>> row_sites(model, points_of(model, graph, graph["mlp:neurons"]))  # doctest: +SKIP
+    module: nn.Module
+    index: Tensor
+    reads: bool
+    dim: int
+
+
+def row_sites(model: nn.Module, points: Points) -> tuple[list[Site], tuple[Slice, ...]]:
+    """(where a gate is drawn for each token, the slices that can only be multiplied as parameters, once a forward).
+
+    >>> sites, loose = row_sites(model, points_of(model, graph, graph["mlp:neurons"]))  # doctest: +SKIP
+
+    A weight that several modules share is a slice: what one of them makes, the other would not see multiplied.
     """
-    found: dict[str, tuple[nn.Module, Tensor, bool]] = {}
+    names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    reads, found = points.place == "consumers", dict[str, Site]()
+    loose: list[Slice] = []
     for s in points.soft:
-        path, _, own = s.name.rpartition(".")
-        module, size = model.get_submodule(path), model.get_parameter(s.name).shape[s.dim]
-        reads = points.place == "consumers"
-        layer = isinstance(module, (nn.Linear, *CONVOLUTIONS, nn.Embedding))
-        if points.place == "producers" and not layer:
-            return None
-        if reads and (
-            not isinstance(module, (nn.Linear, *CONVOLUTIONS))
-            or size != getattr(module, "in_features", getattr(module, "in_channels", 0))
-        ):
-            return None
-        if own == "bias" and path in found:
-            continue
-        found[path] = (module, s.index, reads)
-    return list(found.values()) or None
+        path = s.name.rpartition(".")[0]
+        module, parameter = model.get_submodule(path), model.get_parameter(s.name)
+        # a norm's channels are its output's, whatever it is; else the layer's own are counted
+        sizes = _channels(module)
+        fits = points.place == "norms" or (sizes and sizes[not reads] == parameter.shape[s.dim])
+        if not fits or names[id(parameter)] > 1:
+            loose.append(s)
+        elif path not in found:  # a bias is multiplied with its weight
+            last = isinstance(module, nn.Linear | nn.Embedding) or _turned(module)
+            found[path] = Site(module, s.index, reads, -1 if last else 1)
+    return list(found.values()), tuple(loose)
+
+
+def _channels(module: Any) -> tuple[int, int] | None:
+    """How many channels go in and come out of a layer; None for others."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, CONVOLUTIONS):
+        return module.in_channels, module.out_channels
+    if isinstance(module, nn.Embedding):
+        return 0, module.embedding_dim
+    return (module.weight.shape[0], module.nf) if _turned(module) else None
+
+
+def _turned(module: Any) -> bool:
+    """A linear layer of transformers whose weight lies as [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 class Rows:
@@ -45,18 +73,18 @@ class Rows:
     embedding; of a convolution, samples.
     """
 
-    def __init__(self, sites: Mapping[str, list[tuple[nn.Module, Tensor, bool]]], laws: Mapping[str, Law]):
+    def __init__(self, sites: Mapping[str, list[Site]], laws: Mapping[str, Law]):
         self.sites, self.laws = sites, laws
         self.handles: list[Any] = []
 
     def __enter__(self) -> None:
         for name, sites in self.sites.items():
-            for module, index, reads in sites:
-                hook = _times(self.laws[name], index, _axis(module))
-                if reads:
-                    self.handles.append(module.register_forward_pre_hook(_before(hook)))
+            for site in sites:
+                hook = _times(self.laws[name], site)
+                if site.reads:
+                    self.handles.append(site.module.register_forward_pre_hook(_before(hook)))
                 else:
-                    self.handles.append(module.register_forward_hook(_behind(hook)))
+                    self.handles.append(site.module.register_forward_hook(_behind(hook)))
 
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
@@ -64,19 +92,15 @@ class Rows:
         self.handles.clear()
 
 
-def _axis(module: nn.Module) -> int:
-    return -1 if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm) else 1
-
-
-def _times(law: Law, index: Tensor, dim: int) -> Callable[[Tensor], Tensor]:
-    each = index.shape[1]
-
+def _times(law: Law, site: Site) -> Callable[[Tensor], Tensor]:
     def times(x: Tensor) -> Tensor:
-        axis = dim % x.dim()
+        axis = site.dim % x.dim()
         rows = tuple(x.shape[:axis])
-        drawn = law.sample(rows=(*rows, each)).transpose(-1, -2).flatten(-2)  # [*rows, units * each]
+        drawn = (
+            law.sample(rows=(*rows, site.index.shape[1])).transpose(-1, -2).flatten(-2)
+        )  # [*rows, units * k]
         whole = drawn.new_ones(*rows, x.shape[axis])
-        gates = whole.index_copy(-1, index.reshape(-1).to(drawn.device), drawn)
+        gates = whole.index_copy(-1, site.index.reshape(-1).to(drawn.device), drawn)
         return x * gates.reshape(*gates.shape, *[1] * (x.dim() - axis - 1)).to(x)
 
     return times

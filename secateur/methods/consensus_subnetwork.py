@@ -59,7 +59,7 @@ class ConsensusSubnetwork(TrainMethod):
 
     >>> secateur.train_prune(load_task("cifar10"), method="consensus-subnetwork", target="macs<=60%", epochs=4)  # doctest: +SKIP
 
-    A target in MACs or parameters is that of the whole network; a bare share is that of what the gated units cost. Of the
+    A target in MACs or parameters is that of the whole network; a bare share is that of the gated units. Of the
     units that most inputs skip none stays; where that isn't enough for the target, the least used of the others leave.
     `select="threshold"` takes the majority's network as it is, as published, so that a target may be missed. Needs
     batches of two or more: one sample always agrees with itself. Fine-tuning is not part of the method (`tune`).
@@ -116,7 +116,7 @@ class ConsensusSubnetwork(TrainMethod):
         groups = [group for group in context.groups if group.kind == kind]
         with job.seeded("gates"):
             gated = place(job.model, context.graph, self.law, groups=groups, inputs=context.example)
-        share_of, wanted = price(job, context.graph, gated.points)
+        share_of, wanted = price(context, gated.points)
         ramp, laws = Ramp(self.ramp), gated.readers()
 
         def polar(model: nn.Module, batch: Any) -> Tensor:

@@ -52,7 +52,7 @@ class TAS(TrainMethod):
     >>> secateur.train_prune(load_task("digits:digits-resnet"), method="tas", target="macs<=50%", shape_lr=0.02)  # doctest: +SKIP
 
     No weight is inherited: the small network begins untrained and is distilled from the dense one, whatever it weighed.
-    A target in MACs or parameters is that of the whole network; a bare share is searched as that of the units' MACs. Searches
+    A target in MACs or parameters is that of the whole network; a bare share is that of the units. Searches
     of a few hundred steps need a larger `shape_lr` than the published one, which is for 600 epochs.
     """
 
@@ -101,7 +101,7 @@ class TAS(TrainMethod):
         groups = [group for group in context.groups if len(counts_of(group)) > 1]
         with job.seeded("sizes"):
             gated = place(copy.deepcopy(job.model), context.graph, law, groups=groups)
-        share_of, wanted = price(job, context.graph, gated.points)
+        share_of, wanted = price(context, gated.points)
         own = job.task.loss or default_loss
 
         def loss(model: nn.Module, batch: Any) -> Tensor:

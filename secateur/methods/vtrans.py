@@ -4,10 +4,9 @@ Dutta, Gupta, Agarwal 2024, "VTrans: Accelerating Transformer Compression with V
 Pruning", https://arxiv.org/abs/2406.05276. Spec: vtrans.
 
 Reconstruction: no code of the paper is known; mask, KL and Lagrangian are those of the authors' next work (TVA-Prune),
-distillation is CoFi's. Differs: no masks over whole sublayers, which leave no weight to fold their mean into; groups without
-whole layers at their gate draw once a forward; the mean of a unit of the stream isn't folded where the embedding is the
-output head too; the last state is taken, not the best inside the window; what leaves is divided exactly, with
--log alpha as scores (`select="threshold"`: alpha below 1 stays, as published).
+distillation is CoFi's. Differs: no masks over whole sublayers; a weight that is the embedding and the output head is multiplied
+itself, by a draw for each forward, so that both see its mean; the last state is taken, not the best inside the window; what
+leaves is divided exactly, with -log alpha as scores (`select="threshold"`: alpha below 1 stays, as published).
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.gates import Gated, Gaussian, Lagrangian, place
-from secateur.gates.controllers import warmed
 from secateur.graph import Group
 from secateur.method import register
+from secateur.pruning.allocate import nearest_multiple
 from secateur.pruning.plan import Plan
 from secateur.taxonomy import record
 from secateur.training.batches import part_of
@@ -36,15 +35,6 @@ from secateur.utils.types import Objective
 HEADS = ("heads", "kv_groups")
 
 
-def rounded(count: int, grain: int, size: int) -> int:
-    """The nearest multiple of `grain`, from one `grain` to `size` units.
-
-    >>> [rounded(n, 128, 4096) for n in (3000, 100, 70, 63)]
-    [2944, 128, 128, 128]
-    """
-    return min(size, max(grain, (count + grain // 2) // grain * grain))
-
-
 @register
 @dataclass
 class VTrans(TrainMethod):
@@ -53,8 +43,7 @@ class VTrans(TrainMethod):
     >>> secateur.train_prune(model, method="vtrans", target="params<=70%", data=ids, steps=300)  # doctest: +SKIP
     >>> secateur.train_prune(model, method="vtrans", target="70%", data=ids, steps=300, masks_only=True)  # doctest: +SKIP
 
-    `masks_only` leaves the weights alone (Faster-VTrans); `data_share=0.03` trains on 3 % of the data (Fast-VTrans). A bare
-    share counts the multiply-adds of the gated units.
+    `masks_only` leaves the weights alone (Faster-VTrans); `data_share=0.03` trains on 3 % of the data (Fast-VTrans).
     """
 
     masks_only: bool = field(default=False, metadata={"help": "train the masks alone, not the weights"})
@@ -92,7 +81,7 @@ class VTrans(TrainMethod):
     starts: ClassVar[str] = "trained"
     removes: ClassVar[str] = "units"
     kinds: ClassVar[tuple[str, ...] | None] = ("hidden", "heads", "kv_groups", "neurons", "channels")
-    share_of: ClassVar[str] = "units"
+    share_of: ClassVar[str] = "weights"
     allocation: ClassVar[str] = "global"
     info = record("vtrans")
 
@@ -112,7 +101,7 @@ class VTrans(TrainMethod):
                 rows=True,
             )
         laws = {name: law for name, law in gated.by_group().items() if isinstance(law, Gaussian)}
-        expected, wanted = price(job, context.graph, gated.points)
+        expected, wanted = price(context, gated.points)
         held, ramp = Lagrangian(), Ramp(self.warmup_target)
         start = 1 - float(expected({name: (law.value().detach() != 0).float() for name, law in laws.items()}))
 
@@ -121,8 +110,7 @@ class VTrans(TrainMethod):
             return self.kl * torch.stack(each).sum()
 
         def size(model: nn.Module, batch: Any) -> Tensor:
-            goal = warmed(start, 1 - wanted, round(1000 * ramp.weight), 1000)
-            return held(1 - expected(gated.keep()), goal)
+            return held(1 - expected(gated.keep()), start + (1 - wanted - start) * ramp.weight)
 
         gated.add_module("held", held)
         weights = [] if self.masks_only else [{"params": [*job.model.parameters()], "lr": job.recipe.lr}]
@@ -155,7 +143,10 @@ class VTrans(TrainMethod):
             keep = {name: self.published(s, gated.groups[name], job) for name, s in scores.items()}
         else:
             keep = context.allocate(scores, job.options.allocation)
-        self.fold(gated, laws, keep)
+        for name, law in laws.items():  # means into weights, zeros where units leave
+            stays = keep[name].to(law.mu.device)
+            gated.fixed[name] = torch.zeros_like(law.mu).index_copy(0, stays, law.mu.detach()[stays])
+        gated.fold()
         job.cut(keep)
         if steps := round(self.tune * job.steps):
             narrow = any(context.graph[name].kind == "hidden" for name in keep)
@@ -167,33 +158,18 @@ class VTrans(TrainMethod):
         """Kept units: alpha below 1, one at least; neurons and the stream to the next multiple of `round_to`."""
         count, grain = max(1, int((scores > 0).sum())), job.options.round_to
         if grain > 1 and group.kind not in HEADS:
-            count = rounded(count, grain, group.size)
+            count = nearest_multiple(count, grain, group.size)
         return scores.cpu().topk(count).indices.sort().values
 
     def weight(self, gated: Gated, name: str) -> float:
         """What a group's KL is multiplied by: its kind's, and how many layers draw from a mask of the stream."""
         if gated.groups[name].kind in HEADS:
             return self.kl_heads
-        return float(len(gated.by_rows.get(name, ()))) if gated.groups[name].kind == "hidden" else 1.0
+        layers = {s.name.rpartition(".")[0] for s in gated.points[name].soft}
+        return float(len(layers)) if gated.groups[name].kind == "hidden" else 1.0
 
     def loss(self, job: Job, dense: nn.Module | None, states: float) -> Objective | None:
         """The loss of a batch beside the dense model's answers; None: the task's."""
         if dense is None:
             return job.task.loss
         return distillation(dense, weight=self.distil, hidden=states)
-
-    def fold(self, gated: Gated, laws: dict[str, Gaussian], keep: dict[str, Tensor]) -> None:
-        """Means into weights, zeros where units leave; the model then computes what the masks decided."""
-        for name, law in laws.items():
-            mean = torch.ones_like(law.mu) if self.tied(gated.model, gated.groups[name]) else law.mu.detach()
-            gone = torch.ones(law.units, dtype=torch.bool, device=mean.device)
-            gone[keep[name].to(mean.device)] = False
-            gated.fixed[name] = mean.masked_fill(gone, 0)
-        gated.fold()
-
-    def tied(self, model: nn.Module, group: Group) -> bool:
-        """Whether a parameter that makes the group's units is read elsewhere under another name."""
-        owners: dict[int, int] = {}
-        for _, parameter in model.named_parameters(remove_duplicate=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-        return any(owners[id(model.get_parameter(s.name))] > 1 for s in group.slices if s.role == "out")

@@ -364,6 +364,15 @@ def at_least(kept: Tensor, scores: Tensor, floor: int) -> Tensor:
     return kept if int(kept.sum()) >= floor else top_k(scores, floor)
 
 
+def nearest_multiple(count: int, grain: int, size: int) -> int:
+    """The nearest multiple of `grain`, from one `grain` to `size` units. TVA-Prune; spec: vtrans, step 10.
+
+    >>> [nearest_multiple(n, 128, 4096) for n in (3000, 100, 70, 63)]
+    [2944, 128, 128, 128]
+    """
+    return min(size, max(grain, (count + grain // 2) // grain * grain))
+
+
 def spare_last(gone: Tensor) -> Tensor:
     """The mask of what leaves without the last unit, should all leave. NIRVANA, arXiv 2509.14230.
 

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from secateur.gates import ExpectedCost
-from secateur.graph import Graph
-from secateur.training.job import Job
+from secateur.pruning.context import Context
+
+Share = Callable[[Mapping[str, Tensor]], Tensor]
 
 
-def price(job: Job, graph: Graph, names: Iterable[str]) -> tuple[Callable[..., Tensor], float]:
+def price(context: Context, names: Iterable[str]) -> tuple[Share, float]:
     """(the share expected to be left, as a function of the probabilities of each group's units; the share wanted).
 
-    >>> share, wanted = price(job, graph, gated.points)  # doctest: +SKIP
+    >>> share, wanted = price(context, gated.points)  # doctest: +SKIP
     >>> over = (share(gated.keep()) - wanted).clamp_min(0)  # doctest: +SKIP
 
-    names: the groups that a bare share counts, by the multiply-adds of their units. A target in multiply-adds or parameters
-    is that of the whole network; others are refused.
+    Counted as `Context.allocate` counts: a target in multiply-adds or parameters is that of the whole network; a bare share is that
+    of the units of the groups in `names`, or of the weights, as the method's `share_of` says. Others are refused.
     """
-    target, cost = job.target, ExpectedCost(graph)
-    if target.kind not in ("macs", "params"):
-        return cost.share_of_units(names), job.share
-    count, whole = (cost.macs, cost.whole_macs) if target.kind == "macs" else (cost.params, cost.whole_params)
-    return lambda keep: count(keep).float() / whole, target.limit(whole) / whole
+    target, graph = context.target, context.graph
+    cost = ExpectedCost(graph)
+    if target.kind == "macs":
+        return lambda keep: cost.macs(keep).float() / cost.whole_macs, target.limit(
+            cost.whole_macs
+        ) / cost.whole_macs
+    if target.kind == "params":
+        whole = cost.whole_params
+        return lambda keep: cost.params(keep).float() / whole, target.limit(whole) / whole
+    wanted = context.share
+    if getattr(context.method, "share_of", None) == "weights":
+        own = set(context.every_matrix)
+        weights = graph.params({}, names=list(own))
+        return lambda keep: cost.params(keep, own).float() / weights, wanted
+    units = {name: graph[name].size for name in names}
+    return lambda keep: torch.stack([keep[n].sum() for n in units]).sum() / sum(units.values()), wanted

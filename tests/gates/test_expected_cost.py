@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.gates import ExpectedCost
-from secateur.gates.cost import unit_macs
 from secateur.gates.reading import answers_over
 from secateur.graph import trace
+from secateur.graph.blocks import find_matrices
 from secateur.pruning.target import parse_target
 from secateur.training.price import price
 
@@ -23,30 +22,28 @@ def groups():
     return graph, wide, narrow
 
 
-def test_a_unit_weighs_what_leaves_with_it_alone():
-    """Of the first layer 3 + 2 for each row, of the second 4 + 5."""
+@pytest.mark.parametrize(
+    ("target", "counts", "left", "wanted"),
+    [
+        ("macs<=50%", "units", (6 + 3 + 7.5) / 30, 0.5),
+        ("params<=20", "units", (8 + 4.5 + 12.5) / 41, 20 / 41),
+        ("30%", "units", (2 + 1.5) / 6, 0.3),
+        ("30%", "weights", (6 + 3 + 7.5) / 30, 0.3),
+    ],
+)
+def test_the_price_of_each_target(target, counts, left, wanted):
+    """Two of four units and one and a half of two: what is left, by hand."""
     graph, wide, narrow = groups()
-    assert unit_macs(graph, wide).tolist() == [10] * 4 and unit_macs(graph, narrow).tolist() == [18] * 2
-    share = ExpectedCost(graph).share_of_units([wide.name, narrow.name])
-    assert share({wide.name: torch.ones(4), narrow.name: torch.ones(2)}).item() == 1
-    left = share({wide.name: torch.tensor([1, 0.5, 0, 0]), narrow.name: torch.tensor([0, 1.0])})
-    assert left.item() == pytest.approx((15 + 18) / (40 + 36))
-
-
-def test_the_price_of_each_target():
-    graph, wide, narrow = groups()
-    names = [wide.name, narrow.name]
+    context = SimpleNamespace(
+        target=parse_target(target),
+        graph=graph,
+        share=0.3,
+        method=SimpleNamespace(share_of=counts),
+        every_matrix=find_matrices(NET),
+    )
+    share, asked = price(context, [wide.name, narrow.name])
     keep = {wide.name: torch.tensor([1.0, 1, 0, 0]), narrow.name: torch.tensor([1.0, 0.5])}
-
-    def of(target):
-        return price(SimpleNamespace(target=parse_target(target), share=0.3), graph, names)
-
-    share, wanted = of("macs<=50%")
-    assert share(keep).item() == pytest.approx((6 + 3 + 7.5) / 30) and wanted == 0.5
-    share, wanted = of("params<=20")
-    assert share(keep).item() == pytest.approx((8 + 4.5 + 12.5) / 41) and wanted == pytest.approx(20 / 41)
-    share, wanted = of("30%")
-    assert share(keep).item() == pytest.approx((20 + 27) / 76) and wanted == 0.3
+    assert share(keep).item() == pytest.approx(left) and asked == pytest.approx(wanted)
 
 
 def test_answers_are_counted_over_samples_and_not_over_batches():

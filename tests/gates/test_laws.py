@@ -7,7 +7,6 @@ import torch
 
 from secateur import SecateurError
 from secateur.gates import Gaussian, HardConcrete, Lagrangian, StraightThrough, log_cost, penalty
-from secateur.gates.controllers import warmed
 from secateur.gates.laws import hard_step
 
 # ------------------------------------------------------------------ hard-concrete (ecodiff, a)
@@ -130,10 +129,6 @@ def test_multipliers_ascend():
     held = Lagrangian()
     torch.optim.AdamW([held.groups(0.1)]).step(lambda: held(torch.tensor(0.3), 0.5).backward())
     assert held.linear.item() < 0 < held.square.item()
-
-
-def test_the_target_comes_in_a_straight_line():
-    assert [warmed(0.1, 0.5, step, 4) for step in (0, 2, 4, 9)] == pytest.approx([0.1, 0.3, 0.5, 0.5])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import secateur
 from secateur import SecateurError
 from secateur.gates import Gaussian, HardConcrete, Lagrangian, place
 from secateur.graph import trace
-from secateur.methods.vtrans import rounded
+from secateur.pruning.allocate import nearest_multiple
 from secateur.surgery import cut_units
 from secateur.training.batches import part_of
 
@@ -63,8 +63,8 @@ def test_a_sharper_count_is_the_hard_one():
 
 
 def test_counts_are_rounded_to_multiples():
-    assert [rounded(n, 128, 4096) for n in (3000, 100, 70, 63)] == [2944, 128, 128, 128]
-    assert rounded(4090, 128, 4000) == 4000
+    assert [nearest_multiple(n, 128, 4096) for n in (3000, 100, 70, 63)] == [2944, 128, 128, 128]
+    assert nearest_multiple(4090, 128, 4000) == 4000
 
 
 @pytest.fixture
@@ -117,14 +117,14 @@ def test_every_token_has_draws_of_its_own_and_every_channel_of_a_head(model, mak
     heads = seen["model.layers.0.self_attn.o_proj"].reshape(10, 2, -1)
     assert (heads.std(-1) > 0).all()
     # behind an embedding and each producer of the stream
-    sites = {name: [type(m).__name__ for m, _, _ in found] for name, found in gated.by_rows.items()}
+    sites = {name: [type(site.module).__name__ for site in found] for name, found in gated.by_rows.items()}
     assert sites["stem:hidden"] == ["Embedding"] + ["Linear"] * 4
 
 
 def test_the_mean_over_draws_is_the_mean_times_the_input(model):
     gated = gates(model, ids_for(model)).train()
     name = next(n for n in gated.by_rows if "neurons" in n)
-    made, module = gated.by_group()[name], gated.by_rows[name][0][0]
+    made, module = gated.by_group()[name], gated.by_rows[name][0].module
     with torch.no_grad():
         made.mu.copy_(torch.linspace(0.2, 1.2, made.units))
         made.log_variance.fill_(-1.0)
@@ -155,6 +155,45 @@ def test_cut_with_folded_means_it_computes_what_the_masks_decide(model):
         small = copy.deepcopy(model)
         cut_units(small, graph, keep)
         torch.testing.assert_close(small(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kinds", [KINDS, ("hidden",)])
+def test_what_is_decided_and_folded_is_what_was_trained(tiny_llama, tied, kinds):
+    """Without noise, whatever the means are; the head is the embedding, or isn't."""
+    model = tiny_llama(
+        num_hidden_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
+    ids = ids_for(model)
+    gated = place(model, trace(model, ids), lambda g: Gaussian(g.size), kinds, rows=True)
+    with torch.no_grad():
+        for made in gated.laws:
+            made.mu.uniform_(0.5, 1.5)
+            made.log_variance.fill_(-100.0)
+        trained = gated.train()(ids).logits
+        torch.testing.assert_close(gated.eval()(ids).logits, trained, rtol=1e-4, atol=1e-5)
+        gated.fold()
+        torch.testing.assert_close(model.eval()(ids).logits, trained, rtol=1e-4, atol=1e-5)
+
+
+def test_linear_layers_of_transformers_that_lie_turned_draw_for_each_token_too():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    nothing = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, **nothing)
+    model = GPT2LMHeadModel(config).eval()
+    ids = torch.randint(0, 64, (2, 6), generator=torch.Generator().manual_seed(0))
+    gated = place(model, trace(model, ids), lambda g: Gaussian(g.size), ("neurons", "heads"), rows=True)
+    assert set(gated.by_rows) == set(gated.points) and not any(gated._loose.values())
+    with torch.no_grad():
+        for made in gated.laws:
+            made.mu.uniform_(0.5, 1.5)
+            made.log_variance.fill_(-100.0)
+        torch.testing.assert_close(gated.train()(ids).logits, gated.eval()(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 SETTINGS = {
