@@ -226,7 +226,7 @@ def digits_run(**settings):
         "epochs": 8,
         "lam": 0.1,
         "tune_lr": 5e-3,
-        "reestimate": 16,
+        "reestimate": 40,
     }
     settings = {"target": "50%", "seed": 0, **recipe, **settings}
     return secateur.train_prune(load_task("digits"), method="masksparsity", **settings)
@@ -241,7 +241,7 @@ def test_masked_scales_vanish_and_the_cut_costs_nothing_but_statistics(uniform):
     sparse = uniform.report["phases"][0]
     assert sparse["phase"] == "sparse" and sparse["leaving_below_0.01"] == 1.0
     assert sparse["smallest_gamma_that_stays"] > 10 * sparse["largest_gamma_that_leaves"]
-    assert abs(sparse["quality_after_the_cut"] - sparse["quality"]) < 0.0152  # six of 397 pictures
+    assert abs(sparse["quality_after_the_cut"] - sparse["quality"]) < 0.01
     assert sparse["quality"] > 0.95
     assert [g["kept"] for g in uniform.report["groups"] if g["reason"] is None] == [8, 16, 16]
 
