@@ -50,7 +50,7 @@ def as_module(
     return model
 
 
-def parts_of(pipeline: Any) -> dict[str, nn.Module]:
+def components_of(pipeline: Any) -> dict[str, nn.Module]:
     """The text encoders and denoisers of a pipeline, by name."""
     found = {
         name: part
@@ -80,7 +80,7 @@ class Parts(nn.Module):
 
     def __init__(self, pipeline: Any, prompts: Sequence[Any] | None = None, **call: Any):
         super().__init__()
-        for name, part in parts_of(pipeline).items():
+        for name, part in components_of(pipeline).items():
             self.add_module(name, part)
         self.training = any(part.training for part in self.children())
         self.pipeline = pipeline
@@ -115,7 +115,7 @@ class Parts(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Parts:
         """The parts are copied, and the scheduler, which counts steps; what isn't cut is shared."""
         pipeline = copy.copy(self.pipeline)
-        for name in parts_of(pipeline):
+        for name in components_of(pipeline):
             setattr(pipeline, name, copy.deepcopy(getattr(self.pipeline, name), memo))
         pipeline.scheduler = copy.deepcopy(self.pipeline.scheduler)
         return Parts(pipeline, self.prompts, **self.call)

@@ -15,7 +15,7 @@ from secateur.pruning.allocate import ORDERS
 from secateur.pruning.method import UnitMethod, WeightMethod
 from secateur.pruning.options import Options
 from secateur.pruning.target import Target, parse_target
-from secateur.pruning.weights import ALLOCATIONS
+from secateur.pruning.weights import ALLOCATIONS, TAKE_A_NUMBER
 
 OPTIONS = tuple(item.name for item in dataclasses.fields(Options))
 OF_UNITS = ("macs", "size", "latency")
@@ -108,11 +108,11 @@ def _check_allocation(method: Method, allocation: str | None) -> None:
         known, what = (ORDERS, "units") if removes_units(method) else (ALLOCATIONS, "weights")
         name, colon, number = allocation.partition(":")
         choose(name, known, what=f"allocation for {what}", where="allocation")
-        if colon and name != "arithmetic":
+        if colon and name not in TAKE_A_NUMBER:
             raise SecateurError(f"{name} takes no number", where="allocation", fix=f"write {name}")
         if colon and not re.fullmatch(r"-?(\d+(\.\d*)?|\.\d+)(e-?\d+)?", number):
             raise SecateurError(
-                f"{number!r} isn't a number", where=f"allocation {allocation}", fix="such as arithmetic:0.01"
+                f"{number!r} isn't a number", where=f"allocation {allocation}", fix=f"such as {name}:0.01"
             )
 
 

@@ -33,8 +33,13 @@ ALLOCATIONS: dict[str, Allocation] = {}
 READ_DATA: set[str] = set()
 """Allocations that read the calibration data, whatever the method reads."""
 
+TAKE_A_NUMBER: set[str] = set()
+"""Allocations that take a number behind their name, `name:0.01`, and then read no data."""
 
-def allocation(name: str, reads_data: bool = False) -> Callable[[Allocation], Allocation]:
+
+def allocation(
+    name: str, reads_data: bool = False, takes_number: bool = False
+) -> Callable[[Allocation], Allocation]:
     """Decorator: an allocation for single weights under this name, for `allocation=`.
 
     >>> @allocation("mine")  # doctest: +SKIP
@@ -46,6 +51,8 @@ def allocation(name: str, reads_data: bool = False) -> Callable[[Allocation], Al
         ALLOCATIONS[name] = function
         if reads_data:
             READ_DATA.add(name)
+        if takes_number:
+            TAKE_A_NUMBER.add(name)
         return function
 
     return add
@@ -53,8 +60,10 @@ def allocation(name: str, reads_data: bool = False) -> Callable[[Allocation], Al
 
 def reads_data(method: Method, asked: str | None) -> bool:
     """Whether a run reads calibration data: for its method's statistics, or to divide its budget."""
-    own = isinstance(method, WeightMethod) and (asked or method.allocation).partition(":")
-    return bool(method.statistics()) or (own and own[0] in READ_DATA and own[2] == "")
+    if method.statistics() or not isinstance(method, WeightMethod):
+        return bool(method.statistics())
+    name, _, number = (asked or method.allocation).partition(":")
+    return name in READ_DATA and not number
 
 
 def plan_weights(method: WeightMethod, context: Context) -> Plan:
@@ -260,7 +269,7 @@ def by_the_loss(method: WeightMethod, context: Context, keep: int) -> dict[str, 
     return by_shares(method, context, keep, ecoflap.shares(context, _share(context, keep)))
 
 
-@allocation("arithmetic", reads_data=True)
+@allocation("arithmetic", reads_data=True, takes_number=True)
 def falling(method: WeightMethod, context: Context, keep: int) -> dict[str, Pattern]:
     """Shares that fall by the same step from block to block; the step is `arithmetic:0.01`'s number or, without one, that of
     the least loss on the calibration data, masked once."""

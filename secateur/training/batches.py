@@ -56,9 +56,7 @@ class Draw:
 
     def __call__(self, step: int) -> Any:
         rows = self.indices(step)
-        if self.ready:
-            return self.data[int(rows[0])]
-        return map_tensors(self.data, lambda tensor: tensor[rows.to(tensor.device)])
+        return self.data[int(rows[0])] if self.ready else take(self.data, rows)
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -106,9 +104,15 @@ def part_of(data: Any, share: float, generator: torch.Generator) -> Any:
     if share >= 1:
         return data
     count = length(data)
-    rows = torch.randperm(count, generator=generator)[: max(1, round(share * count))].sort().values
+    return take(
+        data, torch.randperm(count, generator=generator)[: max(1, round(share * count))].sort().values
+    )
+
+
+def take(data: Any, rows: Tensor) -> Any:
+    """These samples (or ready batches), int64 [rows]."""
     if isinstance(data, list):
-        return [data[int(row)] for row in rows]
+        return [data[row] for row in rows.tolist()]
     return map_tensors(data, lambda tensor: tensor[rows.to(tensor.device)])
 
 

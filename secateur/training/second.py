@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.training.batches import Augment, Draw, length, step_seed
+from secateur.training.batches import Augment, Draw, length, step_seed, take
 from secateur.training.checkpoint import load_moments
 from secateur.training.recipe import Recipe, autocast
 from secateur.training.state import State
@@ -111,11 +111,4 @@ def halves(data: Any, generator: torch.Generator) -> tuple[Any, Any]:
     if count < 2:
         raise SecateurError("one sample has no halves", where="data", fix="give two samples or more")
     order = torch.randperm(count, generator=generator)
-    first, second = order[: count // 2], order[count // 2 :]
-    if isinstance(data, list):
-        return [data[i] for i in first.tolist()], [data[i] for i in second.tolist()]
-
-    def rows(of: Tensor) -> Any:
-        return map_tensors(data, lambda t: t[of.to(t.device)])
-
-    return rows(first), rows(second)
+    return take(data, order[: count // 2]), take(data, order[count // 2 :])

@@ -11,7 +11,7 @@ from torch import nn
 
 import secateur
 from secateur import SecateurError
-from secateur.families.pipelines import Parts, is_pipeline, parts_of
+from secateur.families.pipelines import Parts, components_of, is_pipeline
 from secateur.gates import HardConcrete, place
 from secateur.graph import trace
 from secateur.training.pipelines import pipeline_task
@@ -47,7 +47,7 @@ def test_a_drawing_is_what_the_pipeline_itself_draws(name):
     """Against the pipeline's own call, with its own argument for the noise, before anything is decoded."""
     pipe = getattr(pipes, name)()
     parts = Parts(pipe, **CALLS[name])
-    assert is_pipeline(pipe) and not is_pipeline(nn.Linear(1, 1)) and list(parts_of(pipe)) == PARTS[name]
+    assert is_pipeline(pipe) and not is_pipeline(nn.Linear(1, 1)) and list(components_of(pipe)) == PARTS[name]
     ours = drawn(parts)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in SEEDS]
     arguments = {parts.asks: parts.prompts[:2], "generator": generators, **CALLS[name]}

@@ -183,7 +183,13 @@ def test_what_is_decided_and_folded_is_what_was_trained(tiny_llama, tied, kinds)
 def test_linear_layers_of_transformers_that_lie_turned_draw_for_each_token_too():
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    nothing = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
+    nothing = {
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
     config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, **nothing)
     model = GPT2LMHeadModel(config).eval()
     ids = torch.randint(0, 64, (2, 6), generator=torch.Generator().manual_seed(0))
