@@ -18,13 +18,13 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.graph import Group
 from secateur.method import register
 from secateur.pruning.context import Context
 from secateur.pruning.plan import Plan
+from secateur.scores.lift import smallest_first
 from secateur.solvers.guarded import Losses, cheapest, decay, greedy, in_order
 from secateur.surgery import trial, unit_masks
 from secateur.taxonomy import record
@@ -32,18 +32,6 @@ from secateur.training.job import Job
 from secateur.training.method import TrainMethod
 
 Counts = Mapping[str, int]
-
-
-def smallest_first(model: nn.Module, group: Group) -> Tensor:
-    """The numbers of a group's units, smallest first: the mean size of their weights, over inputs that are left, summed
-    over the layers that make them."""
-    total = torch.zeros(group.size, dtype=torch.float64)
-    for s in group.slices:
-        if s.role == "out":
-            size = model.get_parameter(s.name).detach().transpose(0, s.dim).flatten(1).abs().double().cpu()
-            alive = (size != 0).any(0).sum().clamp_min(1)
-            total += (size.sum(1) / alive)[s.index].mean(1)
-    return total.argsort(stable=True)
 
 
 @register

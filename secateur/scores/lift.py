@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.graph import Group
@@ -139,3 +139,15 @@ def aggregate(members: Tensor, how: str) -> Tensor:
     if how == "max":
         return members.amax(0)
     return members[0] if how == "first" else getattr(members, how)(0)
+
+
+def smallest_first(model: nn.Module, group: Group) -> Tensor:
+    """The numbers of a group's units, smallest first: the mean size of their weights, over inputs that are left, summed
+    over the layers that make them. PAGCP, arXiv 2303.11923."""
+    total = torch.zeros(group.size, dtype=torch.float64)
+    for s in group.slices:
+        if s.role == "out":
+            size = model.get_parameter(s.name).detach().transpose(0, s.dim).flatten(1).abs().double().cpu()
+            alive = (size != 0).any(0).sum().clamp_min(1)
+            total += (size.sum(1) / alive)[s.index].mean(1)
+    return total.argsort(stable=True)

@@ -9,7 +9,7 @@ from torch import nn
 import secateur
 from secateur import SecateurError
 from secateur.graph import trace
-from secateur.methods.pagcp import smallest_first
+from secateur.scores.lift import smallest_first
 from secateur.solvers.guarded import Accepted, cheapest, decay, greedy, in_order
 from secateur.surgery import cut_units, trial, unit_masks
 from secateur.training.task import Task
