@@ -151,3 +151,20 @@ def test_ascent_and_other_rates_in_one_training():
         recipe=Recipe(optimizer="sgd", momentum=0, batch=4, lr_schedule="constant", warmup=0, clip=0, lr=1.0),
     )
     assert model.weight.item() == pytest.approx(0.9) and climber.item() == pytest.approx(1.5)
+
+
+def test_a_run_is_not_resumed_with_other_gates(tmp_path):
+    folder, calls = tmp_path / "run", []
+
+    def stop(model, batch):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    with pytest.raises(KeyboardInterrupt):
+        run(steps=6, loss=stop, resume=folder, every=2)
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(SecateurError, match="begun with another consensus-subnetwork gate"):
+        run(steps=6, gate="channels", resume=folder, every=2)
+    assert files and {path: path.read_bytes() for path in folder.iterdir()} == files
