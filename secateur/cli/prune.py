@@ -20,6 +20,7 @@ from secateur.cli.shared import (
     MODEL,
     OUT_HELP,
     REPORT_HELP,
+    Drawn,
     Quality,
     Where,
     add_times,
@@ -113,6 +114,7 @@ def prune(
     recovery: Recovery,
     measured: Measured,
     where: Where,
+    drawn: Drawn,
     output: Output,
     line: str,
 ) -> None:
@@ -138,6 +140,7 @@ def prune(
         require(given or vars(options)[name] is None, "it is empty", where=f"--{name}", fix="leave it out")
     common = vars(options) | lists
     at_least("--steps", recovery.steps, 1)
+    asked = drawn.asked
     check_target(flags.target)
     read_request("prune", method, flags.target, common)
     measured.check()
@@ -159,6 +162,7 @@ def prune(
             progress=track,
             announce=lambda text: print(text, file=sys.stderr),
             **measured.asked,
+            **asked,
             **common,
         )
         report = pruned.report

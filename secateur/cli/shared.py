@@ -265,6 +265,59 @@ def check_device(device: str | None) -> None:
         ) from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What a pipeline of diffusers draws for calibration, and how."""
+
+    prompts: str | None = flag(
+        "of a pipeline of diffusers: a text file with a prompt, or a class number, in each line", None
+    )
+    drawing: tuple[str, ...] | None = flag(
+        "of a pipeline: a further argument of its call, such as num_inference_steps=20; may be repeated", None
+    )
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Arguments of `prune` and `train_prune`."""
+        asked: dict[str, Any] = {}
+        if self.prompts is not None:
+            asked["prompts"] = _lines(self.prompts)
+        if self.drawing is not None:
+            asked["drawing"] = dict(_argument(text) for text in self.drawing)
+        return asked
+
+
+def _lines(path: str) -> list[Any]:
+    """The lines of a file that aren't empty: class numbers where all are numbers."""
+    file = Path(path).expanduser()
+    require(file.is_file(), "no such file", where=f"--prompts {path}", fix=check_path(file))
+    try:
+        lines = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except (UnicodeDecodeError, OSError) as error:
+        raise SecateurError(
+            f"it isn't text ({error})", where=f"--prompts {path}", fix="a prompt a line, in UTF-8"
+        ) from error
+    require(lines, "it is empty", where=f"--prompts {path}", fix="write a prompt a line")
+    return (
+        [int(line) for line in lines] if all(line.isascii() and line.isdigit() for line in lines) else lines
+    )
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """`guidance_scale=7.5` -> ("guidance_scale", 7.5); what isn't a number, true, false or null is text."""
+    name, equals, value = text.partition("=")
+    require(
+        equals and name.isidentifier(),
+        f"{text!r} isn't name=value",
+        where="--drawing",
+        fix="such as --drawing num_inference_steps=20",
+    )
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def open_model(name: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
     """(model, tokenizer) on the device and in the dtype that the flags name."""
     from secateur.tasks import load_model

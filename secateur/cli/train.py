@@ -16,6 +16,7 @@ from secateur.cli.shared import (
     DEVICE_HELP,
     JSON_HELP,
     REPORT_HELP,
+    Drawn,
     check_device,
     check_new_file,
     check_new_folder,
@@ -25,7 +26,9 @@ from secateur.cli.shared import (
 )
 from secateur.errors import SecateurError
 
-TASK = Parameter(help="cifar10, digits, sr, camvid, or one with a network: cifar10:resnet56")
+TASK = Parameter(
+    help="cifar10, digits, sr, camvid, one with a network, cifar10:resnet56, or the folder of a pipeline of diffusers"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,7 @@ def train_prune(
     /,
     *,
     flags: Train,
+    drawn: Drawn,
     settings: Settings,
     recipe: Settings,
     options: Settings,
@@ -73,7 +77,6 @@ def train_prune(
     With --method NAME, --help shows the method's hyperparameters too. Under torchrun the batches are shared by its processes.
     """
     from secateur.report.summary import alarms
-    from secateur.tasks import load_task
     from secateur.training.parallel import is_main
     from secateur.training.train_prune import train_prune as run
 
@@ -81,12 +84,13 @@ def train_prune(
     if is_main():
         check_new_folder(out)
         check_new_file(page)
+    asked = drawn.asked
     work = _work_folder(out, flags.resume, is_main())
     with quiet_stdout():
         train_method(flags.method)
         own = {name: value for name, value in vars(settings).items() if value is not None}
         own |= _recipe(recipe) | vars(options) | {"kinds": listed(vars(options)["kinds"]) or None}
-        network = load_task(task, train=flags.train, test=flags.test)
+        network = _network(task, flags)
         check_device(flags.device)
         pruned = run(
             network,
@@ -99,6 +103,7 @@ def train_prune(
             resume=work,
             every=flags.every,
             clean=not isinstance(work, Path),  # the result is written before its folder goes
+            **asked,
             **own,
         )
         report = pruned.report
@@ -110,6 +115,23 @@ def train_prune(
                 shutil.rmtree(work, ignore_errors=True)
     if is_main():
         show(report, flags.json, lambda console: _draw(report, console))
+
+
+def _network(task: str, flags: Train) -> Any:
+    """A task, or the pipeline of a folder."""
+    from secateur.io.pipelines import is_pipeline_folder, load_pipeline
+    from secateur.tasks import load_task
+
+    folder = Path(task).expanduser()
+    if not is_pipeline_folder(folder):
+        return load_task(task, train=flags.train, test=flags.test)
+    if flags.train is not None or flags.test is not None:
+        raise SecateurError(
+            "a pipeline brings no data",
+            where="--train, --test",
+            fix="leave them out; --prompts says what is drawn",
+        )
+    return load_pipeline(folder)
 
 
 def _recipe(flags: Settings) -> dict[str, Any]:

@@ -35,12 +35,19 @@ def is_pipeline(value: Any) -> bool:
 def as_module(
     model: Any, prompts: Sequence[Any] | None = None, drawing: Mapping[str, Any] | None = None
 ) -> Any:
-    """The parts of a pipeline; anything else as it is.
+    """The parts of a pipeline, or parts with other prompts or arguments; anything else as it is.
 
     Raises `SecateurError` for prompts or arguments of a pipeline where there is none.
     """
     if is_pipeline(model):
         return Parts(model, prompts, **(drawing or {}))
+    if isinstance(model, Parts):
+        other = Parts(
+            model.pipeline,
+            model.prompts if prompts is None else prompts,
+            **(model.call | {**(drawing or {})}),
+        )
+        return model if prompts is None and drawing is None else other
     if prompts is not None or drawing is not None:
         raise SecateurError(
             "only a pipeline of diffusers takes them",

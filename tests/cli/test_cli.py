@@ -300,6 +300,18 @@ MISTAKES: list[tuple[list[str], tuple[str, ...]]] = [
     (["--frob"], ("--frob",)),
     (["measure", "MODEL", "--tasks", "zzz"], ("zzz", "piqa")),
     (["measure", "MODEL", "--seqlen", "0"], ("--seqlen",)),
+    (
+        ["prune", "MODEL", "--method", "magnitude", "--target", "50%", "--prompts", "nowhere.txt"],
+        ("no such file", "--prompts"),
+    ),
+    (
+        ["prune", "MODEL", "--method", "magnitude", "--target", "50%", "--prompts", "FULL/empty"],
+        ("it is empty",),
+    ),
+    (
+        ["train-prune", "digits", "--method", "ecodiff", "--target", "50%", "--drawing", "steps"],
+        ("'steps' isn't name=value",),
+    ),
     (["inspect", "MODEL", "--html", "FULL"], ("is a folder",)),
     (["methods", "--when", "LATER"], ("LATER", "PAT")),
     (["methods", "--colour", "red"], ("--colour",)),
@@ -327,6 +339,7 @@ def test_a_mistake_is_one_line_before_any_work(
     for name in ("EMPTY", "FULL"):
         (tmp_path / name).mkdir()
     (tmp_path / "FULL" / "x").write_text("here first")
+    (tmp_path / "FULL" / "empty").write_text(" \n")
     monkeypatch.chdir(tmp_path)
     assert cli.main([*words]) == 2
     out, err = capsys.readouterr()

@@ -11,7 +11,8 @@ from torch import nn
 
 import secateur
 from secateur import SecateurError
-from secateur.families.pipelines import Parts, components_of, is_pipeline
+from secateur.cli.main import main
+from secateur.families.pipelines import Parts, as_module, components_of, is_pipeline
 from secateur.gates import HardConcrete, place
 from secateur.graph import trace
 from secateur.training.pipelines import pipeline_task
@@ -170,6 +171,34 @@ def test_ecodiff_on_a_pipeline(name, tmp_path):
     loaded, _ = secateur.load(tmp_path / "cut")
     loaded.prompts, loaded.call = pruned.model.prompts, pruned.model.call
     torch.testing.assert_close(drawn(loaded), drawn(pruned.model))
+
+
+def test_the_command_line_learns_from_the_prompts_of_a_file(tmp_path, capsys):
+    """A pipeline that takes class numbers; what it gets while it draws is counted by steps and numbers."""
+    pipes.dit().save_pretrained(tmp_path / "dit")
+    (tmp_path / "classes.txt").write_text("1\n\n2\n")
+    words = ["train-prune", tmp_path / "dit", "--method", "ecodiff", "--target", "75%", "--steps", "2"]
+    words += [
+        "--samples",
+        "3",
+        "--batch",
+        "2",
+        "--drawing",
+        "num_inference_steps=2",
+        "--out",
+        tmp_path / "out",
+    ]
+    assert main([str(word) for word in [*words, "--prompts", tmp_path / "classes.txt", "--json"]]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["met"] and report["model"] == str(tmp_path / "dit")
+    loaded, _ = secateur.load(tmp_path / "out")
+    assert drawn(loaded).isfinite().all()
+    assert as_module(loaded, [3], {"num_inference_steps": 1}).prompts == [3] and as_module(loaded) is loaded
+    for more, told in (
+        (["--train", "3"], "a pipeline brings no data"),
+        (["--drawing", "stepps=2"], "takes no 'stepps'"),
+    ):
+        assert main([*map(str, words[:-2]), *more]) == 2 and told in capsys.readouterr().err
 
 
 def noisy():
