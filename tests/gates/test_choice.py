@@ -178,6 +178,17 @@ def test_a_decided_shape_is_the_masked_and_the_cut_network(name):
     assert ExpectedCost(graph).macs(gated.keep()).item() == pytest.approx(graph.macs(keep), rel=1e-6)
 
 
+def test_the_norms_of_the_widths_are_trained_and_saved_with_the_gates():
+    """One for each width of each choice behind a BatchNorm, beside the network's own."""
+    model = DigitsResNet().eval()
+    _, gated = placed(model, torch.randn(2, *model.input_size))
+    wide = [choice for name, choice in gated.choices().items() if not gated.points[name].blocks]
+    norms = [part for part in gated.widths.modules() if isinstance(part, nn.BatchNorm2d)]
+    assert len(norms) >= sum(len(choice.counts) for choice in wide) > 0
+    assert {id(p) for norm in norms for p in norm.parameters()} <= {id(p) for p in gated.parameters()}
+    assert any(name.startswith("widths.") for name in gated.state_dict())
+
+
 class Joined(nn.Module):
     """One norm over the channels of two convolutions, which are two groups."""
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from secateur.gates.cost import ExpectedCost
 from secateur.gates.reading import answers_over
 from secateur.graph import trace
 from secateur.graph.blocks import find_matrices
@@ -62,3 +63,11 @@ def test_answers_are_counted_over_samples_and_not_over_batches():
     ran, sure = answers_over({"g": law}, forwards())["g"]
     assert ran.tolist() == [0.75, 0.5]
     torch.testing.assert_close(sure, torch.tensor([(0.9 * 3 + 0.1) / 4, (0.3 * 3 + 0.7) / 4]))
+
+
+def test_an_entry_that_several_units_keep_is_there_as_long_as_one_of_them_is():
+    cost = ExpectedCost(groups()[0])
+    keep = {"a": torch.tensor([0.5, 0.9]), "b": torch.tensor([0.25])}
+    part = (2, {"a": torch.tensor([1.0, 1.0])}, [(1, [("a", 0), ("b", 0)]), (-1, [("a", 1), ("c", 0)])])
+    # two that stay, two units of a, one entry that leaves with 0.5 x 0.75; one is taken off that c, without a gate, keeps
+    assert cost._size(part, keep, {}).item() == pytest.approx(2 + 1.4 + (1 - 0.5 * 0.75) - 1)

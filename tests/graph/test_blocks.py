@@ -214,3 +214,18 @@ def test_a_tower_beside_a_decoder_is_a_stack_from_a_two_hundredth_on(width, path
     model = Speaks(stack(lambda: linear(50, 20)))
     model.tower = stack(lambda: linear(width, 1))
     assert [found.path for found in find_stacks(model)] == paths and find_blocks(model).path == "body.layers"
+
+
+class Single(nn.Module):
+    """A language model without a list of blocks, whose head isn't its embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inner, self.head = nn.Embedding(7, 4), linear(4), linear(4, 7)
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+def test_the_output_head_of_a_language_model_is_left_out():
+    assert list(find_matrices(Single())) == ["inner.weight"]

@@ -112,13 +112,14 @@ def test_cut_heads_equal_masked_ones(options, inner):
     keep = {stream.name: torch.tensor([0, 2])}
     assert prove(model, graph, keep, X) == {}
     assert graph.rule_errors == []
-    if not inner:
-        cut, masked = copy.deepcopy(model), copy.deepcopy(model)
-        cut_units(cut, graph, keep)
-        mask_units(masked, graph, keep)
-        del cut.forward, masked.forward
-        torch.testing.assert_close(cut(X)[0], masked(X)[0], rtol=0, atol=1e-6)
-        assert (cut.attention.embed_dim, cut.attention.num_heads, cut.attention.head_dim) == (8, 2, 4)
+    cut, masked = copy.deepcopy(model), copy.deepcopy(model)
+    cut_units(cut, graph, keep)
+    mask_units(masked, graph, keep)
+    del cut.forward, masked.forward
+    # narrower heads divide by another root: their queries make up for it
+    torch.testing.assert_close(cut(X)[0], masked(X)[0], rtol=0, atol=1e-6)
+    sizes = (6, 3, 2) if inner else (8, 2, 4)
+    assert (cut.attention.embed_dim, cut.attention.num_heads, cut.attention.head_dim) == sizes
 
 
 class Detector(nn.Module):

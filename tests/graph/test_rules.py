@@ -344,6 +344,12 @@ RULES = {
 }  # fmt: skip
 
 
+def test_the_kernel_of_a_channel_shuffle_is_traced_too():
+    """It has no derivative, so the proof of a cut refuses it."""
+    model = Chain("a", lambda x: torch.native_channel_shuffle(x, 2), "c", a=conv(4, 8), c=conv(8, 4))
+    expect(trace(model.eval(), X2), (4, {"a.w.0": 2, "a.b.0": 2, "c.w.1": 2}))
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_e2_rule(name):
     model, x, groups = RULES[name]
