@@ -276,3 +276,33 @@ def test_a_stream_has_no_gate_that_reads_the_input():
     graph = trace(model, inputs)
     with pytest.raises(SecateurError, match="a stream"):
         place(model, graph, lambda g: Reading(g.size), kinds=("hidden",), inputs=inputs)
+
+
+class Stream(nn.Module):
+    """Two producers of one stream that a norm mixes, and a vector that is added to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 4)
+        self.place, self.norm, self.last = nn.Parameter(torch.randn(4)), nn.LayerNorm(4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.a(x) + self.place
+        return self.last(self.norm(x + torch.relu(self.b(x))))
+
+
+def test_a_stream_is_multiplied_where_it_is_made():
+    """Rows and biases of the producers and what is added; the norm and the readers see only what is closed."""
+    model, x = Stream(), torch.randn(2, 3)
+    graph = trace(model, x)
+    (stream,) = (g for g in graph.groups if {"place", "norm.weight"} <= {s.name for s in g.slices})
+    found = points_of(model, graph, stream)
+    assert found.place == "producers"
+    names = {(s.name, s.dim) for s in found.soft}
+    assert names == {("a.weight", 0), ("a.bias", 0), ("b.weight", 0), ("b.bias", 0), ("place", 0)}
+    assert {(s.name, s.dim) for s in found.closed} == {
+        ("norm.weight", 0),
+        ("norm.bias", 0),
+        ("b.weight", 1),
+        ("last.weight", 1),
+    }

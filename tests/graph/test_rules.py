@@ -411,12 +411,19 @@ def test_rows_joined_with_rows_of_constants_keep_their_columns(first):
 class Table(nn.Module):
     """A router's numbers pick rows of a table of as many rows, or of more."""
 
-    def __init__(self, rows):
+    def __init__(self, rows, experts=4, picked=2):
         super().__init__()
-        self.gate, self.out, self.table = nn.Linear(8, 4), nn.Linear(8, 3), nn.Parameter(torch.randn(rows, 8))
+        self.gate, self.out, self.picked = nn.Linear(8, experts), nn.Linear(8, 3), picked
+        self.table = nn.Parameter(torch.randn(rows, 8))
 
     def forward(self, x):
-        return self.out(x + self.table[self.gate(x).topk(2, -1).indices].sum(-2))
+        return self.out(x + self.table[self.gate(x).topk(self.picked, -1).indices].sum(-2))
+
+
+def test_a_router_of_two_picks_rows_of_a_table_of_two():
+    graph = trace(Table(2, experts=2, picked=1), torch.randn(5, 8))
+    (group,) = graph.prunable()
+    assert {(s.name, s.dim) for s in group.slices} == {("gate.weight", 0), ("gate.bias", 0), ("table", 0)}
 
 
 @pytest.mark.parametrize(("rows", "experts"), [(4, [4]), (6, [])])
