@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from secateur.method import register
+from secateur.methods.visionzip import reduce, zipped
 from secateur.taxonomy import record
 from secateur.tokens.counts import geometric
 from secateur.tokens.method import Facts, Stage, TokenMethod
-from secateur.tokens.reduce import in_order, merge_nearest, with_token
-from secateur.tokens.select import top_per_row
-from secateur.tokens.state import Missing, Reduction, TokenSets
+from secateur.tokens.state import Reduction, TokenSets
 
 
 @register
@@ -58,52 +57,13 @@ class VisionDrop(TokenMethod):
     def counts(self, sets: TokenSets, stage: int) -> tuple[Tensor, Tensor]:
         """Dominant and contextual tokens of a stage, [S] each."""
         size = (sets.asked.double() * geometric(len(self.layers) + 1, self.first)[stage]).round().long()
-        size = torch.where(size < sets.valid.sum(1), size, sets.valid.sum(1))
-        contextual = (size + 7) // 8
-        return size - contextual, torch.where(size < sets.valid.sum(1), contextual, 0)
+        size = torch.minimum(size, sets.count)
+        contextual = torch.where(size < sets.count, (size + 7) // 8, 0)
+        return size - contextual, contextual
 
     def before(self, sets: TokenSets) -> Reduction | Tensor:
-        dominant, contextual = self.counts(sets, 0)
-        keys = sets.keys("encoder:-2").mean(1)
-        try:
-            scores, token = sets.attention("encoder:-2"), sets.project(sets.hidden("encoder:-2", cls=True))
-        except Missing:
-            scores = sets.attention("encoder:-2", rows="all")
-            return reduce(sets, scores, keys, dominant, contextual, site="encoder:-2")
-        cut = contextual > 0
-        reduction = reduce(sets, scores, keys, dominant - cut.long(), contextual, site="encoder:-2")
-        left = sets.valid & cut[:, None]
-        left = left & ~torch.zeros_like(left).scatter(1, reduction.index.clamp(min=0), True)
-        return with_token(reduction, token, left, first=True)
+        return zipped(sets, "encoder:-2", *self.counts(sets, 0))
 
     def within(self, peek: str, stage: int, sets: TokenSets) -> Reduction | Tensor:
         scores = sets.attention(peek, rows="visual")
         return reduce(sets, scores, sets.keys(peek).mean(1), *self.counts(sets, stage))
-
-
-def reduce(
-    sets: TokenSets,
-    scores: Tensor,
-    keys: Tensor,
-    dominant: Tensor,
-    contextual: Tensor,
-    site: str | None = None,
-) -> Reduction:
-    """The `dominant` [S] best stay as they are, the others merge into `contextual` [S] of them, which come after.
-
-    site: where in the tower they merge and are projected from.
-    """
-    best = top_per_row(scores, dominant, sets.valid)
-    left = ~best & sets.valid
-    if site is not None:
-        try:
-            targets, hidden = merge_nearest(sets.hidden(site), keys, left, contextual)  # [S, n, C]
-            made = sets.project(hidden[targets])
-        except Missing:
-            pass
-        else:
-            merged = sets.features.clone()
-            merged[targets] = made.to(merged.dtype)
-            return in_order([best, targets], merged)
-    targets, merged = merge_nearest(sets.features, keys, left, contextual)
-    return in_order([best, targets], merged)

@@ -422,4 +422,4 @@ class Live:
         if projector is None:
             raise Missing("projector that works token by token", where="tokens")
         flat = projector(hidden.reshape(1, -1, hidden.shape[-1]))
-        return flat.reshape(*hidden.shape[:-1], -1)
+        return flat.reshape(*hidden.shape[:-1], flat.shape[-1])

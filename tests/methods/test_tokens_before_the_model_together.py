@@ -14,6 +14,7 @@ ALL = [
     "mmtok",
     "todre",
     "fopru",
+    "visionzip",
     "random-tokens",
     "uniform-grid",
     "downsample",
@@ -49,7 +50,7 @@ def test_features_that_are_not_numbers_are_named(method):
         kept(method, sets)
 
 
-@pytest.mark.parametrize("method", ["fastervlm", "hiprune", "fopru"])
+@pytest.mark.parametrize("method", ["fastervlm", "hiprune", "fopru", "visionzip"])
 def test_attention_that_is_not_a_number_is_named(method):
     sets = everything()
     for scores in sets.source.maps.values():
@@ -153,6 +154,12 @@ class TestThroughAModel:
                 chosen.append(int(near.argmax()))
             expected.append(sorted(chosen))
         assert through(llava, "divprune", 5) == expected
+
+    def test_visionzip_takes_the_patches_of_the_cls_row_and_evenly_spaced_others(self, llava):
+        scores = llava[2].attentions[-2][:, :, 0, 1:].sum(1)
+        for found, best_ in zip(through(llava, "visionzip", 8), best(scores, 6)):
+            rest = [i for i in range(16) if i not in best_]
+            assert {*best_, rest[0]} <= set(found) and len(found) == 8
 
     def test_fopru_compares_attention_received_and_given_without_cls(self, llava):
         maps = llava[2].attentions[-2].mean(1)[:, 1:, 1:]
