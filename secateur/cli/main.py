@@ -17,7 +17,7 @@ from typing import Any
 import cyclopts
 from cyclopts import App
 
-from secateur.cli import catalogue, doctor, inspect, plan, prune, saliency, scenes, tokens, train
+from secateur.cli import catalogue, doctor, inspect, metanetwork, plan, prune, saliency, scenes, tokens, train
 from secateur.cli.flags import command, flag_names, named_method, on_off, settings
 from secateur.cli.interrupt import INTERRUPTED, interrupted
 from secateur.cli.shared import entries, method_entry, method_flags
@@ -34,6 +34,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "train-prune": train.train_prune,
     "tokens": tokens.tokens,
     "train scenes": scenes.train_scenes,
+    "train metanetwork": metanetwork.train_metanetwork,
     "saliency": saliency.saliency,
     "inspect": inspect.inspect,
     "measure": inspect.measure,
@@ -64,6 +65,12 @@ def kinds_of(verb: str, argv: Sequence[str]) -> dict[str, type]:
     elif verb == "train scenes":
         own = [row for row in shared["scenes"] if row["name"] not in ("variant", "seed")]
         kinds["settings"] = settings(own, "Recipe", 2)
+    elif verb == "train metanetwork":
+        own = [row for row in method_entry("metapruning")["settings"] if row["name"] not in metanetwork.LATER]
+        kinds["settings"] = settings(own, "Metanetwork", 2)
+        kinds["recipe"] = settings(
+            shared["recipe"], "Recipe of the data models (default: the task's)", 3, optional=True
+        )
     elif verb == "methods":
         kinds["flags"] = catalogue.filter_flags()
     elif verb == "recommend":

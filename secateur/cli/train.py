@@ -89,7 +89,7 @@ def train_prune(
     with quiet_stdout():
         train_method(flags.method)
         own = {name: value for name, value in vars(settings).items() if value is not None}
-        own |= _recipe(recipe) | vars(options) | {"kinds": listed(vars(options)["kinds"]) or None}
+        own |= recipe_of(recipe) | vars(options) | {"kinds": listed(vars(options)["kinds"]) or None}
         network = _network(task, flags)
         check_device(flags.device)
         pruned = run(
@@ -134,7 +134,7 @@ def _network(task: str, flags: Train) -> Any:
     return load_pipeline(folder)
 
 
-def _recipe(flags: Settings) -> dict[str, Any]:
+def recipe_of(flags: Settings) -> dict[str, Any]:
     """The fields of a recipe that are set; tuples are written with commas."""
     from secateur.training.recipe import Recipe
 

@@ -44,6 +44,21 @@ class RuleError(NamedTuple):
     error: str
 
 
+class Layer(NamedTuple):
+    """What ran with parameters of its own: a weight that channels meet, or what scales and shifts them.
+
+    tensors: names by part: "weight", "bias" of a weight; "scale", "shift", "mean", "var" of channels; "" where a value isn't
+    a parameter as it is. dims: (out, in) of the weight. reads: labels of the channels that it reads, None: unknown.
+    """
+
+    module: str
+    tensors: dict[str, str]
+    dims: tuple[int, int] = (0, 1)
+    reads: np.ndarray | None = None
+    groups: int = 1
+    transposed: bool = False
+
+
 class Run(NamedTuple):
     """A run on inputs of a form: what it did, as one number; of its outputs the shapes, whether they are finite, some values.
 
@@ -79,6 +94,7 @@ class Notes:
     normalised: parameters that only a weight norm reads.
     events: sizes passed to operations; costs: (module, axes whose sizes multiply to its multiply-adds).
     roles: "out" or "in" of each parameter's axis; uses: parameters in the order of their first use.
+    layers: what ran with parameters, in order.
     calls: (input, output) of each call of a module of a list, by path.
     unknown: why, by the name of the operation that has no rule; rule_errors: rules that failed.
     runs: what was run; ops: the operations of the present run so far, in order, as one number.
@@ -99,6 +115,7 @@ class Notes:
     costs: list[tuple[str, list[Any]]] = field(default_factory=list)
     roles: dict[tuple[str, int], str] = field(default_factory=dict)
     uses: dict[str, int] = field(default_factory=dict)
+    layers: list[Layer] = field(default_factory=list)
     calls: dict[str, list[tuple[Axes | None, Axes | None]]] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
     rule_errors: list[RuleError] = field(default_factory=list)

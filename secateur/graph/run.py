@@ -68,6 +68,7 @@ def run_model(
     args, kwargs = as_call(inputs)
     modules = list(t.unique())
     costs, calls, further = t.notes.costs, t.notes.calls, bool(t.notes.runs)
+    layers = len(t.notes.layers)
     if further:
         t.notes.costs, t.notes.calls = [], {}
     t.notes.ops = 0
@@ -105,6 +106,7 @@ def run_model(
             ) from error
     if further:
         t.notes.costs, t.notes.calls = costs, {**t.notes.calls, **calls}
+        del t.notes.layers[layers:]
     outputs = list(flat_tensors(output))
     if spared is not None and spared.any:
         t.notes.runs.append(

@@ -6,7 +6,8 @@ It runs nothing and knows no rule: `secateur.graph.run` runs the model and lets 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from typing import Any, Self
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from secateur.graph.labels import Axes, Labels, along
-from secateur.graph.notes import Event, Notes, Part
+from secateur.graph.notes import Event, Layer, Notes, Part
 from secateur.graph.sizes import Attribute, Size, leaves
 from secateur.graph.source import source_line, source_place
 from secateur.utils.running import flat_ints, flat_items, module_paths
@@ -230,6 +231,27 @@ class Tracer:
     def cost(self, dims: list[Any]) -> None:
         """The running module does as many multiply-adds as the product of these sizes: ints or (axes, axis)."""
         self.notes.costs.append((self.stack[-1], dims))
+
+    def layer(
+        self,
+        tensors: Mapping[str, Axes | None],
+        dims: tuple[int, int] = (0, 1),
+        reads: np.ndarray | None = None,
+        groups: int = 1,
+        transposed: bool = False,
+    ) -> None:
+        """These tensors work on channels here; those that depend on the input are none of the layer's."""
+        names = {
+            part: self._parameter(x) for part, x in tensors.items() if x is not None and x.params is not None
+        }
+        if names:
+            self.notes.layers.append(Layer(self.stack[-1], names, dims, reads, groups, transposed))
+
+    def _parameter(self, x: Axes) -> str:
+        """The tensor of the model that a value is, or is a view of; "" where there is none."""
+        name = next(iter(x.params)) if x.params and len(x.params) == 1 else ""
+        own = self.own.get(name)
+        return name if own is x or (own is not None and prod(own.shape) == prod(x.shape)) else ""
 
     def event(self, expr: Any, part: Part, place: tuple[str, int] | None = None) -> None:
         """The code passed a size with this expression where `part` says what it has to be."""

@@ -128,6 +128,7 @@ class Job(Screen):
         parameters: Iterable[Any] | None = None,
         loss: Objective | None = None,
         data: Any = None,
+        augment: bool = True,
         **recipe: Any,
     ) -> list[float]:
         """Train the model in a phase of its own name, with `fit`; gives the loss of each step.
@@ -136,7 +137,8 @@ class Job(Screen):
         >>> job.train("gates", model=gated, parameters=[{"params": [*gated.laws.parameters()], "lr": 0.1}])  # doctest: +SKIP
 
         steps: None is the whole budget. model: what runs, where it is more than the job's model, such as one behind
-        gates. parameters, loss, data: in place of the task's, as `fit` takes them. recipe: fields that differ from the
+        gates. parameters, loss, data: in place of the task's, as `fit` takes them. augment: False where the data are of another
+        kind than the task's. recipe: fields that differ from the
         run's. Where the run is resumed, a finished phase is read, and one that was stopped goes on from its last
         checkpoint; a hook with `state_dict()` is kept there too.
         """
@@ -159,7 +161,7 @@ class Job(Screen):
             after_backward=after_backward,
             after_step=after_step,
             parameters=parameters,
-            augment=self.task.augment,
+            augment=self.task.augment if augment else None,
             seed=self.seed if seed is None else seed,
             moments=moments,
             recipe=self.recipe.replace(**recipe),
@@ -312,7 +314,7 @@ class Job(Screen):
         if self._cut:
             assert graph is not None
             context.graph = graph  # that of the dense model
-            values = _at_dense_shape(values, self._dense, graph, self._cut)
+            values = at_dense_shape(values, self._dense, graph, self._cut)
         return context.make_plan(
             keep=self._cut,
             masks=masks,
@@ -326,7 +328,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _at_dense_shape(
+def at_dense_shape(
     small: Mapping[str, Tensor], dense: Mapping[str, Tensor], graph: Graph, keep: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The cut model's tensors at their places in the dense ones, which are as they were before the cut elsewhere."""

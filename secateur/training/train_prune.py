@@ -111,7 +111,7 @@ def train_prune(
     recipe = (recipe or task.recipe).replace(**request.others)
     if task.classes is not None and isinstance(task.train, tuple) and len(task.train) == 2:
         check_classes(task.train[1], task.classes)
-    total = _steps(task, recipe, epochs, steps)
+    total = steps_of(task, recipe, epochs, steps)
     model, trained = _network(task, chosen, seed)
     check_model(model)
     if device is not None:
@@ -135,7 +135,7 @@ def train_prune(
     if resume is True:
         directory = run_directory(True, lambda: fingerprint(model, identity))
     if rank == 0:
-        _claim(directory, identity)
+        claim(directory, identity)
     parallel.barrier(size)
     job = Job(model, task, chosen, goal, total, recipe, options, example, seed, trained, directory, every)
     before = measure(model, inputs=example) | _quality(job)
@@ -207,7 +207,7 @@ def _network(task: Task, method: TrainMethod, seed: int) -> tuple[nn.Module, boo
         return task.build(), False
 
 
-def _steps(task: Task, recipe: Recipe, epochs: float | None, steps: int | None) -> int:
+def steps_of(task: Task, recipe: Recipe, epochs: float | None, steps: int | None) -> int:
     if steps is not None and epochs is not None:
         raise SecateurError("both epochs and steps are given", where="train_prune", fix="give one of them")
     count = length(task.train)
@@ -223,7 +223,7 @@ def _steps(task: Task, recipe: Recipe, epochs: float | None, steps: int | None) 
     return steps
 
 
-def _claim(directory: Path | None, identity: dict[str, Any]) -> None:
+def claim(directory: Path | None, identity: dict[str, Any]) -> None:
     """Makes the directory this run's, or finds that it is, or refuses it."""
     if directory is None:
         return

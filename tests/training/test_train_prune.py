@@ -19,7 +19,7 @@ import secateur
 from secateur.cli.main import main
 from secateur.errors import SecateurError
 from secateur.training import fit
-from secateur.training.train_prune import _claim
+from secateur.training.train_prune import claim
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -88,14 +88,14 @@ def test_killed_at_a_random_step_and_resumed_gives_the_same_bits(
 
 def test_an_empty_folder_is_as_good_as_a_new_one(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "new"):
-        _claim(folder, {"seed": 0})
-        _claim(folder, {"seed": 0})
+        claim(folder, {"seed": 0})
+        claim(folder, {"seed": 0})
         with pytest.raises(SecateurError, match="another seed"):
-            _claim(folder, {"seed": 1})
+            claim(folder, {"seed": 1})
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.txt").write_text("mine")
     with pytest.raises(SecateurError, match="isn't empty"):
-        _claim(tmp_path / "used", {"seed": 0})
+        claim(tmp_path / "used", {"seed": 0})
 
 
 def test_no_resume_starts_again_and_removes_only_what_is_a_run(

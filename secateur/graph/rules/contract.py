@@ -19,7 +19,9 @@ def linear(t: Tracer, c: Call) -> Axes:
     if len(w.shape) != 2:
         raise NoRule
     t.weight(c.axes["weight"], [0], [1])
-    join(t, vector(t, x, -1), vector(t, w, 1), t.reason("the input of a linear layer is fixed"))
+    read = vector(t, x, -1)
+    t.layer({"weight": c.axes["weight"], "bias": b}, reads=read)
+    join(t, read, vector(t, w, 1), t.reason("the input of a linear layer is fixed"))
     out = vector(t, w, 0)
     if b is not None:
         join(t, vector(t, b, 0), out, t.reason("the output of a linear layer is fixed"))
@@ -43,7 +45,12 @@ def matmul_axes(t: Tracer, x: Axes, y: Axes, out: tuple[int, ...]) -> Axes:
     t.weight(x, [-2], [-1])
     t.weight(y, [-1], [-2])
     square = rect if x.params or y.params else rect_heads
+    left, right = x, y
     x, y, rank = square(t, x), square(t, y), len(out)
+    if left.params is None and right.params:
+        t.layer({"weight": right}, _dims(t, right, 1), vector(t, x, -1))
+    elif right.params is None and left.params:
+        t.layer({"weight": left}, _dims(t, left, 0), vector(t, y, -2))
     shared = join(t, vector(t, x, -1), vector(t, y, -2), t.reason("the partner of a matrix product is fixed"))
     if shared is not None and x.params is None and y.params is None:
         t.labels.flag(shared, INNER if t.inner else MIXED | INNER)
@@ -73,6 +80,19 @@ def matmul_axes(t: Tracer, x: Axes, y: Axes, out: tuple[int, ...]) -> Axes:
     result = Axes(out, layers, t.origin([x, y]))
     t.cost([(result, k) for k in range(rank)] + [(x if x.has(-1) else y, -1 if x.has(-1) else -2)])
     return result
+
+
+def _dims(t: Tracer, x: Axes, out: int) -> tuple[int, int]:
+    """(out, in) of a matrix, where `out` is that axis of the value, which may be a transposed view."""
+    own = t.own.get(next(iter(x.params or ()), ""))
+    turned = own is not None and own is not x and own.shape == x.shape[::-1] and not _alike(t, own, x)
+    return (1 - out, out) if turned else (out, 1 - out)
+
+
+def _alike(t: Tracer, a: Axes, b: Axes) -> bool:
+    """Do two values have the same labels along their first axis?"""
+    one, two = vector(t, a, 0), vector(t, b, 0)
+    return one is not None and two is not None and np.array_equal(t.labels.find(one), t.labels.find(two))
 
 
 def heads(t: Tracer, x: Axes) -> int:
@@ -118,7 +138,10 @@ def addmm(t: Tracer, c: Call) -> Axes:
     first, x, y = list(c.axes.values())[:3]
     if c.name == "addbmm":
         raise NoRule
-    return elementwise(t, [first, matmul_axes(t, x, y, c.out)], c.out)
+    product = matmul_axes(t, x, y, c.out)
+    if product.params is None and len(first.shape) == 1:
+        t.layer({"shift": first})
+    return elementwise(t, [first, product], c.out)
 
 
 @rule("einsum")
@@ -236,6 +259,8 @@ def convolution(t: Tracer, c: Call) -> Axes:
     for k in range(channel + 1, rank):
         x = fix(t, x, k, why)
     inp, w0, w1 = vector(t, x, channel), vector(t, w, 0), vector(t, w, 1)
+    dims = (1, 0) if transposed else (0, 1)
+    t.layer({"weight": c.axes["weight"], "bias": b}, dims, inp, groups, transposed)
     keep = [layer for layer in x.layers if layer.shape[channel] == 1]
     n_in, n_out = x.shape[channel], c.out[channel]
     out = channels_of(t, (inp, w0, w1), groups, n_in, n_out, transposed)

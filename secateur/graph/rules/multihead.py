@@ -61,6 +61,10 @@ def multihead(t: Tracer, args: Sequence[Any], kwargs: Mapping[str, Any], result:
         t.notes.rescaled.append((units[0], [queries], reason))
     _meets(t, axes, units)
 
+    packed = axes.get("in_proj_weight")
+    for name, ids in [("in", columns[0])] if packed is not None else zip("qkv", columns, strict=True):
+        t.layer({"weight": axes[f"{name}_proj_weight"], "bias": axes.get(f"{name}_proj_bias")}, reads=ids)
+    t.layer({"weight": axes["out_proj_weight"], "bias": axes.get("out_proj_bias")}, reads=units.ravel())
     t.weight(axes["out_proj_weight"], [0], [1])
     join(t, units.ravel(), vector(t, axes["out_proj_weight"], 1), why)
     out, bias = vector(t, axes["out_proj_weight"], 0), axes.get("out_proj_bias")

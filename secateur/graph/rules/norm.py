@@ -16,6 +16,12 @@ def mixed(t: Tracer, x: Axes, dims: Sequence[int]) -> None:
             t.labels.flag(layer, MIXED)
 
 
+def noted(t: Tracer, c: Call) -> None:
+    """What a norm scales and shifts by."""
+    names = {"weight": "scale", "bias": "shift", "running_mean": "mean", "running_var": "var"}
+    t.layer({part: c.axes.get(name) for name, part in names.items()})
+
+
 def channel_params(t: Tracer, c: Call, names: Sequence[str], rank: int, channels: int) -> list[Axes]:
     """Per-channel vectors seen as [1, C, 1, ...]: they belong to axis 1, not to the last."""
     shape = tuple(channels if k == 1 else 1 for k in range(rank))
@@ -27,6 +33,7 @@ def channel_params(t: Tracer, c: Call, names: Sequence[str], rank: int, channels
       "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update",
       "native_instance_norm")  # fmt: skip
 def batch_norm(t: Tracer, c: Call) -> Axes:
+    noted(t, c)
     x = c.axes["input"]
     names = ("weight", "bias", "running_mean", "running_var")
     params = channel_params(t, c, names, len(x.shape), x.shape[1])
@@ -40,6 +47,7 @@ def batch_norm(t: Tracer, c: Call) -> Axes:
 
 @rule("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
 def layer_norm(t: Tracer, c: Call) -> Axes:
+    noted(t, c)
     x = rect_heads(t, c.axes["input"])
     mixed(t, x, range(len(x.shape) - len(c.args["normalized_shape"]), len(x.shape)))
     params = [p for name, p in c.axes.items() if name in ("weight", "bias") and p is not None]
@@ -48,6 +56,7 @@ def layer_norm(t: Tracer, c: Call) -> Axes:
 
 @rule("native_group_norm", "group_norm")
 def group_norm(t: Tracer, c: Call) -> Axes:
+    noted(t, c)
     x = rect(t, c.axes["input"])
     groups, channels = int(c.args.get("group", c.args.get("num_groups", 1))), x.shape[1]
     mixed(t, x, range(2, len(x.shape)))

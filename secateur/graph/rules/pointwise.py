@@ -65,6 +65,10 @@ def as_strided(t: Tracer, c: Call) -> Axes:
     return x
 
 
+SCALES = {"mul": "scale", "add": "shift"}
+"""What a vector of parameters does to channels."""
+
+
 def differ(a: np.ndarray, b: np.ndarray) -> bool:
     """Are these other sets of labels?"""
     if a.min() != b.min() or a.max() != b.max():
@@ -75,6 +79,10 @@ def differ(a: np.ndarray, b: np.ndarray) -> bool:
 def pointwise(t: Tracer, c: Call) -> Axes:
     xs = c.tensors()
     values = [x for x in xs if x.layers and x.params is None]
+    if c.name in SCALES and len(xs) == 2 and (xs[0].params is None) != (xs[1].params is None):
+        vector = xs[0] if xs[1].params is None else xs[1]
+        if vector.layers and sum(n > 1 for n in vector.shape) == 1:
+            t.layer({SCALES[c.name]: vector})
     before = [t.labels.find(x.layers[0].ravel()) for x in values[:2]] if c.name == "add" else []
     out = elementwise(t, xs, c.out)
     if len(before) > 1 and differ(*before):
