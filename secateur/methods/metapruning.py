@@ -67,6 +67,7 @@ class Metapruning(Making):
         self.change(job, small, meta)
         self.fine(job, "changed", self.tune, small)
         self.put_back(job, context, small, keep)
+        job.note(quality_before_the_cut=job.quality())
         job.cut(self.smallest(job, context))
         job.note(quality_after_the_cut=job.quality())
         self.fine(job, "tune", self.last, job.model)
