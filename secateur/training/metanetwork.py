@@ -57,8 +57,25 @@ def _four(values: Tensor) -> Tensor:
     return torch.cat([mean, deviation, values.amax(1), values.amin(1)], 1)
 
 
-def _pieces(width: int) -> nn.ModuleList:
-    return nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.SiLU()) for _ in range(4))
+class Round(nn.Module):
+    """One round of messages, along the edges and against them."""
+
+    sign: Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.pieces = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.SiLU()) for _ in range(4))
+        self.merge = nn.Linear(4 * width, width)
+        sign = torch.ones(width)
+        sign[width // 2 :] = -1
+        self.register_buffer("sign", sign, persistent=False)
+
+    def forward(self, h: Tensor, e: Tensor, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """What joins the nodes [nodes, d], and the new edges [edges, d]; h is normed."""
+        one, two, three, four = (piece(h) for piece in self.pieces)
+        along = self.merge(gather(two[target] * one[source] * e, target, len(h)))
+        against = self.merge(gather(two[source] * one[target] * (self.sign * e), source, len(h)))
+        return along + against, e + (three[source] * four[target] + three[target] * four[source]) * e
 
 
 class MetaNetwork(nn.Module):
@@ -79,13 +96,9 @@ class MetaNetwork(nn.Module):
         self.widths = widths_of(form)
         self.read_nodes = nn.Linear(len(FEATURES), hidden)
         self.read_edges = nn.ModuleDict({str(w): _reader(w, hidden) for w in self.widths})
-        self.send = nn.ModuleList(_pieces(hidden) for _ in range(layers))
-        self.merge = nn.ModuleList(nn.Linear(4 * hidden, hidden) for _ in range(layers))
+        self.rounds = nn.ModuleList(Round(hidden) for _ in range(layers))
         self.write_nodes = _writer(len(FEATURES), hidden)
         self.write_edges = nn.ModuleDict({str(w): _writer(w, hidden) for w in self.widths})
-        sign = torch.ones(hidden)
-        sign[hidden // 2 :] = -1
-        self.register_buffer("sign", sign, persistent=False)
 
     def forward(self, graph: Network, nodes: Tensor, edges: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Features as `Network.read` gives them, changed."""
@@ -94,12 +107,9 @@ class MetaNetwork(nn.Module):
         link = self.pad(nodes.new_ones(1, 1)).expand(graph.links, -1)
         e = torch.cat([self.read_edges[str(v.shape[1])](v) for v in [*padded, link]])
         h = self.read_nodes(nodes)
-        for pieces, merge in zip(self.send, self.merge, strict=True):
-            one, two, three, four = (piece(self.normed(h)) for piece in pieces)  # type: ignore[union-attr]
-            along = merge(gather(two[target] * one[source] * e, target, graph.nodes))
-            against = merge(gather(two[source] * one[target] * (self.sign * e), source, graph.nodes))
-            h = h + along + against
-            e = e + (three[source] * four[target] + three[target] * four[source]) * e
+        for each in self.rounds:
+            more, e = each(self.normed(h), e, source, target)
+            h = h + more
         nodes = nodes + self.ratio * self.write_nodes(self.normed(h))
         parts = self.normed(e).split([*map(len, edges), graph.links])
         changed = []
@@ -143,7 +153,8 @@ class MetaNetwork(nn.Module):
 
     def generate(self, graph: Network, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters that it makes of these tensors, by name; differentiable in its own parameters."""
-        return graph.write(*self(graph, *graph.read(tensors)), like=tensors)
+        nodes, edges = self(graph, *graph.read(tensors))
+        return graph.write(nodes, edges, like=tensors)
 
     @torch.no_grad()
     def transform(self, model: nn.Module, graph: Network) -> None:
@@ -184,7 +195,7 @@ def save_metanetwork(meta: MetaNetwork, folder: str | Path, about: Mapping[str, 
         "format": FORMAT,
         "form": meta.form,
         "hidden": meta.hidden,
-        "layers": len(meta.send),
+        "layers": len(meta.rounds),
         "ratio": meta.ratio,
         "about": dict(about or {}),
     }

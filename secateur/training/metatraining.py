@@ -48,6 +48,9 @@ class Making(TrainMethod):
         default=3, metadata={"help": "data models; of two or more the last chooses the epoch", "min": 1}
     )
     meta_epochs: int = field(default=8, metadata={"help": "epochs over the data models", "min": 1})
+    judged: int = field(
+        default=6, metadata={"help": "epochs to choose among, evenly spread up to the last", "min": 1}
+    )
     hidden: int = field(default=32, metadata={"help": "features of a node or edge inside", "min": 2})
     layers: int = field(default=4, metadata={"help": "rounds of messages", "min": 1})
     ratio: float = field(
@@ -209,7 +212,7 @@ class MetaLoss:
         data = self.models[int(batch)]
         made = meta.generate(data.graph, data.tensors)
         value, gradients = self.gradients(data, made)
-        sent = sum((made[name] * gradients[name]).sum() for name in made)
+        sent = torch.stack([(made[name] * gradients[name]).sum() for name in made]).sum()
         return value + sent - sent.detach()
 
     def gradients(self, data: DataModel, made: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -252,25 +255,25 @@ def mean_loss(job: Job, model: nn.Module, loss: Any, backward: bool = False) -> 
 
 
 class Epochs:
-    """A hook that keeps the metanetwork at the end of each epoch."""
+    """A hook that keeps the metanetwork as it is after these steps, by step."""
 
-    def __init__(self, steps: int):
+    def __init__(self, steps: Sequence[int]):
         self.steps = steps
         self.kept: dict[int, dict[str, Tensor]] = {}
 
     def __call__(self, state: State) -> None:
-        if (state.step + 1) % self.steps == 0:
+        if (step := state.step + 1) in self.steps:
             own = state.model.state_dict().items()
-            self.kept[(state.step + 1) // self.steps] = {name: t.detach().cpu().clone() for name, t in own}
+            self.kept[step] = {name: t.detach().cpu().clone() for name, t in own}
 
     def state_dict(self) -> dict[str, Any]:
-        return {f"{epoch}/{name}": t for epoch, kept in self.kept.items() for name, t in kept.items()}
+        return {f"{step}/{name}": t for step, kept in self.kept.items() for name, t in kept.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.kept = {}
         for key, value in state.items():
-            epoch, _, name = key.partition("/")
-            self.kept.setdefault(int(epoch), {})[name] = value
+            step, _, name = key.partition("/")
+            self.kept.setdefault(int(step), {})[name] = value
 
 
 def train_metanetwork(
@@ -333,10 +336,11 @@ def make_metanetwork(job: Job, making: Making) -> MetaNetwork:
         meta = MetaNetwork(models[0].graph.form, making.hidden, making.layers, making.ratio)
     meta.to(device_of(job.model))
     loss = MetaLoss(job, models, making.alpha, making.reg)
-    epochs = Epochs(len(learning))
+    last, apart = making.meta_epochs, -(-making.meta_epochs // making.judged)
+    epochs = Epochs([len(learning) * epoch for epoch in range(last, 0, -apart)])
     job.train(
         "metanetwork",
-        steps=making.meta_epochs * len(learning),
+        steps=last * len(learning),
         model=meta,
         data=[torch.tensor([number]) for number in range(len(learning))],
         augment=False,
@@ -346,7 +350,7 @@ def make_metanetwork(job: Job, making: Making) -> MetaNetwork:
         lr=making.meta_lr,
     )
     if len(models) > 1:
-        meta.load_state_dict(epochs.kept[best_epoch(job, making, meta, epochs, models[-1])])
+        meta.load_state_dict(epochs.kept[best_epoch(job, making, meta, epochs, models)])
     return meta.requires_grad_(False).eval()
 
 
@@ -365,12 +369,15 @@ META_RECIPE: dict[str, Any] = {
 """How a metanetwork is trained."""
 
 
-def best_epoch(job: Job, making: Making, meta: MetaNetwork, epochs: Epochs, held_out: DataModel) -> int:
-    """The epoch after which the held-out data model loses least by a cut."""
-    loss, journal = job.task.loss or checked_loss(job.task.train), job.journal("epochs")
-    found = {}
+def best_epoch(
+    job: Job, making: Making, meta: MetaNetwork, epochs: Epochs, models: Sequence[DataModel]
+) -> int:
+    """The step after which the last data model, from which nothing was learnt, loses least by a cut."""
+    loss, journal, held_out = job.task.loss or checked_loss(job.task.train), job.journal("epochs"), models[-1]
     factor = max(making.speedup / making.first, 1.0)
-    for epoch, kept in epochs.kept.items():
+    found = {}
+    for step, kept in epochs.kept.items():
+        epoch = step // (len(models) - 1)
         meta.load_state_dict(kept)
         model = copy.deepcopy(held_out.model)
         meta.transform(model, held_out.graph)
@@ -381,6 +388,6 @@ def best_epoch(job: Job, making: Making, meta: MetaNetwork, epochs: Epochs, held
             with evaluating(small), torch.no_grad():
                 return float(mean_loss(job, small, loss))
 
-        found[epoch] = journal(measured)
-        job.note(phase=f"epoch {epoch}", loss_after_the_cut=found[epoch])
-    return min(found, key=lambda epoch: found[epoch])
+        found[step] = journal(measured)
+        job.note(phase=f"epoch {epoch}", loss_after_the_cut=found[step])
+    return min(found, key=lambda step: found[step])
