@@ -52,7 +52,13 @@ class Metapruning(Making):
     kinds: ClassVar[tuple[str, ...] | None] = KINDS
     allocation: ClassVar[str] = "global"
     share_of: ClassVar[str] = "units"
-    quick: ClassVar[Mapping[str, Any]] = {"models": 1, "meta_epochs": 2, "hidden": 8, "layers": 1}
+    quick: ClassVar[Mapping[str, Any]] = {
+        "models": 1,
+        "meta_epochs": 1,
+        "hidden": 4,
+        "layers": 1,
+        "first": 1.0,
+    }
     info = record("metapruning")
 
     def prune(self, job: Job) -> Plan:
