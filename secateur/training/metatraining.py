@@ -34,6 +34,7 @@ from secateur.training.train_prune import claim, steps_of
 from secateur.utils.batches import sequences_in
 from secateur.utils.inputs import map_tensors
 from secateur.utils.running import device_of, evaluating
+from secateur.utils.screen import Screen
 
 KINDS = ("channels", "neurons", "heads", "kv_groups", "hidden")
 
@@ -165,8 +166,8 @@ def smaller(model: nn.Module, inputs: Any, factor: float) -> nn.Module:
     return copy.deepcopy(model) if found is None else found.model
 
 
-@dataclass
-class DataModel:
+@dataclass(repr=False)
+class DataModel(Screen):
     """A trained network as the metanetwork sees it. `tensors` are its own, which stay."""
 
     model: nn.Module
