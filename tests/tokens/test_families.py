@@ -514,6 +514,15 @@ def test_a_transformer_on_its_own_equals_the_masked_reference(name: str, at: int
     assert torch.equal(tokens_of(model, images), full)
 
 
+def test_patches_of_a_wide_picture_lie_on_a_wide_grid() -> None:
+    """8 x 32 pixels in patches of 4: two rows of eight."""
+    model = tf.ViTModel(tf.ViTConfig(**{**V, "image_size": (8, 32)})).eval()
+    with torch.no_grad(), attach(model, lambda s: s.valid, at="encoder:1", target="50%") as attached:
+        model(torch.randn(2, 3, 8, 32))
+    where = attached.coordinates("encoder:1")[1]
+    assert where["row"].tolist() == [0] * 8 + [1] * 8 and where["column"].tolist() == [*range(8)] * 2
+
+
 @pytest.mark.parametrize("name", ["vit", "clip", "timm-vit"])
 def test_pictures_that_keep_different_numbers(name: str) -> None:
     """Padded and masked where the head reads CLS; refused where it averages."""

@@ -256,6 +256,13 @@ def test_skipped_layers_stay_whole_and_parameters_are_counted() -> None:
     assert sum(int(mask.sum()) for mask in counted.plan.masks.values()) == 100 - (195 - 144)
 
 
+@pytest.mark.parametrize("target", ["params<=99", "params<=80"])
+def test_skipped_layers_that_leave_nothing_for_the_others_are_refused(target: str) -> None:
+    """195 parameters, 51 of them no weights: 48 weights are skipped, which is all that 99 have room for."""
+    with pytest.raises(SecateurError, match="the skipped layers alone are over the target"):
+        run(target=target, rounds=1, skip=("4.weight",), scope="layer")
+
+
 def test_the_best_step_of_each_level_is_reported_and_watching_changes_nothing(tmp_path: Any) -> None:
     x, y = pairs()
 
