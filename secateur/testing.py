@@ -463,7 +463,7 @@ def token_sets(
     sets, n = features.shape[:2]
     valid = torch.ones(sets, n, dtype=torch.bool, device=features.device) if valid is None else valid
     every = _one_crop(valid, grid) | {name: value for name, value in fields.items() if value is not None}
-    for name in ("index", "grid_row", "grid_col", "image_of", "crop_of", "newline"):
+    for name in ("index", "grid_row", "grid_col", "image_of", "crop_of", "frame_of", "newline"):
         every[name] = every[name].expand(sets, n)
     asked = torch.as_tensor(keep, device=features.device).expand(sets)
     vectors = {"q": queries or {}, "k": keys or {}, "v": values or {}}
@@ -496,7 +496,7 @@ def _one_crop(valid: Tensor, grid: tuple[int, int] | Tensor | None) -> dict[str,
         **{name: torch.zeros_like(valid[:, 0], dtype=torch.int64) for name in ("image", "crop", "frame")},
         "grid_row": place // width,
         "grid_col": place % width,
-        **{name: torch.zeros_like(place) for name in ("image_of", "crop_of")},
+        **{name: torch.zeros_like(place) for name in ("image_of", "crop_of", "frame_of")},
         "newline": torch.zeros_like(valid),
         "grid": size,
     }

@@ -257,6 +257,7 @@ def _columns(table: Table, member: Tensor, valid: Tensor, apart: bool) -> dict[s
         "grid_col": token(table.grid_col if apart else table.whole[:, 1]),
         "image_of": token(table.image),
         "crop_of": token(table.crop),
+        "frame_of": token(table.frame),
         "newline": token(table.newline, False),
         "grid": table.grid[first].masked_fill((crop < 0)[:, None], 0),
         "carried": {name: token(values, torch.nan) for name, values in table.carried.items()},

@@ -97,7 +97,8 @@ class TokenSets(Screen):
     that they make (after unpadding; a newline comes after the last column), the base crop on its own."""
     image_of: Tensor
     crop_of: Tensor
-    """[S, n] int64 image of the row, crop of the image; -1 padding."""
+    frame_of: Tensor
+    """[S, n] int64 image of the row, crop of the image, frame of the video (0 for stills); -1 padding."""
     newline: Tensor
     """[S, n] bool: separators. Among the candidates: a method that wants them kept says so, and counts them."""
     grid: Tensor

@@ -14,6 +14,7 @@ ALL = [
     "mmtok",
     "todre",
     "fopru",
+    "vidcom2",
     "visionzip",
     "random-tokens",
     "uniform-grid",
