@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
@@ -26,6 +26,7 @@ from secateur.tokens.input import KINDS, InputDriver, Turn, formed
 from secateur.tokens.method import Chosen, Select, TokenMethod
 from secateur.tokens.proof import prove
 from secateur.tokens.record import Recorder
+from secateur.tokens.session import Session
 from secateur.tokens.sets import Table
 from secateur.tokens.setup import Kept, Setup, make_setup, tower_of
 from secateur.tokens.tower import TowerDriver
@@ -37,6 +38,8 @@ GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit
 """Settings of generate under which another model, or the prompt itself, guesses words that are then checked."""
 CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid", "hybrid_chunked", "sliding_window")
 """Kinds of cache that work between layers; the last three are older names of the static one."""
+TOGETHER = 32
+"""Forwards of a loop whose rows are worked out together, for a session."""
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attached] = weakref.WeakKeyDictionary()
 
 
@@ -56,7 +59,7 @@ class Attached:
         self.recorder: Recorder | None = None
         self.tower: TowerDriver | None = None
         self.decoder: DecoderDriver | None = None
-        self._current = Current()
+        self._current = Current(session=Session(setup.memory) if setup.memory is not None else None)
         self._depth = 0
         self._pending: tuple[Call, Turn | None] | None = None
         """What `generate` prepared, for the first forward inside it."""
@@ -103,6 +106,21 @@ class Attached:
     def table(self) -> Table | None:
         """Where each visual token of the last run came from; None before the first."""
         return self._current.table
+
+    @property
+    def session(self) -> Session | None:
+        """What the method remembers of earlier runs; None where it remembers nothing."""
+        return self._current.session
+
+    def reset(self, rows: Iterable[int] | None = None) -> None:
+        """A new episode begins, in these batch rows or in all: a method that remembers earlier runs forgets them.
+
+        >>> attached.reset(rows=[3])  # doctest: +SKIP
+
+        Raises `SecateurError` for a row that there is not.
+        """
+        if self.session is not None:
+            self.session.reset(rows)
 
     # -- putting it on --
 
@@ -197,6 +215,8 @@ class Attached:
         # between layers it is only known afterwards which labels are left
         labels = new.pop("labels", None) if self.decoder is not None and call is not None else None
         out = self._run_forward(original, new, call, turn)
+        if self.session is not None:
+            self.session.close(least=TOGETHER)
         self.clock.mark(self.model)
         if labels is not None:
             assert self.decoder is not None
@@ -231,6 +251,12 @@ class Attached:
             self._refuse_guesses(kwargs, call)
             rows = kwargs["input_ids"].shape[0] if kwargs.get("input_ids") is not None else call.table.rows
             call.expand = rows // call.table.rows
+            if call.expand > 1 and self.session is not None:
+                raise SecateurError(
+                    "of several answers to one prompt none is what was done",
+                    where="session",
+                    fix="generate with num_beams=1 and num_return_sequences=1",
+                )
             if turn is not None and kwargs.get("position_ids") is None:
                 kwargs = {**kwargs, "position_ids": turn.rows(rows).positions}
             if call.mask is not None and self.decoder is not None and kwargs.get("use_cache") is False:
@@ -299,12 +325,21 @@ class Attached:
             self._depth -= 1
             self._pending = self._mask = None
         sequences, cache = out if isinstance(out, Tensor) else out.sequences, cache_of(out)
+        if self.session is not None:
+            self.session.close(sequences[:, self._prompt :], self._ends(kwargs))
         self.clock.rest(self.model, sequences.shape[1] - self._prompt - 1)
         if call is not None and turn is not None and cache is not None:
             cache._secateur_turn = turn
         if removed and ids is not None and short is not None:
             return _with_prompt(out, ids, short)
         return out
+
+    def _ends(self, kwargs: Mapping[str, Any]) -> list[int]:
+        """The words that end an answer."""
+        ends = kwargs.get("eos_token_id")
+        for config in (kwargs.get("generation_config"), self.model.generation_config):
+            ends = getattr(config, "eos_token_id", None) if ends is None else ends
+        return [] if ends is None else torch.as_tensor(ends).flatten().tolist()
 
     def _shift(self, kwargs: dict[str, Any], removed: int) -> dict[str, Any]:
         """Lengths that count the prompt, for the shorter one."""
@@ -319,7 +354,7 @@ class Attached:
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         """Refuses what would be silently wrong."""
-        if not self.setup.between_layers:
+        if not self.setup.between_layers and self.session is None:
             return
         configs = (kwargs.get("generation_config"), self.model.generation_config)
 
@@ -351,7 +386,8 @@ class Attached:
     def _refuse_guesses(self, kwargs: Mapping[str, Any], call: Call) -> None:
         """Refuses a first forward that is longer than its prompt, whatever way of generating it comes from."""
         ids = kwargs.get("input_ids")
-        if self.setup.between_layers and ids is not None and ids.shape[1] > self._prompt:
+        exact = self.setup.between_layers or self.session is not None
+        if exact and ids is not None and ids.shape[1] > self._prompt:
             raise _guesses("guessing")
 
     def _plain_forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:

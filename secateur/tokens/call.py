@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.tokens.session import Session
 from secateur.tokens.sets import Table
 from secateur.tokens.setup import Kept, Placed, Setup
 
@@ -37,6 +38,8 @@ class Call:
     """Tokens of each row before decoder layer K, where that changes."""
     tower: dict[int, int] = field(default_factory=dict)
     """Tokens in all before block K of the tower, where that changes."""
+    session: Session | None = None
+    """What is remembered of earlier runs."""
     tower_full: int = 0
     """Tokens in all before block 0."""
 
@@ -59,6 +62,7 @@ class Current:
     call: Call | None = None
     table: Table | None = None
     kept: Kept = field(default_factory=Kept)
+    session: Session | None = None
     columns: Tensor | None = None
     """[B, L'] the column of input_ids of each column the language model saw, -1 padding."""
 

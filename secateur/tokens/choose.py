@@ -62,6 +62,8 @@ def run_stage(
         source=Live(call, recorder, kind, number, peek),
         kind=kind,
     )
+    if sets is not None and call.session is not None:
+        sets.history = call.session.of(sets.row, sets.index)
     outcome = None
     # a target that nobody falls short of needs no answer; one the method finds itself always does
     all_stay = stage.keep is None and setup.target is not None and sets is not None

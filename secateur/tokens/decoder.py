@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,6 +114,7 @@ class DecoderDriver:
         """A forward after the prompt on a static cache, in place of `run`."""
         self.handles: list[Any] = []
         self.stages = sorted({p.number for p in setup.stages if p.kind == "layer"})
+        self.remembered = set(setup.memory.layers) if setup.memory is not None else set()
         recorded = {n for kind, n in (recorder.forms if recorder else {}) if kind == "layer"}
         base = getattr(self.decoder.config, "_attn_implementation", None) or "eager"
         if self.stages and "flex" in base:
@@ -172,6 +174,12 @@ class DecoderDriver:
             )
         self.run = self.step = None
         if static.is_static(cache):
+            if self.remembered:
+                raise SecateurError(
+                    "what is remembered from run to run isn't read off a static cache",
+                    where="session",
+                    fix="use a DynamicCache",
+                )
             buffers = static.buffers_of(cache)
             if call is None:
                 self.step = static.Step(buffers, mask) if buffers is not None else None
@@ -221,6 +229,11 @@ class DecoderDriver:
         new = kwargs if now.identity else self._kwargs(run, now, number, layer, hidden, kwargs)
         if run.call is not None and self.recorder is not None:
             self.recorder.begin(("layer", number), layer, hidden, new, **_marks(run.call, now))
+        begins = None if run.call is None else run.call.column_at
+        if number in self.remembered and (begins is None) == bool(run.past):
+            assert self.recorder is not None and self.current.session is not None
+            about = (number, begins, now.columns, now.valid, cache_in(kwargs))
+            self.recorder.taps["layer", number].rows = partial(self.current.session.note, *about)
         return (hidden,), new
 
     def _base(self, run: Forward, hidden: Tensor) -> Stretch:

@@ -161,7 +161,9 @@ class InputDriver:
             )
 
         table = make_table(layouts, places, len(ids))
-        call = Call(setup, table, kwargs, ids, mask.bool())
+        call = Call(setup, table, kwargs, ids, mask.bool(), session=self.current.session)
+        if call.session is not None:
+            call.session.open(table, ids, call.mask)
         with torch.set_grad_enabled(not no_grad):
             for kind in kinds:
                 if encoded.get(kind) is None:

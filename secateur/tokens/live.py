@@ -51,7 +51,7 @@ class Live:
         """What was noted at a place. Raises `Missing` where nothing was, or not yet."""
         site = Site.parse(text, self.facts.layers, self.facts.blocks)
         raw = raw or site.form == "raw"
-        if (site.form == "peek" or site.key == (self.kind, self.number)) and form != "modules":
+        if (site.form == "peek" or site.key == (self.kind, self.number)) and form not in ("modules", "entry"):
             return self._peek(site.key, raw)
         name = form or ("raw" if raw else "")
         if self.recorder is None or name not in self.recorder.forms.get(site.key, ()):
@@ -59,7 +59,7 @@ class Live:
                 f"record of {text!r}", where="tokens", fix=f'put "{text}" into the records of the stage'
             )
         note = self.recorder.notes.get((*site.key, name))
-        if note is None or (name != "modules" and not note.q):
+        if note is None or (name not in ("modules", "entry") and not note.q):
             raise Missing(f"record of {text!r} yet: that place runs later", where="tokens")
         return note
 
@@ -341,7 +341,7 @@ class Live:
         return self._pool(sets, note, flat.float()).transpose(1, 2)
 
     def hidden(self, sets: TokenSets, site: str, cls: bool) -> Tensor:
-        note = self.note(site, form="")
+        note = self.note(site, form="entry" if site.endswith(":entry") else "")
         if note.states is None:
             raise Missing(f"output of {site!r} yet", where="tokens")
         if site.startswith("layer"):

@@ -40,6 +40,23 @@ class Stage:
     positions: str | None = None
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What a method remembers of the runs of an episode: the attention that the last prompt token and all words written
+    after it gave to each visual token, a mean over these rows, the heads and the `layers`.
+
+    >>> Memory(layers=(15,), steps=3)  # doctest: +SKIP
+
+    `steps`: how many runs are kept; a method sees them as `sets.history`. `carry`: a token that had left keeps what was
+    remembered of it, rather than 0. `longest`: runs without a reset after which a warning is given.
+    """
+
+    layers: tuple[int, ...]
+    steps: int
+    carry: bool = False
+    longest: int = 1000
+
+
 @dataclass
 class TokenMethod(Method):
     """Removes or merges visual tokens while the model runs; no weight changes.
@@ -89,6 +106,10 @@ class TokenMethod(Method):
             At least one stage; `select` at the input unless overridden.
         """
         return [Stage(at="input", select=self.select, records=self.records)]
+
+    def memory(self, facts: Facts) -> Memory | None:
+        """What is remembered from run to run, until `attached.reset()`; None: every run stands alone."""
+        return None
 
 
 @dataclass

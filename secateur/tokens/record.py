@@ -73,10 +73,15 @@ class Tap:
 
     note: Note | None = None
     stop: bool = False
+    rows: Callable[[Tensor, Tensor, Any], None] | None = None
+    """Told once of q, k and the scale of the next run that isn't stopped."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: Any, causal: bool
     ) -> None:
+        if self.rows is not None and not self.stop:
+            told, self.rows = self.rows, None
+            told(q, k, scale)
         if self.note is not None:
             # a static cache gives its whole buffer, and a mask as wide: the tokens of a prompt come first in it
             seen = q.shape[2]
@@ -174,7 +179,7 @@ def tap_on(block: nn.Module) -> tuple[Tap, Callable[[], None]]:
     forward = module.forward
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        if tap.note is None:
+        if tap.note is None and tap.rows is None:
             return forward(*args, **kwargs)
         with _Sdpa(tap):
             return forward(*args, **kwargs)
@@ -209,7 +214,7 @@ class Recorder:
                 self.forms.setdefault(site.key, set()).add(site.form)
             for key, forms in self.forms.items():
                 block = (blocks if key[0] == "encoder" else layers)[key[1]]
-                if forms != {"modules"}:
+                if forms - {"modules", "entry"}:
                     self.taps[key], off = tap_on(block)
                     self.undo.append(off)
                 if "" in forms:
@@ -241,6 +246,8 @@ class Recorder:
             self.taps[key].note = self.notes[(*key, "")] = Note(**marks)
         if "modules" in forms:
             self.notes[(*key, "modules")] = Note(**marks)
+        if "entry" in forms:
+            self.notes[(*key, "entry")] = Note(states=hidden, **marks)
 
     def peek(
         self, key: Key, block: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any], raw: bool, **marks: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.families.vlm import Facts, Family, facts_of, family_of
-from secateur.tokens.method import Stage, TokenMethod
+from secateur.tokens.method import Memory, Stage, TokenMethod
 from secateur.tokens.sets import SCOPES
 from secateur.tokens.site import Site
 from secateur.utils.screen import Screen
@@ -59,6 +60,8 @@ class Setup(Screen):
     """What the stages have recorded, by the text that asks for it."""
     pad: int
     """The id that fills shortened prompts."""
+    memory: Memory | None = None
+    """What is remembered from run to run."""
 
     @property
     def plain(self) -> bool:
@@ -75,6 +78,11 @@ class Setup(Screen):
         """Something is dropped or recorded inside the vision tower."""
         stages = any(placed.kind in ("encoder", "inside") for placed in self.stages)
         return stages or any(site.tower for site in self.sites.values())
+
+    @property
+    def warm_up(self) -> int:
+        """Runs after which everything is there that the method remembers."""
+        return self.memory.steps if self.memory is not None else 0
 
     @property
     def between_layers(self) -> bool:
@@ -114,6 +122,10 @@ def make_setup(
             f"there are no positions {positions!r}", where="attach", fix="original or compact"
         )
     stages = _numbered([_place(stage, method, facts, plain) for stage in method.stages(facts)])
+    memory = None if plain else method.memory(facts)
+    layers = memory.layers if memory is not None else ()
+    remembered = {f"layer:{n} over runs": Site.parse(f"layer:{n}", facts.layers, 0) for n in layers}
+    remembered = {text: dataclasses.replace(site, form="rows") for text, site in remembered.items()}
     config = getattr(model, "config", None)
     text = getattr(config, "get_text_config", lambda: None)() or config
     pad = getattr(text, "pad_token_id", None)
@@ -128,8 +140,9 @@ def make_setup(
         compact=positions == "compact" and not family.mrope,
         given=given,
         stages=stages,
-        sites=_sites(stages, facts),
+        sites=_sites(stages, facts) | remembered,
         pad=int(pad) if pad is not None else 0,
+        memory=memory,
     )
 
 

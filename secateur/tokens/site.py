@@ -9,7 +9,7 @@ from secateur.errors import SecateurError
 
 @dataclass
 class Site:
-    """A parsed place: "encoder:-2", "layer:7", "layer:7:raw", "layer:7:modules", "layer:7:peek"; for stages "encoder:3:mlp"."""
+    """A parsed place: "encoder:-2", "layer:7", "layer:7:raw", "layer:7:modules", "layer:7:peek", "layer:0:entry"; for stages "encoder:3:mlp"."""
 
     tower: bool
     number: int
@@ -26,7 +26,7 @@ class Site:
                 fix="use a method that works at the input or between layers",
             )
         depth = {"encoder": blocks, "layer": layers}.get(parts[0], 0)
-        forms = {"", "raw", "modules", "peek", "mlp"}
+        forms = {"", "raw", "modules", "peek", "entry", "mlp"}
         try:
             number = float(parts[1]) if "." in parts[1] else int(parts[1])
             form = parts[2] if len(parts) > 2 else ""
@@ -36,7 +36,7 @@ class Site:
             raise SecateurError(
                 f"{text!r} isn't a place of this model",
                 where="tokens",
-                fix="write encoder:K or layer:K, with :raw, :modules or :peek where needed",
+                fix="write encoder:K or layer:K, with :raw, :modules, :peek or :entry where needed",
             ) from None
         index = min(round(number * depth), depth - 1) if isinstance(number, float) else number
         index = index + depth if index < 0 else index

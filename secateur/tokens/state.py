@@ -110,6 +110,9 @@ class TokenSets(Screen):
     """What the caller asked for: the share of the visual tokens that stays, their number per image, or nothing."""
     carried: dict[str, Tensor] = field(default_factory=dict)
     """[S, n] numbers a method writes at one stage and reads at the next; the engine re-indexes them. NaN where new."""
+    history: Tensor | None = None
+    """[S, steps, n] float32: what each of the last runs attended to (`TokenMethod.memory`), the newest last; NaN where an
+    episode has had fewer, 0 where the token had left. None: the method remembers nothing."""
     given: dict[str, Any] = field(default_factory=dict)
     """What the caller passed to `attach` beside the hyperparameters: question, text_encoder, tokenizer, ..."""
     source: Source | None = None
@@ -187,7 +190,7 @@ class TokenSets(Screen):
         return self._source.vectors(self, "v", site, True, cls)
 
     def hidden(self, site: str, cls: bool = False) -> Tensor:
-        """[S, n, C] output of that block, before the projector; cls=True: [S, C]."""
+        """[S, n, C] output of that block, before the projector, or what it is given ("layer:0:entry"); cls=True: [S, C]."""
         return self._source.hidden(self, site, cls)
 
     def transition(self, site: str, module: str = "attention", whole: bool = False) -> tuple[Tensor, ...]:
