@@ -1,12 +1,13 @@
-"""VTrans with masks alone and with all weights, against FLAP, Taylor and random units, on a language model at equal size.
+"""VTrans with masks alone and with all weights, against FLAP, Taylor, NIRVANA, Týr and random units, on a language model at equal size.
 
     python benchmarks/vtrans.py                    # the small model of the tests: about 6 CPU minutes
-    python benchmarks/vtrans.py --model smollm2 --steps 400 --batch 4    # hours of two cores
+    python benchmarks/vtrans.py --model smollm2 --target 80% --steps 300 --batch 2 --eval 16 --json rows.json \
+        --methods "vtrans, masks alone" flap taylor nirvana tyr random-structured    # an hour of one core
     python benchmarks/vtrans.py --smoke            # does it run
 
-All cut heads and neurons out of the same network to the same multiply-adds. Training on a text helps on its like whatever leaves, so "trained" rivals
+All cut heads and neurons out of the same network to the same size. Training on a text helps on its like whatever leaves, so "trained" rivals
 get as many steps of all their weights after the cut. VTrans learns its
-masks on `--steps` batches of `--batch` x 128 tokens of the same text that the others are calibrated on. Printed: perplexity of other text, processor
+masks on `--steps` batches of `--batch` x 128 tokens, drawn from the windows that all others are calibrated on. Printed: perplexity of other text, processor
 seconds, and what a step with masks alone costs beside one that trains all weights.
 """
 
@@ -34,6 +35,8 @@ METHODS = (
     "flap",
     "flap, trained",
     "taylor",
+    "nirvana",
+    "tyr",
     "random-structured",
     "random-structured, trained",
 )
@@ -47,6 +50,7 @@ def main() -> None:
     parser.add_argument("--data", default="brown")
     parser.add_argument("--target", default="macs<=85%")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--samples", type=int, default=256, help="windows of 128 tokens, the same for all")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--kl", type=float, default=1e-4)
@@ -59,14 +63,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.smoke:
-        args.steps, args.eval, args.batch = 3, 2, 2
+        args.steps, args.eval, args.batch, args.samples = 3, 2, 2, 16
     model, tokenizer = load_model(args.model)
     text = encode(tokenizer, load_text("wikitext2"))
     score = lambda network: perplexity(network, text, 256, limit=args.eval)
     print(json.dumps({"dense": score(model)}), flush=True)
     rows: list[dict[str, Any]] = []
     for seed in range(args.seeds):
-        ids = load_calibration(model, tokenizer, args.data, 256, 128, seed)
+        ids = load_calibration(model, tokenizer, args.data, args.samples, 128, seed)
         for method in args.methods:
             started = time.process_time()
             own = copy.deepcopy(model)
@@ -74,12 +78,12 @@ def main() -> None:
                 pruned = secateur.train_prune(
                     own, ids[:1], method="vtrans", target=args.target, data=ids, steps=args.steps, batch=args.batch,
                     optimizer="adamw", lr=1e-4, warmup=0.0, kl=args.kl, mask_lr=args.mask_lr, kinds=KINDS, seed=seed,
-                    masks_only="masks" in method, quality=score,
+                    masks_only="masks" in method,
                 )  # fmt: skip
                 left = pruned.report["phases"][0]["share_expected"]
             else:
                 pruned = secateur.prune(
-                    own, ids[:1], method=method.partition(",")[0], target=args.target, data=ids[:64], kinds=KINDS, seed=seed, seqlen=128
+                    own, ids[:1], method=method.partition(",")[0], target=args.target, data=ids, kinds=KINDS, seed=seed, seqlen=128
                 )  # fmt: skip
                 left = None
                 if "trained" in method:
@@ -101,6 +105,7 @@ def main() -> None:
                     "seed": seed,
                     "perplexity": score(pruned.model),
                     "macs": after["macs"] / before["macs"],
+                    "params": after["params"] / before["params"],
                     "expected": left,
                     "cpu_seconds": seconds,
                 }
