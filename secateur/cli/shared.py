@@ -34,7 +34,7 @@ PLAN = Parameter(help="a folder that holds a plan.json, or the file")
 MEASUREMENT = Parameter(group=Group("Measurement", sort_key=3))
 TASKS_HELP = (
     "measure quality on these, separated by commas: texts (perplexity: wikitext2, ptb, a file), sets of questions"
-    " (accuracy: piqa, arc_easy, ...) and of pictures (cifar10, digits, camvid; PSNR: set5, set14)"
+    " (accuracy: piqa, arc_easy, ...) and of pictures and phrases (cifar10, digits, camvid, sst2; PSNR: set5, set14)"
 )
 LIMIT_HELP = "at most this many windows of a text and questions of a set"
 ALSO_HELP = (

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.data import camvid, digits, pictures
+from secateur.data import camvid, digits, pictures, sst2
 from secateur.data.pictures import as_pairs
 from secateur.data.text import load_calibration
 from secateur.errors import SecateurError
@@ -25,22 +25,26 @@ def calibration_batches(
     torch.Size([4, 16])
 
     data: such ids or inputs (an iterable of them is read to its end, at most `samples`; a pair of them and their labels
-    is parted into batches of 16, as are pictures); a text file or the name of a
-    text (needs a tokenizer), or of pictures (`cifar10`, `imagenet-sample`, `digits`, `camvid`: `samples` of those to train on, with labels); None: English that every machine has, or, without a tokenizer, text that the model itself
-    writes, or what it meets while it draws (`calibration_inputs(samples, seed)` of the model); "self": such text.
+    is parted into batches of 16, as are pictures); a text file or the name of a text (needs a tokenizer), or of pictures
+    or phrases (`cifar10`, `imagenet-sample`, `digits`, `camvid`, `sst2`: `samples` of those to train on, with labels); None:
+    what the model brings (`calibration_inputs(samples, seed)`, such as what it meets while it draws), else English that every
+    machine has, or, without a tokenizer, text that the model itself writes; "self": such text.
 
     Raises `SecateurError` for empty data, NaN inputs, ids outside the vocabulary, and text that is too short.
     """
-    if data is None and tokenizer is None and getattr(getattr(model, "config", None), "vocab_size", None):
+    own = getattr(model, "calibration_inputs", None)
+    if data is None and own is not None:
+        data = own(samples, seed)
+    elif data is None and tokenizer is None and getattr(getattr(model, "config", None), "vocab_size", None):
         data = "self"
     if isinstance(data, str) and data in pictures.SETS:
         data = pictures.load_pictures(data, samples, split="train")
     elif data == "digits":
         data = digits.load_digits("train", samples)
-    elif data is None and hasattr(model, "calibration_inputs"):
-        data = model.calibration_inputs(samples, seed)  # type: ignore[operator]
     elif data == "camvid":
         data = as_pairs(camvid.load_camvid("train", samples), 2)
+    elif data == "sst2":
+        data = sst2.calibration(tokenizer, samples, seed)
     if data is None or isinstance(data, str | Path):
         if data is None and tokenizer is None:
             raise SecateurError(f"{type(model).__name__} needs calibration data", where="data", fix=FIX)

@@ -25,10 +25,10 @@ from secateur.io.module import _load_module, _save_module
 from secateur.io.pipelines import is_pipeline_folder, load_pipeline, save_pipeline
 from secateur.io.timm import is_plain, load_plain
 from secateur.io.transformers import (
-    _load_tokenizer,
     _load_transformers,
     _save_transformers,
     _transformers_class,
+    load_tokenizer,
 )
 from secateur.utils.files import atomic_directory, atomic_write_json, check_path
 
@@ -110,4 +110,4 @@ def load(
         raise SecateurError(
             "there is no model", where=str(path), fix=check_path(path, "give a directory that secateur wrote")
         )
-    return loaded.to(device or "cpu").eval(), _load_tokenizer(path)
+    return loaded.to(device or "cpu").eval(), load_tokenizer(path)

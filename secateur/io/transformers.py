@@ -401,7 +401,8 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a folder; None where it holds none. Raises SecateurError for a damaged one."""
     if not any(path.glob("tokenizer*")) and not any(path.glob("*vocab*")):
         return None
     from transformers import AutoTokenizer

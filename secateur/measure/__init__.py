@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.data import camvid, choices, digits, pictures, super_resolution, text
+from secateur.data import camvid, choices, digits, pictures, sst2, super_resolution, text
 from secateur.errors import SecateurError
 from secateur.measure import timing, vision
 from secateur.measure.cost import (
@@ -21,7 +21,7 @@ from secateur.measure.cost import (
     peak_memory,
     size_bytes,
 )
-from secateur.measure.quality import accuracy, perplexity
+from secateur.measure.quality import accuracy, classified, perplexity
 from secateur.measure.timing import decode_latency, in_turn, latencies, latency
 from secateur.utils.inputs import Inputs, describe
 from secateur.utils.running import device_of
@@ -63,7 +63,7 @@ def measure(
 
     tasks: a set of text or a text file (perplexity, see data.text), or a set of questions (accuracy, see
     data.choices), or of pictures (data.pictures, `digits`; `camvid`, with a label for each pixel; `set5`, `set14` for
-    networks that enlarge them: PSNR). limit: at most so many windows of a text and questions of a set. seqlen: tokens in a window,
+    networks that enlarge them: PSNR), or of phrases (`sst2`). limit: at most so many windows of a text and questions of a set. seqlen: tokens in a window,
     cut to the model's context. batch: windows at once, and questions of as many tokens. inputs: of the forward
     that macs, memory and latency are measured on; a language model gets [1, seqlen] token ids. counted: what `cost.counting` found for them already.
 
@@ -123,18 +123,21 @@ def measure(
 
 
 NO_INPUTS = "no example inputs were given"
-SEEN = (*pictures.SETS, "digits", "camvid", *super_resolution.SETS)
-"""Sets of pictures that `measure` knows."""
+SEEN = (*pictures.SETS, "digits", "camvid", "sst2", *super_resolution.SETS)
+"""Sets of pictures, and of phrases, that `measure` knows."""
 CLASSES = {"cifar10": 10, "imagenet-sample": 1000, "digits": 10}
 """Into how many classes their pictures are sorted."""
 
 
-def seen(model: nn.Module, name: str, limit: int | None = None) -> Callable[[], dict[str, Any]]:
+def seen(
+    model: nn.Module, name: str, limit: int | None = None, tokenizer: Any = None
+) -> Callable[[], dict[str, Any]]:
     """Loads a set of SEEN; what it gives measures a network on it: {"accuracy": {"acc": ..}} or {"psnr": ..}.
 
     Beside an accuracy stand `chance`, what guessing gives, and `questions`, of how many pictures it is the share.
 
-    Raises SecateurError for missing data, and pairs of pictures given to a network that doesn't enlarge them.
+    Raises SecateurError for missing data, pairs of pictures given to a network that doesn't enlarge them, and phrases
+    without a tokenizer.
     """
     if name in super_resolution.SETS:
         if not hasattr(model, "scale") or not hasattr(model, "peak"):
@@ -150,6 +153,14 @@ def seen(model: nn.Module, name: str, limit: int | None = None) -> Callable[[], 
         scenes = camvid.load_camvid("all", limit)
         classes = len(camvid.CLASSES)
         return lambda: {"accuracy": vision.segmentation(model, *scenes, classes), "chance": 1 / classes}
+    if name == "sst2":
+        batches = sst2.as_batches(tokenizer, *sst2.load_sst2("test", limit))
+        count = sum(len(batch["labels"]) for batch in batches)
+        return lambda: {
+            "accuracy": {"acc": classified(model, batches)},
+            "chance": 1 / 2,
+            "questions": count,
+        }
     x, labels = digits.load_digits("test", limit) if name == "digits" else pictures.load_pictures(name, limit)
     about = {"chance": 1 / CLASSES[name], "questions": len(labels)}
     return lambda: {"accuracy": {"acc": vision.accuracy(model, x, labels)}, **about}
@@ -160,7 +171,7 @@ def _load(
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Callable[[], dict[str, Any]]]]:
     if isinstance(tasks, str):
         tasks = [tasks]
-    shown = {task: seen(model, task, limit) for task in tasks if task in SEEN}
+    shown = {task: seen(model, task, limit, tokenizer) for task in tasks if task in SEEN}
     tasks = [task for task in tasks if task not in shown]
     if tasks and tokenizer is None:
         raise SecateurError("tasks need a tokenizer", where="measure", fix="give the model's tokenizer")

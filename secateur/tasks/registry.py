@@ -19,6 +19,7 @@ NETWORKS = {
     "camvid": ("espnet",),
     "mnist": ("mnist-dit",),
     "digits-diffusion": ("digits-diffusion",),
+    "sst2": ("minilm",),
 }
 """The networks of each task, its default first. A task is a module of this package."""
 MODULES = {"mnist": "mnist_dit", "digits-diffusion": "digits_diffusion"}
@@ -36,7 +37,7 @@ def load_task(
     >>> task.quality(task.pretrained())  # doctest: +SKIP
     0.9339
 
-    name: `cifar10`, `digits`, `sr`, `camvid`, also with a network (`sr:vdsr-x3`), or the network alone (`vdsr-x3`).
+    name: `cifar10`, `digits`, `sr`, `camvid`, `sst2`, ..., also with a network (`sr:vdsr-x3`), or the network alone (`vdsr-x3`).
     split: what quality is measured on: `test`, or `val`, to choose by. train, test: at most so many samples to train on
     and to be judged by. device: where the training data lies; default: the CPU.
 
@@ -68,6 +69,12 @@ def load_network(name: str) -> nn.Module:
     """The trained network of this name in eval mode; a task's name means its default network."""
     network = NETWORKS[name][0] if name in NETWORKS else name
     return _module(OWNERS[network]).load_network(network)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a task's network; None where it reads no text."""
+    found = getattr(_module(OWNERS.get(name, name)), "load_tokenizer", None)
+    return found() if found else None
 
 
 def _module(name: str) -> Any:

