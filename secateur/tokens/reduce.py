@@ -129,20 +129,27 @@ def others(n: int, taken: Tensor) -> Tensor:
 def clusters(
     x: Tensor, weights: Tensor, keys: Tensor, bonus: Tensor, count: int, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The `count` heaviest tokens, each with the weighted sum of the `size` tokens nearest to it added.
+    """The `count` heaviest tokens as `gathered` makes them.
 
-    x [n, C], weights [n], keys [n, d] (compared by cosine), bonus [n]: added to how near a token is. Gives the centres'
-    positions (heaviest first), the positions of all others (ascending) and the features [count, C] (arXiv 2409.01179).
+    Gives the centres' positions (heaviest first), the positions of all others (ascending) and the features [count, C]
+    (arXiv 2409.01179).
     """
     centres = first(weights, min(count, len(x) - 1))
-    members = others(len(x), centres)
+    return centres, others(len(x), centres), gathered(x, weights, keys, bonus, centres, size)
+
+
+def gathered(x: Tensor, weights: Tensor, keys: Tensor, bonus: Tensor, centres: Tensor, size: int) -> Tensor:
+    """Each centre [k] with the weighted sum of the `size` tokens nearest to it added, other centres among them: [k, C].
+
+    x [n, C], weights [n], keys [n, d] (compared by cosine), bonus [n]: added to how near a token is.
+    """
+    order = torch.cat([centres, others(len(x), centres)])
     keys = F.normalize(keys.float(), dim=-1)
-    merged = []
-    for centre in centres:
-        around = torch.cat([centres[centres != centre], members])
-        near = around[first(keys[around] @ keys[centre] + bonus[around], size)]
-        merged.append(x[centre] + weights[near] @ x[near])
-    return centres, members, torch.stack(merged)
+    near = keys[centres] @ keys[order].T + bonus[order]
+    itself = torch.eye(*near.shape, dtype=torch.bool, device=x.device)
+    near = near.masked_fill(itself, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    members = order[near[:, : min(size, len(x) - 1)]]
+    return x[centres] + torch.einsum("km,kmc->kc", weights[members], x[members])
 
 
 def in_order(groups: Sequence[Tensor], features: Tensor) -> Reduction:

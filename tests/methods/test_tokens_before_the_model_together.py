@@ -15,6 +15,7 @@ ALL = [
     "todre",
     "fopru",
     "vidcom2",
+    "vispruner",
     "visionzip",
     "random-tokens",
     "uniform-grid",
@@ -51,7 +52,7 @@ def test_features_that_are_not_numbers_are_named(method):
         kept(method, sets)
 
 
-@pytest.mark.parametrize("method", ["fastervlm", "hiprune", "fopru", "visionzip"])
+@pytest.mark.parametrize("method", ["fastervlm", "hiprune", "fopru", "visionzip", "vispruner"])
 def test_attention_that_is_not_a_number_is_named(method):
     sets = everything()
     for scores in sets.source.maps.values():
@@ -161,6 +162,42 @@ class TestThroughAModel:
         for found, best_ in zip(through(llava, "visionzip", 8), best(scores, 6)):
             rest = [i for i in range(16) if i not in best_]
             assert {*best_, rest[0]} <= set(found) and len(found) == 8
+
+    def test_vispruner_thins_what_the_cls_row_leaves(self, llava):
+        maps = llava[2].attentions[-2][:, :, 0, 1:].mean(1)
+        states = torch.nn.functional.normalize(llava[2].hidden_states[-2][:, 1:], dim=-1)
+        expected = []
+        for scores, x in zip(maps.tolist(), states):
+            order = sorted(range(16), key=lambda i: -scores[i])
+            important, left = order[:3], order[3:]
+            while len(left) > 3:
+                near = {i: max(float(x[i] @ x[j]) for j in left[1::2]) for i in left[::2]}
+                even = sorted(left[::2], key=lambda i: -near[i])
+                left = even[min(2, len(left) - 3) :] + left[1::2]
+            expected.append(sorted(important + left))
+        assert through(llava, "vispruner", 6, at_once=2) == expected
+
+    def test_prumerge_keeps_the_outliers_of_each_picture_and_a_rest_token(self, llava):
+        """Attention as one head over the whole width, by the projections of the tower's last block."""
+        import secateur
+
+        model, inputs, seen = llava
+        block = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower).encoder.layers[-1]
+        with torch.no_grad():
+            states = block.layer_norm1(seen.hidden_states[-2])
+            q, k = block.self_attn.q_proj(states), block.self_attn.k_proj(states)
+            maps = (q[:, :1] @ k.mT / q.shape[-1] ** 0.5).softmax(-1)[:, 0, 1:]
+            with secateur.attach(model, "prumerge", target=None) as attached:
+                model(**inputs)
+        first, second = (row.tolist() for row in attached.kept["input"])
+        found = [[i for i in first if i < 16], [i - 16 for i in first if i >= 16], second]
+        sizes = []
+        for scores, places in zip(maps.double(), found):
+            low, high = (torch.quantile(scores, share) for share in (0.25, 0.75))
+            out = (scores > high + 1.5 * (high - low)).nonzero()[:, 0].tolist()
+            assert set(out) <= set(places) and len(places) == len(out) + 1
+            sizes.append(len(out))
+        assert len(set(sizes)) > 1
 
     def test_fopru_compares_attention_received_and_given_without_cls(self, llava):
         maps = llava[2].attentions[-2].mean(1)[:, 1:, 1:]
