@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.errors import SecateurError
 from secateur.graph import Graph
 
 
@@ -25,6 +26,12 @@ class ExpectedCost:
     """
 
     def __init__(self, graph: Graph):
+        if graph._left is not None:
+            raise SecateurError(
+                "the graph is that of a model that was cut after the trace",
+                where="ExpectedCost",
+                fix="trace the cut model",
+            )
         self.graph = graph
         self.whole_params, self.whole_macs = graph.params(), graph.macs()
         self._owner, self._unit = _owners(graph)

@@ -153,6 +153,8 @@ class Graph:
     _rescaled: list[tuple[np.ndarray, list[tuple[str, int, np.ndarray]]]] = field(
         default_factory=list, repr=False
     )
+    _left: np.ndarray | None = field(default=None, repr=False)
+    """The classes that are still there, where the model was cut after the trace."""
 
     def __repr__(self) -> str:
         free = self.prunable()
@@ -289,7 +291,7 @@ class Graph:
         return out
 
     def _alive(self, keep: Mapping[str, Tensor] | None) -> np.ndarray:
-        alive = np.ones(len(self._open), bool)
+        alive = np.ones(len(self._open), bool) if self._left is None else self._left.copy()
         for group, kept in self._kept(keep):
             if group.kind != "layers":
                 gone = np.ones(group.size, bool)

@@ -83,10 +83,6 @@ def read_checkpoint(
             where=str(file),
             fix="use the same settings, or remove it to start anew",
         )
-    for i, parameter in enumerate(trained):
-        parameter.copy_(tensors[f"parameter/{i}"])
-    for name, buffer in state.model.named_buffers():
-        buffer.copy_(tensors[f"buffer/{name}"])
     everything = {**tensors, **about["plain"]}
     moments: dict[int, dict[str, Any]] = {}
     kept: dict[int, dict[str, Any]] = {i: {} for i in range(len(hooks))}
@@ -97,6 +93,13 @@ def read_checkpoint(
             moments.setdefault(int(index), {})[key] = value
         elif kind == "hook":
             kept[int(index)][key] = value
+    for i, values in kept.items():
+        if hasattr(hooks[i], "resize"):
+            hooks[i].resize(state, values)
+    for i, parameter in enumerate(trained):
+        parameter.copy_(tensors[f"parameter/{i}"])
+    for name, buffer in state.model.named_buffers():
+        buffer.copy_(tensors[f"buffer/{name}"])
     load_moments(state.optimizer, moments)
     for i, values in kept.items():
         hooks[i].load_state_dict(values)
@@ -104,11 +107,28 @@ def read_checkpoint(
 
 
 def load_moments(optimizer: torch.optim.Optimizer, moments: Moments) -> None:
-    """The moments of an earlier run; rates and groups stay this optimiser's. The given tensors aren't changed."""
+    """The moments of an earlier run; rates and groups stay this optimiser's. The given tensors aren't changed.
+
+    Raises `SecateurError` where they are those of parameters of other shapes.
+    """
+    check_moments(moments, [p for group in optimizer.param_groups for p in group["params"]])
     copies = {
         i: {k: v.clone() if isinstance(v, Tensor) else v for k, v in m.items()} for i, m in moments.items()
     }
     optimizer.load_state_dict({"state": copies, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def check_moments(moments: Moments, trained: Sequence[Tensor]) -> None:
+    """Refuse a state that isn't laid out as the parameters: each of its tensors has their shape, or is one number."""
+    for i, own in moments.items():
+        shape = list(trained[i].shape) if i < len(trained) else None
+        for key, value in own.items():
+            if isinstance(value, Tensor) and value.numel() > 1 and list(value.shape) != shape:
+                raise SecateurError(
+                    f"{key} of parameter {i} is {list(value.shape)}, the parameter {shape or 'missing'}",
+                    where="the optimiser's state is of another shape",
+                    fix="begin with fresh moments (moments=None), or those of this network at this size",
+                )
 
 
 def copy_moments(optimizer: torch.optim.Optimizer) -> Moments:

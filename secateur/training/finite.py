@@ -26,6 +26,8 @@ class Watch:
     def remember(self, step: int) -> None:
         """Keep the buffers (means and variances of norms) that the forward of this step will change."""
         self.step = step
+        if any(kept.shape != now.shape for kept, now in zip(self.good, self.buffers)):
+            self.good = [b.clone() for b in self.buffers]
         if self.buffers:
             torch._foreach_copy_(self.good, self.buffers)
 

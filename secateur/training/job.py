@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.graph import Graph
 from secateur.graph.blocks import find_matrices
+from secateur.graph.smaller import left
 from secateur.method import Method
 from secateur.pruning.context import Context
 from secateur.pruning.options import Options
@@ -23,9 +24,10 @@ from secateur.pruning.plan import DENSE_NOTE, Plan
 from secateur.pruning.request import removes_units
 from secateur.pruning.target import Target
 from secateur.solvers.batchnorm import reestimate_batchnorm
-from secateur.surgery import cut_units, prove
+from secateur.surgery import Shrinking, cut_units, prove
 from secateur.training.batches import Draw, length, step_seed
 from secateur.training.checkpoint import Moments, copy_moments
+from secateur.training.cuts import Cuts, Decide
 from secateur.training.fit import fit
 from secateur.training.journal import Journal
 from secateur.training.losses import checked_loss
@@ -68,6 +70,7 @@ class Job(Screen):
     _graph: Graph | None = None
     _contexts: list[Context] = field(default_factory=list)
     _dense: dict[str, Tensor] = field(default_factory=dict)
+    _shrinking: Shrinking | None = None
 
     @property
     def share(self) -> float:
@@ -172,6 +175,8 @@ class Job(Screen):
             at_end=seen.append,
         )
         self.moments = copy_moments(seen[0].optimizer)
+        if self._shrinking is not None:
+            self._cut = dict(self._shrinking.keep)
         self.note(phase=phase, first_step=start, last_step=seen[0].step, loss=losses[-1] if losses else None)
         return losses
 
@@ -190,7 +195,12 @@ class Job(Screen):
 
     @torch.no_grad()
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
-        for name, tensor in _tensors(self.model).items():
+        """Put back what `snapshot` gave. Raises `SecateurError` where the network was cut meanwhile."""
+        tensors = _tensors(self.model)
+        for name, tensor in tensors.items():
+            if tensor.shape != snapshot[name].shape:
+                raise SecateurError("the snapshot is from before a cut", where=name, fix="take one after it")
+        for name, tensor in tensors.items():
             tensor.copy_(snapshot[name])
 
     def masked(self, masks: Mapping[str, Tensor]) -> Masked:
@@ -289,6 +299,7 @@ class Job(Screen):
 
         Groups whose cut isn't provably right stay whole; the report says why.
         """
+        self._check_whole()
         context = self.context()
         graph = context.graph
         self._competed = frozenset(keep)
@@ -300,6 +311,33 @@ class Job(Screen):
         if smaller:
             cut_units(self.model, graph, smaller)
 
+    def cuts(self, decide: Decide) -> Cuts:
+        """A hook for `after_step` of a phase in which units leave on the way; `decide` says after each step what stays.
+
+        >>> job.train("pruning", after_step=[job.cuts(lambda state, now: kept(state.step))])  # doctest: +SKIP
+
+        The plan speaks of the dense network's units. Groups that can't be cut to half provably stay whole: they get their
+        reason before the phase begins. Raises `SecateurError` where the network was cut before.
+        """
+        self._check_whole()
+        context = self.context()
+        graph = context.graph
+        if self.options.prove:
+            whole = {group.name: torch.zeros(group.size) for group in context.groups}
+            half = {g.name: g.down_to(g.size // 2) for g in context.competitors(whole, keep_scores=False)}
+            self.frozen = prove(self.model, graph, half, context.example)
+            for name, why in self.frozen.items():
+                graph[name].reason = f"the cut isn't provably right: {why}"
+        self._dense, self._graph = self.snapshot(), graph
+        self._shrinking = Shrinking(self.model, graph)
+        return Cuts(self._shrinking, decide)
+
+    def _check_whole(self) -> None:
+        if self._cut or self._shrinking is not None:
+            raise SecateurError(
+                "the network was cut before", where=self.method.name, fix="cut it once, or all in one phase"
+            )
+
     def plan(
         self,
         masks: Mapping[str, Tensor] | None = None,
@@ -309,6 +347,8 @@ class Job(Screen):
         """What is kept, with all trained tensors at their dense shape; `keep` is what was cut, where `cut` was called."""
         if keep is not None and not self._cut:
             self.cut(keep)
+        if self._shrinking is not None:
+            self._shrinking.settle()
         values = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(self.model).items()}
         context, graph = self.context(), self._graph
         if self._cut:
@@ -332,27 +372,14 @@ def at_dense_shape(
     small: Mapping[str, Tensor], dense: Mapping[str, Tensor], graph: Graph, keep: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The cut model's tensors at their places in the dense ones, which are as they were before the cut elsewhere."""
-    gone: dict[tuple[str, int], list[Tensor]] = {}
-    for name, units in keep.items():
-        group = graph[name]
-        leaves = torch.ones(group.size, dtype=torch.bool)
-        leaves[units] = False
-        for part in group.slices:
-            gone.setdefault((part.name, part.dim), []).append(part.index[leaves].flatten())
+    stays = left(graph, keep)
     full: dict[str, Tensor] = {}
     for name, value in dense.items():
-        if name not in small:
-            full[name] = value.cpu()
-            continue
-        places = []
-        for dim, size in enumerate(value.shape):
-            stays = torch.ones(size, dtype=torch.bool)
-            for index in gone.get((name, dim), ()):
-                stays[index] = False
-            places.append(stays.nonzero().flatten())
         full[name] = value.cpu().clone()
-        if places:
-            full[name][torch.meshgrid(*places, indexing="ij")] = small[name].cpu()
-        else:
-            full[name] = small[name].cpu()
+        if name in small:
+            places = [
+                stays.get((name, dim), torch.ones(size, dtype=torch.bool)).nonzero().flatten()
+                for dim, size in enumerate(value.shape)
+            ]
+            full[name][torch.meshgrid(*places, indexing="ij") if places else ...] = small[name].cpu()
     return full

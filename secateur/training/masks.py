@@ -37,6 +37,12 @@ class Masked:
 
     @torch.no_grad()
     def __call__(self, state: State | None = None) -> None:
+        if any(p.shape != factor.shape for p, factor in zip(self.parameters, self.factors)):
+            raise SecateurError(
+                "the network was cut while masks of its old size are held",
+                where="masks",
+                fix="cut after the phase",
+            )
         if self.parameters:
             torch._foreach_mul_(self.parameters, self.factors)
 
