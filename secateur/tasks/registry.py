@@ -20,6 +20,7 @@ NETWORKS = {
     "mnist": ("mnist-dit",),
     "digits-diffusion": ("digits-diffusion",),
     "sst2": ("minilm",),
+    "text": ("text-llama",),
 }
 """The networks of each task, its default first. A task is a module of this package."""
 MODULES = {"mnist": "mnist_dit", "digits-diffusion": "digits_diffusion"}

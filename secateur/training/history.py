@@ -20,10 +20,10 @@ class History:
     (600, 0.913)
     """
 
-    def __init__(self, quality: Callable[[nn.Module], float], every: int):
+    def __init__(self, quality: Callable[[nn.Module], float], every: int, sign: int = 1):
         if every < 1:
             raise SecateurError(f"{every} is less than 1", where="History", fix="give a whole number from 1")
-        self.quality, self.every = quality, every
+        self.quality, self.every, self.sign = quality, every, sign
         self.steps: list[int] = []
         self.values: list[float] = []
 
@@ -35,8 +35,8 @@ class History:
 
     @property
     def best(self) -> tuple[int, float]:
-        """(the first step after which it was highest, how high)."""
-        value = max(self.values)
+        """(the first step after which it was best, how good): the highest, or with sign -1 the lowest."""
+        value = max(self.values, key=lambda value: self.sign * value)
         return self.steps[self.values.index(value)], value
 
     def state_dict(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class Task(Screen):
 
     build: an untrained network, drawn from torch's global random state, which the engine seeds.
     train: as `fit` takes it. augment: `(batch, generator) -> batch` on the model's device.
-    quality: on held-out data, higher is better; None: nothing is measured. metric: what it is.
+    quality: on held-out data, higher is better (of the metric "perplexity": lower); None: nothing is measured. metric: what it is.
     inputs: example inputs, for tracing and counting. classes: labels of `train` are checked to be 0..classes-1, none empty.
     sampler: how the network draws, where it generates. losses: where it has several tasks, (model, batch) -> the loss of each
     by name, a mean over the batch; methods that guard the worst of them read it.
@@ -44,3 +44,8 @@ class Task(Screen):
     classes: int | None = None
     sampler: Sampler | None = None
     losses: Callable[[nn.Module, Any], Mapping[str, Tensor]] | None = None
+
+    @property
+    def sign(self) -> int:
+        """-1 where a lower quality is better, else 1."""
+        return -1 if self.metric == "perplexity" else 1
