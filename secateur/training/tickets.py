@@ -202,7 +202,9 @@ def train_level(
     watch: int = 0,
 ) -> None:
     """From `start` to the end, under the masks; what came out goes into the report."""
-    history = History(job.task.quality, watch, job.task.sign) if watch and job.task.quality is not None else None
+    history = (
+        History(job.task.quality, watch, job.task.sign) if watch and job.task.quality is not None else None
+    )
     hooks: list[Hook] = [job.masked(masks), *([history] if history else [])]
     job.train(phase, start=start, after_step=hooks, moments=moments, seed=seed)
     job.note(phase=phase, density=density(masks), quality=job.quality())
@@ -267,7 +269,10 @@ def _stability(
             "order_angle": sum(angle(ends[0], e, mask) for e in ends[1:]) / pairs,
         }
         if (quality := job.task.quality) is not None:
-            rises = [barrier(job.model, ends[0], e, lambda m: -job.task.sign * quality(m), points=7)[0] for e in ends[1:]]
+            rises = [
+                barrier(job.model, ends[0], e, lambda m: -job.task.sign * quality(m), points=7)[0]
+                for e in ends[1:]
+            ]
             row["order_barrier"] = sum(rises) / pairs
             job.restore(ends[0])
             row["quality"] = quality(job.model)
