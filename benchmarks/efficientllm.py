@@ -96,6 +96,8 @@ def run(task: Task, model: nn.Module, method: str, seed: int, args: argparse.Nam
         settings = dict(SETTINGS[method])
         if "interval" in settings:
             settings["end"] = ONE / args.steps
+        elif args.end:
+            settings["end"] = args.end
         made = Watched(**settings) if method == "inside" else EfficientLLM(**settings)
         made.jumps, made.seen = [], []  # type: ignore[attr-defined]
         Watched.seconds = 0.0
@@ -135,6 +137,8 @@ def main() -> None:
     parser.add_argument("--dense", type=int, default=200)
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--train", type=int, default=6000, help="windows of 128 tokens to train on")
+    parser.add_argument("--end", type=float, help="share of the steps by which all has left, inside")
+    parser.add_argument("--split", default="test", choices=("test", "val"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--json", type=Path, help="rows are added to this file; those that are there aren't run again"
@@ -145,7 +149,7 @@ def main() -> None:
     if args.smoke:
         args.seeds, args.dense, args.steps, args.train = [0], 2, 12, 96
     rows: list[dict[str, Any]] = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
-    task = load_task("text", train=args.train)
+    task = load_task("text", args.split, train=args.train)
     for seed in args.seeds:
         done = {row["method"] for row in rows if row["seed"] == seed}
         if not set(args.methods) - done:
