@@ -31,7 +31,7 @@ from secateur.training.metatraining import Making, train_metanetwork
 from secateur.training.task import Task
 
 METHODS = ("untouched", "metapruning")
-SETTINGS = ("models", "meta_epochs", "hidden", "layers", "ratio", "reg", "meta_lr", "tune", "last")
+SETTINGS = ("models", "meta_epochs", "hidden", "layers", "ratio", "reg", "meta_lr", "judged", "tune", "last")
 
 
 @dataclasses.dataclass
