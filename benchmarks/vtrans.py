@@ -1,7 +1,7 @@
 """VTrans with masks alone and with all weights, against FLAP, Taylor, NIRVANA, Týr and random units, on a language model at equal size.
 
     python benchmarks/vtrans.py                    # the small model of the tests: about 6 CPU minutes
-    python benchmarks/vtrans.py --model smollm2 --target 80% --steps 300 --batch 2 --eval 16 --json rows.json \
+    python benchmarks/vtrans.py --model smollm2 --target 80% --steps 240 --batch 2 --eval 16 --json rows.json \
         --methods "vtrans, masks alone" flap taylor nirvana tyr random-structured    # an hour of one core
     python benchmarks/vtrans.py --smoke            # does it run
 

@@ -44,6 +44,8 @@ class VTrans(TrainMethod):
     >>> secateur.train_prune(model, method="vtrans", target="70%", data=ids, steps=300, masks_only=True)  # doctest: +SKIP
 
     `masks_only` leaves the weights alone (Faster-VTrans); `data_share=0.03` trains on 3 % of the data (Fast-VTrans).
+    A bare share counts the weights of the blocks, `params<=` the whole network with its embeddings. Masks can't come back once they
+    are far beyond their threshold: where the report says that fewer are expected than wanted, lower `kl` and `mask_lr`.
     """
 
     masks_only: bool = field(default=False, metadata={"help": "train the masks alone, not the weights"})
