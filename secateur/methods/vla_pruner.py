@@ -43,6 +43,9 @@ class VLAPruner(TokenMethod):
     "paper"; "released" gives the oldest the largest weight, as the released code does. carry: a token that had left keeps
     its last value, rather than 0, with which it comes back by the prompt's criterion alone. criteria: "both", or one
     alone, for comparison.
+    The released layers (`fastv_forward`) with the weights of random models, one picture a row, and random histories that
+    were smoothed as released kept the same tokens as decay "released" in 40 of 40, with logits to 1e-6; the release rounds
+    the smoothed history to bfloat16 before it ranks, which was left out.
     """
 
     k: int = 3

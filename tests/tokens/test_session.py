@@ -146,6 +146,11 @@ def test_rows_are_reset_one_by_one(given):
         assert attached.session.runs == [3, 1, 3]
         with pytest.raises(SecateurError, match="no row 3"):
             attached.reset(rows=[3])
+        with pytest.raises(SecateurError, match="no row 3"):
+            attached.session.keep([0, 3])
+        whole = attached.session.history
+        attached.session.keep([2, 0])
+        assert attached.session.history[1] is whole[0] and attached.session.runs == [3, 3]
     with attach(model, "random-tokens", target="50%") as attached:
         assert attached.session is None
         attached.reset()
