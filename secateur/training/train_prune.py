@@ -139,7 +139,7 @@ def train_prune(
     parallel.barrier(size)
     job = Job(model, task, chosen, goal, total, recipe, options, example, seed, trained, directory, every)
     before = measure(model, inputs=example) | _quality(job)
-    training = model.training
+    training, config = model.training, copy.deepcopy(getattr(model, "config", None))
     plan = chosen.prune(job)
     model.train(training)
     if broken := nonfinite_tensor(model):
@@ -171,7 +171,7 @@ def train_prune(
     if directory and clean and rank == 0:
         shutil.rmtree(directory, ignore_errors=True)
     graph = job.graph or ((lambda: trace(model, example)) if example is not None else None)
-    return Pruned(model=model, plan=plan, report=report, _graph=graph)
+    return Pruned(model=model, plan=plan, report=report, dense_config=config, _graph=graph)
 
 
 def _as_task(model: nn.Module, inputs: Any, data: Any, loss: Any, quality: Any) -> Task:

@@ -171,6 +171,16 @@ def test_any_decoder_meets_any_target_with_equal_layers(name, target):
         assert torch.isfinite(pruned.model(IDS[:2]).logits).all()
 
 
+def test_what_was_saved_is_loaded_with_heads_that_no_config_divides(tmp_path):
+    model = build("llama")
+    pruned = run(model, "params<=95%", kinds=("heads",))
+    assert pruned.plan.keep and len(next(iter(pruned.plan.keep.values()))) == 3
+    pruned.save(tmp_path / "out")
+    loaded, _ = secateur.load(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS[:2]).logits, pruned.model.eval()(IDS[:2]).logits)
+
+
 def test_no_removals_are_plain_training():
     model = build()
     pruned = run(model, "100%")
