@@ -182,6 +182,7 @@ def hf(name: str) -> Built:
     detr.pop("decoder_start_token_id")
     levels = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "num_queries": 10, "decoder_layers": 2,
               "encoder_hidden_dim": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_denoising": 0,
+              "initializer_range": 0.1,  # wide, so that no two boxes score the same: rounding would choose among them
               "encoder_in_channels": [32, 48, 64], "decoder_in_channels": [64, 64, 64], "anchor_image_size": None}  # fmt: skip
     view = {"pixel_values": picture(2, 3, 64, 64)}
     pair = {"input_ids": ids(), "decoder_input_ids": ids(2, 8)}
@@ -307,6 +308,10 @@ def torch_nn(name: str) -> Built:
 SOURCES: dict[str, Callable[[str], Built]] = {
     "nn": torch_nn, "torchvision": torchvision, "timm": timm, "hf": hf, "diffusers": diffusers, "ultralytics": ultralytics,
 }  # fmt: skip
+FURTHER: dict[str, Callable[[dict[str, Any]], list[dict[str, Any]]]] = {
+    "hf:SamModel": lambda given: [{k: v for k, v in given.items() if k != "input_masks"}],
+}
+"""Inputs that take other branches of a model than its first ones."""
 NAMES = [
     line
     for line in Path(__file__).with_suffix(".txt").read_text().split("\n")
@@ -401,7 +406,8 @@ def tried(name: str, say: Callable[[dict[str, Any]], None]) -> None:
     model, inputs = build(name)
     say({"params": sum(p.numel() for p in model.parameters())})
     try:
-        pruned = secateur.prune(model, inputs, method="group-magnitude", target="macs<=50%")
+        also = FURTHER.get(name, lambda given: [])(inputs)
+        pruned = secateur.prune(model, inputs, also=also, method="group-magnitude", target="macs<=50%")
     except SecateurError as error:
         say({"status": "refused", "why": str(error)[:400], "seconds": round(time.process_time() - start, 1)})
         return

@@ -477,3 +477,43 @@ def test_a_model_that_a_program_can_t_express_is_refused_with_its_reason(tmp_pat
     with pytest.raises(SecateurError, match="packed sequence, whose sizes are values"):
         secateur.export(Packed(), (torch.randn(2, 3, 4), torch.tensor([3, 2])), tmp_path / "a.pt2")
     assert not (tmp_path / "a.pt2").exists()
+
+
+class Picks(nn.Module):
+    """The best two of four rows by their scores, which `spread` pulls apart."""
+
+    def __init__(self, spread: float):
+        super().__init__()
+        self.scores = nn.Parameter(torch.tensor([3.0, 3.0 - spread, 3.0 - 2 * spread, 0.0]))
+        self.rows = nn.Parameter(torch.arange(4.0))
+
+    def forward(self, x):
+        return x * self.rows[(self.scores * x.mean()).topk(2).indices]
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-7])
+def test_a_choice_that_rounding_decides_is_named_where_a_file_differs(tmp_path, monkeypatch, spread):
+    from secateur.io.exchange import onnx_out
+
+    monkeypatch.setattr(onnx_out, "onnx_bytes", lambda model, inputs: b"")
+    monkeypatch.setattr(onnx_out, "open_sizes", lambda data: {})
+    monkeypatch.setattr(onnx_out, "run_onnx", lambda data, inputs: [torch.tensor([9.0, 9.0])])
+    with pytest.raises(SecateurError, match="differ") as error:
+        export(Picks(spread).eval(), torch.tensor([1.0, 2.0]), tmp_path / "out.onnx")
+    told = spread < 1e-3 and r"picks in topk (test_exchange.py:"
+    assert (told in str(error.value)) if told else ("picks" not in str(error.value))
+
+
+class Found(nn.Module):
+    """As many rows as score above zero."""
+
+    def forward(self, x):
+        found = x[x[:, 0] > 0]
+        return found if found.numel() > 4 else found + 1
+
+
+def test_a_branch_on_a_number_of_finds_is_refused_with_its_line(tmp_path):
+    with pytest.raises(
+        SecateurError, match=r"number of boxes, .*test_exchange.py:\d+: return found if found.numel"
+    ):
+        export(Found(), torch.randn(6, 2), tmp_path / "out.pt2")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.errors import SecateurError
+from secateur.graph.ties import ties
 from secateur.io.exchange.program import Program, largest_difference
 from secateur.utils.files import atomic_write_bytes
 from secateur.utils.inputs import Inputs, as_call
@@ -69,7 +70,8 @@ def export(
     tolerance: of the outputs, relative to the largest (at least 1); default 1e-4, 1e-2 for half precision. ONNX is run
     in onnxruntime, `.pt2` is read again and run.
 
-    Nothing is written unless the check passes. Raises `SecateurError` where the model can't be expressed or differs.
+    Nothing is written unless the check passes. Raises `SecateurError` where the model can't be expressed or differs;
+    where rounding decides a choice of the model (topk of equal scores, say), it names the line.
     """
     path = Path(path).expanduser()
     if not is_exchange(path):
@@ -96,7 +98,16 @@ def export(
             p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point()
         )
         tolerance = 1e-4 if full else 1e-2
-    worst = largest_difference(got, expected, str(path), tolerance)
+    try:
+        worst = largest_difference(got, expected, str(path), tolerance)
+    except SecateurError as error:
+        if not (tied := ties(model, inputs)):
+            raise
+        raise SecateurError(
+            f"{error.what}; rounding decides what the model picks in {'; '.join(tied[:3])}",
+            where=str(path),
+            fix="values that are equal there come in another order in each runtime: give inputs on which they differ",
+        ) from error
     atomic_write_bytes(path, data)
     return {"path": str(path), "bytes": len(data), "difference": worst, "open": free}
 

@@ -24,6 +24,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from secateur.errors import SecateurError, plain_text
+from secateur.graph.source import line, passed_over
 from secateur.io.exchange.program import Program, Spec, Template, add_step, register, tensor_at
 from secateur.utils.files import check_path
 from secateur.utils.inputs import Inputs, as_call
@@ -493,11 +494,20 @@ def _refused(error: Exception) -> SecateurError:
     if _packed(error):
         why = "a recurrent layer runs over a packed sequence, whose sizes are values"
     elif type(error).__name__ == "GuardOnDataDependentSymNode":
-        why = f"a size follows from values, such as a number of boxes; {why}"
+        why = f"a size follows from values, such as a number of boxes, and its code asks for it: {_asked(error)}"
     return SecateurError(
         f"torch.export can't follow this model ({why})",
         where="export",
         fix="save it as a folder instead",
+    )
+
+
+def _asked(error: BaseException) -> str:
+    """The line of the model's code that an error was raised under."""
+    places = [(f.f_code.co_filename, number) for f, number in traceback.walk_tb(error.__traceback__)]
+    return next(
+        (line(*p) for p in reversed(places) if not passed_over(p[0]) and "/secateur/" not in p[0]),
+        told(error),
     )
 
 
