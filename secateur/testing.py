@@ -444,7 +444,7 @@ def token_sets(
     values: Mapping[Any, Tensor] | None = None,
     hidden: Mapping[Any, Tensor] | None = None,
     transition: Mapping[Any, Any] | None = None,
-    text: Mapping[str, Any] | None = None,
+    text: Mapping[Any, Any] | None = None,
     pixels: Tensor | None = None,
     project: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
@@ -457,7 +457,8 @@ def token_sets(
     torch.Size([1, 4])
 
     Keys: `attention` (site, rows), or (site, rows, over), (site, rows, over, "heads"); `queries`, `keys`, `values`,
-    `hidden` site, (site, "cls"), (site, "raw"); `transition` (site, module) or (site, module, "whole"); `text` kind.
+    `hidden` site, (site, "cls"), (site, "raw"); `transition` (site, module) or (site, module, "whole"); `text` kind,
+    or (kind, of), (kind, of, "visual").
     `grid`: height and width; a square where there is none. `fields`: any others of `TokenSets`, in place of one image of
     one crop a row, numbered in raster order, nothing carried, no target.
     """
@@ -511,7 +512,7 @@ class _Statistics:
     qkv: Mapping[str, Mapping[Any, Tensor]]
     states: Mapping[Any, Tensor]
     changes: Mapping[Any, Any]
-    texts: Mapping[str, Any]
+    texts: Mapping[Any, Any]
     image: Tensor | None
     projector: Any
 
@@ -549,8 +550,9 @@ class _Statistics:
     def transition(self, sets: TokenSets, site: str, module: str, whole: bool) -> tuple[Tensor, ...]:
         return self._take(self.changes, "transition", (site, module, "whole") if whole else (site, module))
 
-    def text(self, sets: TokenSets, kind: str) -> tuple[Tensor, Tensor]:
-        text = self._take(self.texts, "text", kind)
+    def text(self, sets: TokenSets, kind: str, of: str | int, visual: bool) -> tuple[Tensor, Tensor]:
+        key = (kind, of, "visual") if visual else (kind, of)
+        text = self._take(self.texts, "text", key, *([kind] if of == "question" and not visual else []))
         if isinstance(text, Tensor):
             text = (text, torch.ones(text.shape[:2], dtype=torch.bool, device=text.device))
         return text

@@ -32,6 +32,8 @@ class Call:
     """[B, L] bool."""
     column_at: Tensor = field(init=False)
     """[T] the column each token has in the language model now; -1 where it has left. Replaced, never written to."""
+    columns: Tensor | None = None
+    """[B, L'] the column of `ids` of each column the language model sees, -1 padding; None: all of them."""
     expand: int = 1
     """Rows of the language model for each row given: beams, several answers."""
     lengths: dict[int, Tensor] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """How many tokens stay: counts from targets, adaptive budgets, schedules over stages.
 
 Pure functions on batches of sets `[S]` or `[S, n]`, padded at the end. Specs: recoverable-compression (outlier factor), flowcut
-(entropy), visiondrop and vflowopt (schedules).
+(entropy), adatoken-3d (mass), visiondrop and vflowopt (schedules).
 """
 
 from __future__ import annotations
@@ -42,6 +42,27 @@ def counts(total: Tensor, target: float, image: Tensor | None = None) -> Tensor:
         shares = sizes / sizes.sum(1, keepdim=True).clamp(min=1)
         kept = quotas(shares, torch.full((len(sizes),), target, device=total.device), sizes).sum(0)
     return torch.minimum(kept.clamp(min=1), total)
+
+
+def by_mass(weights: Tensor, share: float, valid: Tensor | None = None) -> Tensor:
+    """How many of each row's largest weights it takes to hold a share of their sum: [S, n] >= 0 -> [S] int64.
+
+    >>> by_mass(torch.tensor([[0.30, 0.02, 0.01, 0.10, 0.01, 0.05, 0.01, 0.10]]), 0.9)
+    tensor([4])
+
+    A share that is reached but for rounding (1e-6) is reached; all of a row for a share of 1, none where its sum is 0.
+    Spec: adatoken-3d. Raises `SecateurError` where a weight is NaN.
+    """
+    weights = weights.double() if valid is None else weights.double().masked_fill(~valid, 0)
+    if weights.isnan().any():
+        raise SecateurError("a token's weight isn't a number", where="tokens", fix="check the model for NaN")
+    size = (
+        torch.full_like(weights[:, 0], weights.shape[1], dtype=torch.int64) if valid is None else valid.sum(1)
+    )
+    total = weights.sum(1)
+    held = weights.sort(dim=1, descending=True).values.cumsum(1) / total.clamp(min=1e-300)[:, None]
+    count = (held < share - 1e-6).sum(1) + 1 if share < 1 else size
+    return torch.where(total > 0, torch.minimum(count, size), 0)
 
 
 def outlier_factor(values: Tensor, neighbours: int, valid: Tensor | None = None) -> Tensor:

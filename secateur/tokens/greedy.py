@@ -136,15 +136,16 @@ def coverage(
     valid: Tensor | None = None,
     *,
     covered: Tensor | float = 0.0,
+    own: Tensor | None = None,
     lazy: bool | None = None,
 ) -> Picks:
-    """Maximum coverage: the next pick raises sum_i max(covered_i, best gains_ij) the most.
+    """Maximum coverage: the next pick raises sum_i max(covered_i, best gains_ij), and the sum of `own`, the most.
 
     >>> coverage(torch.tensor([[[0.9, 0.7, 0.1], [0.0, 0.1, 0.6]]]), keep=2).order
     tensor([[0, 2]])
 
     `gains` [S, m, n]: how well candidate j covers row i (MMTok, arXiv 2508.18264); a row of padding is all 0. `covered`:
-    what every row starts from, one number or [S, m]. `lazy`: compute again only gains that can still win, since they
+    what every row starts from, one number or [S, m]. `own` [S, n]: what a pick is worth beside that. `lazy`: compute again only gains that can still win, since they
     never rise (Minoux 1978); picks are the same. None: on the CPU.
     """
     sets, _, n = gains.shape
@@ -154,20 +155,23 @@ def coverage(
     best = torch.as_tensor(covered, dtype=torch.float32, device=gains.device).expand(table.shape[::2]).clone()
     rows = torch.arange(sets, device=gains.device)
     worth = torch.stack([_worth(one, base) for one, base in zip(table, best)]) if sets else table.sum(2)
+    own = torch.zeros_like(worth) if own is None else own.float()
+    _refuse_nan(own)
+    worth = worth + own
     if valid is not None:
         worth = worth.masked_fill(~valid, -torch.inf)
     picks: list[tuple[Tensor, Tensor]] = []
     lazy = gains.device.type == "cpu" if lazy is None else lazy
     for step in range(steps):
         if lazy and step:
-            value, pick = _lazily(table, best, worth, rows)
+            value, pick = _lazily(table, best, worth, own, rows)
         else:
             value, pick = worth.max(1)
         picks.append((pick, value))
         torch.maximum(best, table[rows, pick], out=best)
         worth[rows, pick] = -torch.inf
         if not lazy:
-            worth = torch.where(worth == -torch.inf, worth, _worth(table, best))
+            worth = torch.where(worth == -torch.inf, worth, _worth(table, best) + own)
     return _finish(picks, keep)
 
 
@@ -192,7 +196,7 @@ def _worth(table: Tensor, best: Tensor) -> Tensor:
     return (table - best[..., None, :]).clamp_(min=0).sum(-1)
 
 
-def _lazily(table: Tensor, best: Tensor, worth: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _lazily(table: Tensor, best: Tensor, worth: Tensor, own: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """The best candidates, after enough of the stale gains in `worth` (upper bounds) were renewed in place."""
     fresh = torch.zeros_like(worth, dtype=torch.bool)
     few = min(FRESH, worth.shape[1])
@@ -204,7 +208,7 @@ def _lazily(table: Tensor, best: Tensor, worth: Tensor, rows: Tensor) -> tuple[T
         tried = worth[open_sets].masked_fill(fresh[open_sets], -torch.inf).topk(few, dim=1).indices
         tried[:, -1] = pick[open_sets]  # the one that must be renewed, wherever topk put it among equals
         place = open_sets[:, None], tried
-        renewed = _worth(table[place], best[open_sets])
+        renewed = _worth(table[place], best[open_sets]) + own[place]
         worth[place] = torch.where(worth[place] == -torch.inf, worth[place], renewed)
         fresh[place] = True
 

@@ -240,7 +240,7 @@ class InputDriver:
         column_at = torch.full((len(table),), -1, device=ids.device)
         column_at[table.alive] = where[table.row[table.slot], stays]
         call.column_at = column_at
-        self.current.columns = torch.where(valid, index, -1)
+        call.columns = self.current.columns = torch.where(valid, index, -1)
         return new, call, Turn(length, index, valid, short, mask.bool())
 
     def step(self, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -194,6 +194,10 @@ class Live:
         row, valid = sets.row, note.valid
         usable = valid[row]
         place = torch.arange(valid.shape[1], device=valid.device).expand_as(usable)
+        if isinstance(rows, Tensor) and rows.dtype == torch.int64:
+            asked = self._prompt_slots(note)[row].gather(1, rows.to(slots.device).clamp(min=0))
+            asked = asked.masked_fill(rows.to(slots.device) < 0, -1)
+            return asked, (asked >= 0) / (asked >= 0).sum(1, keepdim=True).clamp(min=1)
         if isinstance(rows, Tensor):
             return slots, rows.to(slots.device) * (slots >= 0)
         if rows == "last":
@@ -245,6 +249,8 @@ class Live:
     def _tower_attention(
         self, sets: TokenSets, note: Note, rows: str | Tensor, over: str, heads: bool
     ) -> Tensor:
+        if isinstance(rows, Tensor) and rows.dtype == torch.int64:
+            raise Missing("row of text in a vision tower", where="tokens")
         if isinstance(rows, Tensor):
             whole = self._tower_rows(note, self._spread(sets, note, rows), "", over)
         elif rows == "cls" and not self.facts.prefix:
@@ -365,27 +371,90 @@ class Live:
         slots = self._slots(sets, note)
         return _at(sets, slots, first), _at(sets, slots, second)
 
-    def text(self, sets: TokenSets, kind: str) -> tuple[Tensor, Tensor]:
-        """Text tokens of each set's row, not visual, not padding: those after the last image, or all where none is."""
-        ids, valid, table = self.call.ids, self.call.mask, self.call.table
-        if ids is None or valid is None:
+    def _owners(self) -> tuple[Tensor, Tensor]:
+        """[B, L] of the prompt as given: the number of the image that each column follows or belongs to, -1 before the
+        first; and which columns lie inside images, with what stands between their tokens, such as the tags of tiles."""
+        table, ids = self.call.table, self.call.ids
+        assert ids is not None
+        row, column = table.row[: table.visual], table.column[: table.visual]
+        image = table.image_id[: table.visual]
+        count = int(image.max()) + 1
+        first = torch.full((count,), ids.shape[1], device=ids.device).scatter_reduce(0, image, column, "amin")
+        last = torch.full((count,), -1, device=ids.device).scatter_reduce(0, image, column, "amax")
+        marks = torch.full((3, *ids.shape), -1, device=ids.device)
+        begins = first[image]
+        marks[:, row, begins] = torch.stack([begins, table.image[: table.visual], last[image]])
+        latest = marks[0].cummax(1).values  # [B, L] where the image that came last begins
+        owner, end = (mark.gather(1, latest.clamp(min=0)).masked_fill(latest < 0, -1) for mark in marks[1:])
+        return owner, torch.arange(ids.shape[1], device=ids.device) <= end
+
+    def _chosen_text(self, sets: TokenSets, of: str | int, visual: bool) -> Tensor:
+        """bool [S, L]: the columns of the prompt as given that `text` is asked for."""
+        table, real = self.call.table, self.call.mask
+        assert real is not None
+        owner, inside = self._owners()
+        text, query = real & ~inside, owner[:, -1:]
+        if of == "question":
+            after = text & (owner == query)
+            words = real.clone()
+            words[table.row[: table.visual], table.column[: table.visual]] = False
+            return torch.where(after.any(1, keepdim=True), after, words)[sets.row]
+        if of == "image":
+            if bool((sets.image < 0).any()):
+                raise Missing("one image for a set of several", where="tokens", fix='scope "image" or "crop"')
+            mine = owner[sets.row] == sets.image[:, None]
+        elif of == "query":
+            mine = (owner == query)[sets.row]
+        elif of == "context":
+            mine = ((owner >= 0) & (owner != query))[sets.row]
+        elif isinstance(of, int) and of >= 0:
+            mine = (owner == of)[sets.row]
+        else:
+            raise SecateurError(
+                f"there is no text of {of!r}",
+                where="tokens",
+                fix="question, query, image, context, or the number of an image",
+            )
+        return mine & (real if visual else text)[sets.row]
+
+    def _prompt_slots(self, note: Note) -> Tensor:
+        """[B, L] slot in a decoder layer's sequence of each column of the prompt as given; -1 where it has left."""
+        assert note.columns is not None and note.valid is not None and self.call.ids is not None
+        given = self.call.columns
+        columns = note.columns if given is None else given.gather(1, note.columns)
+        length = self.call.ids.shape[1]
+        slots = torch.full((len(columns), length + 1), -1, device=columns.device)
+        place = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
+        slots.scatter_(1, torch.where(note.valid, columns, length), place)
+        return slots[:, :length]
+
+    def text(self, sets: TokenSets, kind: str, of: str | int, visual: bool) -> tuple[Tensor, Tensor]:
+        ids = self.call.ids
+        if ids is None or self.call.mask is None:
             raise Missing("text beside a vision transformer on its own", where="tokens")
-        text = valid.clone()  # [B, L]
-        row, visual = table.row[: table.visual], table.column[: table.visual]
-        text[row, visual] = False
-        last = torch.full((len(text),), -1, device=text.device)
-        last.scatter_reduce_(0, row, visual, "amax")
-        after = text & (torch.arange(text.shape[1], device=text.device) > last[:, None])
-        text = torch.where(after.any(1, keepdim=True), after, text)
-        order = (~text).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(text.sum(1).max())]
-        there = text.gather(1, order)[sets.row]  # [S, m]
-        picked = ids.gather(1, order)[sets.row].masked_fill(~there, 0)
+        layer = kind.startswith("layer:")
+        if not layer and kind not in ("ids", "columns", "embeddings"):
+            raise Missing(f"text {kind!r}", where="tokens", fix="embeddings, ids, columns or layer:K")
+        if visual and kind == "embeddings":
+            raise Missing(
+                "embeddings of visual tokens", where="tokens", fix="their features, or a layer's output"
+            )
+        mine = self._chosen_text(sets, of, visual)
+        order = (~mine).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(mine.sum(1).max())]
+        there = mine.gather(1, order)  # [S, m]
+        if kind == "columns":
+            return order.masked_fill(~there, -1), there
+        if layer:
+            note = self.note(kind, form="")
+            if note.states is None:
+                raise Missing(f"output of {kind!r} yet", where="tokens")
+            slots = self._prompt_slots(note)[sets.row].gather(1, order).masked_fill(~there, -1)
+            return _at(sets, slots, note.states[:: self.call.expand]), slots >= 0
+        picked = ids[sets.row].gather(1, order).masked_fill(~there, 0)
         if kind == "ids":
             return picked, there
-        if kind == "embeddings":
-            embeddings = self.call.setup.model.get_input_embeddings()(picked)
-            return embeddings.masked_fill(~there[..., None], 0), there
-        raise Missing(f"text {kind!r}", where="tokens", fix="embeddings or ids")
+        embeddings = self.call.setup.model.get_input_embeddings()(picked)
+        return embeddings.masked_fill(~there[..., None], 0), there
 
     def pixels(self, sets: TokenSets) -> Tensor:
         """Grey values; the processor's normalisation is undone with `image_mean` and `image_std` (0.5 unless given)."""

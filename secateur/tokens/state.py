@@ -59,7 +59,7 @@ class Source(Protocol):
     def vectors(self, sets: TokenSets, which: str, site: str, rope: bool, cls: bool) -> Tensor: ...
     def hidden(self, sets: TokenSets, site: str, cls: bool) -> Tensor: ...
     def transition(self, sets: TokenSets, site: str, module: str, whole: bool) -> tuple[Tensor, ...]: ...
-    def text(self, sets: TokenSets, kind: str) -> tuple[Tensor, Tensor]: ...
+    def text(self, sets: TokenSets, kind: str, of: str | int, visual: bool) -> tuple[Tensor, Tensor]: ...
     def pixels(self, sets: TokenSets) -> Tensor: ...
     def project(self, hidden: Tensor) -> Tensor: ...
 
@@ -164,8 +164,8 @@ class TokenSets(Screen):
         """float32 [S, n] (`heads`: [S, H, n]): softmax(q k^T) averaged over the query rows and the heads.
 
         `rows`: "cls", "last" (last prompt token), "text" (prompt tokens after the set's last one), "visual" (the set's own
-        tokens), "all" (every valid token of the sequence), or weights [S, n] over the set's own tokens as queries (a
-        weighted sum). `over`: softmax over "all" keys of the sequence, or over the set's own ("visual").
+        tokens), "all" (every valid token of the sequence), weights [S, n] over the set's own tokens as queries (a
+        weighted sum), or int64 [S, r] columns of the prompt as `text("columns")` gives them, -1 none (their mean). `over`: softmax over "all" keys of the sequence, or over the set's own ("visual").
         Where patches are merged to tokens, a token's value is the mean over its patches.
         Raises `Missing` when the model has no such row or the site isn't recorded.
         """
@@ -200,9 +200,21 @@ class TokenSets(Screen):
         """
         return self._source.transition(self, site, module, whole)
 
-    def text(self, kind: str = "embeddings") -> tuple[Tensor, Tensor]:
-        """The prompt's text tokens, per set's row: ([S, m, D] "embeddings" | [S, m] "ids" | [S, m, D] "hidden", bool [S, m])."""
-        return self._source.text(self, kind)
+    def text(
+        self, kind: str = "embeddings", of: str | int = "question", visual: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Text tokens of each set's row, and which of them are there: ([S, m] or [S, m, D], bool [S, m]).
+
+        >>> words, there = sets.text("layer:6", of="image")  # doctest: +SKIP
+
+        `kind`: "embeddings", "ids", "columns" (of `input_ids` as given), or a recorded "layer:K": its output there.
+        `of`: text belongs to the image that it follows. "question" (what follows the row's last image, or all of its text
+        where nothing does), "query" (the same, empty where nothing does), "image" (the set's own), "context" (all images
+        but the last; what stands before the first belongs to none), or an image's number in its row, as `image_of` has it.
+        `visual`: with the tokens of those images, as many as are left.
+        Raises `Missing` for "image" where a set spans several images, and where the layer isn't recorded.
+        """
+        return self._source.text(self, kind, of, visual)
 
     def pixels(self) -> Tensor:
         """[S, n, p] grey values 0..255 of each token's patches, p pixels."""
