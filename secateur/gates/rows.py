@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from secateur.gates.laws import Law
 from secateur.gates.points import Points
 from secateur.graph import Slice
+from secateur.utils.screen import Screen
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-@dataclass(frozen=True)
-class Site:
+@dataclass(frozen=True, repr=False)
+class Site(Screen):
     """A module whose input or output is multiplied. index: [units, k], the channels of each unit. dim: the axis of the channels."""
 
     module: nn.Module

@@ -24,8 +24,8 @@ from secateur.utils.screen import Screen, counted
 RESET = "call attached.reset() between episodes"
 
 
-@dataclass(eq=False)
-class Rows:
+@dataclass(eq=False, repr=False)
+class Rows(Screen):
     """The queries of one layer since the last call ended, and the keys that they see."""
 
     slots: Tensor
