@@ -41,8 +41,8 @@ class Rows(Screen):
     scale: float | None = None
 
 
-@dataclass(eq=False)
-class Step:
+@dataclass(eq=False, repr=False)
+class Step(Screen):
     """The step that goes on."""
 
     row: Tensor
