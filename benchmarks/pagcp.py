@@ -1,7 +1,7 @@
 """PAGCP with its guard on the worst task or on the sum, against uniform L1 and random channels, at equal multiply-adds.
 
     python benchmarks/pagcp.py                         # three seeds of digits, three tasks: about 4 CPU minutes
-    python benchmarks/pagcp.py --networks resnet20     # CIFAR-10: which class, animal or not; one seed, about 15 CPU minutes
+    python benchmarks/pagcp.py --networks resnet20     # CIFAR-10: which class, animal or not; one seed, about 40 CPU minutes
     python benchmarks/pagcp.py --smoke                 # does it run
 
 Each seed trains its own network. All cuts are made in one pass without training (PAGCP's allowance is doubled until its
