@@ -23,7 +23,7 @@ from secateur.tokens.method import TokenMethod
 from secateur.utils.files import atomic_write_json
 
 RANDOM = "random-tokens"
-OWN = {"recoverable-compression": {"text": "embeddings"}}
+OWN = {name: {"text": "embeddings"} for name in ("recoverable-compression", "cdpruner")}
 """Settings that the bench must give: there is no contrastive text tower, so likeness is taken in word embeddings."""
 
 

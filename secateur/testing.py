@@ -458,7 +458,7 @@ def token_sets(
 
     Keys: `attention` (site, rows), or (site, rows, over), (site, rows, over, "heads"); `queries`, `keys`, `values`,
     `hidden` site, (site, "cls"), (site, "raw"); `transition` (site, module) or (site, module, "whole"); `text` kind,
-    or (kind, of), (kind, of, "visual").
+    or (kind, of), (kind, of, "visual"); `attention` (site, "each column"), [S, L, n], for rows that are columns.
     `grid`: height and width; a square where there is none. `fields`: any others of `TokenSets`, in place of one image of
     one crop a row, numbered in raster order, nothing carried, no target.
     """
@@ -523,6 +523,10 @@ class _Statistics:
         raise Missing(f"{what} {keys[0]!r}", where="tokens", fix=f"given were {list(table)}")
 
     def attention(self, sets: TokenSets, site: str, rows: str | Tensor, over: str, heads: bool) -> Tensor:
+        each = self.maps.get((site, "each column"))
+        if each is not None and isinstance(rows, Tensor) and rows.dtype == torch.int64:
+            picked = each.gather(1, rows.clamp(min=0)[..., None].expand(-1, -1, each.shape[2]))
+            return (picked * (rows >= 0)[..., None]).sum(1) / (rows >= 0).sum(1, keepdim=True)
         name = rows if isinstance(rows, str) else "weights"
         full = (site, name, over, "heads")
         if heads:
@@ -566,3 +570,6 @@ class _Statistics:
         if self.projector is None:
             raise Missing("projector that works token by token", where="tokens")
         return self.projector(hidden)
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        return hidden

@@ -42,6 +42,8 @@ class Call:
     """Tokens in all before block K of the tower, where that changes."""
     session: Session | None = None
     """What is remembered of earlier runs."""
+    noted: dict[str, Tensor] = field(default_factory=dict)
+    """What a method keeps for its later stages."""
     tower_full: int = 0
     """Tokens in all before block 0."""
 

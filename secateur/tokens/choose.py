@@ -59,6 +59,7 @@ def run_stage(
         generator=seeded(setup.seed, "tokens", placed.label),
         facts=setup.facts,
         given=setup.given,
+        noted=call.noted,
         source=Live(call, recorder, kind, number, peek),
         kind=kind,
     )

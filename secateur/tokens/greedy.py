@@ -2,7 +2,8 @@
 
 Criteria on distances or likenesses `[S, n, n]` between candidates, or on gains `[S, m, n]` of candidates over what is to
 be covered. Padding-aware, a number of picks per set, ties to the lowest index, and the first k picks are those of any
-larger k. Specs: divprune (max-min), todre (max-sum, k-centre), mmtok (coverage).
+larger k. Specs: divprune (max-min), todre (max-sum, k-centre), mmtok (coverage);
+determinants for cdpruner, which has none.
 """
 
 from __future__ import annotations
@@ -127,6 +128,36 @@ def _by_distance(
             score = row if valid is None else row.masked_fill_(~valid, -torch.inf)
         else:
             update(score, row, out=score)
+    return _finish(picks, keep)
+
+
+def max_determinant(kernel: Tensor, keep: Tensor | int, valid: Tensor | None = None) -> Picks:
+    """The next pick raises the determinant of the picks' kernel most: MAP inference of a determinantal point process.
+
+    >>> max_determinant(torch.tensor([[[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 0.5]]]), 2).order
+    tensor([[0, 2]])
+
+    `kernel` [S, n, n] positive semidefinite. A pick's value is the factor by which it multiplies the determinant: what is
+    left of its diagonal (Chen et al. 2018, arXiv 1709.05135). Where nothing is left, picks follow by place.
+    """
+    sets, n = kernel.shape[:2]
+    keep, steps = _steps(keep, valid, sets, n, kernel.device)
+    _refuse_nan(kernel)
+    kernel, rows = kernel.float(), torch.arange(sets, device=kernel.device)
+    left = kernel.diagonal(dim1=1, dim2=2).clone()
+    if valid is not None:
+        left = left.masked_fill(~valid, -torch.inf)
+    factors = torch.zeros(sets, steps, n, device=kernel.device)
+    picks: list[tuple[Tensor, Tensor]] = []
+    for step in range(steps):
+        value, pick = left.max(1)
+        picks.append((pick, value))
+        before = factors[:, :step]
+        row = kernel[rows, pick] - torch.einsum("st,stn->sn", before[rows, :, pick], before)
+        row = row / value.clamp(min=0).sqrt()[:, None]
+        factors[:, step] = row.masked_fill((value <= 0)[:, None], 0)
+        left = (left - factors[:, step] ** 2).clamp(min=0).masked_fill(left == -torch.inf, -torch.inf)
+        left[rows, pick] = -torch.inf
     return _finish(picks, keep)
 
 

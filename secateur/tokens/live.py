@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.families.vlm.facts import decoder_of
 from secateur.tokens.call import Call
 from secateur.tokens.record import Key, Note, Recorder
 from secateur.tokens.scores import attention_rows, received_attention
@@ -20,6 +21,7 @@ from secateur.tokens.state import Missing, TokenSets
 
 Peek = Callable[[Key, bool], Note]
 """Block and whether before rotation -> what its attention would see now."""
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 CHUNK = 128
 """Query rows handled at once."""
 
@@ -445,10 +447,16 @@ class Live:
         if kind == "columns":
             return order.masked_fill(~there, -1), there
         if layer:
-            note = self.note(kind, form="")
+            keys = kind.endswith(":keys")
+            note = self.note(kind.removesuffix(":keys"), form="entry" if kind.endswith(":entry") else "")
+            slots = self._prompt_slots(note)[sets.row].gather(1, order).masked_fill(~there, -1)
+            if keys:
+                values = note.k[0][:: self.call.expand, :, -note.q[0].shape[2] :].transpose(
+                    1, 2
+                )  # [B, L, H, d]
+                return _at(sets, slots, values).float(), slots >= 0
             if note.states is None:
                 raise Missing(f"output of {kind!r} yet", where="tokens")
-            slots = self._prompt_slots(note)[sets.row].gather(1, order).masked_fill(~there, -1)
             return _at(sets, slots, note.states[:: self.call.expand]), slots >= 0
         picked = ids[sets.row].gather(1, order).masked_fill(~there, 0)
         if kind == "ids":
@@ -492,3 +500,11 @@ class Live:
             raise Missing("projector that works token by token", where="tokens")
         flat = projector(hidden.reshape(1, -1, hidden.shape[-1]))
         return flat.reshape(*hidden.shape[:-1], flat.shape[-1])
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        decoder = decoder_of(self.call.setup.model)
+        for name in FINAL_NORMS:
+            if isinstance(norm := getattr(decoder, name, None), torch.nn.Module):
+                with torch.no_grad():
+                    return norm(hidden)
+        raise Missing("norm after the last layer", where="tokens")

@@ -192,6 +192,7 @@ def make_sets(
     generator: torch.Generator,
     facts: Facts,
     given: dict[str, Any],
+    noted: dict[str, Tensor],
     source: Source,
     kind: str,
 ) -> TokenSets | None:
@@ -226,6 +227,7 @@ def make_sets(
         facts=facts,
         target=target,
         given=given,
+        noted=noted,
         source=source,
         place=Place(torch.where(valid, member, -1), at, kind),
     )

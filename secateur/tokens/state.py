@@ -62,6 +62,7 @@ class Source(Protocol):
     def text(self, sets: TokenSets, kind: str, of: str | int, visual: bool) -> tuple[Tensor, Tensor]: ...
     def pixels(self, sets: TokenSets) -> Tensor: ...
     def project(self, hidden: Tensor) -> Tensor: ...
+    def final_norm(self, hidden: Tensor) -> Tensor: ...
 
 
 @dataclass(eq=False, repr=False)
@@ -113,6 +114,8 @@ class TokenSets(Screen):
     history: Tensor | None = None
     """[S, steps, n] float32: what each of the last runs attended to (`TokenMethod.memory`), the newest last; NaN where an
     episode has had fewer, 0 where the token had left. None: the method remembers nothing."""
+    noted: dict[str, Tensor] = field(default_factory=dict)
+    """Whatever else a method writes at one stage and reads at the next; the same for all stages of a run."""
     given: dict[str, Any] = field(default_factory=dict)
     """What the caller passed to `attach` beside the hyperparameters: question, text_encoder, tokenizer, ..."""
     source: Source | None = None
@@ -207,7 +210,8 @@ class TokenSets(Screen):
 
         >>> words, there = sets.text("layer:6", of="image")  # doctest: +SKIP
 
-        `kind`: "embeddings", "ids", "columns" (of `input_ids` as given), or a recorded "layer:K": its output there.
+        `kind`: "embeddings", "ids", "columns" (of `input_ids` as given), or a recorded "layer:K": its output there;
+        "layer:K:entry": what the layer was given; "layer:K:keys": its keys, after rotation, [S, m, H_kv, d].
         `of`: text belongs to the image that it follows. "question" (what follows the row's last image, or all of its text
         where nothing does), "query" (the same, empty where nothing does), "image" (the set's own), "context" (all images
         but the last; what stands before the first belongs to none), or an image's number in its row, as `image_of` has it.
@@ -223,3 +227,7 @@ class TokenSets(Screen):
     def project(self, hidden: Tensor) -> Tensor:
         """[..., C] -> [..., D] through the projector, where it works token by token; else `Missing`."""
         return self._source.project(hidden)
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., D] through the norm after the language model's last layer; `Missing` where it has none."""
+        return self._source.final_norm(hidden)

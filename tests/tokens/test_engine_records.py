@@ -124,6 +124,58 @@ def test_rows_after_tokens_have_left(llava: Any, inputs: dict[str, Any]) -> None
         assert not first[row, columns].any() and len(columns)
 
 
+@pytest.mark.parametrize("family", ["llava-clip", "qwen2.5-vl", "gemma3"])
+def test_keys_and_entries_of_the_text(family: str) -> None:
+    """Of the columns after a row's last image, in order; and the norm behind the last layer."""
+    model, inputs = make(family, torch.float32), inputs_for(family, torch.float32)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    with torch.no_grad():
+        states = model(**inputs, output_hidden_states=True).hidden_states
+
+    def look(sets: TokenSets) -> dict[str, Any]:
+        found: dict[str, Any] = {"row": sets.row, "valid": sets.valid, "own": sets.index}
+        found["image"] = sets.hidden("layer:0:entry")
+        found["entry"], found["keys"] = sets.text("layer:0:entry"), sets.text("layer:1:keys")
+        found["last"] = sets.keys("layer:1", cls=True)
+        found["norm"] = sets.final_norm(sets.text("layer:1")[0])
+        return found
+
+    found = spy(model, inputs, look, at="layer:2", records=("layer:1", "layer:0:entry"), scope="image")
+    norm = model.get_decoder().norm
+    for s, row in enumerate(found["row"].tolist()):
+        images = (ids[row] == IMAGE).nonzero()[:, 0]
+        after = [c for c in range(ids.shape[1]) if mask[row, c] and c > images[-1]]
+        n = len(after)
+        assert int(found["entry"][1][s].sum()) == int(found["keys"][1][s].sum()) == n
+        assert torch.equal(found["entry"][0][s, :n], states[0][row, after])
+        with torch.no_grad():
+            assert torch.allclose(found["norm"][s, :n], norm(states[2][row, after]), atol=1e-6)
+        assert torch.equal(found["keys"][0][s, n - 1], found["last"][s])
+        own = images[found["own"][s, found["valid"][s]]]
+        assert torch.equal(found["image"][s, found["valid"][s]], states[0][row, own])
+
+
+def test_what_is_noted_lasts_one_run(llava: Any, inputs: dict[str, Any]) -> None:
+    from test_engine import Two, choose, dropped
+
+    seen: list[bool] = []
+    chooser = choose(inputs, dropped(inputs, 0.5, 5))
+
+    def early(sets: TokenSets) -> Tensor:
+        assert not sets.noted
+        sets.noted["words"] = sets.text("ids")[0]
+        return chooser(sets)
+
+    def late(sets: TokenSets) -> Tensor:
+        seen.append(torch.equal(sets.noted["words"], sets.text("ids")[0]))
+        return sets.valid
+
+    with torch.no_grad(), attach(llava, Two(early, late, ("layer:2", "layer:3")), target="50%"):
+        for _ in range(2):
+            llava(**inputs)
+    assert seen == [True, True]
+
+
 def test_peek_is_what_the_layer_will_compute(llava: Any, inputs: dict[str, Any]) -> None:
     whole = attentions("llava-clip", inputs)[2].mean(1)
 
