@@ -5,7 +5,7 @@ Liu, Wang, Zhang 2025, "Meta Pruning via Graph Metanetworks", https://arxiv.org/
 Differs from the published code: nodes and edges come from the traced network, not from positions of modules, with one form for
 all networks: five numbers a channel, a shortcut's convolution with channels of its own, and residuals as edges between channels
 that meet, without zero edges between all others. A kernel below 3 x 3 lies in the middle of one. The units leave in one step
-to the exact budget. The epoch is taken by the loss after a cut of a held-out data model, not by eye. The loss is a mean, so
+to the exact budget, by norms that count those of the normalisations too, as the penalty does. The epoch is taken by the loss after a cut of a held-out data model, not by eye. The loss is a mean, so
 `reg` is that of the published setting over 100 batches.
 """
 
