@@ -255,7 +255,10 @@ def test_every_method_reads_and_keeps_the_same_with_a_static_cache(family: str) 
         found = []
         for cache in ({}, STATIC):
             with attach(model, method, target="50%", **more) as attached:
-                if attached.setup.in_decoder:
+                if attached.setup.warm_up and cache:
+                    with pytest.raises(SecateurError, match="isn't read off a static cache"):
+                        run(model, inputs, max_new_tokens=2, **cache)
+                elif attached.setup.in_decoder:
                     found.append((*run(model, inputs, max_new_tokens=2, **cache), lists(attached.kept)))
         for (words, logits, kept), (static_words, static_logits, static_kept) in itertools.pairwise(found):
             tried.append(method)
