@@ -62,7 +62,8 @@ class ConsensusSubnetwork(TrainMethod):
     A target in MACs or parameters is that of the whole network; a bare share is that of the gated units. Of the
     units that most inputs skip none stays; where that isn't enough for the target, the least used of the others leave.
     `select="threshold"` takes the majority's network as it is, as published, so that a target may be missed. Needs
-    batches of two or more: one sample always agrees with itself. Fine-tuning is not part of the method (`tune`).
+    batches of two or more: one sample always agrees with itself. Fine-tuning is not part of the method (`tune`), but needed where
+    most inputs skip all units of a group: one stays, and the report says so.
     """
 
     gate: str = field(
@@ -145,12 +146,19 @@ class ConsensusSubnetwork(TrainMethod):
             disagreement=max(disagreement(share) for share in shares.values()),
             share_of_the_consensus=float(share_of(majority)),
         )
-        job.cut(self.choose(job, shares, {name: sure for name, (_, sure) in found.items()}))
+        kept = self.choose(job, shares, {name: sure for name, (_, sure) in found.items()})
+        told = {f"no gate: {name}": why for name, why in gated.frozen.items()}
+        for name, units in kept.items():
+            if added := [int(u) for u in units if shares[name][u] < 0.5]:
+                told[f"kept against the consensus: {name}"] = (
+                    f"most inputs skip all of its units, and one has to stay ({added[0]}): the cut network isn't the gated one; fine-tune it"
+                )
+        job.cut(kept)
         job.reestimate(self.reestimate)
         job.note(quality_after_the_cut=job.quality())
         if steps := round(self.tune * job.steps):
             job.train("tune", steps=steps)
-        return job.plan(notes={f"no gate: {name}": why for name, why in gated.frozen.items()})
+        return job.plan(notes=told)
 
     def law(self, group: Group) -> Reading:
         return Reading(group.size, blocks=group.kind == "layers", hidden=self.width, gradient=self.gradient)

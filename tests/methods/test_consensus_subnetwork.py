@@ -168,3 +168,15 @@ def test_a_run_is_not_resumed_with_other_gates(tmp_path):
     with pytest.raises(SecateurError, match="begun with another consensus-subnetwork gate"):
         run(steps=6, gate="channels", resume=folder, every=2)
     assert files and {path: path.read_bytes() for path in folder.iterdir()} == files
+
+
+def test_a_group_that_all_inputs_skip_keeps_one_unit_and_the_plan_says_so(monkeypatch):
+    share = torch.tensor([0.1, 0.3, 0.2, 0.0])
+    monkeypatch.setattr(
+        "secateur.methods.consensus_subnetwork.answers_over",
+        lambda laws, runs: {name: (share, share) for name in laws},
+    )
+    pruned = run(steps=2)
+    assert pruned.plan.keep["blocks:layers"].tolist() == [1]
+    note = pruned.plan.notes["kept against the consensus: blocks:layers"]
+    assert "one has to stay (1)" in note and "fine-tune" in note
