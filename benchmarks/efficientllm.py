@@ -25,11 +25,12 @@ import torch
 from torch import nn
 
 import secateur
-from secateur.methods.efficientllm import EfficientLLM, Leaving
+from secateur.methods.efficientllm import EfficientLLM
 from secateur.surgery import Shrinking
 from secateur.tasks import load_task
 from secateur.training import fit
 from secateur.training.cuts import Cuts
+from secateur.training.leaving import Leaving
 from secateur.training.losses import default_loss
 from secateur.training.task import Task
 

@@ -180,6 +180,15 @@ class Graph:
         kinds = [kinds] if isinstance(kinds, str) else kinds
         return [g for g in self.groups if g.reason is None and (kinds is None or g.kind in kinds)]
 
+    def unit_params(self, group: Group) -> int:
+        """How many entries of parameters leave with one unit of a group, biases and norms included.
+
+        >>> trace(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), x).unit_params(group)  # 3 and a bias, 2  # doctest: +SKIP
+        6
+        """
+        own = [(s, self.shapes[s.name]) for s in group.slices if s.name in self._parameters]
+        return sum(s.index.shape[1] * (prod(shape) // shape[s.dim]) for s, shape in own)
+
     def params(self, keep: Mapping[str, Tensor] | None = None, names: Sequence[str] | None = None) -> int:
         """Predicted number of parameters of the whole model (tied ones count once), or of the tensors in `names`."""
         shapes = {n: list(self.shapes[n]) for n in (self._parameters if names is None else names)}

@@ -15,21 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.graph import Graph, Group
 from secateur.method import register
-from secateur.pruning.context import Context
 from secateur.pruning.plan import Plan
 from secateur.solvers.least_squares import least_squares
 from secateur.stats.hessians import every_matrix, hessians, readers
 from secateur.surgery import Shrinking
 from secateur.taxonomy import record
 from secateur.training.job import Job
+from secateur.training.leaving import Leaving
 from secateur.training.method import TrainMethod
 from secateur.training.state import State
 from secateur.utils.batches import inputs_of
@@ -40,108 +38,6 @@ SALIENCY = {
     "mixed": lambda x: (x - x.square() / 2).abs(),
 }
 """What removing a weight costs, of weight times gradient: the diagonal Fisher's estimate, the gradient's, both."""
-
-
-def weights_of(graph: Graph, group: Group) -> int:
-    """How many entries of parameters leave with a unit of the group."""
-    own = [(s, graph.shapes[s.name]) for s in group.slices if s.name in graph._parameters]
-    return sum(s.index.shape[1] * (torch.Size(shape).numel() // shape[s.dim]) for s, shape in own)
-
-
-class Leaving:
-    """What leaves when: a hook on the gradients that adds up saliencies, and the decision after each step.
-
-    Sums are held for the units of the dense model, and go into checkpoints.
-    """
-
-    def __init__(self, method: EfficientLLM, job: Job):
-        self.method, self.cuts = method, job.cuts(self.decide)
-        self.context: Context = job.context()
-        self.groups = {group.name: group for group in self.context.groups}
-        self.cost, self.limit = self.context.cost()
-        self.at = method.times(job.steps)
-        self.sums: dict[str, Tensor] = {}
-        self.clear()
-        self.context.allocate(
-            self.sums, "uniform", keep_scores=False
-        )  # refuses a target that floors don't meet
-        self.done = self.cost({}) <= self.limit
-        self.history: list[list[Any]] = []
-
-    def clear(self) -> None:
-        self.sums = {name: torch.zeros(g.size, dtype=torch.float64) for name, g in self.groups.items()}
-
-    @property
-    def keep(self) -> dict[str, Tensor]:
-        left = self.cuts.shrinking.keep
-        return {name: left.get(name, torch.arange(g.size)) for name, g in self.groups.items()}
-
-    @torch.no_grad()
-    def __call__(self, state: State) -> None:
-        """Adds this batch's saliencies, in float32, while something is still to leave."""
-        if self.done or state.step + 1 <= self.at[0] - self.method.interval or state.step >= self.at[-1]:
-            return
-        of, graph = SALIENCY[self.method.saliency], self.cuts.shrinking.graph
-        values = {
-            name: of(p.float() * p.grad.float())
-            for name, p in state.model.named_parameters()
-            if p.grad is not None
-        }
-        for name, units in self.keep.items():
-            self.sums[name][units] += graph[name].reduce(values).double().cpu()
-
-    def decide(self, state: State, now: Shrinking) -> dict[str, Tensor] | None:
-        """The units to keep from now on: without the least salient, as many as keep to the pace, one at least."""
-        if self.done or state.step + 1 not in self.at:
-            return None
-        part = (self.at.index(state.step + 1) + 1) / len(self.at)
-        pace = self.limit + (self.cost({}) - self.limit) * (1 - part)
-        keep = self.keep
-        while True:
-            kind, keep, values = self.without_least(keep)
-            self.history.append([state.step + 1, kind, values])
-            if self.cost(keep) <= pace:
-                break
-        self.done = self.cost(keep) <= self.limit
-        if self.method.update:
-            self.method.repair(state, now, keep)
-        self.clear()
-        return keep
-
-    def without_least(self, keep: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], dict[str, float]]:
-        """(the kind of unit that leaves each of its layers, what is kept then, what each kind would have cost)."""
-        gone: dict[str, Tensor] = {}
-        for name, units in keep.items():
-            stays = torch.zeros(len(self.sums[name]), dtype=torch.bool)
-            stays[units] = True
-            gone[name] = self.sums[name].masked_fill(~stays, -torch.inf)
-        fewer: dict[str, dict[str, Tensor]] = {}
-        for group in self.context.competitors(gone, keep_scores=False):
-            units = group.down_to(len(keep[group.name]) - 1)
-            if len(units) < len(keep[group.name]):
-                fewer.setdefault(group.kind, {})[group.name] = units
-        values = {kind: self.value(keep, units) for kind, units in fewer.items()}
-        left = {kind: self.cost({**keep, **units}) for kind, units in fewer.items()}
-        # one that goes past the target leaves only where each would; then the smallest does
-        short = [kind for kind in fewer if left[kind] > self.limit]
-        kind = min(short, key=values.__getitem__) if short else max(left, key=left.__getitem__)
-        return kind, {**keep, **fewer[kind]}, values
-
-    def value(self, keep: Mapping[str, Tensor], fewer: Mapping[str, Tensor]) -> float:
-        """What the units cost that `fewer` leaves out of `keep`: a mean over their parameters, or the sum."""
-        total, count, graph = 0.0, 0, self.cuts.shrinking.graph
-        for name, units in fewer.items():
-            leaving = keep[name][~torch.isin(keep[name], units)]
-            total += float(self.sums[name][leaving].sum())
-            count += len(leaving) * weights_of(graph, graph[name])
-        return total / count if self.method.across == "mean" else total
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**self.sums, "done": self.done, "history": self.history}
-
-    def load_state_dict(self, values: Mapping[str, Any]) -> None:
-        self.sums = {name: values[name] for name in self.groups}
-        self.done, self.history = values["done"], values["history"]
 
 
 @register
@@ -190,7 +86,14 @@ class EfficientLLM(TrainMethod):
         self.check(job)
         if not job.trained:
             job.train("dense")
-        leaving = Leaving(self, job)
+        leaving = Leaving(
+            job,
+            self.times(job.steps),
+            saliency=SALIENCY[self.saliency],
+            every=self.interval,
+            mean=self.across == "mean",
+            before=self.repair if self.update else None,
+        )
         job.train("pruning", after_backward=[leaving], after_step=[leaving.cuts])
         job.note(removals=leaving.history)
         return job.plan()

@@ -10,7 +10,7 @@ from torch import nn
 import secateur
 from secateur.errors import SecateurError
 from secateur.graph import trace
-from secateur.methods.efficientllm import SALIENCY, EfficientLLM, weights_of
+from secateur.methods.efficientllm import SALIENCY, EfficientLLM
 from secateur.solvers.least_squares import least_squares
 from secateur.stats.hessians import every_matrix
 from secateur.surgery import Shrinking, cut_units
@@ -139,7 +139,7 @@ def test_a_removal_takes_the_parameters_of_the_sheet(name):
         small = copy.deepcopy(model)
         cut_units(small, graph, {g.name: torch.arange(g.size)[1:] for g in groups})
         assert count(model) - count(small) == gone
-        assert sum(weights_of(graph, g) for g in groups) == gone
+        assert sum(graph.unit_params(g) for g in groups) == gone
     assert seen == {"hidden", "neurons", "kv_groups" if name == "grouped" else "heads"}
 
 
