@@ -16,10 +16,11 @@ from torch import Tensor
 from secateur.errors import SecateurError
 from secateur.method import register
 from secateur.taxonomy import record
-from secateur.tokens.counts import by_mass
+from secateur.tokens.counts import by_mass, ceils, floors
 from secateur.tokens.method import Facts, Stage, TokenMethod
 from secateur.tokens.profile import Profile
-from secateur.tokens.select import top_per_group, top_per_row
+from secateur.tokens.reduce import best_of_cell
+from secateur.tokens.select import top_per_row
 from secateur.tokens.state import TokenSets
 
 
@@ -90,17 +91,9 @@ class AdaToken3D(TokenMethod):
         if not self.profile:
             return None
         found = Profile.load(self.profile)
-        for name, ours, theirs, matters in (
-            ("layers", facts.layers, found.layers, True),
-            ("probe", self.probe, found.probe, True),
-            ("tau", self.tau, found.tau, self.static),
-        ):
-            if matters and ours != theirs:
-                raise SecateurError(
-                    f"it is of {name} {theirs}, not {ours}",
-                    where=str(self.profile),
-                    fix="profile this model again",
-                )
+        found.check(
+            self.profile, layers=facts.layers, probe=self.probe, **({"tau": self.tau} if self.static else {})
+        )
         return found
 
     def stages(self, facts: Facts) -> list[Stage]:
@@ -140,41 +133,17 @@ class AdaToken3D(TokenMethod):
             counts = sets.keep
         elif self.static:
             assert known is not None
-            counts = whole(known.keep[layer] * sets.total)
+            counts = ceils(known.keep[layer] * sets.total)
         else:
-            least, most = whole(self.r_min * sets.total), (self.r_max * sets.total + 1e-9).long()
+            least, most = ceils(self.r_min * sets.total), floors(self.r_max * sets.total)
             counts = by_mass(mass, self.tau, sets.valid).clamp(min=least).clamp(max=most)
         kept = top_per_row(mass, counts.clamp(min=1), sets.valid)
         return kept if self.voxel is None else kept | self.alone(mass, kept, self.voxel, sets)
 
     def alone(self, mass: Tensor, kept: Tensor, edge: float, sets: TokenSets) -> Tensor:
         """[S, n]: the token of most mass of every cube that keeps none."""
-        cubes = torch.zeros(*sets.valid.shape, 3, dtype=torch.int64, device=sets.device)
-        for one, row, index, valid in zip(cubes, sets.row.tolist(), sets.index, sets.valid):
-            one[valid] = (self.coordinates(sets, row, int(index.max()))[index[valid]] / edge).floor().long()
+        cubes = (sets.per_token("coordinates", 3) / edge).floor().long()
         groups = cubes.flatten(0, 1).unique(dim=0, return_inverse=True)[1].view_as(sets.index)
-        quota = torch.ones(len(sets), int(groups.max()) + 1, dtype=torch.int64, device=sets.device)
-        full = torch.zeros_like(quota).scatter_add_(1, groups, kept.long())
-        return top_per_group(mass, groups, quota, sets.valid) & (full.gather(1, groups) == 0)
-
-    def coordinates(self, sets: TokenSets, row: int, last: int) -> Tensor:
-        """[tokens, 3] of a row, on the device of the sets. Raises `SecateurError` where they aren't there or don't fit."""
-        places = sets.given.get("coordinates")
-        fix = 'attach(..., given={"coordinates": [[tokens, 3] for each row]})'
-        if places is None:
-            raise SecateurError("voxel needs the tokens' coordinates", where=self.name, fix=fix)
-        if row >= len(places):
-            raise SecateurError(f"there are no coordinates of row {row}", where=self.name, fix=fix)
-        found = torch.as_tensor(places[row], device=sets.device)
-        if found.dim() != 2 or found.shape[1] != 3 or len(found) <= last or not bool(found.isfinite().all()):
-            raise SecateurError(
-                f"the coordinates of row {row} are {tuple(found.shape)}, or aren't finite; it has {last + 1} tokens",
-                where=self.name,
-                fix=fix,
-            )
-        return found.double()
-
-
-def whole(amount: Tensor) -> Tensor:
-    """Tokens, rounded up; a product may lie just above a whole number."""
-    return (amount.double() - 1e-9).ceil().long()
+        held = torch.zeros(len(sets), int(groups.max()) + 1, dtype=torch.int64, device=sets.device)
+        held.scatter_add_(1, groups, kept.long())
+        return best_of_cell(mass, groups, sets.valid)[0] & (held.gather(1, groups) == 0)

@@ -17,16 +17,12 @@ from torch import Tensor
 from secateur.errors import SecateurError
 from secateur.method import register
 from secateur.taxonomy import record
+from secateur.tokens.counts import floors
 from secateur.tokens.greedy import Picks, coverage, directions
 from secateur.tokens.method import Facts, Stage, TokenMethod
+from secateur.tokens.reduce import mean_of
 from secateur.tokens.select import top_per_row
 from secateur.tokens.state import TokenSets
-
-
-def mean_of(states: Tensor, there: Tensor) -> Tensor:
-    """[S, m, D] and which of them count -> [S, 1, D], 0 where none does."""
-    states = states.float().masked_fill(~there[..., None], 0)
-    return states.sum(1, keepdim=True) / there.sum(1).clamp(min=1)[:, None, None]
 
 
 def covering(features: Tensor, text: Tensor, keep: Tensor, valid: Tensor, weight: float) -> Picks:
@@ -41,11 +37,6 @@ def covering(features: Tensor, text: Tensor, keep: Tensor, valid: Tensor, weight
 def relevance(now: Tensor, before: Tensor, cosine: Tensor, weight: float) -> Tensor:
     """The growth of attention from one layer to the next, where it grows, plus `weight` x cosine, all [S, n]."""
     return (now - before).clamp(min=0) + weight * cosine
-
-
-def floors(amount: Tensor) -> Tensor:
-    """Whole tokens, at least one; a product such as 640 x 0.2 may fall just short of a whole number."""
-    return (amount.double() + 1e-9).floor().long().clamp(min=1)
 
 
 @register
@@ -116,7 +107,7 @@ class CATP(TokenMethod):
         if self.bare == "refuse":
             self._refuse_bare(sets, there)
         share = sets.share if sets.share is not None else sets.asked / sets.total
-        half = floors(sets.total * (1 + torch.as_tensor(share, dtype=torch.float64)) / 2)
+        half = floors(sets.total * (1 + torch.as_tensor(share, dtype=torch.float64)) / 2).clamp(min=1)
         # what each token that stays says of its image: the tokens and the image that it is a part of
         sets.carried["tokens"] = (sets.total / half)[:, None].expand_as(sets.valid)
         sets.carried["image"] = (1 / half)[:, None].expand_as(sets.valid)
@@ -145,7 +136,7 @@ class CATP(TokenMethod):
             sets.carried[name].double().masked_fill(~mine, 0).sum(1).round() for name in ("tokens", "image")
         )
         if sets.share is not None:
-            return floors(tokens * sets.share)
+            return floors(tokens * sets.share).clamp(min=1)
         return torch.minimum(tokens, images * int(sets.target or 0)).long()
 
     def rank_context(self, before: str, here: str, sets: TokenSets) -> Tensor:

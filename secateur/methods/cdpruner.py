@@ -17,7 +17,7 @@ from secateur.method import register
 from secateur.taxonomy import record
 from secateur.tokens.greedy import directions, max_determinant
 from secateur.tokens.method import Facts, Stage, TokenMethod
-from secateur.tokens.state import Missing, TokenSets
+from secateur.tokens.state import TokenSets
 
 
 @register
@@ -66,13 +66,7 @@ class CDPruner(TokenMethod):
             words, real = sets.text("embeddings")
             likeness = directions(sets.features, sets.valid) @ directions(words, real).mT
             return likeness.sum(2) / real.sum(1, keepdim=True).clamp(min=1)
-        if (encode := sets.given.get("text_encoder")) is None:
-            raise Missing(
-                "text encoder of the vision tower",
-                where="cdpruner",
-                fix="pass attach(..., text_encoder=f), or text='embeddings' to use the language model's",
-            )
-        return -encode(sets.hidden(f"encoder:{sets.facts.feature_block}"), sets).float()
+        return -sets.by_text_encoder(f"encoder:{sets.facts.feature_block}").float()
 
 
 def over_image(values: Tensor, sets: TokenSets) -> Tensor:

@@ -19,7 +19,7 @@ from secateur.taxonomy import record
 from secateur.tokens.counts import outliers
 from secateur.tokens.method import TokenMethod
 from secateur.tokens.reduce import clusters, first, others
-from secateur.tokens.state import Missing, Reduction, TokenSets
+from secateur.tokens.state import Reduction, TokenSets
 
 
 @register
@@ -77,13 +77,7 @@ class RecoverableCompression(TokenMethod):
             words, real = sets.text("embeddings")
             words, tokens = (F.normalize(part.float(), dim=-1) for part in (words, sets.features))
             return (tokens @ words.mT).masked_fill(~real[:, None], -torch.inf).amax(2)
-        if (encode := sets.given.get("text_encoder")) is None:
-            raise Missing(
-                "text encoder of the vision tower",
-                where="recoverable-compression",
-                fix="pass attach(..., text_encoder=f), or text='embeddings' to use the language model's",
-            )
-        return encode(sets.hidden("encoder:-1"), sets)
+        return sets.by_text_encoder("encoder:-1")
 
     def compress(
         self, x: Tensor, keys: Tensor, attention: Tensor, likeness: Tensor, keep: int | None

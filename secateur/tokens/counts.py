@@ -44,6 +44,20 @@ def counts(total: Tensor, target: float, image: Tensor | None = None) -> Tensor:
     return torch.minimum(kept.clamp(min=1), total)
 
 
+def floors(amount: Tensor) -> Tensor:
+    """Whole tokens, int64; a product such as 640 x 0.2 may fall just short of a whole number.
+
+    >>> floors(torch.tensor([127.9999999999, 3.7]))
+    tensor([128,   3])
+    """
+    return (amount.double() + 1e-9).floor().long()
+
+
+def ceils(amount: Tensor) -> Tensor:
+    """Whole tokens, rounded up, int64; a product may lie just above a whole number."""
+    return (amount.double() - 1e-9).ceil().long()
+
+
 def by_mass(weights: Tensor, share: float, valid: Tensor | None = None) -> Tensor:
     """How many of each row's largest weights it takes to hold a share of their sum: [S, n] >= 0 -> [S] int64.
 

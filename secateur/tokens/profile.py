@@ -72,6 +72,16 @@ class Profile(Entry):
         """Writes it as JSON, beside and renamed."""
         atomic_write_json(path, self.model_dump())
 
+    def check(self, where: str, **expected: Any) -> None:
+        """Refuse the profile of another model or analysis: `profile.check("profile.json", layers=32, probe="last")`."""
+        for name, value in expected.items():
+            if getattr(self, name) != value:
+                raise SecateurError(
+                    f"it is of {name} {getattr(self, name)}, not {value}",
+                    where=where,
+                    fix="profile this model again",
+                )
+
     @classmethod
     def load(cls, path: str | Path) -> Profile:
         """Reads what `save` wrote. Raises `SecateurError` with the place of what doesn't belong there."""

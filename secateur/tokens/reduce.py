@@ -93,6 +93,12 @@ def weighted_sum(features: Tensor, weights: Tensor, who: Tensor) -> Tensor:
     )
 
 
+def mean_of(states: Tensor, who: Tensor) -> Tensor:
+    """The mean of `who`, float32, 0 where there is none: [S, m, D], [S, m] bool -> [S, 1, D]."""
+    states = states.float().masked_fill(~who[..., None], 0)
+    return states.sum(1, keepdim=True) / who.sum(1).clamp(min=1)[:, None, None]
+
+
 def match_pairs(
     metric: Tensor, valid: Tensor, count: Tensor | int, rank: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -224,6 +224,41 @@ class TokenSets(Screen):
         """[S, n, p] grey values 0..255 of each token's patches, p pixels."""
         return self._source.pixels(self)
 
+    def by_text_encoder(self, site: str) -> Tensor:
+        """[S, n]: how near the states at `site` are to the question, by `text_encoder(states [S, n, C], sets)` of `attach`."""
+        if (encode := self.given.get("text_encoder")) is None:
+            raise Missing(
+                "text encoder of the vision tower",
+                where="tokens",
+                fix="pass attach(..., text_encoder=f), or text='embeddings' to use the language model's",
+            )
+        return encode(self.hidden(site), self)
+
+    def per_token(self, name: str, width: int) -> Tensor:
+        """[S, n, width] float64: what `given[name]` of `attach` says of each token; 0 for padding.
+
+        `given[name]`: [tokens, width] for each row, in the order of its visual tokens. Raises `SecateurError` where it isn't there,
+        is of another shape, or isn't finite.
+        """
+        fix = f'attach(..., given={{"{name}": [[tokens, {width}] for each row]}})'
+        if (rows := self.given.get(name)) is None:
+            raise SecateurError(f"there are no {name} of the tokens", where="tokens", fix=fix)
+        out = torch.zeros(*self.valid.shape, width, dtype=torch.float64, device=self.device)
+        for one, row, index, valid in zip(out, self.row.tolist(), self.index, self.valid):
+            last = int(index.max())
+            if row >= len(rows):
+                raise SecateurError(f"there are no {name} of row {row}", where="tokens", fix=fix)
+            found = torch.as_tensor(rows[row], device=self.device).double()
+            fits = found.dim() == 2 and found.shape[1] == width and len(found) > last
+            if not fits or not bool(found.isfinite().all()):
+                raise SecateurError(
+                    f"the {name} of row {row} are {list(found.shape)}, or aren't finite; it has {last + 1} tokens",
+                    where="tokens",
+                    fix=fix,
+                )
+            one[valid] = found[index[valid]]
+        return out
+
     def project(self, hidden: Tensor) -> Tensor:
         """[..., C] -> [..., D] through the projector, where it works token by token; else `Missing`."""
         return self._source.project(hidden)

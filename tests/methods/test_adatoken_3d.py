@@ -83,7 +83,7 @@ def test_every_cube_keeps_a_token():
     given = {"coordinates": torch.tensor([places])}
     assert kept(TOY, tau=0.9, voxel=1.0, given=given) == [0, 1, 3, 4, 5, 7]
     assert kept(TOY, tau=0.9, given=given) == [0, 3, 5, 7]
-    with pytest.raises(SecateurError, match="voxel needs the tokens' coordinates"):
+    with pytest.raises(SecateurError, match="there are no coordinates of the tokens"):
         kept(TOY, voxel=1.0)
     for wrong in ([places[:5]], [[[math.nan] * 3] * 8], [[[0.0, 1.0]] * 8]):
         with pytest.raises(SecateurError, match="coordinates of row 0"):
