@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from rows import keep, spread
 
 import secateur
 from secateur.methods.consensus_subnetwork import ConsensusSubnetwork
@@ -115,13 +115,13 @@ def table(found: list[dict[str, Any]]) -> None:
             if not rows:
                 continue
             ends = [row["end"] for row in rows]
-            error = 2 * statistics.stdev(ends) / len(ends) ** 0.5 if len(ends) > 1 else float("nan")
+            end, error = spread(ends)
             means = {
                 k: statistics.mean(row[k] or 0.0 for row in rows)
                 for k in ("gated", "disagreement", "macs", "params")
             }
             print(
-                f"{method:16s} {means['gated']:8.2%} {means['disagreement']:9.2%} {statistics.mean(ends):8.2%} {error:9.2%}"
+                f"{method:16s} {means['gated']:8.2%} {means['disagreement']:9.2%} {end:8.2%} {error:9.2%}"
                 f" {means['macs']:6.1%} {means['params']:7.1%}"
             )
 
@@ -149,14 +149,11 @@ def main() -> None:
     if args.smoke:
         args.seeds, args.train, args.test, args.epochs = 1, 128, 50, 1
     torch.set_num_threads(args.threads)
-    found = []
+    found: list[dict[str, Any]] = []
     for network in args.networks:
         for seed in range(args.seeds):
             for method in args.methods:
-                found.append(one(network, method, seed, args))
-                print(json.dumps(found[-1]), flush=True)
-                if args.json:
-                    args.json.write_text(json.dumps(found, indent=1))
+                keep(found, one(network, method, seed, args), args.json)
     table(found)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import spread
 from torch import nn
 
 import secateur
@@ -134,9 +135,9 @@ def main() -> None:
     for method in args.methods:
         rows = [row for row in found if row["method"] == method]
         asked = [row["asked"] for row in rows]
-        error = 2 * statistics.stdev(asked) / len(asked) ** 0.5 if len(asked) > 1 else float("nan")
+        right, error = spread(asked)
         distance, params = (statistics.mean(row[key] for row in rows) for key in ("distance", "params"))
-        print(f"{method:20s} {statistics.mean(asked):7.1%} {error:9.1%} {distance:9.4f} {params:7.1%}")
+        print(f"{method:20s} {right:7.1%} {error:9.1%} {distance:9.4f} {params:7.1%}")
     print(f"\nmemory through 32 steps over 4: {memory(32, task, sampler) / memory(4, task, sampler):.2f}")
 
 

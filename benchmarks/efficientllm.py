@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import keep
 from torch import nn
 
 import secateur
@@ -162,10 +163,7 @@ def main() -> None:
         for method in args.methods:
             if method in done:
                 continue
-            rows.append(run(task, model, method, seed, args))
-            print(json.dumps(rows[-1]), flush=True)
-            if args.json:
-                args.json.write_text(json.dumps(rows, indent=1))
+            keep(rows, run(task, model, method, seed, args), args.json)
     print("\nmethod                perplexity, mean and its standard error     parameters  beside inside")
     inside = {row["seed"]: row["perplexity"] for row in rows if row["method"] == "inside"}
     for method in ("dense", *args.methods):

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from rows import spread
 
 import secateur
 from secateur.data.super_resolution import load_pairs, patches
@@ -116,13 +117,11 @@ def table(found: list[dict], methods: list[str]) -> None:
         if not rows:
             continue
         values = [row["psnr"] for row in rows]
-        error = 2 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+        mean, error = spread(values)
         frozen = [row["after_the_freeze"] for row in rows if row.get("after_the_freeze") is not None]
         at = f"{statistics.mean(frozen):14.2f}" if frozen else f"{'':14s}"
         each = " ".join(f"{value:.3f}" for value in values)
-        print(
-            f"{method:10s} {statistics.mean(values):10.3f} {error:9.3f} {rows[0]['zeros']:7.1%} {at}   {each}"
-        )
+        print(f"{method:10s} {mean:10.3f} {error:9.3f} {rows[0]['zeros']:7.1%} {at}   {each}")
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from rows import spread
 
 import secateur
 from secateur.methods.masksparsity import MaskSparsity
@@ -144,7 +145,7 @@ def table(found: list[dict]) -> None:
                 continue
             rows.sort(key=lambda row: row["seed"])
             ends = [row["end"] for row in rows]
-            error = 2 * statistics.stdev(ends) / len(ends) ** 0.5 if len(ends) > 1 else float("nan")
+            error = spread(ends)[1]
             trained, cut, end, macs, params = (
                 statistics.mean(row[key] for row in rows)
                 for key in ("trained", "cut", "end", "macs", "params")

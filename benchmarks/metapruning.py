@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from rows import keep, spread
 from torch import nn
 
 import secateur
@@ -110,15 +111,11 @@ def table(found: list[dict[str, Any]]) -> None:
     for key in dict.fromkeys((row["network"], row["factor"], row["method"]) for row in found):
         rows = [row for row in found if (row["network"], row["factor"], row["method"]) == key]
 
-        def spread(name: str, rows: list[dict[str, Any]] = rows) -> str:
-            values = [row[name] for row in rows]
-            error = 2 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-            return f"{statistics.mean(values):.2%} ± {error:.2%}"
-
-        before = statistics.mean(row["changed"] for row in rows)
-        print(
-            f"{key[0]:20s} {key[1]:10g} {key[2]:12s} {before:8.2%} {spread('cut'):>20s} {spread('end'):>20s}"
+        after, end = (
+            "{:.2%} ± {:.2%}".format(*spread([row[name] for row in rows])) for name in ("cut", "end")
         )
+        before = statistics.mean(row["changed"] for row in rows)
+        print(f"{key[0]:20s} {key[1]:10g} {key[2]:12s} {before:8.2%} {after:>20s} {end:>20s}")
 
 
 def main() -> None:
@@ -154,10 +151,7 @@ def main() -> None:
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             for factor in args.factors:
                 for method in args.methods:
-                    found.append(one(network, method, factor, seed, args))
-                    print(json.dumps(found[-1]), flush=True)
-                    if args.json:
-                        args.json.write_text(json.dumps(found, indent=1))
+                    keep(found, one(network, method, factor, seed, args), args.json)
     table(found)
 
 

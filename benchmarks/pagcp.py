@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rows import keep
 from torch import Tensor, nn
 
 import secateur
@@ -181,7 +181,8 @@ def main() -> None:
                         small, task.train, steps=steps, seed=seed, loss=task.loss, recipe=task.recipe,
                         lr=task.recipe.lr / 5, augment=task.augment,
                     )  # fmt: skip
-                rows.append(
+                keep(
+                    rows,
                     {
                         "network": network,
                         "seed": seed,
@@ -192,11 +193,9 @@ def main() -> None:
                         "cut": after["accuracy"],
                         "end": judged(small)["accuracy"],
                         "cpu_seconds": time.process_time() - started,
-                    }
+                    },
+                    args.json,
                 )
-                print(json.dumps(rows[-1]), flush=True)
-                if args.json:
-                    args.json.write_text(json.dumps(rows, indent=1))
     for network in args.networks:
         print(
             f"\n{network}: means over seeds; growth of each task's test loss at the cut; accuracies at the cut and at the end"

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import spread
 from torch import Tensor, nn
 
 import secateur
@@ -90,12 +91,6 @@ def curve(
         dense, lambda model: judged(model)[0], part=part, tolerance=args.tolerance, step=args.step, **settings
     )
     yield {**row, "cliff": 100 * cliff.removed, "slope": cliff.slope}
-
-
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and two standard errors."""
-    error = 2 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return statistics.mean(values), error
 
 
 def table(rows: list[dict[str, Any]], removed: list[float]) -> None:

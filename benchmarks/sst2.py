@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import keep
 
 import secateur
 from secateur.tasks import load_task
@@ -63,17 +64,16 @@ def main() -> None:
             for method in args.methods:
                 if (target, method, seed) in done:
                     continue
-                rows.append(
+                keep(
+                    rows,
                     {
                         "target": target,
                         "method": method,
                         "seed": seed,
                         **run(task, method, target, seed, args),
-                    }
+                    },
+                    args.json,
                 )
-                print(json.dumps(rows[-1]), flush=True)
-                if args.json:
-                    args.json.write_text(json.dumps(rows, indent=1))
 
 
 def run(task: Any, method: str, target: str, seed: int, args: Any) -> dict[str, Any]:

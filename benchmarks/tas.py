@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from rows import keep, spread
 from torch import Tensor
 
 import secateur
@@ -102,14 +102,14 @@ def table(found: list[dict[str, Any]]) -> None:
             if not rows:
                 continue
             ends = [row["end"] for row in rows]
-            error = 2 * statistics.stdev(ends) / len(ends) ** 0.5 if len(ends) > 1 else float("nan")
+            end, error = spread(ends)
             mean = {k: statistics.mean(row[k] for row in rows) for k in ("macs", "params", "cpu_seconds")}
             blocks = [
                 "-".join(str(n) for name, (n, _) in row["kept"].items() if name.endswith(":layers"))
                 for row in rows
             ]
             print(
-                f"{method:10s} {statistics.mean(ends):8.2%} {error:9.2%} {mean['macs']:6.1%} {mean['params']:7.1%}"
+                f"{method:10s} {end:8.2%} {error:9.2%} {mean['macs']:6.1%} {mean['params']:7.1%}"
                 f" {mean['cpu_seconds']:6.0f}  {', '.join(blocks)}"
             )
 
@@ -144,10 +144,7 @@ def main() -> None:
     for network in args.networks:
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             for method in args.methods:
-                found.append(one(network, method, seed, args))
-                print(json.dumps(found[-1]), flush=True)
-                if args.json:
-                    args.json.write_text(json.dumps(found, indent=1))
+                keep(found, one(network, method, seed, args), args.json)
     table(found)
 
 

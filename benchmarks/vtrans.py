@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import keep
 
 import secateur
 from secateur.data.text import encode, load_calibration, load_text
@@ -99,7 +100,8 @@ def main() -> None:
                     )
             seconds = time.process_time() - started
             after, before = pruned.report["after"], pruned.report["before"]
-            rows.append(
+            keep(
+                rows,
                 {
                     "method": method,
                     "seed": seed,
@@ -108,11 +110,9 @@ def main() -> None:
                     "params": after["params"] / before["params"],
                     "expected": left,
                     "cpu_seconds": seconds,
-                }
+                },
+                args.json,
             )
-            print(json.dumps(rows[-1]), flush=True)
-            if args.json:
-                args.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from secateur.cli.shared import (
 from secateur.errors import SecateurError
 
 TASK = Parameter(
-    help="cifar10, digits, sr, camvid, sst2, one with a network, cifar10:resnet56, or the folder of a pipeline of diffusers"
+    help="cifar10, digits, sr, camvid, sst2, text, ..., one with a network, cifar10:resnet56, or the folder of a pipeline of diffusers"
 )
 
 
