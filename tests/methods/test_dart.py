@@ -73,3 +73,9 @@ def test_where_it_cuts():
     stage = make_method("dart").stages(CLIP)
     assert [(s.at, s.records) for s in stage] == [("layer:2", ("layer:1",))]
     assert make_method("dart", k=5).stages(CLIP)[0].at == "layer:5"
+
+
+def test_the_settings_of_the_release():
+    """Behind layer 2, four pivots of the picture and four of the text, as the release is launched."""
+    method = make_method("dart")
+    assert (method.k, method.image_pivots, method.text_pivots) == (2, 4, 4)

@@ -216,6 +216,14 @@ def test_one_removal_a_time_and_what_leaves_is_the_least_salient():
     assert found[0][1] == min(found[0][2], key=found[0][2].get)
 
 
+def test_a_target_that_is_met_exactly_takes_no_unit_more():
+    """A neuron of each of three layers is 3 x 3 x 16 parameters."""
+    model = build()
+    limit = count(model) - 5 * 144
+    pruned = run(model, f"params<={limit}", kinds=("neurons",))
+    assert count(pruned.model) == limit and len(removals(pruned)) == 5
+
+
 def test_a_short_training_takes_several_at_once_and_ends_in_time():
     found = removals(run(build(), "params<=50%", steps=10, interval=2, begin=0.2, end=0.8))
     assert {step for step, _, _ in found} == {4, 6, 8}
