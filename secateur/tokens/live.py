@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.families.vlm.facts import decoder_of
+from secateur.families.vlm.facts import final_norm_of
 from secateur.tokens.call import Call
 from secateur.tokens.record import Key, Note, Recorder
 from secateur.tokens.scores import attention_rows, received_attention
@@ -21,7 +21,6 @@ from secateur.tokens.state import Missing, TokenSets
 
 Peek = Callable[[Key, bool], Note]
 """Block and whether before rotation -> what its attention would see now."""
-FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 CHUNK = 128
 """Query rows handled at once."""
 
@@ -502,9 +501,7 @@ class Live:
         return flat.reshape(*hidden.shape[:-1], flat.shape[-1])
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        decoder = decoder_of(self.call.setup.model)
-        for name in FINAL_NORMS:
-            if isinstance(norm := getattr(decoder, name, None), torch.nn.Module):
-                with torch.no_grad():
-                    return norm(hidden)
-        raise Missing("norm after the last layer", where="tokens")
+        if (norm := final_norm_of(self.call.setup.model)) is None:
+            raise Missing("norm after the last layer", where="tokens")
+        with torch.no_grad():
+            return norm(hidden)

@@ -229,6 +229,13 @@ def decoder_of(model: Any) -> Any:
     return decoder
 
 
+def final_norm_of(model: Any) -> nn.Module | None:
+    """The norm behind the language model's last layer; None where it has none."""
+    decoder = decoder_of(model)
+    found = (getattr(decoder, name, None) for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f"))
+    return next((norm for norm in found if isinstance(norm, nn.Module)), None)
+
+
 def placeholder(model: Any, kind: str) -> int:
     """The id in a prompt that stands for a token of a picture or video.
 
