@@ -332,7 +332,18 @@ def _layers(t: Tracer, graph: Graph) -> list[Group]:
             if any(True for _ in child.parameters()):
                 found.append(inside)
         if len(found) > 1:
-            groups.append(Group(f"{path or 'model'}:layers", "layers", len(found), modules=tuple(found)))
+            others = sum(1 for child in module.children() if any(True for _ in child.parameters())) > len(
+                found
+            )
+            groups.append(
+                Group(
+                    f"{path or 'model'}:layers",
+                    "layers",
+                    len(found),
+                    modules=tuple(found),
+                    least=0 if others else 1,
+                )
+            )
     return groups
 
 

@@ -46,7 +46,8 @@ class Slice(Screen):
 class Group:
     """Coupled slices that vanish together; every unit has the same footprint.
 
-    At least `least` of them must stay, and a multiple of `multiple` where a kernel asks for aligned rows.
+    At least `least` of them must stay (0 only for blocks of a list that holds others too), and a multiple of `multiple`
+    where a kernel asks for aligned rows.
 
     >>> group = graph["model.layers.0.self_attn:kv_groups"]
     >>> group.size, group.kind, [(s.name, s.dim, tuple(s.index.shape)) for s in group.slices]
@@ -280,7 +281,7 @@ class Graph:
                     f"this group cannot be cut: {group.reason}", where=name, fix="leave it whole"
                 )
             kept = torch.as_tensor(kept).cpu().long()
-            if kept.ndim != 1 or not len(kept) or len(kept.unique()) != len(kept):
+            if kept.ndim != 1 or len(kept) < min(1, group.least) or len(kept.unique()) != len(kept):
                 raise SecateurError(
                     "kept units must be distinct, one at least", where=name, fix="keep some unit"
                 )
@@ -290,7 +291,7 @@ class Graph:
                     where=name,
                     fix=f"keep {group.least}",
                 )
-            if int(kept.min()) < 0 or int(kept.max()) >= group.size:
+            if len(kept) and (int(kept.min()) < 0 or int(kept.max()) >= group.size):
                 raise SecateurError(
                     f"kept unit {int(kept.max())} of {group.size}",
                     where=name,

@@ -243,11 +243,10 @@ def kept_blocks(plan: Plan | None, model: nn.Module) -> dict[str, list[int]]:
     """
     if plan is None:
         return {}
-    layers = {
-        name.rpartition(":")[0]: units.tolist()
-        for name, units in plan.keep.items()
-        if plan.kinds.get(name) == "layers"
-    }
+    groups = [name for name in plan.keep if plan.kinds.get(name) == "layers"]
+    layers = {name.rpartition(":")[0]: _stay(plan, name) for name in groups}
+    if isinstance(model, nn.Sequential | nn.ModuleList) and "model" in layers:
+        layers[""] = layers.pop("model")
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     blocks = dict(layers)
     for name, units in plan.keep.items():
@@ -261,6 +260,13 @@ def kept_blocks(plan: Plan | None, model: nn.Module) -> dict[str, list[int]]:
         if path is not None and path in lists and len(lists[path]) == len(units):
             blocks[path] = units.tolist()
     return blocks
+
+
+def _stay(plan: Plan, name: str) -> list[int]:
+    """Positions in their list of the blocks that stay when this group is cut, those of no group included."""
+    beside = set(plan.beside.get(name, ()))
+    places = [place for place in range(plan.sizes[name] + len(beside)) if place not in beside]
+    return sorted(beside | {places[unit] for unit in plan.keep[name].tolist()})
 
 
 def _build(build: Any) -> nn.Module:

@@ -13,7 +13,7 @@ after the cut.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -146,7 +146,7 @@ class ConsensusSubnetwork(TrainMethod):
             disagreement=max(disagreement(share) for share in shares.values()),
             share_of_the_consensus=float(share_of(majority)),
         )
-        kept = self.choose(job, shares, {name: sure for name, (_, sure) in found.items()})
+        kept = self.choose(job, groups, shares, {name: sure for name, (_, sure) in found.items()})
         told = {f"no gate: {name}": why for name, why in gated.frozen.items()}
         for name, units in kept.items():
             if added := [int(u) for u in units if shares[name][u] < 0.5]:
@@ -163,12 +163,15 @@ class ConsensusSubnetwork(TrainMethod):
     def law(self, group: Group) -> Reading:
         return Reading(group.size, blocks=group.kind == "layers", hidden=self.width, gradient=self.gradient)
 
-    def choose(self, job: Job, shares: Mapping[str, Tensor], sure: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Kept units by group: one at least, the most used, of equals the first."""
-        stay = {name: at_least(share >= 0.5, share, 1) for name, share in shares.items()}
+    def choose(
+        self, job: Job, groups: Sequence[Group], shares: Mapping[str, Tensor], sure: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Kept units by group: as many at least as it needs, the most used, of equals the first."""
+        least = {group.name: group.least for group in groups}
+        stay = {name: at_least(share >= 0.5, share, least[name]) for name, share in shares.items()}
         if self.select == "allocate":
             fits = job.context().allocate(sure, job.options.allocation)
             for name, units in fits.items():
                 both = stay[name] & torch.zeros_like(stay[name]).index_fill(0, units, True)
-                stay[name] = at_least(both, sure[name].masked_fill(~stay[name], -1), 1)
+                stay[name] = at_least(both, sure[name].masked_fill(~stay[name], -1), least[name])
         return {name: mask.nonzero().flatten() for name, mask in stay.items()}

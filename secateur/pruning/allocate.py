@@ -129,7 +129,7 @@ class Competitor(Screen):
         """Leaving units, lowest score first (of equals the later one), in steps that keep a multiple of `round_to`."""
         values, steps, size = self.scores.tolist(), [], self.size
         order = sorted(range(size - 1, -1, -1), key=values.__getitem__)
-        floor, kept = max(1, self.floor), size
+        floor, kept = self.floor, size
         while kept > floor:
             down = kept % self.round_to or self.round_to
             if kept - down < floor:
@@ -355,12 +355,11 @@ def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
 
 
 def at_least(kept: Tensor, scores: Tensor, floor: int) -> Tensor:
-    """The mask of what stays, or the `floor` best where it keeps fewer (1 at least).
+    """The mask of what stays, or the `floor` best where it keeps fewer.
 
     >>> at_least(torch.tensor([False, False]), torch.tensor([1.0, 2.0]), 1)
     tensor([False,  True])
     """
-    floor = max(1, floor)
     return kept if int(kept.sum()) >= floor else top_k(scores, floor)
 
 

@@ -575,6 +575,7 @@ class Context(Screen):
             keep=kept,
             sizes={name: self.graph[name].size for name in kept},
             kinds={name: self.graph[name].kind for name in kept},
+            beside={name: others for name in kept if (others := beside(self.model, self.graph[name]))},
             masks={name: mask.cpu() for name, mask in (masks or {}).items()},
             values={name: value.detach().cpu() for name, value in (values or {}).items()},
             notes={**self.notes, **(notes or {})},
@@ -586,6 +587,16 @@ def _home(group: Group) -> str:
     """Where a group lies: the tensor that makes its units, or its first block."""
     makers = [s.name for s in group.slices if s.role == "out"] or [s.name for s in group.slices]
     return makers[0] if makers else group.modules[0]
+
+
+def beside(model: nn.Module, group: Group) -> list[int]:
+    """Positions of the blocks that share a list with those of the group."""
+    if group.kind != "layers":
+        return []
+    path = group.modules[0].rpartition(".")[0]
+    names = model.get_submodule(path)._modules
+    own = {path.rpartition(".")[2] for path in group.modules}
+    return [place for place, name in enumerate(names) if name not in own]
 
 
 def block_index(name: str, block_path: str | None) -> int | None:

@@ -27,6 +27,7 @@ class GroupEntry(Entry):
     kind: str
     size: Size
     keep: str
+    beside: str = ""
 
 
 class MaskEntry(Entry):
@@ -109,7 +110,7 @@ def kept_units(document: Mapping[str, Any], path: Path) -> dict[str, list[int]]:
     for name, group in document["groups"].items():
         where = f"{path}, group {name}"
         units[name] = from_ranges(group["keep"], where=where, size=group["size"])
-        if not units[name]:
+        if not units[name] and group["kind"] != "layers":
             raise SecateurError(
                 f"it keeps units {group['keep']!r} of {group['size']}",
                 where=where,

@@ -64,7 +64,8 @@ class Plan:
     """What a method decided.
 
     `keep` holds the kept unit indices per group, `masks` the kept weights per tensor (True stays), `values` the
-    tensors, at their dense shape, that a repair replaced. `inputs` describes the example inputs the groups were traced
+    tensors, at their dense shape, that a repair replaced. `beside` holds the positions of the
+    blocks that share a list with a group's and aren't in it. `inputs` describes the example inputs the groups were traced
     with; `notes` is free text by key. `source` says where a method that isn't this library's came from; nothing reads it.
     """
 
@@ -77,6 +78,7 @@ class Plan:
     keep: dict[str, Tensor] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, list[int]] = field(default_factory=dict)
     masks: MutableMapping[str, Tensor] = field(default_factory=Masks)
     values: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
@@ -121,6 +123,7 @@ class Plan:
             "inputs",
             "sizes",
             "kinds",
+            "beside",
             "notes",
             "source",
         )
@@ -147,6 +150,7 @@ class Plan:
                     "kind": self.kinds.get(name, ""),
                     "size": self.sizes[name],
                     "keep": to_ranges(units.tolist()),
+                    **({"beside": to_ranges(self.beside[name])} if name in self.beside else {}),
                 }
                 for name, units in self.keep.items()
             },
@@ -191,6 +195,11 @@ class Plan:
                 keep={name: torch.tensor(kept, dtype=torch.int64) for name, kept in units.items()},
                 sizes={name: group["size"] for name, group in groups.items()},
                 kinds={name: group["kind"] for name, group in groups.items()},
+                beside={
+                    name: from_ranges(group["beside"], where=f"{path}, group {name}")
+                    for name, group in groups.items()
+                    if "beside" in group
+                },
                 masks=masks,
                 values={n.removeprefix("value/"): t for n, t in tensors.items() if n.startswith("value/")},
                 notes=document["notes"],

@@ -180,3 +180,25 @@ def test_a_group_that_all_inputs_skip_keeps_one_unit_and_the_plan_says_so(monkey
     assert pruned.plan.keep["blocks:layers"].tolist() == [1]
     note = pruned.plan.notes["kept against the consensus: blocks:layers"]
     assert "one has to stay (1)" in note and "fine-tune" in note
+
+
+class Stage(Net):
+    """As Net, whose list of blocks also holds one that isn't residual and so has to stay."""
+
+    def __init__(self, width=8):
+        super().__init__(width)
+        first = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.ReLU())
+        self.blocks = nn.Sequential(first, *self.blocks)
+
+
+def test_a_stage_that_all_inputs_skip_leaves_where_another_block_of_it_stays(monkeypatch):
+    share = torch.tensor([0.1, 0.3, 0.2, 0.0])
+    monkeypatch.setattr(
+        "secateur.methods.consensus_subnetwork.answers_over",
+        lambda laws, runs: {name: (share, share) for name in laws},
+    )
+    pruned = secateur.train_prune(
+        Stage(), method="consensus-subnetwork", target="macs<=60%", data=patterns(), steps=2, batch=32
+    )
+    assert pruned.plan.keep["blocks:layers"].tolist() == [] and len(pruned.model.blocks) == 1
+    assert not any("against the consensus" in note for note in pruned.plan.notes)
