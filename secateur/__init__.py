@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.utils.about import __version__ as __version__
 
 if TYPE_CHECKING:
+    from secateur.comparison.run import compare
     from secateur.doctor import doctor
     from secateur.errors import SecateurError, SecateurWarning
     from secateur.graph import Graph, Group, trace
@@ -50,6 +51,7 @@ __all__ = [
     "WeightMethod",
     "apply_plan",
     "attach",
+    "compare",
     "doctor",
     "export",
     "list_methods",
@@ -66,6 +68,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "comparison.run": "compare",
     "doctor": "doctor",
     "errors": "SecateurError SecateurWarning",
     "graph": "Graph Group trace",

@@ -28,7 +28,7 @@ FLOORS = [
     {"tokens", "io"},
     {"methods"},
     {"tasks"},
-    {"testing", "doctor"},
+    {"testing", "doctor", "comparison"},
     {"report"},
     {"cli"},
 ]

@@ -17,7 +17,19 @@ from typing import Any
 import cyclopts
 from cyclopts import App
 
-from secateur.cli import catalogue, doctor, inspect, metanetwork, plan, prune, saliency, scenes, tokens, train
+from secateur.cli import (
+    catalogue,
+    compare,
+    doctor,
+    inspect,
+    metanetwork,
+    plan,
+    prune,
+    saliency,
+    scenes,
+    tokens,
+    train,
+)
 from secateur.cli.flags import command, flag_names, named_method, on_off, settings
 from secateur.cli.interrupt import INTERRUPTED, interrupted
 from secateur.cli.shared import entries, method_entry, method_flags
@@ -36,6 +48,8 @@ VERBS: dict[str, Callable[..., Any]] = {
     "train scenes": scenes.train_scenes,
     "train metanetwork": metanetwork.train_metanetwork,
     "saliency": saliency.saliency,
+    "compare": compare.compare,
+    "report": compare.report,
     "inspect": inspect.inspect,
     "measure": inspect.measure,
     "methods": catalogue.methods,

@@ -6,10 +6,8 @@ import base64
 import functools
 import gzip
 import json
-import platform
 import re
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from secateur.report.figures import (
 )
 from secateur.report.summary import alarms, command_line, in_seconds, left, lost, notes, parted, rows
 from secateur.report.terminal import kept_by_kind, merge_alike
+from secateur.utils.about import library_versions
 from secateur.utils.files import atomic_write_text
 
 
@@ -178,14 +177,3 @@ def _frozen_lines(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
         lines.append((row["name"], kind_name(row["kind"]), units.replace(" ", "\u00a0"), row["reason"]))
     weights = report.get("weights") or []
     return [*lines, *((w["name"], "weights", "", w["reason"]) for w in weights if w.get("reason"))]
-
-
-def library_versions() -> dict[str, str]:
-    """Versions that a result may depend on."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in ("secateur", "torch", "transformers", "numpy"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -1,0 +1,75 @@
+"""What is compared, as data: what every run of a comparison shares."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from secateur.errors import SecateurError, require
+from secateur.pruning.target import parse_target
+
+COSTS = ("params", "macs", "tokens")
+"""What equal budgets are counted in: parameters that aren't zero, multiply-adds, visual tokens times layers."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the runs of a comparison share.
+
+    >>> Setup("digits", cost="macs", steps=100).budget("60%")
+    'macs<=60%'
+    """
+
+    task: str
+    cost: str = field(
+        default="params",
+        metadata={"help": "what budgets are counted in: params, macs, tokens", "choices": COSTS},
+    )
+    steps: int = field(
+        default=0,
+        metadata={
+            "help": "training steps: of methods that train, and after the cut of those that don't; 0: none, and no methods that train",
+            "min": 0,
+        },
+    )
+    samples: int = field(
+        default=128, metadata={"help": "calibration samples, the same for all methods", "min": 1}
+    )
+    train: int | None = field(default=None, metadata={"help": "train on at most so many samples", "min": 1})
+    test: int | None = field(
+        default=None, metadata={"help": "judge on at most so many samples or windows", "min": 1}
+    )
+    latency: bool = field(default=True, metadata={"help": "time each result beside the dense model"})
+    threads: int = field(default=1, metadata={"help": "of each run", "min": 1})
+
+    def budget(self, share: str) -> str:
+        """The target of a method that is given this share of the cost."""
+        return f"{self.cost}<={share}"
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def shares(targets: tuple[str, ...] | list[str]) -> list[str]:
+    """The targets as percentages, checked: equal budgets need a plain share each.
+
+    >>> shares(["80%", "0.6"])
+    ['80%', '60%']
+
+    Raises `SecateurError` for none, for anything but a share below 1, and for one that is given twice.
+    """
+    require(bool(targets), "there is none", where="targets", fix="such as 80%,60%,40%")
+    found = []
+    for target in targets:
+        read = parse_target(target)
+        if read.kind != "share" or not 0 < read.value < 1:
+            raise SecateurError(
+                f"{target!r} isn't a share below 100 %",
+                where="targets",
+                fix="give shares, 80%,60%,40%; what they are shares of is the cost",
+            )
+        found.append(f"{read.value * 100:g}%")
+    if len(set(found)) < len(found):
+        raise SecateurError("one is given twice", where=f"targets {', '.join(found)}", fix="give each once")
+    return found
