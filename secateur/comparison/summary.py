@@ -65,7 +65,7 @@ def summary(setup: Setup, rows: Sequence[Row], baseline: str | None = None) -> l
         line = _line(setup, method, target, mine)
         beside = {"chance": chance_for(method, controls), own: own} if method != DENSE else {}
         for what, other in beside.items():
-            if other != method and (other, target) in groups:
+            if other is not None and other != method and (other, target) in groups:
                 gap = paired(mine, groups[other, target], sign)
                 line.against |= {what: gap} if math.isfinite(gap[0]) else {}
         lines.append(line)

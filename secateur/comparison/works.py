@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,31 +39,36 @@ CLOSE = 0.02
 """How far from the share of tokens x layers that was asked for a token method may end, as it keeps whole tokens."""
 
 
-class Work(Protocol):
+class Work:
     """What methods are compared on."""
 
     verbs: tuple[str, ...]
     costs: tuple[str, ...]
     """The first is what budgets are counted in unless said."""
     metric: str
-    sign: int
+    sign: int = 1
     """-1 where less is better."""
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
 
     def dense(self, seed: int) -> Figures:
         """The figures of the model as it is."""
+        raise NotImplementedError
 
     def run(self, run: Run) -> Figures:
         """The figures of one run. Raises `SecateurError` where the method or the target doesn't fit."""
+        raise NotImplementedError
 
 
-class TaskWork:
+class TaskWork(Work):
     """A trained network of a task: cut, and trained on for as long as methods that train may."""
 
     verbs = ("prune", "train_prune")
     costs = ("params", "macs")
 
     def __init__(self, setup: Setup):
-        self.setup = setup
+        super().__init__(setup)
         self.task = load_task(setup.task, train=setup.train, test=setup.test)
         self.metric, self.sign = self.task.metric, self.task.sign
         if self.task.pretrained is None or self.task.quality is None:
@@ -105,13 +110,17 @@ class TaskWork:
                 seed=run.seed,
                 inplace=True,
                 rollback=False,
-                **({"seqlen": SEQLEN} if isinstance(self.task.train, Tensor) else {}),
-                **({"kinds": self.kinds} if by_chance(kind) and removes_units(kind) else {}),
+                **self._options(kind),
             )
             if self.setup.steps:
                 self._tune(done, run.seed)
         found = self._figures(done.model, done) | told(done)
         return found | {"map": gradient_map(done.model, self.task.train)}
+
+    def _options(self, kind: type[Method]) -> dict[str, Any]:
+        """Options of `prune` that follow from the data, and the kinds of unit that chance draws from."""
+        text = {"seqlen": SEQLEN} if isinstance(self.task.train, Tensor) else {}
+        return text | ({"kinds": self.kinds} if by_chance(kind) and removes_units(kind) else {})
 
     def _tune(self, done: Pruned, seed: int) -> None:
         masks = {name: mask for name, mask in done.plan.masks.items()}
@@ -134,7 +143,7 @@ class TaskWork:
         )
 
 
-class LanguageWork:
+class LanguageWork(Work):
     """A language model: perplexity of WikiText-2 after a cut that is calibrated on the Brown corpus."""
 
     verbs = ("prune",)
@@ -143,7 +152,7 @@ class LanguageWork:
     judged, read = "wikitext2", "brown"
 
     def __init__(self, setup: Setup):
-        self.setup = setup
+        super().__init__(setup)
         self.model, self.tokenizer = load_model(setup.task)
 
     def dense(self, seed: int) -> Figures:
@@ -175,7 +184,7 @@ class LanguageWork:
         return {"quality": float(value)} | cost(model, self.model, inputs, self.setup, done)
 
 
-class ScenesWork:
+class ScenesWork(Work):
     """Questions about drawn scenes: visual tokens leave while a small vision-language model answers; one model a seed."""
 
     verbs = ("attach",)
@@ -187,7 +196,7 @@ class ScenesWork:
     """Settings that a bench must give: there is no contrastive text tower, so likeness is taken in word embeddings."""
 
     def __init__(self, setup: Setup):
-        self.setup = setup
+        super().__init__(setup)
         self.variant = setup.task.partition(":")[2] or "llava"
         self.limit = setup.test or 128
 
@@ -274,7 +283,7 @@ def kind_of(task: str) -> type[TaskWork | LanguageWork | ScenesWork]:
     return LanguageWork
 
 
-def check_fit(work: Work, kind: type[Method], name: str, setup: Setup) -> None:
+def check_fit(work: Work | type[Work], kind: type[Method], name: str, setup: Setup) -> None:
     """Raises `SecateurError` where a method can't be compared on this work at these budgets."""
     what = {
         "prune": "prunes without training",

@@ -126,6 +126,7 @@ def comparison_html(setup: Setup, rows: Sequence[Row], baseline: str | None = No
     names: dict[str, int] = {}
     versions: list[dict[str, str]] = []
     runs = [_run(row, names, versions) for row in rows]
+    axes = {line.method: _axes(line.method) for line in lines}
     data = {
         "metric": metric,
         "sign": sign,
@@ -135,7 +136,7 @@ def comparison_html(setup: Setup, rows: Sequence[Row], baseline: str | None = No
         "runs": runs,
         "names": list(names),
         "versions": versions,
-        "axes": {line.method: _axes(line.method) for line in lines},
+        "axes": axes,
         "commands": {line.method: _command(setup, line.method, rows, out) for line in lines},
         "beside": list(dict.fromkeys(name for line in lines for name in line.against)),
         "picture": _picture() if any(row.get("kept") for row in rows) else None,
@@ -155,9 +156,9 @@ def comparison_html(setup: Setup, rows: Sequence[Row], baseline: str | None = No
             [
                 (m, MEANING.get(m, m))
                 for m in AXES[axis]
-                if any(m in a.get(axis, ()) for a in data["axes"].values())
+                if any(m in own.get(axis, ()) for own in axes.values())
             ],
-        )  # type: ignore[attr-defined]
+        )
         for axis in AXIS
     ]
     return render(
