@@ -6,6 +6,7 @@ https://arxiv.org/abs/2508.07871. Spec: catp.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -80,6 +81,9 @@ class CATP(TokenMethod):
         metadata={"help": "demonstrations without text", "choices": ("refuse", "zero")},
     )
     scope: ClassVar[str] = "image"
+    no_budget: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("frame", "image", "all"), "it divides its target over demonstrations and query image itself"
+    )
     positions: ClassVar[str] = "original"
     newlines: ClassVar[str] = "compete"
 

@@ -71,7 +71,7 @@ class CDPruner(TokenMethod):
 
 def over_image(values: Tensor, sets: TokenSets) -> Tensor:
     """Values [S, n] scaled to 0..1 over the crops of each picture; 1 where all are alike."""
-    image = sets.row * (int(sets.image.max()) + 1) + sets.image
+    image = sets.row * (int(sets.image.max()) + 2) + sets.image  # -1: several
     same = image[:, None] == image[None]  # [S, S]
 
     def least(values: Tensor) -> Tensor:

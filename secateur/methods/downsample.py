@@ -32,6 +32,7 @@ class Downsample(TokenMethod):
     """
 
     scope: ClassVar[str] = "crop"
+    one_crop: ClassVar[str] = "its coarse grid lies over one crop"
     newlines: ClassVar[str] = "drop"
 
     info = record("downsample")

@@ -61,6 +61,7 @@ class FlowCut(TokenMethod):
     period: int = 2
     layer: int = 2
     scope: ClassVar[str] = "crop"
+    one_crop: ClassVar[str] = "its stages in the tower follow the attention of one crop"
     positions: ClassVar[str] = "compact"
 
     info = record("flowcut")

@@ -36,6 +36,7 @@ class FoPru(TokenMethod):
     strategy: str = field(default="rank", metadata={"choices": ("rank", "row")})
     scores: str = field(default="softmax", metadata={"choices": ("softmax", "logits")})
     scope: ClassVar[str] = "crop"
+    one_crop: ClassVar[str] = "it ranks by attention within one crop"
     positions: ClassVar[str] = "compact"
     newlines: ClassVar[str] = "drop"
 

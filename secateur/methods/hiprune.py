@@ -40,6 +40,7 @@ class HiPrune(TokenMethod):
     layer: int | None = None
     edges: str = field(default="wrap", metadata={"choices": ("wrap", "clip")})
     scope: ClassVar[str] = "crop"
+    one_crop: ClassVar[str] = "neighbours lie on the grid of one crop"
     positions: ClassVar[str] = "compact"
     newlines: ClassVar[str] = "drop"
 

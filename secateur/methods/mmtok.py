@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from secateur.errors import SecateurError
 from secateur.method import register
 from secateur.taxonomy import record
 from secateur.tokens.greedy import coverage, directions
@@ -62,6 +63,8 @@ class MMTok(TokenMethod):
         )
         allowed = sets.valid
         if self.padded_from is not None:
+            if bool((sets.crop < 0).any()):
+                raise SecateurError("padded_from is of one crop", where="mmtok", fix="leave budget out")
             allowed = allowed & ~padding(sets.grid_row, sets.grid_col, sets.grid, self.padded_from)
         picked = coverage(gains, sets.keep, allowed).mask(sets.valid.shape[1])
         return picked | (sets.valid & (sets.count <= sets.keep)[:, None])

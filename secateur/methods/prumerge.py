@@ -48,6 +48,7 @@ class PruMerge(TokenMethod):
     plus: bool = field(default=False, metadata={"help": "PruMerge+: evenly spread patches too"})
     cluster: int = field(default=32, metadata={"help": "patches merged into each that stays", "min": 1})
     scope: ClassVar[str] = "crop"
+    one_crop: ClassVar[str] = "it has outliers and clusters for each crop"
     positions: ClassVar[str] = "compact"
     newlines: ClassVar[str] = "drop"
     adaptive: ClassVar[bool] = True

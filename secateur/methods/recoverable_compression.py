@@ -44,6 +44,7 @@ class RecoverableCompression(TokenMethod):
     text: str = field(default="encoder", metadata={"choices": ("encoder", "embeddings")})
     compat: str = field(default="paper", metadata={"choices": ("paper", "code")})
     scope: ClassVar[str] = "crop"
+    one_crop: ClassVar[str] = "it has outliers and clusters for each crop"
     positions: ClassVar[str] = "compact"
     records: ClassVar[tuple[str, ...]] = ("encoder:-2", "encoder:-1")
     adaptive: ClassVar[bool] = True

@@ -40,6 +40,7 @@ class ToMe(TokenMethod):
     exact: bool = True
     compat: str = field(default="paper", metadata={"choices": ("paper", "code")})
     scope: ClassVar[str] = "crop"
+    one_crop: ClassVar[str] = "tokens merge within a crop of the tower"
     positions: ClassVar[str] = "original"
 
     info = record("tome")

@@ -31,6 +31,7 @@ class UniformGrid(TokenMethod):
     """
 
     scope: ClassVar[str] = "crop"
+    one_crop: ClassVar[str] = "its grid lies over one crop"
     newlines: ClassVar[str] = "drop"
 
     info = record("uniform-grid")

@@ -95,12 +95,12 @@ class VFlowOpt(TokenMethod):
     def importance(self, sets: TokenSets, t: Tensor) -> Tensor:
         patches = sets.valid & ~sets.newline
         received = sets.attention("encoder:-2", rows="all")
-        weights = important(received, sets.crop_of, patches, t)
-        some = over_crop(weights, sets.crop_of, patches) > 0.5
+        weights = important(received, sets.home, patches, t)
+        some = over_crop(weights, sets.home, patches) > 0.5
         scores = torch.where(some, sets.attention("encoder:-2", rows=weights), received)
         if self.alpha:
             spread = patch_entropy(sets.pixels()).exp()
-            scores = scores + self.alpha * spread / over_crop(spread, sets.crop_of, patches)
+            scores = scores + self.alpha * spread / over_crop(spread, sets.home, patches)
         return scores.masked_fill(sets.newline, 1.0)
 
     def before(self, depths: Sequence[int], sets: TokenSets) -> Reduction | Tensor:
@@ -116,10 +116,9 @@ class VFlowOpt(TokenMethod):
         extra = torch.where(alone & (leave > 0), (count / side**2).long(), 0)
         best = top_per_row(scores, (count - leave - extra).clamp(min=1)[:, 0], sets.valid)
         low = sets.valid & ~best & alone & (leave > 0)
-        cells = torch.stack(
-            [sets.crop_of.clamp(max=1), *((g / side).floor().long() for g in (sets.grid_row, sets.grid_col))],
-            2,
-        )
+        # the base crop, the tiles that make one picture, or a frame
+        apart = (sets.image_of, sets.frame_of, sets.crop_of.clamp(max=1))
+        cells = torch.stack([*apart, *((g / side).floor().long() for g in (sets.grid_row, sets.grid_col))], 2)
         cells = cells.flatten(0, 1).unique(dim=0, return_inverse=True)[1].view_as(sets.crop_of)
         kept, merged = recycle_cells(sets.features, scores, cells, low)
         return in_order([best | kept], merged)

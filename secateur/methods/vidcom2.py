@@ -6,6 +6,7 @@ https://arxiv.org/abs/2505.14454. There is no sheet: the facts are those of the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -46,16 +47,16 @@ class VidCom2(TokenMethod):
     )
     scope: ClassVar[str] = "image"
     positions: ClassVar[str] = "compact"
+    no_budget: ClassVar[Mapping[str, str]] = {"frame": "it divides a video's tokens over the frames itself"}
 
     info = record("vidcom2")
 
     def select(self, sets: TokenSets) -> Tensor:
         kept = torch.zeros_like(sets.valid)
+        frames = sets.image_of * (int(sets.frame_of.max()) + 1) + sets.frame_of
         for i, count in enumerate(sets.count.tolist()):
             share = sets.share if sets.share is not None else int(sets.asked[i]) / int(sets.total[i])
-            kept[i, :count] = self.video(
-                sets.features[i, :count], sets.frame_of[i, :count], sets.keep[i], share
-            )
+            kept[i, :count] = self.video(sets.features[i, :count], frames[i, :count], sets.keep[i], share)
         return kept
 
     def video(self, x: Tensor, frame: Tensor, keep: Tensor, share: float) -> Tensor:

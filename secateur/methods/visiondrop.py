@@ -41,6 +41,7 @@ class VisionDrop(TokenMethod):
     layers: tuple[int, ...] = (8, 16, 24)
     first: float = 1.5
     scope: ClassVar[str] = "image"
+    one_crop: ClassVar[str] = "tokens merge within one crop before the language model"
     positions: ClassVar[str] = "compact"
 
     info = record("visiondrop")

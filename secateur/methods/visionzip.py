@@ -45,6 +45,7 @@ class VisionZip(TokenMethod):
         default=10 / 64, metadata={"help": "share of what stays that is merged", "above": 0, "below": 1}
     )
     scope: ClassVar[str] = "crop"
+    one_crop: ClassVar[str] = "tokens merge within one crop"
     positions: ClassVar[str] = "compact"
     newlines: ClassVar[str] = "drop"
 

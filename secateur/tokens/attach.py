@@ -425,6 +425,32 @@ class Attached:
             coordinates.append({name: values.cpu()[mine] for name, values in names.items()})
         return coordinates
 
+    def counts(self, stage: str | int = -1) -> list[list[dict[str, int]]]:
+        """How many tokens each frame of each image kept, for each row: image, frame, kept, total.
+
+        >>> attached.counts()[0]                                # doctest: +SKIP
+        [{'image': 0, 'frame': 0, 'kept': 16, 'total': 64}, {'image': 1, 'frame': 0, 'kept': 16, 'total': 64}]
+
+        Separators of grid rows don't count. A still is one frame; on Qwen-VL one of a video's is what the tower makes of
+        `temporal_patch_size` pictures; -1: which frame a token comes from isn't known.
+
+        Args:
+            stage: a key of `kept`, or its number.
+
+        Raises:
+            SecateurError: no picture has run yet.
+        """
+        if self.table is None:
+            raise SecateurError("no picture has run yet", where="attach")
+        return self.table.counts(self._alive(stage))
+
+    def _alive(self, stage: str | int) -> Tensor:
+        """Rows of the table of the tokens that were left after a stage."""
+        assert self.table is not None
+        row = self.table.row[: self.table.visual].cpu()
+        kept = enumerate(self.kept[stage])  # type: ignore[index]
+        return torch.cat([(row == number).nonzero()[:, 0][mine] for number, mine in kept])
+
     @property
     def report(self) -> dict[str, Any]:
         """Tokens x layers, FLOPs, cache bytes, before and after; seconds of the last run."""
@@ -503,6 +529,7 @@ def attach(
     scope: str = "image",
     seed: int = 0,
     positions: str | None = None,
+    budget: str | None = None,
     given: dict[str, Any] | None = None,
     question: str | None = None,
     text_encoder: Any = None,
@@ -524,9 +551,12 @@ def attach(
             find it themselves need none.
         at: where a function stands: "input", "layer:K" or "encoder:K".
         records: what a function reads, such as "encoder:-2".
-        scope: which tokens compete for a function: those of a "crop", an "image" or a "row".
+        scope: which tokens compete for a function: those of a "crop", a "frame", an "image" or a "row".
         seed: of everything that is drawn.
         positions: "original" or "compact" in place of the method's.
+        budget: what the target is the budget of, and what competes for it: each "frame" of a video, each "image" (a video is
+            one), or "all" pictures of a row together. None: as the method has it, a share of every crop, image or row, a
+            number per image.
         given: handed to the method as `sets.given`, with `question`, `text_encoder` and `tokenizer`.
         question: one, or a list by batch row.
         text_encoder: for methods that compare pictures with text.
@@ -552,4 +582,7 @@ def attach(
             fix="a share such as 25%, or tokens=64",
         )
     amount = None if target is None else _amount(target)
-    return Attached(make_setup(model, chosen, target=amount, seed=seed, positions=positions, given=extra))
+    setup = make_setup(
+        model, chosen, target=amount, seed=seed, positions=positions, given=extra, budget=budget
+    )
+    return Attached(setup)

@@ -9,7 +9,7 @@ from secateur.errors import SecateurError
 from secateur.tokens.call import Call
 from secateur.tokens.live import Live, Peek
 from secateur.tokens.record import Recorder
-from secateur.tokens.sets import Outcome, Table, make_sets, resolve, settle
+from secateur.tokens.sets import BUDGETS, Outcome, Table, make_sets, resolve, settle
 from secateur.tokens.setup import Placed
 from secateur.tokens.state import TokenSets
 from secateur.utils.random import seeded
@@ -48,11 +48,12 @@ def run_stage(
     if newlines != "compete" or tower:
         universe = universe[~table.newline[universe]]
 
+    budget = setup.budget if stage.keep is None else None
     sets = make_sets(
         table,
         members[candidates],
         features if len(candidates) == len(members) else features[candidates],
-        scope=stage.scope or setup.method.scope,
+        scope=BUDGETS[budget] if budget else stage.scope or setup.method.scope,
         universe=universe,
         keep=stage.keep,
         target=setup.target,
@@ -62,7 +63,14 @@ def run_stage(
         noted=call.noted,
         source=Live(call, recorder, kind, number, peek),
         kind=kind,
+        own=budget is not None,
     )
+    if budget and sets is not None and setup.method.one_crop and bool((sets.crop < 0).any()):
+        raise SecateurError(
+            f"crops or frames can't share a budget with {setup.method.name}: {setup.method.one_crop}",
+            where=f'budget="{budget}"',
+            fix="leave budget out: then each has its share",
+        )
     if sets is not None and call.session is not None:
         sets.history = call.session.of(sets.row, sets.index)
     outcome = None

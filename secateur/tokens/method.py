@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -67,7 +67,11 @@ class TokenMethod(Method):
 
     verb: ClassVar[str] = "attach"
     scope: ClassVar[str] = "image"
-    """Which tokens compete: those of one "crop", one "image", or one batch "row"."""
+    """Which tokens compete: those of one "crop", one "frame", one "image", or one batch "row"."""
+    one_crop: ClassVar[str] = ""
+    """Why tokens of several crops can't compete, where they can't: then `attach(budget=...)` is refused for pictures of several."""
+    no_budget: ClassVar[Mapping[str, str]] = {}
+    """Budgets ("frame", "image", "all") that the method can't follow, each with the reason."""
     positions: ClassVar[str] = "original"
     """Position ids of what stays: "original", or "compact" (counted again; on models with 2-D positions as "original")."""
     newlines: ClassVar[str] = "keep"

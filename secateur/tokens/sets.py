@@ -11,10 +11,12 @@ from torch import Tensor
 from secateur.errors import SecateurError, choose
 from secateur.families.vlm import Facts, Layout
 from secateur.tokens.counts import counts
-from secateur.tokens.state import Reduction, Source, TokenSets
+from secateur.tokens.state import Reduction, Source, TokenSets, no_frames
 from secateur.utils.screen import Screen
 
-SCOPES = ("crop", "image", "row")
+SCOPES = ("crop", "frame", "image", "row")
+BUDGETS = {"frame": "frame", "image": "image", "all": "row"}
+"""What shares a budget, as the caller says it -> what competes."""
 
 
 @dataclass(eq=False, repr=False)
@@ -71,7 +73,28 @@ class Table(Screen):
 
     def keys(self, scope: str) -> Tensor:
         choose(scope, SCOPES, what="scope", where="tokens")
-        return {"crop": self.crop_id, "image": self.image_id, "row": self.row}[scope]
+        if scope != "frame":
+            return {"crop": self.crop_id, "image": self.image_id, "row": self.row}[scope]
+        if bool((self.frame < 0).any()):
+            raise no_frames()
+        return self.image_id * (int(self.frame.max()) + 1) + self.frame
+
+    def counts(self, alive: Tensor) -> list[list[dict[str, int]]]:
+        """For each row and each frame of its images, how many of its visual tokens are among `alive`, without separators.
+
+        A frame that isn't known is -1.
+        """
+        mine = ~self.newline[: self.visual]
+        where = torch.stack([self.row, self.image, self.frame], 1)[: self.visual]
+        places, which = where[mine].unique(dim=0, return_inverse=True)
+        there = torch.zeros(self.visual, dtype=torch.bool, device=self.device)
+        there[alive] = True
+        total = torch.bincount(which, minlength=len(places))
+        kept = torch.bincount(which[there[mine]], minlength=len(places))
+        rows: list[list[dict[str, int]]] = [[] for _ in range(self.rows)]
+        for (row, image, frame), k, n in zip(places.tolist(), kept.tolist(), total.tolist()):
+            rows[row].append({"image": image, "frame": frame, "kept": k, "total": n})
+        return rows
 
 
 def make_table(layouts: dict[str, Layout], places: dict[str, tuple[Tensor, Tensor]], rows: int) -> Table:
@@ -195,10 +218,11 @@ def make_sets(
     noted: dict[str, Tensor],
     source: Source,
     kind: str,
+    own: bool = False,
 ) -> TokenSets | None:
     """Groups `members` [M] of the table, which have `features` [M, D], into sets. None where there are none.
 
-    `universe`: the members before any stage, from which the shares are counted.
+    `universe`: the members before any stage, from which the shares are counted. `own`: a count is every set's own.
     """
     if not len(members):
         return None
@@ -213,7 +237,7 @@ def make_sets(
     total = torch.bincount(keys[universe], minlength=int(keys.max()) + 1)[groups]
     amount = keep if keep is not None else 1.0 if target is None else target
 
-    asked = _share(table, universe, scope, amount, total, groups, first)
+    asked = counts(total, amount) if own else _share(table, universe, scope, amount, total, groups, first)
     # crops that compete alone, and patches in the tower, lie on their crop's own grid
     apart = scope == "crop" or kind == "encoder"
     sets = TokenSets(
@@ -233,6 +257,8 @@ def make_sets(
     )
     if bool((table.grid[members] == 0).any()):
         sets.forget_places()
+    if bool((table.frame[members] < 0).any()):
+        sets.forget_frames()
     return sets
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 from secateur.families.vlm import Facts, Family, facts_of, family_of
 from secateur.tokens.method import Memory, Stage, TokenMethod
-from secateur.tokens.sets import SCOPES
+from secateur.tokens.sets import BUDGETS, SCOPES
 from secateur.tokens.site import Site
 from secateur.utils.screen import Screen
 
@@ -49,7 +49,8 @@ class Setup(Screen):
     family: Family
     facts: Facts
     target: float | int | None
-    """The share of the visual tokens that stays, their number per image, or None: the method finds it."""
+    """The share of the visual tokens that stays, their number (an image's, or whatever `budget` says), or None: the
+    method finds it."""
     seed: int
     compact: bool
     """Position ids of what stays are counted again."""
@@ -62,6 +63,8 @@ class Setup(Screen):
     """The id that fills shortened prompts."""
     memory: Memory | None = None
     """What is remembered from run to run."""
+    budget: str | None = None
+    """What has a budget of its own: each "frame", each "image", or "all" of a row together; None: as the method has it."""
 
     @property
     def plain(self) -> bool:
@@ -106,6 +109,7 @@ def make_setup(
     seed: int,
     positions: str | None,
     given: dict[str, Any],
+    budget: str | None = None,
 ) -> Setup:
     """The setup of a method on a model.
 
@@ -121,6 +125,8 @@ def make_setup(
         raise SecateurError(
             f"there are no positions {positions!r}", where="attach", fix="original or compact"
         )
+    if budget is not None:
+        _check_budget(budget, method, target, plain)
     stages = _numbered([_place(stage, method, facts, plain) for stage in method.stages(facts)])
     memory = None if plain else method.memory(facts)
     layers = memory.layers if memory is not None else ()
@@ -143,7 +149,23 @@ def make_setup(
         sites=_sites(stages, facts) | remembered,
         pad=int(pad) if pad is not None else 0,
         memory=memory,
+        budget=budget,
     )
+
+
+def _check_budget(budget: str, method: TokenMethod, target: float | None, plain: bool) -> None:
+    choose(budget, tuple(BUDGETS), what="budget", where="attach")
+    fix = "leave budget out: then it is as the method has it"
+    if target is None:
+        raise SecateurError("without a target there is nothing to divide", where="budget", fix=fix)
+    if plain and budget != "image":
+        raise SecateurError(
+            "to a vision transformer on its own every picture is a row",
+            where="budget",
+            fix="leave budget out: every picture has its own",
+        )
+    if reason := method.no_budget.get(budget):
+        raise SecateurError(f"{method.name} takes no budget={budget!r}: {reason}", where="budget", fix=fix)
 
 
 def _check_transformers(plain: bool) -> None:

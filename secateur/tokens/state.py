@@ -1,6 +1,6 @@
 """What a token method sees and what it gives back.
 
-Visual tokens compete in *sets*: those of a crop, of an image or of a batch row, at one stage. Everything is batched over
+Visual tokens compete in *sets*: those of a crop, a frame, an image or a batch row, at one stage. Everything is batched over
 the sets and padded at the end of the set axis.
 """
 
@@ -24,6 +24,15 @@ class Missing(SecateurError):
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
         super().__init__(f"there is no {what}", where=where, fix=fix)
+
+
+def no_frames() -> Missing:
+    """What to raise where a video's frames aren't told apart."""
+    return Missing(
+        "known frame: which frame of a video a token comes from can't be told from outside here",
+        where="tokens",
+        fix='budget="image", a method that needs no frames, or register_family with a layout',
+    )
 
 
 @dataclass(repr=False)
@@ -108,7 +117,8 @@ class TokenSets(Screen):
     """Seeded, on the CPU."""
     facts: Facts = field(default_factory=Facts)
     target: float | int | None = None
-    """What the caller asked for: the share of the visual tokens that stays, their number per image, or nothing."""
+    """What the caller asked for: the share of the visual tokens that stays, their number (an image's, or whatever has a
+    budget), or nothing."""
     carried: dict[str, Tensor] = field(default_factory=dict)
     """[S, n] numbers a method writes at one stage and reads at the next; the engine re-indexes them. NaN where new."""
     history: Tensor | None = None
@@ -139,12 +149,23 @@ class TokenSets(Screen):
                 where="tokens",
                 fix="a method that needs no places, or register_family with a layout",
             )
+        if name in ("frame", "frame_of"):
+            raise no_frames()
         raise AttributeError(f"{type(self).__name__} has no {name}")
+
+    def forget_frames(self) -> None:
+        """Which frame a token comes from isn't known: who asks for `frame` or `frame_of` gets `Missing`."""
+        del self.frame, self.frame_of
 
     @property
     def count(self) -> Tensor:
         """[S] how many tokens each set has here."""
         return self.valid.sum(1)
+
+    @property
+    def home(self) -> Tensor:
+        """[S, n] int64: a number for each crop of each image of the set's row; -1 padding."""
+        return torch.where(self.valid, self.image_of * (int(self.crop_of.max()) + 1) + self.crop_of, -1)
 
     @property
     def share(self) -> float | None:

@@ -86,9 +86,16 @@ def _rows(model: Any, inputs: Mapping[str, Any], kind: str, output: Any) -> Layo
     counts = [len(part) for part in parts_of(output, shown)]
     if set(counts) == {1}:
         # an encoder of patches says nothing of pictures; in the prompt each is a run
-        return rows_of(_runs(inputs["input_ids"] == placeholder(model, kind)))
-    frames = kind == "video" and len(counts) % shown == 0
-    return rows_of(counts, len(counts) // shown if frames else 1)
+        return _told(rows_of(_runs(inputs["input_ids"] == placeholder(model, kind))), kind)
+    frames = len(counts) // shown if kind == "video" and len(counts) % shown == 0 else 1
+    return _told(rows_of(counts, frames), kind)
+
+
+def _told(layout: Layout, kind: str) -> Layout:
+    """The layout; where a video isn't divided into frames, they aren't known (-1)."""
+    if kind == "video" and len(layout) and not bool(layout.frame.any()):
+        layout.frame = torch.full_like(layout.frame, -1)
+    return layout
 
 
 def _runs(visual: Tensor) -> list[int]:
@@ -111,11 +118,11 @@ def _rows_of_grids(model: Any, inputs: Mapping[str, Any], kind: str, output: Any
     parts = parts_of(output, len(shapes))
     counts = [len(part) for part in parts]
     if len(counts) != len(shapes):
-        return rows_of(counts)
+        return _told(rows_of(counts), kind)
     sides = {round((t * h * w / n) ** 0.5) for (t, h, w), n in zip(shapes, counts) if n}
     side = sides.pop() if len(sides) == 1 else 0
     if not side or any(t * (h // side) * (w // side) != n for (t, h, w), n in zip(shapes, counts)):
-        return rows_of(counts)
+        return _told(rows_of(counts), kind)
     return _grids([(t, h // side, w // side) for t, h, w in shapes])
 
 
@@ -143,10 +150,13 @@ def rows_of(counts: Sequence[int], frames: int = 1) -> Layout:
 
 def _grids(shapes: Sequence[tuple[int, int, int]]) -> Layout:
     """Frames of a grid one after another, each in raster order."""
-    layout = rows_of([t * h * w for t, h, w in shapes])
-    place = torch.cat([torch.arange(t * h * w) for t, h, w in shapes])
-    size = torch.tensor([[h, w] for _, h, w in shapes])
-    area, wide = size.prod(1)[layout.image], size[layout.image, 1]
-    layout.frame, layout.grid = place // area, size
-    layout.grid_row, layout.grid_col = place % area // wide, place % wide
+    layout = rows_of([h * w for t, h, w in shapes for _ in range(t)])  # every frame a crop
+    frames = torch.tensor([t for t, _, _ in shapes])
+    layout.crop_image = torch.arange(len(shapes)).repeat_interleave(frames)
+    layout.grid = torch.tensor([[h, w] for _, h, w in shapes])[layout.crop_image]
+    layout.image = layout.crop_image[layout.crop]
+    layout.frame = layout.crop - (frames.cumsum(0) - frames)[layout.image]
+    place = torch.cat([torch.arange(h * w) for t, h, w in shapes for _ in range(t)])
+    wide = layout.grid[layout.crop, 1]
+    layout.grid_row, layout.grid_col = place // wide, place % wide
     return layout

@@ -95,7 +95,7 @@ class Layout(Screen):
     crop: Tensor
     """[N] number of its crop in the batch (a tower row, or one picture of a packed tower)."""
     frame: Tensor
-    """[N] 0 for stills."""
+    """[N] 0 for stills, -1 where a video's frames can't be told apart."""
     grid_row: Tensor
     grid_col: Tensor
     """[N] place on the grid of its crop, in visual tokens."""

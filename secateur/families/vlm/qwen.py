@@ -19,25 +19,27 @@ def layout(model: Any, inputs: Mapping[str, Any]) -> dict[str, Layout]:
         grid = inputs.get(f"{kind}_grid_thw")
         if inputs.get(pixels) is None or grid is None:
             continue
-        parts, shapes = [], []
+        parts, shapes, owner = [], [], []
         for image, (t, h, w) in enumerate(grid.tolist()):
             rows, cols = h // side, w // side
             place = torch.arange(t * rows * cols)
             frame, row, col = place // (rows * cols), place // cols % rows, place % cols
-            parts.append(torch.stack([torch.full_like(place, image), frame, row, col]))
-            shapes.append((rows, cols))
-        image_, frame, row, col = torch.cat(parts, 1)  # [N] each
+            parts.append(torch.stack([torch.full_like(place, image), frame, row, col, frame + len(shapes)]))
+            # a frame is a sequence of its own in the tower
+            shapes += [(rows, cols)] * t
+            owner += [image] * t
+        image_, frame, row, col, crop = torch.cat(parts, 1)  # [N] each
         merge = side * side
         layouts[kind] = Layout(
             image=image_,
-            crop=image_.clone(),
+            crop=crop,
             frame=frame,
             grid_row=row,
             grid_col=col,
             newline=torch.zeros(len(image_), dtype=torch.bool),
             patches=torch.arange(len(image_) * merge).view(-1, merge),
             grid=torch.tensor(shapes),
-            crop_image=torch.arange(len(shapes)),
+            crop_image=torch.tensor(owner),
             total_patches=len(image_) * merge,
         )
     return layouts
