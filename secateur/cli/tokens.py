@@ -1,9 +1,9 @@
-"""`secateur tokens`: one question about one picture, with every visual token and with those that a method keeps."""
+"""`secateur tokens`: one question about pictures or a video, with every visual token and with those that a method keeps."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +18,12 @@ from secateur.utils.spread import Speed
 MODEL = Parameter(
     help="scenes, scenes:qwen, scenes:llava:1 (variant, seed), or a folder or hub name of a vision-language model"
 )
-PICTURE = Parameter(help="a picture file; or --image", show_default=False)
+PICTURES = Parameter(
+    help="picture files, in the order in which the question follows them; or --image, or --video",
+    show_default=False,
+)
 NUMBER, SIDE = 1000, 5
+STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 TIMES = ("seconds_to_first_token", "seconds_per_token")
 
 
@@ -28,11 +32,16 @@ class Tokens:
     """The question, the method, and how both are run."""
 
     image: str | None = flag("a picture file, or the number of a test picture of scenes", None)
+    video: str | None = flag("a folder of pictures, a frame each, or an animated .gif or .webp", None)
+    frames: int = flag("of the video, at even distances", 8)
     prompt: str | None = flag("the question; default, for scenes: one about the picture", None)
     method: str = flag(
         "a method that drops tokens: `secateur methods --objects T` lists them, or file.py:Class", "divprune"
     )
     target: str = flag("what stays of the visual tokens: 25%, or tokens=64 a picture", "25%")
+    budget: str | None = flag(
+        "what the target is of: each frame, each image, or all pictures together; default: the method's", None
+    )
     positions: str | None = flag("original or compact; default: the method's", None)
     seed: int = flag("of what the method draws at random", 0)
     max_new_tokens: int = flag("length of the answer", 16)
@@ -41,7 +50,7 @@ class Tokens:
     )
     device: str = flag("cpu, cuda, cuda:1, mps, ...", "cpu")
     dtype: str | None = flag("float32, bfloat16 or float16; default: float32 on a cpu", None)
-    out: Annotated[str | None, OUTPUT] = flag("a .png with the kept tokens over the picture", None)
+    out: Annotated[str | None, OUTPUT] = flag("a .png with the kept tokens over each picture and frame", None)
     json: Annotated[bool, OUTPUT, SWITCH] = flag(JSON_HELP, False)
 
 
@@ -56,18 +65,23 @@ class Asked:
 
     model: Any
     inputs: dict[str, Any]
-    picture: Any
+    pictures: list[Any]
+    """uint8 [H, W, 3] of each image, [frames, H, W, 3] of a video."""
     prompt: str
     tokenizer: Any
     expected: str | None = None
 
 
-def open_scene(name: str, image: str | None, flags: Tokens) -> Asked:
+def open_scene(name: str, images: Sequence[str], flags: Tokens) -> Asked:
     """`scenes`, `scenes:VARIANT`, `scenes:VARIANT:SEED`, or a folder that `train scenes` wrote."""
+    import torch
+
     from secateur.tasks.scenes.draw import encode
     from secateur.tasks.scenes.evaluate import picture
     from secateur.tasks.scenes.models import VARIANTS, inputs, load_scenes, scenes_tokenizer
 
+    if flags.video is not None:
+        raise SecateurError("scenes are stills", where="--video", fix="give pictures, or another model")
     if name.startswith("scenes") and not Path(name).is_dir():
         _, _, rest = name.partition(":")
         variant, _, seed = rest.partition(":")
@@ -78,25 +92,31 @@ def open_scene(name: str, image: str | None, flags: Tokens) -> Asked:
     else:
         model = load_scenes(name)
     model = model.to(flags.device, _dtype(flags.dtype))
-    image = "0" if image is None else image
-    if image.isdigit():
+    shown, expected, prompt = [], None, flags.prompt
+    for image in images or ["0"]:
+        if not image.isdigit():
+            shown.append(read_picture(image, 64))
+            prompt, expected = prompt or "how many circles ?", None
+            continue
         if int(image) >= NUMBER:
             raise SecateurError(
                 f"there is no test picture {image}", where="--image", fix=f"0 to {NUMBER - 1}"
             )
         pixels, known = picture(int(image))
+        shown.append(pixels.permute(1, 2, 0))
+        # the question is about the last picture
         default = next((known[kind] for kind in ("where", "colour", "count") if kind in known), None)
-        prompt = flags.prompt or (default or ("how many shapes ?", ""))[0]
+        asked = flags.prompt or (default or ("how many shapes ?", ""))[0]
         answers = {question: answer for question, answer in known.values()}
-        expected = answers.get(" ".join(prompt.lower().replace("?", " ? ").split()))
-    else:
-        pixels, expected = read_picture(image, 64).permute(2, 0, 1), None
-        prompt = flags.prompt or "how many circles ?"
-    made = inputs(model, pixels[None], [encode(prompt)])
-    return Asked(model, made, pixels.permute(1, 2, 0), prompt, scenes_tokenizer(), expected)
+        prompt, expected = asked, answers.get(" ".join(asked.lower().replace("?", " ? ").split()))
+    assert prompt is not None
+    together = torch.stack([one.permute(2, 0, 1) for one in shown])[None]
+    return Asked(
+        model, inputs(model, together, [encode(prompt)]), shown, prompt, scenes_tokenizer(), expected
+    )
 
 
-def open_any(name: str, image: str | None, flags: Tokens) -> Asked:
+def open_any(name: str, images: Sequence[str], flags: Tokens) -> Asked:
     """A model of `transformers` with its processor."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -105,12 +125,13 @@ def open_any(name: str, image: str | None, flags: Tokens) -> Asked:
     from secateur.io.trusted import check_folder
     from secateur.tasks.models import model_folder
 
-    if image is None or flags.prompt is None:
-        what = "a picture" if image is None else "a question"
+    if not images and flags.video is None or flags.prompt is None:
+        what = "a question" if images or flags.video is not None else "a picture"
         raise SecateurError(
             f"needs {what}", where="tokens", fix='secateur tokens MODEL photo.jpg --prompt "..."'
         )
-    pixels = read_picture(image)
+    shown = [read_picture(image) for image in images]
+    video = None if flags.video is None else read_video(flags.video, flags.frames)
     folder = model_folder(name)
     try:
         with quiet():
@@ -128,19 +149,32 @@ def open_any(name: str, image: str | None, flags: Tokens) -> Asked:
         ) from error
     model = model.to(flags.device).eval()  # type: ignore[arg-type]
     text = flags.prompt
+    kinds = ["image"] * len(shown) + ["video"] * (video is not None)
+    if video is not None and getattr(processor, "video_processor", None) is None:
+        raise SecateurError(
+            "this model's processor reads no videos", where="--video", fix="give its frames as pictures"
+        )
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": text}]
+        content = [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]
         text = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-    elif (mark := getattr(processor, "image_token", None)) and mark not in text:
-        text = f"{mark}\n{text}"
+    else:
+        marks = [getattr(processor, f"{kind}_token", None) for kind in kinds]
+        text = "\n".join([*(mark for mark in marks if mark and mark not in text), text])
     from PIL import Image
 
-    made = processor(images=Image.fromarray(pixels.numpy()), text=text, return_tensors="pt").to(flags.device)
-    if "pixel_values" in made:
-        made["pixel_values"] = made["pixel_values"].to(next(model.parameters()).dtype)
-    return Asked(model, dict(made), pixels, flags.prompt, processor.tokenizer)
+    given: dict[str, Any] = {"text": text, "return_tensors": "pt"}
+    if shown:
+        given["images"] = [Image.fromarray(one.numpy()) for one in shown]
+    if video is not None:
+        given |= {"videos": [video.permute(0, 3, 1, 2)], "videos_kwargs": {"do_sample_frames": False}}
+    made = processor(**given).to(flags.device)
+    for key in ("pixel_values", "pixel_values_videos"):
+        if key in made:
+            made[key] = made[key].to(next(model.parameters()).dtype)
+    pictures = [*shown, *([] if video is None else [video])]
+    return Asked(model, dict(made), pictures, flags.prompt, processor.tokenizer)
 
 
 def read_picture(path: str, size: int | None = None) -> Any:
@@ -154,6 +188,47 @@ def read_picture(path: str, size: int | None = None) -> Any:
         image = image.resize((size, size))
     data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return data.view(image.height, image.width, 3)
+
+
+def read_video(path: str, frames: int) -> Any:
+    """A folder of pictures of one size, or an animated picture, as uint8 [frames, H, W, 3]: so many at even distances."""
+    import torch
+
+    from secateur.utils.pictures import open_frames
+
+    at_least("--frames", frames, 1)
+    files = Path(path).expanduser()
+    if files.is_dir():
+        names = sorted(file for file in files.iterdir() if file.suffix.lower() in STILLS)
+        found = [read_picture(str(names[i])) for i in spread(len(names), frames)]
+    elif files.is_file() and files.suffix.lower() not in (".gif", ".webp"):
+        raise SecateurError(
+            "only a folder of pictures or an animated .gif or .webp is read as a video",
+            where=path,
+            fix="ffmpeg -i clip.mp4 -r 2 frames/%03d.png, and give the folder",
+        )
+    else:
+        moving = open_frames(path)
+        pictures = [moving[i] for i in spread(len(moving), frames)]
+        found = [
+            torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(p.height, p.width, 3)
+            for p in pictures
+        ]
+    if not found:
+        raise SecateurError("no pictures are in it", where=path, fix=f"files that end in {', '.join(STILLS)}")
+    if len({tuple(frame.shape) for frame in found}) > 1:
+        raise SecateurError("its frames have different sizes", where=path, fix="make them one size")
+    return torch.stack(found)
+
+
+def spread(count: int, most: int) -> list[int]:
+    """`most` of the numbers below `count` at even distances, all where there are fewer.
+
+    >>> spread(10, 4), spread(2, 8)
+    ([1, 3, 6, 8], [0, 1])
+    """
+    most = min(count, most)
+    return [(2 * i + 1) * count // (2 * most) for i in range(most)]
 
 
 def _dtype(name: str | None) -> Any:
@@ -195,15 +270,14 @@ def timed(asked: Asked, length: int) -> tuple[str, float, float | None]:
 
 def tokens(
     model: Annotated[str, MODEL],
-    picture: Annotated[str | None, PICTURE] = None,
     /,
-    *,
+    *pictures: Annotated[str, PICTURES],
     flags: Tokens,
     settings: Settings,
 ) -> None:
-    """Ask a vision-language model about a picture, with all of its visual tokens and with some dropped.
+    """Ask a vision-language model about pictures or a video, with all of the visual tokens and with some dropped.
 
-    `secateur tokens scenes --image 3` needs no files. With --method NAME, --help shows the method's hyperparameters too.
+    `secateur tokens scenes --image 3` needs no files, nor does `secateur tokens scenes 3 5 --budget all`. With --method NAME, --help shows the method's hyperparameters too.
     """
     from secateur.report.tokens import print_tokens
 
@@ -215,8 +289,8 @@ def tokens(
     method = token_method(flags.method)["name"]
     with quiet_stdout():
         scene = model.split(":")[0] == "scenes" or (Path(model).expanduser() / "scenes.json").is_file()
-        image = flags.image if picture is None else picture
-        asked = (open_scene if scene else open_any)(model, image, flags)
+        images = pictures or (() if flags.image is None else (flags.image,))
+        asked = (open_scene if scene else open_any)(model, images, flags)
         report = compare(asked, method, vars(settings), model, flags)
     show(report, flags.json, lambda console: print_tokens(report, console))
 
@@ -227,7 +301,8 @@ def compare(
     """The answers and figures of both runs; draws the kept tokens where --out says."""
     from secateur.measure.load import Others
     from secateur.measure.timing import summed
-    from secateur.report.tokens import token_alarms
+    from secateur.report.tokens import kept_sheet, parts_kept, token_alarms
+    from secateur.saliency.picture import save_png
     from secateur.tokens.attach import attach
 
     runs: dict[str, list[tuple[str, float, float | None]]] = {"before": [], "after": []}
@@ -240,14 +315,16 @@ def compare(
             target=flags.target,
             seed=flags.seed,
             positions=flags.positions,
+            budget=flags.budget,
             tokenizer=asked.tokenizer,
             question=asked.prompt,
             **settings,
         ) as attached:
             runs["after"].append(timed(asked, flags.max_new_tokens))
             report = attached.report
-            stages = {stage: attached.coordinates(stage)[0] for stage in attached.kept}
-            shape = _grid(attached)
+            kept = {stage: rows[0].tolist() for stage, rows in attached.kept.items()}
+            counts = {stage: attached.counts(stage)[0] for stage in kept}
+            parts = {stage: parts_kept(attached, stage) for stage in list(kept)[:SIDE]}
     used = others.used()
     figures = ("visual_tokens", "tokens_x_layers", "equivalent_tokens", "flops", "kv_bytes")
     found: dict[str, Any] = {
@@ -257,7 +334,9 @@ def compare(
         "prompt": asked.prompt,
         "expected": asked.expected,
         "convention": report.get("convention"),
-        "kept": {stage: attached.kept[stage][0].tolist() for stage in stages},
+        "budget": flags.budget,
+        "kept": kept,
+        "pictures": counts,
         "out": flags.out,
     }
     seconds: dict[str, dict[str, list[float]]] = {}
@@ -284,28 +363,5 @@ def compare(
         if value is None
     }
     if flags.out:
-        draw(asked.picture, stages, shape, Path(flags.out).expanduser())
+        save_png(kept_sheet(asked.pictures, parts), Path(flags.out).expanduser())
     return found
-
-
-def _grid(attached: Any) -> tuple[int, int]:
-    """Rows and columns of the first crop."""
-    table = attached.table
-    first = table.crop == table.crop[: table.visual].min()
-    return int(table.grid_row[first].max()) + 1, int(table.grid_col[first].max()) + 1
-
-
-def draw(picture: Any, stages: Mapping[str, Any], shape: tuple[int, int], out: Path) -> None:
-    """The picture, and beside it what each stage kept."""
-    from secateur.report.tokens import draw_kept, enlarge, grids, sheet
-    from secateur.saliency.picture import save_png
-
-    total = shape[0] * shape[1]
-    panels = []
-    for stage, coordinates in list(stages.items())[:SIDE]:
-        kept = grids(coordinates, shape)
-        panels.append((draw_kept(picture, kept), f"{stage}: {int(kept.sum())} of {total} tokens"))
-    panels = (
-        [(enlarge(picture, panels[0][0]), "the picture"), *panels] if panels else [(picture, "the picture")]
-    )
-    save_png(sheet(panels), out)

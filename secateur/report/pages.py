@@ -243,6 +243,17 @@ def _map_examples(name: str) -> list[str]:
     ]
 
 
+def _budgets(cls: type[TokenMethod]) -> str:
+    """What `attach(budget=...)` can't ask of a token method."""
+    refused: dict[str, list[str]] = {}
+    for budget, reason in cls.no_budget.items():
+        refused.setdefault(reason, []).append(f'"{budget}"')
+    said = [f"No budget {', '.join(names)}: {reason}." for reason, names in refused.items()]
+    if cls.one_crop:
+        said.append(f"No budget that several crops or frames share: {cls.one_crop}.")
+    return "".join(f" {line}" for line in said)
+
+
 def _facts(cls: type[Method]) -> str:
     info = cls.info
     if issubclass(cls, TokenMethod):
@@ -251,6 +262,7 @@ def _facts(cls: type[Method]) -> str:
         return (
             f"Removes visual tokens while the model runs; {training}; the tokens of one {cls.scope} compete; "
             f"position ids are {'counted anew' if cls.positions == 'compact' else 'kept'}; newline tokens {newlines}."
+            + _budgets(cls)
         )
     if issubclass(cls, SaliencyMethod):
         return "Draws a map and removes nothing; one forward and one backward of the model as it is; needs no training."

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +16,11 @@ from secateur.report.summary import busy, seconds_within, speed_words
 from secateur.report.terminal import table
 from secateur.utils.spread import Speed
 
+if TYPE_CHECKING:
+    from secateur.tokens.attach import Attached
+
 FRAME = (255, 255, 255)
-GAP, STRIP, WIDE = 12, 26, 384
+GAP, STRIP, WIDE, ACROSS = 12, 26, 384, 8
 
 
 def draw_kept(picture: Tensor, kept: Tensor, wide: int = WIDE) -> Tensor:
@@ -54,12 +59,13 @@ def enlarge(picture: Tensor, like: Tensor) -> Tensor:
     return large.permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8)
 
 
-def sheet(panels: Sequence[tuple[Tensor, str]]) -> Tensor:
-    """Panels of equal height side by side on white, each with a line of text under it: uint8 [h, w, 3].
+def sheet(lines: Sequence[Sequence[tuple[Tensor, str]]], across: int = ACROSS) -> Tensor:
+    """Lines of panels side by side on white, each panel with a line of text under it: uint8 [h, w, 3].
 
-    >>> sheet([(torch.zeros(40, 60, 3, dtype=torch.uint8), "before")] * 2).shape
+    >>> sheet([[(torch.zeros(40, 60, 3, dtype=torch.uint8), "before")] * 2]).shape
     torch.Size([90, 156, 3])
 
+    across: how many panels stand beside each other before a line goes on below.
     Raises SecateurError where Pillow isn't installed.
     """
     from secateur.saliency.picture import _pillow, font
@@ -67,33 +73,127 @@ def sheet(panels: Sequence[tuple[Tensor, str]]) -> Tensor:
     image_module = _pillow()
     from PIL import ImageDraw
 
-    height = max(panel.shape[0] for panel, _ in panels)
-    width = sum(panel.shape[1] + GAP for panel, _ in panels) + GAP
-    canvas = torch.full((height + 2 * GAP + STRIP, width, 3), 255, dtype=torch.uint8)
-    left, places = GAP, []
-    for panel, _ in panels:
-        canvas[GAP : GAP + panel.shape[0], left : left + panel.shape[1]] = panel
-        places.append(left)
-        left += panel.shape[1] + GAP
+    broken = [line[i : i + across] for line in lines for i in range(0, len(line), across)]
+    width = max(sum(panel.shape[1] + GAP for panel, _ in line) + GAP for line in broken)
+    tall = [max(panel.shape[0] for panel, _ in line) + GAP + STRIP for line in broken]
+    canvas = torch.full((sum(tall) + GAP, width, 3), 255, dtype=torch.uint8)
+    texts, top = [], GAP
+    for line, height in zip(broken, tall):
+        left = GAP
+        for panel, text in line:
+            canvas[top : top + panel.shape[0], left : left + panel.shape[1]] = panel
+            texts.append((text, left, top + height - GAP - STRIP + 6, panel.shape[1]))
+            left += panel.shape[1] + GAP
+        top += height
     image = image_module.fromarray(canvas.numpy())
     pen = ImageDraw.Draw(image)
     letters = font(15)
-    for (panel, text), place in zip(panels, places):
-        while text and pen.textlength(text, font=letters) > panel.shape[1]:
+    for text, left, top, room in texts:
+        while text and pen.textlength(text, font=letters) > room:
             text = text[:-1]
-        pen.text((place, height + GAP + 6), text, fill=(0, 0, 0), font=letters)
+        pen.text((left, top), text, fill=(0, 0, 0), font=letters)
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(canvas.shape)
 
 
-def grids(coordinates: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-    """bool [rows, columns]: which cells of the first crop of the first image the kept tokens lie on."""
-    kept = torch.zeros(shape, dtype=torch.bool)
-    if len(coordinates["row"]):
-        first = (coordinates["image"] == coordinates["image"].min()) & (
-            coordinates["crop"] == coordinates["crop"].min()
+@dataclass(frozen=True)
+class Part:
+    """A grid of visual tokens: a picture, the tiles that it was cut into, one of its crops, or a frame of a video."""
+
+    image: int
+    frame: int
+    kept: Tensor
+    """bool [rows, columns]."""
+    text: str = ""
+    """What it is, where it isn't the whole picture or frame."""
+    over: bool = True
+    """It lies over the whole picture."""
+
+
+def parts_kept(attached: Attached, stage: str | int = -1, row: int = 0) -> list[Part]:
+    """What a stage kept of each picture and each frame of a row; nothing of pictures whose places aren't known.
+
+    >>> [part.kept.sum().item() for part in parts_kept(attached)]  # doctest: +SKIP
+    [16, 16]
+    """
+    table = attached.table
+    assert table is not None
+    mine = (table.row[: table.visual] == row).nonzero()[:, 0]
+    there = torch.zeros(len(mine), dtype=torch.bool)
+    there[attached.kept[stage][row]] = True  # type: ignore[index]
+    image, frame, crop, line, inner, whole, size = (
+        values[mine].cpu()
+        for values in (
+            table.image,
+            table.frame,
+            table.crop,
+            table.newline,
+            torch.stack([table.grid_row, table.grid_col], 1),
+            table.whole,
+            table.grid,
         )
-        kept[coordinates["row"][first], coordinates["column"][first]] = True
-    return kept
+    )
+
+    def part(which: Tensor, place: Tensor, text: str = "", over: bool = True) -> Part:
+        shape = (place[which].amax(0) + 1).tolist()
+        kept = torch.zeros(shape, dtype=torch.bool)
+        kept[tuple(place[which & there].T)] = True
+        return Part(int(image[which][0]), int(frame[which][0]), kept, text, over)
+
+    parts = []
+    for number, when in torch.stack([image, frame], 1).unique(dim=0).tolist():
+        which = (image == number) & (frame == when) & ~line & (size > 0).all(1)
+        crops = crop[which].unique().tolist()
+        tiles = which & (crop != crops[0]) if crops else which
+        if len(crops) == 1:
+            parts.append(part(which, inner))
+        elif crops and not torch.equal(
+            whole[tiles], inner[tiles]
+        ):  # tiles are placed on the picture that they make
+            parts += [part(which & ~tiles, inner), part(tiles, whole, "tiles")]
+        else:
+            parts += [part(which & (crop == c), inner, f"crop {c}", over=False) for c in crops]
+    return parts
+
+
+def kept_sheet(pictures: Sequence[Tensor], stages: Mapping[str, Sequence[Part]]) -> Tensor:
+    """The pictures, and what each stage kept of each picture and frame: uint8 [h, w, 3].
+
+    >>> sheet = kept_sheet([photo, other], {"input": parts_kept(attached, "input")})  # doctest: +SKIP
+    >>> secateur.saliency.picture.save_png(sheet, "kept.png")  # doctest: +SKIP
+
+    pictures: of each image uint8 [H, W, 3], of a video [frames, H, W, 3]; the first of those that make one frame is shown.
+    """
+    frames: dict[int, int] = {}
+    for part in chain(*stages.values()):
+        frames[part.image] = max(frames.get(part.image, 0), part.frame + 1)
+    several = len(pictures) > 1 or any(number > 1 for number in frames.values())
+
+    def beneath(part: Part) -> Tensor:
+        if not part.over:
+            return torch.full((*part.kept.shape, 3), 200, dtype=torch.uint8)
+        shown = pictures[part.image]
+        return shown[part.frame * len(shown) // frames[part.image]] if shown.dim() == 4 else shown
+
+    def name(part: Part) -> list[str]:
+        moving = pictures[part.image].dim() == 4
+        words = [f"{'video' if moving else 'image'} {part.image + 1}"] * (len(pictures) > 1)
+        return words + [f"frame {part.frame + 1}"] * moving + [part.text] * bool(part.text)
+
+    def drawn(part: Part) -> Tensor:
+        return draw_kept(beneath(part), part.kept, WIDE // 2 if several else WIDE)
+
+    lines = []
+    for stage, parts in stages.items():
+        unit = "" if several else " tokens"
+        counts = [f"{int(part.kept.sum())} of {part.kept.numel()}{unit}" for part in parts]
+        texts = [f"{', '.join([*name(part), stage])}: {count}" for part, count in zip(parts, counts)]
+        lines.append([(drawn(part), text) for part, text in zip(parts, texts)])
+    if not any(lines):
+        stills = [picture[0] if picture.dim() == 4 else picture for picture in pictures]
+        return sheet([[(picture, "the picture") for picture in stills]])
+    whole = [part for part in next(iter(stages.values())) if part.over and not part.text]
+    first = [(enlarge(beneath(part), drawn(part)), ", ".join(name(part)) or "the picture") for part in whole]
+    return sheet([first, *lines] if several else [[*first, *chain(*lines)]])
 
 
 ROWS = (
@@ -120,6 +220,18 @@ def token_alarms(found: Mapping[str, Any]) -> list[str]:
     wrong = f"the answer was right with all tokens ({was}) and is wrong with those that were kept ({now})"
     ways = f"a milder target than {found['target']}, or another method (`secateur methods --objects T` lists them)"
     return [wrong, f"what to try: {ways}; one question says little, so ask several"]
+
+
+def kept_of(part: Mapping[str, int], parts: Sequence[Mapping[str, int]]) -> str:
+    """How many tokens a picture or frame kept, of `Attached.counts`.
+
+    >>> kept_of({"image": 1, "frame": 0, "kept": 3, "total": 8}, [{"image": 0}, {"image": 1}])
+    'image 2 3 of 8'
+    """
+    same = [other for other in parts if other["image"] == part["image"]]
+    words = [f"image {part['image'] + 1}"] * (len(same) < len(parts))
+    words += [f"frame {part['frame'] + 1}"] * (len(same) > 1)
+    return f"{' '.join(words)} {part['kept']} of {part['total']}".strip()
 
 
 def print_tokens(found: Mapping[str, Any], console: Console) -> None:
@@ -156,7 +268,9 @@ def print_tokens(found: Mapping[str, Any], console: Console) -> None:
     if not found.get("collapsed") and found["before"]["answer"] != found["after"]["answer"]:
         console.print("note: the answer is another one than with all tokens", style="yellow")
     for stage, count in found["kept"].items():
-        console.print(f"{stage}: {len(count)} kept", markup=False)
+        parts = found["pictures"][stage]
+        each = f": {', '.join(kept_of(part, parts) for part in parts)}" if len(parts) > 1 else ""
+        console.print(f"{stage}: {len(count)} kept{each}", markup=False)
     if found.get("expected"):
         console.print(f"right answer: {found['expected']}", markup=False)
     if found.get("out"):

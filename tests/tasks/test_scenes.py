@@ -348,6 +348,56 @@ def test_tokens_command(tmp_path, capsys):
     assert image.width > 2 * 384 and image.height > 384
 
 
+def test_tokens_command_on_several_pictures(tmp_path, capsys):
+    """Every picture and frame has its count and its panel; the question is about the last picture."""
+    out = tmp_path / "kept.png"
+    flags = ["--method", "random-tokens", "--target", "25%", "--repeats", "1", "--max-new-tokens", "1"]
+    assert main(["tokens", "scenes", "3", "5", *flags, "--budget", "all", "--json", "--out", str(out)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    one, two = found["pictures"]["input"]
+    assert (one["image"], two["image"], one["total"], two["total"]) == (0, 1, 64, 64)
+    assert one["kept"] + two["kept"] == 32 == len(found["kept"]["input"]) and one["kept"] != two["kept"]
+    assert (found["prompt"], found["expected"]) in picture(5)[1].values()
+    from PIL import Image
+
+    # two lines of two panels of 192 pixels
+    assert Image.open(out).size == (2 * 192 + 3 * 12, 2 * (192 + 12 + 26) + 12)
+    assert main(["tokens", "scenes", "3", "5", *flags]) == 0
+    assert "input: 32 kept: image 1 16 of 64, image 2 16 of 64" in capsys.readouterr().out
+
+
+def test_tokens_command_on_a_video(tmp_path, capsys):
+    from PIL import Image
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    model, folder, clip = build("qwen"), tmp_path / "model", tmp_path / "clip"
+    model.save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=scenes_tokenizer()._tokenizer,
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
+    )
+    size = {"shortest_edge": 64, "longest_edge": 64**3}
+    own = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "size": size}
+    processor = Qwen2_5_VLProcessor(Qwen2VLImageProcessor(**own), tokenizer, Qwen2VLVideoProcessor(**own))
+    processor.save_pretrained(folder)
+    clip.mkdir()
+    for number in range(12):
+        Image.new("RGB", (32, 16), (20 * number, 0, 0)).save(clip / f"{number:02}.png")
+    out = tmp_path / "kept.png"
+    command = ["tokens", str(folder), "--video", str(clip), "--frames", "6", "--prompt", "how many circles ?"]
+    flags = ["--target", "50%", "--budget", "frame", "--repeats", "1", "--json", "--out", str(out)]
+    assert main([*command, *flags]) == 0
+    found = json.loads(capsys.readouterr().out)["pictures"]["input"]
+    assert [(part["frame"], part["kept"] / part["total"]) for part in found] == [(0, 0.5), (1, 0.5), (2, 0.5)]
+    assert Image.open(out).width == 3 * 192 + 4 * 12
+
+
 def test_a_time_that_cannot_be_measured_keeps_its_row(capsys):
     flags = ["--method", "random-tokens", "--target", "25%", "--repeats", "1", "--max-new-tokens", "1"]
     assert main(["tokens", "scenes", "--image", "3", *flags]) == 0
@@ -390,6 +440,13 @@ def test_tokens_command_on_any_model(tmp_path, capsys):
         (["scenes", "--out", "kept.jpg"], ".png"),
         (["scenes", "nowhere.png"], "nowhere.png"),
         (["/nowhere", "--prompt", "why ?"], "needs a picture"),
+        (
+            ["scenes", "3", "5", "--method", "downsample", "--budget", "all"],
+            "its coarse grid lies over one crop",
+        ),
+        (["scenes", "--budget", "frames"], "one of frame, image, all"),
+        (["scenes", "--video", "clip.gif"], "scenes are stills"),
+        (["/nowhere", "--video", "clip.mp4", "--prompt", "why ?"], "clip.mp4"),
     ],
 )
 def test_mistakes_are_one_line(wrong, says, capsys):
