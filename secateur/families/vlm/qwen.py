@@ -19,7 +19,9 @@ def layout(model: Any, inputs: Mapping[str, Any]) -> dict[str, Layout]:
         grid = inputs.get(f"{kind}_grid_thw")
         if inputs.get(pixels) is None or grid is None:
             continue
-        parts, shapes, owner = [], [], []
+        parts: list[Tensor] = []
+        shapes: list[tuple[int, int]] = []
+        owner: list[int] = []
         for image, (t, h, w) in enumerate(grid.tolist()):
             rows, cols = h // side, w // side
             place = torch.arange(t * rows * cols)
