@@ -24,7 +24,8 @@ def test_the_oldest_constraints_are_the_declared_lower_bounds() -> None:
     bounds = {
         name: next(s.version for s in r.specifier if s.operator == ">=")
         for name, r in DECLARED.items()
-        if name not in ("torch-pruning", "diffusers", "ray")  # in no set of extras that is installed for the tests
+        if name
+        not in ("torch-pruning", "diffusers", "ray")  # in no set of extras that is installed for the tests
     }
     assert bounds == OLDEST
 
