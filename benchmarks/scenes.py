@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,8 +28,9 @@ from typing import Any
 
 import torch
 
+from secateur.errors import SecateurError
 from secateur.method import list_methods, method_class
-from secateur.tasks.scenes.evaluate import Score, above, evaluate, table
+from secateur.tasks.scenes.evaluate import Score, above, deviation, evaluate, table
 from secateur.tasks.scenes.models import inputs, load_scenes, scenes_tokenizer
 from secateur.tasks.scenes.questions import PART, test_set
 from secateur.tokens.attach import attach
@@ -145,6 +147,7 @@ def equal(methods: Sequence[str], seeds: Sequence[int], args: argparse.Namespace
     """A table for each budget, every method at the target that meets it."""
     notes = Notes(args.out, {"variant": args.variant, "limit": args.limit, "data": args.data})
     bench = Bench(args, notes)
+    columns: dict[str, list[Score]] = {}
     for kind, budgets in (given.split("=", 1) for given in args.equal):
         for budget in map(float, budgets.split(",")):
             whole = scored(None, "100%", seeds, args, notes)
@@ -157,11 +160,35 @@ def equal(methods: Sequence[str], seeds: Sequence[int], args: argparse.Namespace
             )
             print(f"\n{budget:g} {what}; kept: the target, and the measured prefill with its quartiles\n")
             print(f"{table([whole, *scores])}\n")
+            columns[f"{kind} {budget:g}"] = scores
             base = next((s for s in scores if s.method == RANDOM and s.mean), None)
             for score in scores:
                 if base is not None and score.mean and score is not base:
                     gap, errors = above(score, base)
                     print(f"  {score.method}: {gap:+.1f} points above random, {errors:+.1f} standard errors")
+    if RANDOM in methods:
+        print(f"\n{side_by_side(columns)}")
+
+
+def side_by_side(columns: dict[str, list[Score]]) -> str:
+    """A line a method: what it came to under every budget, and how far above random tokens with paired standard errors."""
+    own = {name: ("prefill" if name.startswith("work") else "tokens x layers") for name in columns}
+    titles = (f"{name}: kept | {own[name]} | mean | above random" for name in columns)
+    lines = [f"| method | {' | '.join(titles)} |", "|---" * (1 + 4 * len(columns)) + "|"]
+    for method in sorted({score.method for scores in columns.values() for score in scores}):
+        cells = []
+        for name, scores in columns.items():
+            score, base = (next(s for s in scores if s.method == m) for m in (method, RANDOM))
+            if score.missing:
+                cells += [score.missing, "", "", ""]
+                continue
+            target, prefill, _ = re.split(r", | \(", score.target)
+            cost = prefill if name.startswith("work") else f"{score.tokens_layers:.0f}"
+            gaps = [a - b for a, b in zip(score.mean, base.mean)]
+            gap = "" if score is base else f"{sum(gaps) / len(gaps):+.1f} ± {deviation(gaps):.1f}"
+            cells += [target, cost, f"{sum(score.mean) / len(score.mean):.1f}", gap]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def at_equal(method: str, kind: str, budget: float, bench: Bench, seeds: Sequence[int]) -> Score:
@@ -197,7 +224,9 @@ def scored(
         for seed in seeds
     ]
     names = Score.__dataclass_fields__
-    return joined([Score(**{k: v for k, v in part.items() if k in names}) for part in parts])
+    found = joined([Score(**{k: v for k, v in part.items() if k in names}) for part in parts])
+    found.method = method or "all tokens"
+    return found
 
 
 class Notes:
@@ -237,6 +266,8 @@ class Bench:
             self.prefill()
             return time.process_time() - begun, math.nan
         with attach(self.model, method, target=target, **settings_of(method, 0, self.args)) as attached:
+            if attached.setup.warm_up:
+                raise SecateurError("it remembers steps of an episode, and questions are none")
             begun = time.process_time()
             self.prefill()
             return time.process_time() - begun, attached.report["after"]["tokens_x_layers"] / PART
@@ -263,7 +294,8 @@ class Bench:
         try:
             target, least = self._by_work(method, budget) if kind == "work" else self._by_time(method, budget)
         except Exception as error:  # noqa: BLE001  one broken method must not end the table
-            return {"target": None, "why": f"{type(error).__name__}: {error}"}
+            name = "" if isinstance(error, SecateurError) else f"{type(error).__name__}: "
+            return {"target": None, "why": f"{name}{error}"}
         unit = "" if kind == "work" else " x the dense prefill"
         return {"target": target, "why": None if target else f"can't do with less than {least:.3g}{unit}"}
 
