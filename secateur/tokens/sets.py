@@ -124,7 +124,10 @@ def make_table(layouts: dict[str, Layout], places: dict[str, tuple[Tensor, Tenso
     joined = {key: torch.cat([value, *(part[key] for part in hidden)]) for key, value in tokens.items()}
     rest = torch.full((len(joined["row"]) - visual,), -1, device=device)
     values: dict[str, Any] = {**joined, "number": torch.cat([number, rest])}
-    values["image"] = _within(joined["image_id"], joined["row"])
+    # ids go kind by kind, so those of a row's images and videos may lie apart
+    both = torch.stack([joined["row"], joined["image_id"]], 1)
+    near = both.unique(dim=0, return_inverse=True)[1] if len(both) else joined["image_id"]
+    values["image"] = _within(near, joined["row"])
     values["crop"] = _within(joined["crop_id"], joined["image_id"])
     return Table(visual=visual, rows=rows, **values)
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_every_token_method import METHODS, SETTINGS, settled
+from test_families import onevision_video
 from tiny_models import VIDEO, inputs_for, make
 
 import secateur
@@ -184,6 +185,18 @@ def test_a_videos_frames_are_crops_of_the_tower(cases):
         if name in ("image", "crop"):  # the table counts them within a row and an image
             found = torch.cat([found[:24], found[24:] - found[24]])
         assert torch.equal(own, found), name
+
+
+def test_a_picture_beside_a_video_is_one_frame_and_separators_dont_count():
+    """LLaVA-OneVision: a video of three frames of 4 tokens and a newline, in the second row behind a tiled picture."""
+    model, inputs = make("llava-onevision"), onevision_video(still=True)
+    with torch.no_grad(), secateur.attach(model, "fastv", target="50%", budget="frame") as attached:
+        model(**inputs)
+    one, two = attached.counts()
+    assert [part["kept"] for part in one] == [2, 2, 2] and len(attached.kept["layer:2"][0]) == 7
+    assert [part["kept"] for part in two][1:] == [2, 2, 2]
+    assert two[0]["kept"] == round(two[0]["total"] / 2) and two[0]["frame"] == 0
+    assert [part["image"] for part in two] == [0, 1, 1, 1]
 
 
 def test_frames_that_nobody_can_tell_apart():
