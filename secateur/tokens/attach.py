@@ -230,9 +230,10 @@ class Attached:
     ) -> tuple[dict[str, Any], Call | None, Turn | None]:
         if any(kwargs.get(name) is not None for name in KINDS.values()) or kwargs.get("mm_encoder_outputs"):
             self._current.clear()
+        if self.decoder is not None:
+            # what runs before the model itself passes its hooks by
+            self.decoder.run = self.decoder.step = None
         if not self.setup.family.proven:
-            if self.decoder is not None:
-                self.decoder.run = self.decoder.step = None
             self.input.counts = prove(self.setup, kwargs).counts
         new, call, turn = self.input.prepare(dict(kwargs), generating)
         if call is not None:

@@ -44,6 +44,10 @@ class Call:
     """What is remembered of earlier runs."""
     noted: dict[str, Tensor] = field(default_factory=dict)
     """What a method keeps for its later stages."""
+    tiles: tuple[int, int] | None = None
+    """Crops of the pyramids in all, and those that went through the tower; None: all did."""
+    glimpses: list[tuple[int, Tensor]] = field(default_factory=list)
+    """Layers of each look at the prompt, and the tokens [B] that they saw."""
     tower_full: int = 0
     """Tokens in all before block 0."""
 

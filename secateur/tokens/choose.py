@@ -32,6 +32,29 @@ def run_stage(
     setup, table, stage = call.setup, call.table, placed.stage
     if setup.whole:
         return None
+    sets, competing, candidates = sets_of(call, recorder, placed, members, features, kind, number, peek)
+    outcome = None
+    # a target that nobody falls short of needs no answer; one the method finds itself always does
+    all_stay = stage.keep is None and setup.target is not None and sets is not None
+    if sets is not None and not (all_stay and bool((sets.keep >= sets.total).all())):
+        outcome = _choose(placed, table, sets, features, candidates)
+    if setup.method.newlines == "drop" and kind != "encoder" and not bool(competing.all()):
+        outcome = _without(outcome, ~competing)
+    return outcome
+
+
+def sets_of(
+    call: Call,
+    recorder: Recorder | None,
+    placed: Placed,
+    members: Tensor,
+    features: Tensor,
+    kind: str,
+    number: int,
+    peek: Peek | None = None,
+) -> tuple[TokenSets | None, Tensor, Tensor]:
+    """The sets that a stage is asked about, which of the members [M] compete, and their positions; see `run_stage`."""
+    setup, table, stage = call.setup, call.table, placed.stage
     if not bool(torch.isfinite(features).all()):
         raise SecateurError(
             "the features of a visual token aren't finite numbers",
@@ -48,7 +71,8 @@ def run_stage(
     if newlines != "compete" or tower:
         universe = universe[~table.newline[universe]]
 
-    budget = setup.budget if stage.keep is None else None
+    # tiles of one picture compete, whatever the tokens' budget
+    budget = setup.budget if stage.keep is None and kind != "tiles" else None
     sets = make_sets(
         table,
         members[candidates],
@@ -73,28 +97,21 @@ def run_stage(
         )
     if sets is not None and call.session is not None:
         sets.history = call.session.of(sets.row, sets.index)
-    outcome = None
-    # a target that nobody falls short of needs no answer; one the method finds itself always does
-    all_stay = stage.keep is None and setup.target is not None and sets is not None
-    if sets is not None and not (all_stay and bool((sets.keep >= sets.total).all())):
-        outcome = _choose(placed, table, sets, features, candidates)
-    if newlines == "drop" and not tower and not bool(competing.all()):
-        outcome = _without(outcome, ~competing)
-    return outcome
+    return sets, competing, candidates
 
 
 def _choose(
     placed: Placed, table: Table, sets: TokenSets, features: Tensor, candidates: Tensor
 ) -> Outcome | None:
     reduction = settle(sets, placed.stage.select(sets), placed.label)
-    _carry(placed, table, sets)
+    carry(placed, table, sets)
     # positions among the candidates -> among all that were handed in
     sets.place.at = torch.where(sets.place.at >= 0, candidates[sets.place.at.clamp(min=0)], -1)
     outcome = resolve(sets, reduction, features)
     return outcome if outcome.changed else None
 
 
-def _carry(placed: Placed, table: Table, sets: TokenSets) -> None:
+def carry(placed: Placed, table: Table, sets: TokenSets) -> None:
     """Writes the numbers that the method carries to later stages into the table, by token."""
     there = sets.place.members >= 0  # [S, n]
     for name, values in sets.carried.items():

@@ -133,6 +133,11 @@ class Prefill:
     def tower(self) -> tuple[float, float] | None:
         """Multiply-adds of the tower before and after; None where nothing happens in it."""
         call, facts = self.call, self.facts
+        if call.tiles is not None:
+            every, read = call.tiles
+            each = float(call.table.patches.max() + 1) / every + facts.prefix
+            before, after = (tower_flops([each * n] * facts.blocks, n, facts) for n in (every, read))
+            return before, after
         if not call.tower_full:
             return None
         lengths, now = [], call.tower_full
@@ -148,7 +153,8 @@ def report(setup: Setup, clock: Clock, run: Prefill | None, table: Table | None)
     """The last run's counts.
 
     `tokens_x_layers`: visual tokens summed over the decoder layers. `equivalent_tokens`: that over the depth. FLOPs are
-    multiply-adds of the prefill, summed over rows: 4nd^2 + 2n^2d + 2ndm, or 3ndm where gated.
+    multiply-adds of the prefill, summed over rows: 4nd^2 + 2n^2d + 2ndm, or 3ndm where gated. `glimpse_flops`: of looks at
+    the prompt before it. `tiles`: crops of pyramids that went through the tower, whose `tower_flops` count no others.
     """
     facts = setup.facts
     times = {
@@ -178,6 +184,13 @@ def report(setup: Setup, clock: Clock, run: Prefill | None, table: Table | None)
         "flops": sum(llm_flops([float(n) for n in row], facts) for row in lengths.T),
         "kv_bytes": run.kv_after,
     }
+    if run.call.tiles is not None:
+        before["tiles"], after["tiles"] = run.call.tiles
+    if run.call.glimpses:
+        before["glimpse_flops"] = 0.0
+        after["glimpse_flops"] = sum(
+            llm_flops([float(n)] * layers, facts) for layers, seen in run.call.glimpses for n in seen
+        )
     tower = run.tower()
     if tower is not None:
         before["tower_flops"], after["tower_flops"] = tower

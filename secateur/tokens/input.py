@@ -20,10 +20,13 @@ from secateur.families.vlm import Layout
 from secateur.families.vlm.facts import decoder_of, encoder_of, placeholder, slot_of
 from secateur.tokens.call import Call, Current
 from secateur.tokens.choose import run_stage
+from secateur.tokens.glimpse import look
+from secateur.tokens.pyramid import regroup
 from secateur.tokens.record import Recorder
 from secateur.tokens.sets import make_table
-from secateur.tokens.setup import Setup
+from secateur.tokens.setup import Placed, Setup
 from secateur.tokens.shorten import pack, window_of
+from secateur.tokens.tiles import check, crops_of, next_tiles, reading
 from secateur.utils.versions import cache_in, cache_name
 
 Places = dict[str, tuple[Tensor, Tensor]]
@@ -98,6 +101,43 @@ def encode(model: Any, kind: str, kwargs: Mapping[str, Any]) -> Any:
 
 
 @dataclass(eq=False)
+class Prompt:
+    """Inputs with pictures as they are made shorter."""
+
+    call: Call
+    kwargs: dict[str, Any]
+    mask: Tensor
+    """[B, L]"""
+    generating: bool
+    layouts: dict[str, Layout]
+    order: Tensor
+    """[N] position among the features, kinds one after another, of each token of the table: it goes row by row."""
+    encoded: dict[str, Any]
+    """What the encoders gave, by kind."""
+
+    def features(self) -> Tensor:
+        """[N, D] as the table goes."""
+        features = torch.cat([flat(self.encoded[kind]) for kind in self.layouts])
+        if len(features) != self.call.table.visual:
+            raise SecateurError(
+                f"{len(features)} features came for {self.call.table.visual} places", where="attach"
+            )
+        return features[self.order]
+
+    def whole(self, model: Any) -> dict[str, Any]:
+        """The arguments with features in place of pictures."""
+        names = inspect.signature(type(model).forward).parameters
+        needed = {n for n in KINDS.values() if n in names and names[n].default is inspect.Parameter.empty}
+        new = {k: v for k, v in self.kwargs.items() if k not in KINDS.values()} | dict.fromkeys(needed)
+        return new | {"mm_encoder_outputs": self.encoded}
+
+    def short(self, whole: dict[str, Any], features: Tensor) -> dict[str, Any]:
+        """The same with the features [M, D] of the tokens that are left."""
+        left = _features(self.call, self.encoded, self.layouts, self.order, features)
+        return {**whole, "mm_encoder_outputs": left}
+
+
+@dataclass(eq=False)
 class InputDriver:
     """Runs the vision tower itself, lets the stages at the input choose among its features, and gives the model a shorter
     prompt and the features that are left."""
@@ -145,6 +185,8 @@ class InputDriver:
             layouts[kind] = family.measure(model, kwargs, kind, encoded[kind])
         places = _places(model, ids, kinds, layouts)
         layouts = {kind: layouts[kind] for kind in places}
+        if "pyramid" in setup.given and "image" in layouts:
+            layouts["image"] = regroup(layouts["image"], setup.given["pyramid"])
         if not layouts or not sum(map(len, layouts.values())):
             return kwargs, None, None
         if len(layouts) > 1 and setup.in_tower:
@@ -164,34 +206,89 @@ class InputDriver:
         call = Call(setup, table, kwargs, ids, mask.bool(), session=self.current.session)
         if call.session is not None:
             call.session.open(table, ids, call.mask)
+        prompt = Prompt(call, kwargs, mask, generating, layouts, _order(places), encoded)
+        climbs = setup.stages_at("tiles") and not setup.whole and bool((table.level > 0).any())
         with torch.set_grad_enabled(not no_grad):
-            for kind in kinds:
-                if encoded.get(kind) is None:
-                    with self.current.running(call if kind in layouts else None):
-                        encoded[kind] = encode(model, kind, kwargs)
+            if climbs:
+                features = self._climb(prompt, setup.stages_at("tiles")[0])
+            else:
+                for kind in kinds:
+                    if encoded.get(kind) is None:
+                        with self.current.running(call if kind in layouts else None):
+                            encoded[kind] = encode(model, kind, kwargs)
+                features = prompt.features()
         self.forms = {kind: getattr(output, slot_of(output)) for kind, output in encoded.items()}
-        # features come kind by kind, the table goes row by row
-        order = _order(places)
-        features = torch.cat([flat(encoded[kind]) for kind in layouts])[order]  # [N, D]
-        if len(features) != table.visual:
-            raise SecateurError(f"{len(features)} features came for {table.visual} places", where="attach")
-        features, changed = self._choose(call, features)
-        names = inspect.signature(type(model).forward).parameters
-        needed = {n for n in KINDS.values() if n in names and names[n].default is inspect.Parameter.empty}
-        new = {k: v for k, v in kwargs.items() if k not in KINDS.values()} | dict.fromkeys(needed)
-        new["mm_encoder_outputs"] = encoded
-        whole = dict(new)
+        features, changed = self._choose(prompt, features)
+        new = prompt.whole(self.setup.model)
         if not changed and not self.shortens:
             return new, call, None
-        new["mm_encoder_outputs"] = _features(call, encoded, layouts, order, features)
-        return self._shorten(call, new, whole, mask, generating)
+        return self._shorten(call, prompt.short(new, features), new, mask, generating)
 
-    def _choose(self, call: Call, features: Tensor) -> tuple[Tensor, bool]:
+    def _climb(self, prompt: Prompt, placed: Placed) -> Tensor:
+        """Features [N, D], level by level of the pyramids: those of the crops that the stage asks for, and 0."""
+        call, table = prompt.call, prompt.call.table
+        if set(prompt.layouts) != {"image"} or prompt.encoded.get("image") is not None:
+            raise SecateurError(
+                "tiles beside videos, or features that came without their pixels",
+                where="tiles",
+                fix="give pixel_values alone",
+            )
+        check(self.setup, table)
+        count = len(prompt.layouts["image"].grid)
+        crop, level = table.crop_id[: table.visual], table.level[: table.visual]
+        wanted, read = (
+            crops_of(table, count)[0] == 0,
+            torch.zeros(count, dtype=torch.bool, device=table.device),
+        )
+        features: Tensor | None = None
+        for here in range(int(table.level.max()) + 1):
+            if bool(wanted.any()):
+                with self.current.running(call), reading(self.setup, wanted):
+                    prompt.encoded["image"] = encode(self.setup.model, "image", prompt.kwargs)
+                new, read = prompt.features(), read | wanted
+                features = new if features is None else torch.where(wanted[crop][:, None], new, features)
+            assert features is not None
+            table.alive = table.slot = (read[crop] & (level >= 0)).nonzero()[:, 0]
+            if here < int(table.level.max()):
+                self._look(prompt, placed, features[table.alive])
+                wanted = next_tiles(
+                    call, self.recorder, placed, table.alive, features[table.alive], here, count
+                )
+        assert features is not None
+        call.tiles = count, int(read.sum())
+        self.current.note(placed, table)
+        return features
+
+    def _look(self, prompt: Prompt, placed: Placed, features: Tensor) -> None:
+        """The glimpse of a stage at the tokens that are left, with `features` [M, D]; of pyramids at two levels of them."""
+        if placed.stage.glimpse is None:
+            return
+        call, table = prompt.call, prompt.call.table
+        before = table.alive, table.slot
+        level, image = table.level[table.alive], table.image_id[table.alive]
+        finest = torch.zeros(int(table.image_id.max()) + 1, dtype=torch.int64, device=table.device)
+        finest.scatter_reduce_(0, image, level, "amax")
+        shown = (level == 0) | (level == finest[image])
+        table.alive, table.slot = table.alive[shown], table.slot[shown]
+        try:
+            new = prompt.whole(self.setup.model)
+            short = self._shorten(
+                call, prompt.short(new, features[shown]), new, prompt.mask, prompt.generating
+            )[0]
+            forms = {kind: getattr(output, slot_of(output)) for kind, output in prompt.encoded.items()}
+            short["mm_encoder_outputs"] = formed(short["mm_encoder_outputs"], forms)
+            look(self.setup, self.current, self.recorder, call, short, placed.stage.glimpse)
+        finally:
+            table.alive, table.slot = before
+
+    def _choose(self, prompt: Prompt, features: Tensor) -> tuple[Tensor, bool]:
         """Features [M, D] of the tokens that are left after the tower and the stages here, and whether any has gone."""
-        table = call.table
+        call, table = prompt.call, prompt.call.table
         changed = len(table.alive) < table.visual
         features = features[table.alive]
         for placed in self.setup.stages_at("input"):
+            if not self.setup.whole:
+                self._look(prompt, placed, features)
             outcome = run_stage(call, self.recorder, placed, table.alive, features, "input", 0)
             if outcome is not None:
                 changed = True

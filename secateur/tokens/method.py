@@ -12,8 +12,24 @@ from torch import Tensor
 from secateur.families.vlm import Facts
 from secateur.method import Method
 from secateur.tokens.state import Reduction, TokenSets
+from secateur.utils.screen import Screen
 
 Select = Callable[[TokenSets], "Tensor | Reduction"]
+
+
+@dataclass(frozen=True, repr=False)
+class Glimpse(Screen):
+    """A look at what is left of a prompt by some of the language model's layers, before a stage is asked.
+
+    >>> Stage("input", self.select, ("layer:3",), glimpse=Glimpse((0, 1, 2, 3)))  # doctest: +SKIP
+
+    `layers` run one after another and the others are passed over; what the stage records of them is there. `weights`: in place
+    of their own while the look lasts, {"3.mlp.up_proj.weight": ...}; those of every parameter of every layer. Where images
+    are pyramids it sees the coarsest level and the finest that was read.
+    """
+
+    layers: tuple[int, ...]
+    weights: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -22,13 +38,15 @@ class Stage:
 
     >>> Stage(at="layer:2", select=self.select, records=("layer:1",), keep=0.5)  # doctest: +SKIP
 
-    `at`: "input" (projected features, before the language model), "layer:K" (before decoder layer K runs),
+    `at`: "tiles" (between the levels of an image pyramid, before the tower: `select` gives bool [S, tiles], the tiles of the
+    next level that are read, row by row), "input" (projected features, before the language model), "layer:K" (before decoder layer K runs),
     "encoder:K" (before block K of the vision tower runs), or "encoder:K:mlp" (between its attention and its MLP).
     `select`: `TokenSets` -> bool [S, n] of what stays, or a `Reduction`. `records`: what the engine must note for it. `scope`: which tokens compete, None: the method's.
     `keep`: float, the share of the original count of each set; int, the count; None, what the target says.
     `bias`: in the tower, the name of a carried number whose log is added to a token's attention logits as a key in the
     blocks after.
     `positions`: "original" where a stage between layers leaves positions alone though the method's are "compact".
+    `glimpse`: at "tiles" and "input", layers that look at the prompt first.
     """
 
     at: str
@@ -38,6 +56,7 @@ class Stage:
     keep: float | int | None = None
     bias: str | None = None
     positions: str | None = None
+    glimpse: Glimpse | None = None
 
 
 @dataclass(frozen=True)

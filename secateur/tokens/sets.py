@@ -45,6 +45,10 @@ class Table(Screen):
     """[T, 2] of the token's crop."""
     whole: Tensor
     """[T, 2] place on the picture that the crops of its image make together."""
+    level: Tensor
+    """Of the token's crop in its image's pyramid; -1 in the padding of a tile."""
+    tile: Tensor
+    """[T, 2] row and column of the token's crop among the tiles of its level."""
     column: Tensor
     """In the input_ids as given; -1 for patches without a token."""
     visual: int
@@ -70,6 +74,19 @@ class Table(Screen):
         """For each row the numbers of the tokens that are left, ascending."""
         number, row = self.number[self.alive], self.row[self.alive]
         return [number[row == r].sort().values.cpu() for r in range(self.rows)]
+
+    def levels(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the tiles, and of the tokens, of each image's levels: [images, levels, 2] each, (0, 0) for none."""
+        there = self.level[: self.visual] >= 0
+        level, image = self.level[: self.visual][there], self.image_id[: self.visual][there]
+        depth, images = int(self.level.max()) + 1, int(self.image_id.max()) + 1
+        key = (image * depth + level)[:, None].expand(-1, 2)
+        sizes = []
+        for place in (self.tile, self.whole):
+            empty = torch.zeros(images * depth, 2, dtype=torch.int64, device=self.device)
+            size = empty.scatter_reduce(0, key, place[: self.visual][there] + 1, "amax")
+            sizes.append(size.view(images, depth, 2))
+        return sizes[0], sizes[1]
 
     def keys(self, scope: str) -> Tensor:
         choose(scope, SCOPES, what="scope", where="tokens")
@@ -151,6 +168,8 @@ def _tokens(
         "patches": torch.cat([torch.where(layout.patches >= 0, layout.patches + patches, -1), pad], 1),
         "grid": layout.grid[layout.crop],
         "whole": place if layout.whole is None else layout.whole,
+        "level": torch.zeros_like(row) if layout.level is None else layout.level,
+        "tile": torch.zeros_like(place) if layout.tile is None else layout.tile,
     }
 
 
@@ -185,6 +204,8 @@ def _patches_without_token(
         "patches": torch.cat([(free + patches)[:, None], pad], 1),
         "grid": layout.grid[crop],
         "whole": torch.stack([inside // wide, inside % wide], 1),
+        "level": torch.full_like(free, -1),
+        "tile": torch.zeros(len(free), 2, dtype=torch.int64, device=device),
     }
 
 
@@ -278,7 +299,12 @@ def _columns(table: Table, member: Tensor, valid: Tensor, apart: bool) -> dict[s
         return torch.where(same.all(1), values[first], -1)
 
     crop = single(table.crop_id)
+    pyramid: dict[str, Any] = {"level": token(table.level)}
+    if bool((single(table.image_id) >= 0).all()) and bool((table.level > 0).any()):
+        tiles, maps = table.levels()
+        pyramid |= {"tiles": tiles[table.image_id[first]], "maps": maps[table.image_id[first]]}
     return {
+        **pyramid,
         "index": token(table.number),
         "row": table.row[first],
         "image": single(table.image).masked_fill(single(table.image_id) < 0, -1),

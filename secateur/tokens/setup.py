@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError, choose
 from secateur.families.vlm import Facts, Family, facts_of, family_of
+from secateur.families.vlm.facts import decoder_of
 from secateur.tokens.method import Memory, Stage, TokenMethod
 from secateur.tokens.sets import BUDGETS, SCOPES
 from secateur.tokens.site import Site
@@ -25,7 +27,7 @@ class Placed:
 
     stage: Stage
     kind: str
-    """"input", "layer", "encoder" (before a block of the tower) or "inside" (between its attention and its MLP)."""
+    """"tiles", "input", "layer", "encoder" (before a block of the tower) or "inside" (between its attention and its MLP)."""
     number: int
     label: str
     """The key under which `Attached.kept` has it."""
@@ -65,6 +67,8 @@ class Setup(Screen):
     """What is remembered from run to run."""
     budget: str | None = None
     """What has a budget of its own: each "frame", each "image", or "all" of a row together; None: as the method has it."""
+    glimpsed: frozenset[str] = frozenset()
+    """Sites that only looks at the prompt record."""
 
     @property
     def plain(self) -> bool:
@@ -95,7 +99,8 @@ class Setup(Screen):
     @property
     def in_decoder(self) -> bool:
         """Something is dropped or recorded between the layers of the language model."""
-        return self.between_layers or any(not site.tower for site in self.sites.values())
+        read = (site for text, site in self.sites.items() if text not in self.glimpsed)
+        return self.between_layers or any(not site.tower for site in read)
 
     def stages_at(self, kind: str, number: int = 0) -> list[Placed]:
         return [placed for placed in self.stages if placed.kind == kind and placed.number == number]
@@ -128,6 +133,8 @@ def make_setup(
     if budget is not None:
         _check_budget(budget, method, target, plain)
     stages = _numbered([_place(stage, method, facts, plain) for stage in method.stages(facts)])
+    stages = tuple(_with_weights(placed, model, method) for placed in stages)
+    _check_tiles(stages, method)
     memory = None if plain else method.memory(facts)
     layers = memory.layers if memory is not None else ()
     remembered = {f"layer:{n} over runs": Site.parse(f"layer:{n}", facts.layers, 0) for n in layers}
@@ -150,6 +157,7 @@ def make_setup(
         pad=int(pad) if pad is not None else 0,
         memory=memory,
         budget=budget,
+        glimpsed=_glimpsed(stages, remembered),
     )
 
 
@@ -188,20 +196,24 @@ def _place(stage: Stage, method: TokenMethod, facts: Facts, plain: bool) -> Plac
         raise SecateurError(
             "a bias of the attention is for the vision tower", where=where, fix="stages at encoder:K"
         )
-    if stage.at == "input":
+    if stage.at in ("tiles", "input"):
         if plain:
             raise SecateurError(
                 "a vision transformer on its own has no language model to shorten the input of",
                 where=where,
                 fix="use a stage at encoder:K",
             )
-        return Placed(stage, "input", 0, "input")
+        if stage.at == "tiles":
+            stage = dataclasses.replace(stage, scope="image")
+        return Placed(stage, stage.at, 0, stage.at)
+    if stage.glimpse is not None:
+        raise SecateurError("only what stands before the language model looks ahead", where=where)
     site = Site.parse(stage.at, facts.layers, facts.blocks)
     if site.form == "mlp" and site.tower:
         return Placed(stage, "inside", site.number, f"encoder:{site.number}:mlp")
     if site.form:
         raise SecateurError(
-            f"{stage.at!r} isn't a place for a stage", where=where, fix="input, layer:K or encoder:K"
+            f"{stage.at!r} isn't a place for a stage", where=where, fix="tiles, input, layer:K or encoder:K"
         )
     kind = "encoder" if site.tower else "layer"
     if kind == "layer" and site.number < facts.first_layer:
@@ -216,6 +228,58 @@ def _place(stage: Stage, method: TokenMethod, facts: Facts, plain: bool) -> Plac
             fix=f"use layer:{facts.first_layer} or later, or input",
         )
     return Placed(stage, kind, site.number, f"{kind}:{site.number}")
+
+
+def _with_weights(placed: Placed, model: Any, method: TokenMethod) -> Placed:
+    """A stage whose look has layers of this model, and weights that fit them, on its device."""
+    glimpse, where = placed.stage.glimpse, f"{method.name}, stage {placed.label}"
+    if glimpse is None:
+        return placed
+    layers = decoder_of(model).layers
+    if not glimpse.layers or list(glimpse.layers) != sorted(
+        {n for n in glimpse.layers if 0 <= n < len(layers)}
+    ):
+        raise SecateurError(
+            f"layers {glimpse.layers} aren't layers of this model, in order",
+            where=where,
+            fix=f"numbers from 0 to {len(layers) - 1}, each once",
+        )
+    if glimpse.weights is None:
+        return placed
+    own = {f"{n}.{name}": p for n in glimpse.layers for name, p in layers[n].named_parameters()}
+    wrong = [n for n in {**own, **glimpse.weights} if _shape(own, n) != _shape(glimpse.weights, n)]
+    if wrong:
+        mine, its = _shape(own, wrong[0]), _shape(glimpse.weights, wrong[0])
+        raise SecateurError(
+            f"{wrong[0]} is {mine or 'not there'} in the model's layers {glimpse.layers}, and {its or 'not there'} in the weights",
+            where=where,
+            fix="weights of every parameter of these layers, trained on this model",
+        )
+    weights = {name: glimpse.weights[name].to(p) for name, p in own.items()}
+    stage = dataclasses.replace(placed.stage, glimpse=dataclasses.replace(glimpse, weights=weights))
+    return dataclasses.replace(placed, stage=stage)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> list[int] | None:
+    return list(tensors[name].shape) if name in tensors else None
+
+
+def _check_tiles(stages: tuple[Placed, ...], method: TokenMethod) -> None:
+    tiles = [placed for placed in stages if placed.kind == "tiles"]
+    if len(tiles) > 1:
+        raise SecateurError("only one stage may choose tiles", where=method.name)
+    towers = any(placed.kind in ("encoder", "inside") for placed in stages)
+    if tiles and (towers or any(text.startswith("encoder") for p in stages for text in p.stage.records)):
+        raise SecateurError(
+            "in a tower that sees some of the tiles nothing is read or dropped",
+            where=f"{method.name}, stage tiles",
+        )
+
+
+def _glimpsed(stages: tuple[Placed, ...], remembered: Mapping[str, Site]) -> frozenset[str]:
+    looks = {text for p in stages if p.stage.glimpse is not None for text in p.stage.records}
+    others = {text for p in stages if p.stage.glimpse is None for text in p.stage.records}
+    return frozenset(looks - others - set(remembered))
 
 
 def _numbered(stages: list[Placed]) -> tuple[Placed, ...]:

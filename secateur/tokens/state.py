@@ -128,6 +128,15 @@ class TokenSets(Screen):
     """Whatever else a method writes at one stage and reads at the next; the same for all stages of a run."""
     given: dict[str, Any] = field(default_factory=dict)
     """What the caller passed to `attach` beside the hyperparameters: question, text_encoder, tokenizer, ..."""
+    level: Tensor | None = None
+    """[S, n] int64 level of each token's crop in its picture's pyramid: 0 the coarsest; -1 padding."""
+    tiles: Tensor | None = None
+    """[S, levels, 2] int64 rows and columns of tiles of each level of the set's image, (0, 0) where it has none; None where a
+    set spans several images."""
+    maps: Tensor | None = None
+    """[S, levels, 2] int64 height and width, in tokens, of the map that the tiles of a level make, with separators."""
+    reading: int = 0
+    """At "tiles" the level whose tiles may be read."""
     source: Source | None = None
     place: Any = None
     """The engine's own note of where the sets lie in the model."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.families.vlm.facts import Family, Layout
-from secateur.families.vlm.llava import blocks_of, feature_block, prefix_of, projector
+from secateur.families.vlm.llava import blocks_of, feature_block, joins, prefix_of, projector
 
 
 def _tools(model: Any) -> Any:
@@ -22,23 +22,23 @@ def _tools(model: Any) -> Any:
 
 def _tiled(
     tools: Any, index: Tensor, size: Any, pinpoints: Any, side: int, image_size: int, limit: int | None
-) -> Tensor:
-    """[crops, side * side] patch numbers -> those of the visual tokens in order, -1 for newlines."""
+) -> tuple[Tensor, bool]:
+    """[crops, side * side] patch numbers -> those of the visual tokens in order, -1 for newlines; whether tiles are mixed."""
     # the model's own functions cut the picture's numbers as they cut its features
-    base, tiles = index[0], index[1:]
+    base, tiles, mixed = index[0], index[1:], False
     if not len(tiles):
-        return torch.cat([base, base.new_tensor([-1])])
+        return torch.cat([base, base.new_tensor([-1])]), False
     rows, cols = tools.get_anyres_image_grid_shape(size, pinpoints, image_size)
     whole = tiles.view(rows, cols, side, side).permute(0, 2, 1, 3).reshape(1, rows * side, cols * side)
     whole = tools.unpad_image(whole, size)
     if limit is not None:
         height, width = whole.shape[1:]
         ratio = math.sqrt(height * width / (limit * side**2))
-        if ratio > 1.1:
+        if mixed := ratio > 1.1:
             to = [int(height // ratio), int(width // ratio)]
             whole = torch.nn.functional.interpolate(whole[None].double(), to, mode="nearest-exact")[0].long()
     lines = torch.full((1, whole.shape[1], 1), -1)
-    return torch.cat([base, torch.cat([whole, lines], 2).flatten()])
+    return torch.cat([base, torch.cat([whole, lines], 2).flatten()]), mixed
 
 
 def _place(tokens: Tensor, line: Tensor, base: int, side: int) -> Tensor:
@@ -97,14 +97,14 @@ def _images(model: Any, inputs: Mapping[str, Any]) -> Layout:
     sizes = sizes.tolist() if isinstance(sizes, Tensor) else [list(map(int, size)) for size in sizes]
     batch = inputs.get("batch_num_images")
     tiled = [True] * len(sizes) if batch is None else [n == 1 for n in map(int, batch) for _ in range(n)]
-    names = ("image", "crop", "row", "col", "line", "patches", "whole")
+    names = ("image", "crop", "row", "col", "line", "patches", "whole", "tile")
     parts: dict[str, list[Tensor]] = {k: [] for k in names}
     crop_image: list[int] = []
     for image, (size, tile) in enumerate(zip(sizes, tiled)):
         crops = tools.image_size_to_num_patches(size, config.image_grid_pinpoints, image_size) if tile else 1
         start = len(crop_image)
         index = torch.arange(crops * side**2).view(crops, -1)
-        tokens = _tiled(tools, index, size, config.image_grid_pinpoints, side, image_size, limit)
+        tokens, mixed = _tiled(tools, index, size, config.image_grid_pinpoints, side, image_size, limit)
         # a newline has the crop and row of the token before it, one column further
         line = tokens < 0
         before = torch.where(line, -1, torch.arange(len(tokens))).cummax(0).values
@@ -117,6 +117,10 @@ def _images(model: Any, inputs: Mapping[str, Any]) -> Layout:
         parts["line"].append(line)
         parts["patches"].append(torch.where(line, -1, tokens + start * side**2)[:, None])
         parts["whole"].append(_place(tokens, line, side**2, side))
+        # the base crop is one tile, and comes first
+        tile, width = nearest // side**2 - 1, _columns(tools, size, config, crops)
+        place = torch.stack([tile // width, tile % width], 1)
+        parts["tile"].append(torch.where(tile[:, None] < 0, 0, -1 if mixed else place))
         crop_image += [image] * crops
     joined = {k: torch.cat(v) for k, v in parts.items()}
     return Layout(
@@ -131,7 +135,24 @@ def _images(model: Any, inputs: Mapping[str, Any]) -> Layout:
         crop_image=torch.tensor(crop_image),
         total_patches=len(crop_image) * side**2,
         whole=joined["whole"],
+        level=(joined["crop"] > _base(torch.tensor(crop_image))[joined["crop"]]).long(),
+        tile=joined["tile"],
     )
+
+
+def _columns(tools: Any, size: Any, config: Any, crops: int) -> int:
+    """Columns of the grid of an image's tiles."""
+    if crops == 1:
+        return 1
+    pinpoints, image_size = config.image_grid_pinpoints, config.vision_config.image_size
+    return tools.get_anyres_image_grid_shape(size, pinpoints, image_size)[1]
+
+
+def _base(crop_image: Tensor) -> Tensor:
+    """[crops] the number of the first crop of each crop's image."""
+    first = torch.ones_like(crop_image, dtype=torch.bool)
+    first[1:] = crop_image[1:] != crop_image[:-1]
+    return torch.where(first, torch.arange(len(crop_image)), 0).cummax(0).values
 
 
 ANYRES = Family(
@@ -141,4 +162,5 @@ ANYRES = Family(
     layout=layout,
     feature_block=feature_block,
     projector=projector,
+    joins=joins,
 )

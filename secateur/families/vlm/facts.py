@@ -110,6 +110,10 @@ class Layout(Screen):
     total_patches: int = 0
     whole: Tensor | None = None
     """[N, 2] row and column on the picture that the crops of an image make together; None: as in its crop."""
+    level: Tensor | None = None
+    """[N] of its crop in the image's pyramid, from 0, the coarsest; -1 where a tile is padded; None: every crop is level 0."""
+    tile: Tensor | None = None
+    """[N, 2] row and column of its crop among the tiles of its level, -1 where tiles are mixed into one another; None: (0, 0)."""
 
     def __len__(self) -> int:
         return len(self.image)
@@ -155,6 +159,8 @@ class Family(Screen):
     video: bool = False
     masks: bool = True
     """Tower blocks take a mask, so that crops may keep different numbers."""
+    joins: Callable[[Any], nn.Module | None] = lambda model: None
+    """Model -> the module behind the tower whose output is the last with an entry for each crop; None: crops can't go alone."""
     pools: bool = False
     """A tower on its own averages or attends over the patches at its end."""
     proven: bool = True

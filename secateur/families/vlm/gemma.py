@@ -48,5 +48,8 @@ PALIGEMMA = Family(
     projector=_projector,
     position_offset=1,
     bidirectional=True,
+    joins=_projector,
 )
-GEMMA3 = Family("gemma3", blocks_of, prefix_of, layout=_gemma3, merge=_pool, bidirectional=True)
+GEMMA3 = Family(
+    "gemma3", blocks_of, prefix_of, layout=_gemma3, merge=_pool, bidirectional=True, joins=_projector
+)

@@ -45,4 +45,17 @@ def projector(model: Any) -> Any:
     return model.model.multi_modal_projector if single else None
 
 
-LLAVA = Family("llava", blocks_of, prefix_of, layout=layout, feature_block=feature_block, projector=projector)
+def joins(model: Any) -> Any:
+    """The projector, crop by crop."""
+    return model.model.multi_modal_projector
+
+
+LLAVA = Family(
+    "llava",
+    blocks_of,
+    prefix_of,
+    layout=layout,
+    feature_block=feature_block,
+    projector=projector,
+    joins=joins,
+)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.families.vlm.facts import Family, Layout, grids, picture_sizes
-from secateur.families.vlm.llava import blocks_of, feature_block, prefix_of
+from secateur.families.vlm.llava import blocks_of, feature_block, joins, prefix_of
 
 
 def _internvl(model: Any, inputs: Mapping[str, Any]) -> dict[str, Layout]:
@@ -59,5 +59,13 @@ INTERNVL = Family(
     merge=_ratio,
     feature_block=feature_block,
     masks=False,
+    joins=joins,
 )
-IDEFICS3 = Family("idefics3", blocks_of, prefix_of, layout=_idefics, merge=_scale)
+IDEFICS3 = Family(
+    "idefics3",
+    blocks_of,
+    prefix_of,
+    layout=_idefics,
+    merge=_scale,
+    joins=lambda model: model.model.connector,
+)
