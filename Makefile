@@ -47,6 +47,7 @@ lint: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m secateur.report.pages docs/methods
+	$(BIN)/python benchmarks/truth.py
 
 clean:
 	rm -rf $(VENV) .update demo build *.egg-info
