@@ -15,7 +15,8 @@ import torch
 
 from secateur.comparison.rows import DENSE, Row, Run, append, begin, claimed, key_of, mend
 from secateur.comparison.setup import Setup, shares
-from secateur.comparison.works import by_chance, check_fit, kind_of, timed, work_of
+from secateur.comparison.work import by_chance, check_fit, timed
+from secateur.comparison.works import kind_of, work_of
 from secateur.errors import SecateurError, choose, require
 from secateur.method import list_methods, make_method, method_class
 

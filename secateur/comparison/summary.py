@@ -12,7 +12,7 @@ from scipy import stats
 
 from secateur.comparison.rows import DENSE, Row
 from secateur.comparison.setup import Setup
-from secateur.comparison.works import baseline_of, by_chance, removes_units
+from secateur.comparison.work import baseline_of, by_chance, removes_units
 from secateur.errors import SecateurError
 from secateur.method import method_class
 

@@ -13,7 +13,7 @@ import pytest
 import secateur
 from secateur.cli.main import main
 from secateur.comparison import read_rows
-from secateur.comparison.works import TaskWork
+from secateur.comparison.networks import TaskWork
 from secateur.errors import SecateurError
 
 QUICK = {"test": 60, "samples": 32, "latency": False}
