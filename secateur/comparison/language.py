@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.comparison.rows import Run
 from secateur.comparison.setup import Setup
@@ -24,11 +24,12 @@ class LanguageWork(Work):
     verbs = ("prune",)
     costs = ("params", "macs")
     metric, sign = "perplexity", -1
-    judged, read = "wikitext2", "brown"
+    judged, text = "wikitext2", "brown"
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
         self.model, self.tokenizer = load_model(setup.task)
+        self.read: dict[int, Tensor] = {}
 
     def dense(self, seed: int) -> Figures:
         return self._figures(self.model)
@@ -39,9 +40,7 @@ class LanguageWork(Work):
             copy.deepcopy(self.model),
             method=run.method,
             target=self.setup.budget(run.target),
-            data=load_calibration(
-                self.model, self.tokenizer, self.read, self.setup.samples, SEQLEN, run.seed
-            ),
+            data=self._windows(run.seed),
             tokenizer=self.tokenizer,
             seed=run.seed,
             seqlen=SEQLEN,
@@ -49,6 +48,13 @@ class LanguageWork(Work):
             rollback=False,
         )
         return self._figures(done.model, done) | told(done)
+
+    def _windows(self, seed: int) -> Tensor:
+        """int64 [samples, 128]: the same for all methods of a seed, and read once."""
+        if seed not in self.read:
+            ids = load_calibration(self.model, self.tokenizer, self.text, self.setup.samples, SEQLEN, seed)
+            self.read = {seed: ids}
+        return self.read[seed]
 
     def _figures(self, model: nn.Module, done: Pruned | None = None) -> Figures:
         found = measure(model, self.tokenizer, [self.judged], limit=self.setup.test or 16, seqlen=2 * SEQLEN)
