@@ -162,9 +162,9 @@ def gap(row: Row, rival: Figure) -> Gap:
         pairs: Figure = [a - row.factor * b for a, b in zip(row.ours, rival)]
         return Gap(sign * mean(pairs) - row.margin, 2 * error(pairs))
     value = sign * (mean(row.ours) - row.factor * mean(rival)) - row.margin
-    known = math.hypot(error(row.ours), row.factor * error(rival))
+    both = math.hypot(error(row.ours), row.factor * error(rival))
     once = isinstance(row.ours, float) and isinstance(rival, float)  # nothing says how far they may be off
-    return Gap(value, math.nan if once else 2 * known)
+    return Gap(value, math.nan if once else 2 * both)
 
 
 def verdict(row: Row) -> str:
@@ -199,12 +199,20 @@ def number(value: float) -> str:
 
 def shown(value: Figure) -> str:
     """The mean, with two standard errors where they are known."""
-    known = error(value)
-    return number(mean(value)) + (f" ± {number(2 * known)}" if known > 0 else "")
+    one = error(value)
+    return number(mean(value)) + (f" ± {number(2 * one)}" if one > 0 else "")
 
 
 def name(row: Row) -> str:
     return row.called or row.system
+
+
+def times(row: Row) -> str:
+    return f"{row.factor:g} x " if row.factor != 1 else ""
+
+
+def known(found: Gap) -> str:
+    return "" if math.isnan(found.error) else f" ± {number(found.error)}"
 
 
 def figures(row: Row) -> str:
@@ -212,11 +220,10 @@ def figures(row: Row) -> str:
     assert row.ours is not None
     parts = [f"{name(row)} {shown(row.ours)}"]
     for rival, value in row.rivals.items():
-        times = f"{row.factor:g} x " if row.factor != 1 else ""
         plain = gap(row.model_copy(update={"margin": 0.0}), value)
-        known = "" if math.isnan(plain.error) else f" ± {number(plain.error)}"
         lead = "ahead" if plain.value >= 0 else "behind"
-        parts.append(f"{times}{rival} {shown(value)} ({lead} by {number(abs(plain.value))}{known})")
+        by = f"{lead} by {number(abs(plain.value))}{known(plain)}"
+        parts.append(f"{times(row)}{rival} {shown(value)} ({by})")
     return f"{row.figure}, {'more' if row.better == 'high' else 'less'} is better: " + "; ".join(parts)
 
 
@@ -228,7 +235,7 @@ def asked(row: Row) -> str:
 
 
 def seeds(row: Row) -> str:
-    return f"{count(row)} {row.over}" if count(row) > 1 else "1"
+    return f"{count(row):,} {row.over}" if count(row) > 1 else "1"
 
 
 def missing(rows: list[Row]) -> list[str]:
@@ -272,12 +279,20 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def sentence(row: Row) -> str:
-    """A surprise, as a line of a list."""
+    """What goes against a claim, as a line of a list: how far it is from which rivals."""
+    assert row.ours is not None
+    sure = verdict(row) == REFUTED
+    parts = []
+    for rival, value in row.rivals.items():
+        found = gap(row, value)
+        if found.sign < 0 or (not sure and found.value < 0):
+            plain = gap(row.model_copy(update={"margin": 0.0}), value)
+            by = f"{number(abs(plain.value))}{known(plain)} ({number(mean(row.ours))} against {number(mean(value))})"
+            parts.append(f"{'behind' if plain.value < 0 else 'ahead of'} {times(row)}{rival} by {by}")
     place = ", ".join(filter(None, (row.task, row.budget)))
-    about = "" if verdict(row) == REFUTED else f" ({leaning(row).split(';')[0]})"
-    return cell(
-        f"- [{row.system}](methods/{row.system}.md): *{row.claim}* Here, {place}{about}: {figures(row)}. {row.note}"
-    )
+    about = "" if sure else f"; {leaning(row).split(';')[0]}"
+    said = f"Here {name(row)} is {' and '.join(parts)}: {row.figure}; {place}{about}."
+    return cell(f"- [{row.system}](methods/{row.system}.md): *{row.claim}* {asked(row)} {said} {row.note}")
 
 
 def page(rows: list[Row]) -> str:
@@ -311,7 +326,7 @@ def page(rows: list[Row]) -> str:
         f"| {OPEN} | {found[OPEN]} | neither: within the error, or measured once |",
         f"| {UNTESTED} | {found[UNTESTED]} | nothing that is here can tell, with the reason |",
         "",
-        f"{len(rows)} rows about {len(systems)} methods. {CARE}",
+        f"{len(rows)} rows about {len(systems)} methods.\n{CARE}",
         "",
         "## What goes against the papers",
         "",

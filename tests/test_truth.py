@@ -140,6 +140,16 @@ def test_what_goes_against_a_paper_stands_on_top() -> None:
     top, tables = truth.page(rows).split("## Weights and units", 1)
     for verdict in ("refuted here", "reproduced"):
         assert tables.count(f"**{verdict}**") == sum(truth.verdict(r) == verdict for r in rows)
-    for entry in rows:
-        if truth.verdict(entry) == "refuted here":
-            assert truth.figures(entry).replace("|", r"\|") in top
+    refuted = [entry for entry in rows if truth.verdict(entry) == "refuted here"]
+    assert refuted and all(truth.sentence(entry) in top for entry in refuted)
+
+
+def test_a_surprise_names_only_the_rivals_it_is_behind() -> None:
+    said = truth.sentence(row(spread(5, 0.1), spread(1, 0.1), spread(9, 0.1), called="it", budget="half"))
+    assert said.endswith(
+        "Here it is behind rival 1 by 4.00 ± 0.28 (5.00 against 9.00): accuracy; digits, half."
+    )
+    short = truth.sentence(row(spread(5, 0.1), spread(4, 0.1), margin=3.0))
+    assert (
+        "Held to: ahead by 3.00. Here wanda is ahead of rival 0 by 1.00 ± 0.28 (5.00 against 4.00)" in short
+    )
