@@ -21,7 +21,7 @@ from secateur.utils.screen import Screen
 
 @dataclass(frozen=True)
 class Level:
-    """One level: `rows` x `cols` tiles, which a picture of `height` x `width` pixels was enlarged to fill.
+    """One level: `rows` x `cols` tiles, and the `height` x `width` pixels that the picture takes of them, from the top left.
 
     >>> Level(2, 3, 672, 1008)
     Level(rows=2, cols=3, height=672, width=1008)
@@ -96,7 +96,8 @@ def levels(
                 fix="cut the long side into several pictures first",
             )
         tiles = (1, 1) if scale == thumbnail else (math.ceil(h / block), math.ceil(w / block))
-        made.append(Level(*tiles, h, w))
+        fill = min(block * tiles[0] / h, block * tiles[1] / w)
+        made.append(Level(*tiles, round(h * fill), round(w * fill)))
     return made
 
 
@@ -130,10 +131,10 @@ def pyramid(
     tiles = []
     for level in found:
         high, wide = block * level.rows, block * level.cols
-        fill = min(high / level.height, wide / level.width)
-        size = (min(round(level.height * fill), high), min(round(level.width * fill), wide))
-        made = F.interpolate(picture[None].float(), size, mode="bilinear", align_corners=False)[0]
-        made = F.pad(made, (0, wide - size[1], 0, high - size[0]))
+        made = F.interpolate(
+            picture[None].float(), (level.height, level.width), mode="bilinear", align_corners=False
+        )[0]
+        made = F.pad(made, (0, wide - level.width, 0, high - level.height))
         made = made if picture.is_floating_point() else made.round()
         cut = made.view(3, level.rows, block, level.cols, block).permute(1, 3, 0, 2, 4)
         tiles.append(cut.reshape(-1, 3, block, block).to(picture.dtype))

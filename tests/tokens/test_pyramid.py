@@ -9,6 +9,7 @@ from tiny_models import IMAGE, PAD, inputs_for, make
 from torch import nn
 
 from secateur import SecateurError
+from secateur.families.vlm import family_of
 from secateur.testing import token_sets
 from secateur.tokens.attach import attach
 from secateur.tokens.input import encode, flat
@@ -260,9 +261,10 @@ def test_a_pyramid_is_one_image_in_the_table():
     assert table.whole[last[0]].tolist() == [4, 0] and table.whole[last[-1]].tolist() == [7, 3]
 
 
-def test_the_models_own_tiles_are_a_pyramid():
-    """LLaVA-NeXT: a base crop and a grid of tiles; only the tiles asked for are read, and the rest is exact."""
-    model, inputs = make("llava-next"), inputs_for("llava-next")
+@pytest.mark.parametrize("family", ["llava-next", "llava-onevision"])
+def test_the_models_own_tiles_are_a_pyramid(family):
+    """A base crop and a grid of tiles; only the tiles asked for are read, and the rest is exact."""
+    model, inputs = make(family), inputs_for(family)
 
     @dataclass
     class First(TokenMethod):
@@ -288,7 +290,7 @@ def test_the_models_own_tiles_are_a_pyramid():
         visual = (ids == IMAGE).nonzero()[:, 0]
         gone[row, visual] = True
         gone[row, visual[attached.kept["tiles"][row]]] = False
-    tokens, _ = reference.generate(model, "llava-next", inputs, {0: gone}, 2)
+    tokens, _ = reference.generate(model, family, inputs, {0: gone}, 2)
     assert torch.equal(out[:, inputs["input_ids"].shape[1] :], tokens)
 
 
@@ -434,6 +436,19 @@ def test_towers_whose_tiles_cant_go_alone():
     with pytest.raises(SecateurError, match="one sequence"):
         model(**inputs)
     assert not attached.attached
+
+
+def test_tiles_that_a_model_interpolates_together():
+    model, inputs = make("llava-onevision", torch.float32), inputs_for("llava-onevision", torch.float32, (1,))
+    model.config.vision_aspect_ratio = "anyres_max_1"
+    count = len(family_of(model).layout(model, inputs)["image"])
+    inputs["input_ids"] = torch.tensor([[1, *[IMAGE] * count, 50]])
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    before = model(**inputs).logits
+    attached = attach(model, Zooming(), target="50%")
+    with pytest.raises(SecateurError, match="interpolates the tiles"):
+        model(**inputs)
+    assert not attached.attached and torch.equal(model(**inputs).logits, before)
 
 
 def stages_of(*stages):

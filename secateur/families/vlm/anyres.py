@@ -119,8 +119,8 @@ def _images(model: Any, inputs: Mapping[str, Any]) -> Layout:
         parts["whole"].append(_place(tokens, line, side**2, side))
         # the base crop is one tile, and comes first
         tile, width = nearest // side**2 - 1, _columns(tools, size, config, crops)
-        place = torch.stack([tile // width, tile % width], 1)
-        parts["tile"].append(torch.where(tile[:, None] < 0, 0, -1 if mixed else place))
+        place = torch.stack([tile // width, tile % width], 1).masked_fill(torch.tensor(mixed), -1)
+        parts["tile"].append(place.masked_fill(tile[:, None] < 0, 0))
         crop_image += [image] * crops
     joined = {k: torch.cat(v) for k, v in parts.items()}
     return Layout(
