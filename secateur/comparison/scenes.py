@@ -16,6 +16,8 @@ from secateur.tasks.scenes.models import DEPTH, TOKENS, load_scenes, scenes_toke
 
 CLOSE = 0.02
 """How far from the share of tokens x layers that was asked for a method may end, as it keeps whole tokens."""
+FEW = 4
+"""Pictures on which the target is searched: the count of tokens hardly depends on them."""
 
 
 class ScenesWork(Work):
@@ -59,19 +61,19 @@ class ScenesWork(Work):
 
     def _target(self, method: str, wanted: float, seed: int) -> str:
         """The target at which the method has this share of tokens x layers, by bisection on a few pictures."""
-        low, high = 0.0, 1.0
+        low, high, middle = 0.0, 1.0, wanted
         best = (2.0, "100%")
-        for _ in range(9):
-            middle = (low + high) / 2
+        for _ in range(8):
             target = f"{middle * 100:.4g}%"
             try:
-                share = self._figures(self._score(Run(method, target, seed), target, 16))["tokens"]
+                share = self._figures(self._score(Run(method, target, seed), target, FEW))["tokens"]
             except SecateurError:  # too few tokens for the method's stages: it needs more
                 share = 0.0
             best = min(best, (abs(share - wanted), target))
-            if best[0] < CLOSE / 8:
+            if best[0] < CLOSE / 2:
                 break
             low, high = (middle, high) if share < wanted else (low, middle)
+            middle = (low + high) / 2
         return best[1]
 
     def _score(self, run: Run, target: str, limit: int) -> scenes.Score:
