@@ -113,7 +113,7 @@ def report(directory: Annotated[str, FOLDER], /, *, flags: Report, shown: Shown)
     from secateur.comparison.summary import as_json, summary
     from secateur.report.comparison import print_comparison, write_comparison
 
-    check_new_file(flags.out)
+    check_new_file(flags.out, "--out")
     folder = Path(directory).expanduser()
     setup, rows = Setup(**read_about(folder)["setup"]), read_rows(folder)
     if not rows:
