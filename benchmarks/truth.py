@@ -160,11 +160,11 @@ def gap(row: Row, rival: Figure) -> Gap:
     sign = 1 if row.better == "high" else -1
     if isinstance(row.ours, list) and isinstance(rival, list) and len(row.ours) == len(rival) > 1:
         pairs: Figure = [a - row.factor * b for a, b in zip(row.ours, rival)]
-        return Gap(sign * mean(pairs) - row.margin, 2 * error(pairs))
+        return Gap(round(sign * mean(pairs) - row.margin, 9), 2 * error(pairs))
     value = sign * (mean(row.ours) - row.factor * mean(rival)) - row.margin
     both = math.hypot(error(row.ours), row.factor * error(rival))
     once = isinstance(row.ours, float) and isinstance(rival, float)  # nothing says how far they may be off
-    return Gap(value, math.nan if once else 2 * both)
+    return Gap(round(value, 9), math.nan if once else 2 * both)
 
 
 def verdict(row: Row) -> str:
