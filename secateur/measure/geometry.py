@@ -87,7 +87,8 @@ def geometry(features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
     margin = torch.where(apart > 0, gaps / apart.clamp_min(1e-300), torch.inf).amin(1)
     margin = torch.where(predicted == labels, margin, -margin)
     own = angles.gather(1, labels[:, None])[:, 0]
-    return Geometry(*(t.to(features.dtype) for t in (own, norm, margin, angles)), predicted)
+    own, norm, margin, angles = (t.to(features.dtype) for t in (own, norm, margin, angles))
+    return Geometry(own, norm, margin, angles, predicted)
 
 
 @torch.no_grad()
