@@ -23,6 +23,7 @@ from secateur.cli import (
     doctor,
     inspect,
     metanetwork,
+    minigrid,
     plan,
     prune,
     saliency,
@@ -47,6 +48,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "tokens": tokens.tokens,
     "train scenes": scenes.train_scenes,
     "train metanetwork": metanetwork.train_metanetwork,
+    "train minigrid": minigrid.train_minigrid,
     "saliency": saliency.saliency,
     "compare": compare.compare,
     "report": compare.report,
@@ -85,6 +87,8 @@ def kinds_of(verb: str, argv: Sequence[str]) -> dict[str, type]:
         kinds["recipe"] = settings(
             shared["recipe"], "Recipe of the data models (default: the task's)", 3, optional=True
         )
+    elif verb == "train minigrid":
+        kinds["settings"] = settings(shared["minigrid"], "Recipe", 2)
     elif verb == "methods":
         kinds["flags"] = catalogue.filter_flags()
     elif verb == "recommend":

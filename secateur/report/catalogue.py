@@ -13,6 +13,7 @@ from typing import Any
 from secateur.method import Method, own_methods
 from secateur.pruning.options import Options
 from secateur.saliency.method import SaliencyMethod
+from secateur.tasks.minigrid.train import Recipe as RoomsRecipe
 from secateur.tasks.scenes.train import Recipe as ScenesRecipe
 from secateur.taxonomy.catalogue import FILE
 from secateur.tokens.method import TokenMethod
@@ -89,6 +90,7 @@ def catalogue() -> dict[str, Any]:
             "train-prune": [row for row in options if row["name"] in MEANT],
             "recipe": settings(Recipe),
             "scenes": settings(ScenesRecipe),
+            "minigrid": settings(RoomsRecipe),
         },
     }
     return json.loads(json.dumps(data, default=_sorted))

@@ -277,6 +277,15 @@ def print_tokens(found: Mapping[str, Any], console: Console) -> None:
         console.print(f"picture: {found['out']}", markup=False)
 
 
+def print_policy(about: Mapping[str, Any], out: str, console: Console) -> None:
+    """What cloning an expert came to."""
+    minutes = about["processor_seconds"] / 60
+    console.print(
+        f"success: {about['success']:.1f} % of the episodes, {about['episode_steps']:.1f} steps each"
+    )
+    console.print(f"{about['steps']:,} steps, {minutes:.1f} processor minutes; policy: {out}", markup=False)
+
+
 def print_training(about: Mapping[str, Any], out: str, console: Console) -> None:
     """What a training run came to."""
     shown = table("question", "accuracy", right=("accuracy",))

@@ -1,0 +1,1 @@
+"""Rooms of MiniGrid, and the small vision-language-action model that acts in them."""
