@@ -1,6 +1,6 @@
 """How often a small policy does what it is told in rooms of MiniGrid, in closed loop, when visual tokens leave.
 
-    OMP_NUM_THREADS=1 python benchmarks/minigrid.py [--targets 12.5%,25%] [--k 1] [--seeds 0,1,2] [--episodes 64] [--policy DIR]
+    OMP_NUM_THREADS=1 python benchmarks/minigrid.py [--targets 12.5%,25%] [--k 2] [--seeds 0,1,2] [--episodes 64] [--policy DIR]
 
 Needs `pip install secateur[minigrid]`. Prints markdown tables: success in percent, steps of an episode and tokens x layers of
 a step; means over the seeds of episodes with two standard errors. `vla-pruner` keeps everything in the first three steps of
@@ -70,7 +70,7 @@ def cell(values: list[float], digits: int = 1) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default="12.5%,25%")
-    parser.add_argument("--k", type=int, default=1)
+    parser.add_argument("--k", type=int, default=2)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--episodes", type=int, default=64, help="a seed")
     parser.add_argument("--policy", type=Path, help="a folder that train minigrid wrote")

@@ -1,11 +1,15 @@
 """Rooms of MiniGrid, the policy that is trained in them, and how it is judged."""
 
 import sys
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 
+import secateur
 from secateur.cli.main import main
+from secateur.errors import SecateurError
 from secateur.tasks.minigrid.models import WEIGHTS, build, inputs, load_policy
 from secateur.tasks.minigrid.rooms import (
     ACTIONS,
@@ -34,6 +38,7 @@ from secateur.tasks.minigrid.rooms import (
     renamed,
 )
 from secateur.tasks.minigrid.train import Learner, Recipe, stay, train_policy
+from secateur.tokens.method import Stage, TokenMethod
 
 
 def test_without_the_package_the_command_says_what_to_install(monkeypatch, capsys, tmp_path):
@@ -43,8 +48,6 @@ def test_without_the_package_the_command_says_what_to_install(monkeypatch, capsy
 
 
 def test_without_a_policy_it_says_how_to_make_one(capsys, tmp_path):
-    from secateur.errors import SecateurError
-
     with pytest.raises(SecateurError, match="secateur train minigrid"):
         load_policy(tmp_path)
 
@@ -134,17 +137,14 @@ def test_training_reads_what_the_model_reads(frames):
 
 
 def test_fewer_cells_are_those_that_the_token_engine_leaves(frames):
-    from dataclasses import dataclass
-
-    import secateur
-    from secateur.tokens.method import Stage, TokenMethod
-
     kept = torch.tensor([[0, 5, 20, 45]]).expand(3, -1)
 
     @dataclass
     class Given(TokenMethod):
+        positions: ClassVar[str] = "original"
+
         def stages(self, facts):
-            return [Stage("layer:0", self.select)]
+            return [Stage("input", self.select)]
 
         def select(self, sets):
             return torch.zeros_like(sets.valid).scatter(1, kept, True)

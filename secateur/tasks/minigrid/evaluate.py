@@ -91,7 +91,7 @@ def evaluate(
 ) -> Score:
     """Success of a policy (default: the one that comes with the library) under a token method, `episodes` a seed.
 
-    >>> evaluate("vla-pruner", "12.5%", k=1).success  # doctest: +SKIP
+    >>> evaluate("vla-pruner", "12.5%", k=2).success  # doctest: +SKIP
 
     method None: every token stays. options: what `secateur.attach` takes. The rooms of the seeds are none that training saw.
     """

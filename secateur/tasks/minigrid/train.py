@@ -41,8 +41,8 @@ class Recipe:
     """What is trained and for how long."""
 
     seed: int = field(default=0, metadata={"help": "of the weights and of the rooms"})
-    frames: int = field(default=16000, metadata={"help": "moments of the expert's episodes"})
-    steps: int = field(default=1000, metadata={"help": "steps of training"})
+    frames: int = field(default=8000, metadata={"help": "moments of the expert's episodes"})
+    steps: int = field(default=1500, metadata={"help": "steps of training"})
     batch: int = field(default=64, metadata={"help": "moments in a step"})
     lr: float = field(default=2e-3, metadata={"help": "highest learning rate"})
     ahead: float = field(default=0.3, metadata={"help": "weight of the second and third action"})
