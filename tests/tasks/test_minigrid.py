@@ -159,7 +159,8 @@ def test_fewer_cells_are_those_that_the_token_engine_leaves(frames):
     assert torch.allclose(found[:, 0], wanted, atol=1e-4)
 
 
-def test_training_again_gives_the_same_policy_also_after_a_stop(frames, tmp_path):
+def test_training_again_gives_the_same_policy_also_after_a_stop(tmp_path):
+    pytest.importorskip("minigrid")
     recipe = Recipe(frames=64, steps=3, batch=4)
     one, about = train_policy(recipe)
     assert about["steps"] == 3
