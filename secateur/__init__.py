@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from secateur.saliency import saliency
     from secateur.taxonomy import MethodInfo
     from secateur.tokens.attach import Attached, attach
+    from secateur.tokens.train import train_tokens
     from secateur.training.method import TrainMethod
     from secateur.training.recover import recover
     from secateur.training.train_prune import train_prune
@@ -65,6 +66,7 @@ __all__ = [
     "threshold",
     "trace",
     "train_prune",
+    "train_tokens",
 ]
 
 _HOME = {
@@ -84,6 +86,7 @@ _HOME = {
     "saliency": "saliency",
     "taxonomy": "MethodInfo",
     "tokens.attach": "Attached attach",
+    "tokens.train": "train_tokens",
     "training.method": "TrainMethod",
     "training.recover": "recover",
     "training.train_prune": "train_prune",

@@ -25,14 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.families.vlm import facts_of, family_of
 from secateur.method import Method, make_method
 from secateur.pruning.method import UnitMethod, WeightMethod
 from secateur.pruning.prune import Pruned, apply_plan, prune
 from secateur.saliency import saliency
 from secateur.saliency.method import SaliencyMethod
 from secateur.tasks.tiny import inputs_for, tiny_cnn, tiny_llama, tiny_llava
-from secateur.tokens.attach import Attached, attach
+from secateur.tokens.attach import Attached, amount_of, attach
 from secateur.tokens.method import TokenMethod
+from secateur.tokens.modules import Trained
 from secateur.tokens.state import Missing, TokenSets
 from secateur.training.method import TrainMethod
 from secateur.training.sampling import Sampler
@@ -310,8 +312,34 @@ def training_refuses_nonsense(cls: type[Method]) -> None:
 # ---------------------------------------------------------------- visual tokens
 
 
+def untrained(model: nn.Module, method: Method | str, target: Any = "50%", seed: int = 0) -> Trained | None:
+    """Random weights for the modules of a token method, for tests; None where it has none.
+
+    >>> attach(model, "covipal", target="50%", weights=untrained(model, "covipal"))  # doctest: +SKIP
+    """
+    made = make_method(method)
+    facts = facts_of(model, family_of(model))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        modules = made.modules(facts) if isinstance(made, TokenMethod) else None
+    if modules is None:
+        return None
+    return Trained(
+        made.name,
+        made.hyperparameters,
+        amount_of(target),
+        type(model).__name__,
+        facts.layers,
+        facts.hidden,
+        facts.heads,
+        modules.state_dict(),
+    )
+
+
 def _seen(cls: type[Method], model: nn.Module, target: str, seed: int = 0) -> tuple[Attached, Tensor]:
-    with torch.no_grad(), attach(model, _make(cls), target=target, seed=seed) as attached:
+    method = _make(cls)
+    weights = untrained(model, method, target)
+    with torch.no_grad(), attach(model, method, target=target, seed=seed, weights=weights) as attached:
         for _ in range(attached.setup.warm_up + 1):  # a method that remembers runs first keeps everything
             logits = model(**inputs_for(model)).logits
     return attached, logits
@@ -439,6 +467,7 @@ def token_sets(
     valid: Tensor | None = None,
     grid: tuple[int, int] | Tensor | None = None,
     attention: Mapping[Any, Tensor] | None = None,
+    logits: Mapping[Any, Tensor] | None = None,
     queries: Mapping[Any, Tensor] | None = None,
     keys: Mapping[Any, Tensor] | None = None,
     values: Mapping[Any, Tensor] | None = None,
@@ -456,7 +485,7 @@ def token_sets(
     >>> sets.attention("encoder:-2", rows="cls").shape
     torch.Size([1, 4])
 
-    Keys: `attention` (site, rows), or (site, rows, over), (site, rows, over, "heads"); `queries`, `keys`, `values`,
+    Keys: `logits` (site, "keys" or "queries"); `attention` (site, rows), or (site, rows, over), (site, rows, over, "heads"); `queries`, `keys`, `values`,
     `hidden` site, (site, "cls"), (site, "raw"); `transition` (site, module) or (site, module, "whole"); `text` kind,
     or (kind, of), (kind, of, "visual"); `attention` (site, "each column"), [S, L, n], for rows that are columns.
     `grid`: height and width; a square where there is none. `fields`: any others of `TokenSets`, in place of one image of
@@ -476,7 +505,14 @@ def token_sets(
         asked=asked,
         generator=torch.Generator().manual_seed(seed),
         source=_Statistics(
-            attention or {}, vectors, hidden or {}, transition or {}, text or {}, pixels, project
+            attention or {},
+            logits or {},
+            vectors,
+            hidden or {},
+            transition or {},
+            text or {},
+            pixels,
+            project,
         ),
         **every,
     )
@@ -509,6 +545,7 @@ class _Statistics:
     """A `Source` of statistics that are there as tensors."""
 
     maps: Mapping[Any, Tensor]
+    products: Mapping[Any, Tensor]
     qkv: Mapping[str, Mapping[Any, Tensor]]
     states: Mapping[Any, Tensor]
     changes: Mapping[Any, Any]
@@ -537,6 +574,9 @@ class _Statistics:
         if name == "cls" and not any(key in self.maps for key in keys):
             raise Missing("CLS token", where="tokens")
         return self._take(self.maps, "attention", *keys)
+
+    def logits(self, sets: TokenSets, site: str, over: str, among: Tensor | None) -> Tensor:
+        return self._take(self.products, "logits", (site, over))
 
     def vectors(self, sets: TokenSets, which: str, site: str, rope: bool, cls: bool) -> Tensor:
         name = {"q": "queries", "k": "keys", "v": "values"}[which]

@@ -28,6 +28,7 @@ from secateur.cli import (
     prune,
     saliency,
     scenes,
+    token_modules,
     tokens,
     train,
 )
@@ -49,6 +50,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "train scenes": scenes.train_scenes,
     "train metanetwork": metanetwork.train_metanetwork,
     "train minigrid": minigrid.train_minigrid,
+    "train tokens": token_modules.train_tokens,
     "saliency": saliency.saliency,
     "compare": compare.compare,
     "report": compare.report,
@@ -89,13 +91,15 @@ def kinds_of(verb: str, argv: Sequence[str]) -> dict[str, type]:
         )
     elif verb == "train minigrid":
         kinds["settings"] = settings(shared["minigrid"], "Recipe", 2)
+    elif verb == "train tokens":
+        kinds["recipe"] = settings(shared["recipe"], "Recipe (default: AdamW, batch 32)", 3, optional=True)
     elif verb == "methods":
         kinds["flags"] = catalogue.filter_flags()
     elif verb == "recommend":
         kinds["flags"] = catalogue.advice_flags()
     elif verb == "saliency":
         method = method or saliency.DEFAULT
-    find = {"prune": method_entry, "train-prune": train.train_method, "tokens": tokens.token_method, "saliency": saliency.map_method}  # fmt: skip
+    find = {"prune": method_entry, "train-prune": train.train_method, "tokens": tokens.token_method, "train tokens": tokens.token_method, "saliency": saliency.map_method}  # fmt: skip
     if method is not None and verb in find:
         kinds["settings"] = method_flags(find[verb](method), flag_names(function, *kinds.values()))
     return kinds

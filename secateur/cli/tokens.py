@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ class Tokens:
     budget: str | None = flag(
         "what the target is of: each frame, each image, or all pictures together; default: the method's", None
     )
+    weights: str | None = flag(
+        "the folder that `secateur train tokens` wrote, for a method with modules", None
+    )
     positions: str | None = flag("original or compact; default: the method's", None)
     seed: int = flag("of what the method draws at random", 0)
     max_new_tokens: int = flag("length of the answer", 16)
@@ -72,16 +76,14 @@ class Asked:
     expected: str | None = None
 
 
-def open_scene(name: str, images: Sequence[str], flags: Tokens) -> Asked:
+def is_scene(name: str) -> bool:
+    return name.split(":")[0] == "scenes" or (Path(name).expanduser() / "scenes.json").is_file()
+
+
+def scene_model(name: str, device: str, dtype: str | None) -> Any:
     """`scenes`, `scenes:VARIANT`, `scenes:VARIANT:SEED`, or a folder that `train scenes` wrote."""
-    import torch
+    from secateur.tasks.scenes.models import VARIANTS, load_scenes
 
-    from secateur.tasks.scenes.draw import encode
-    from secateur.tasks.scenes.evaluate import picture
-    from secateur.tasks.scenes.models import VARIANTS, inputs, load_scenes, scenes_tokenizer
-
-    if flags.video is not None:
-        raise SecateurError("scenes are stills", where="--video", fix="give pictures, or another model")
     if name.startswith("scenes") and not Path(name).is_dir():
         _, _, rest = name.partition(":")
         variant, _, seed = rest.partition(":")
@@ -91,7 +93,20 @@ def open_scene(name: str, images: Sequence[str], flags: Tokens) -> Asked:
         model = load_scenes(variant, int(seed or 0))
     else:
         model = load_scenes(name)
-    model = model.to(flags.device, _dtype(flags.dtype))
+    return model.to(device, _dtype(dtype))
+
+
+def open_scene(name: str, images: Sequence[str], flags: Tokens) -> Asked:
+    """A question about test pictures of scenes, or picture files."""
+    import torch
+
+    from secateur.tasks.scenes.draw import encode
+    from secateur.tasks.scenes.evaluate import picture
+    from secateur.tasks.scenes.models import inputs, scenes_tokenizer
+
+    if flags.video is not None:
+        raise SecateurError("scenes are stills", where="--video", fix="give pictures, or another model")
+    model = scene_model(name, flags.device, flags.dtype)
     shown, expected, prompt = [], None, flags.prompt
     for image in images or ["0"]:
         if not image.isdigit():
@@ -116,8 +131,8 @@ def open_scene(name: str, images: Sequence[str], flags: Tokens) -> Asked:
     )
 
 
-def open_any(name: str, images: Sequence[str], flags: Tokens) -> Asked:
-    """A model of `transformers` with its processor."""
+def any_model(name: str, device: str, dtype: str | None) -> tuple[Any, Any]:
+    """A model of `transformers`, and its processor."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from secateur.io.reshape import BROKEN
@@ -125,20 +140,13 @@ def open_any(name: str, images: Sequence[str], flags: Tokens) -> Asked:
     from secateur.io.trusted import check_folder
     from secateur.tasks.models import model_folder
 
-    if not images and flags.video is None or flags.prompt is None:
-        what = "a question" if images or flags.video is not None else "a picture"
-        raise SecateurError(
-            f"needs {what}", where="tokens", fix='secateur tokens MODEL photo.jpg --prompt "..."'
-        )
-    shown = [read_picture(image) for image in images]
-    video = None if flags.video is None else read_video(flags.video, flags.frames)
     folder = model_folder(name)
     try:
         with quiet():
             check_folder(folder)
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
             model = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=_dtype(flags.dtype), trust_remote_code=False, use_safetensors=True
+                folder, dtype=_dtype(dtype), trust_remote_code=False, use_safetensors=True
             )
     except (*BROKEN, OSError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
@@ -147,21 +155,36 @@ def open_any(name: str, images: Sequence[str], flags: Tokens) -> Asked:
             where=name,
             fix="give a folder that save_pretrained wrote with its processor, or scenes",
         ) from error
-    model = model.to(flags.device).eval()  # type: ignore[arg-type]
-    text = flags.prompt
+    return model.to(device).eval(), processor  # type: ignore[arg-type]
+
+
+def as_prompt(processor: Any, text: str, kinds: Sequence[str] = ("image",)) -> str:
+    """A question about pictures (or a "video") as the model was taught to read it."""
+    if getattr(processor, "chat_template", None):
+        content = [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+    marks = [getattr(processor, f"{kind}_token", None) for kind in kinds]
+    return "\n".join([*(mark for mark in marks if mark and mark not in text), text])
+
+
+def open_any(name: str, images: Sequence[str], flags: Tokens) -> Asked:
+    """A question to a model of `transformers`."""
+    if not images and flags.video is None or flags.prompt is None:
+        what = "a question" if images or flags.video is not None else "a picture"
+        raise SecateurError(
+            f"needs {what}", where="tokens", fix='secateur tokens MODEL photo.jpg --prompt "..."'
+        )
+    shown = [read_picture(image) for image in images]
+    video = None if flags.video is None else read_video(flags.video, flags.frames)
+    model, processor = any_model(name, flags.device, flags.dtype)
     kinds = ["image"] * len(shown) + ["video"] * (video is not None)
     if video is not None and getattr(processor, "video_processor", None) is None:
         raise SecateurError(
             "this model's processor reads no videos", where="--video", fix="give its frames as pictures"
         )
-    if getattr(processor, "chat_template", None):
-        content = [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-    else:
-        marks = [getattr(processor, f"{kind}_token", None) for kind in kinds]
-        text = "\n".join([*(mark for mark in marks if mark and mark not in text), text])
+    text = as_prompt(processor, flags.prompt, kinds)
     from PIL import Image
 
     given: dict[str, Any] = {"text": text, "return_tensors": "pt"}
@@ -288,10 +311,13 @@ def tokens(
     at_least("--repeats", flags.repeats, 1)
     method = token_method(flags.method)["name"]
     with quiet_stdout():
-        scene = model.split(":")[0] == "scenes" or (Path(model).expanduser() / "scenes.json").is_file()
         images = pictures or (() if flags.image is None else (flags.image,))
-        asked = (open_scene if scene else open_any)(model, images, flags)
-        report = compare(asked, method, vars(settings), model, flags)
+        asked = (open_scene if is_scene(model) else open_any)(model, images, flags)
+        given = vars(settings)
+        if flags.weights is not None:  # what isn't said is as it was trained
+            default = {item.name: item.default for item in dataclasses.fields(settings)}  # type: ignore[arg-type]
+            given = {name: value for name, value in given.items() if value != default[name]}
+        report = compare(asked, method, given, model, flags)
     show(report, flags.json, lambda console: print_tokens(report, console))
 
 
@@ -318,6 +344,7 @@ def compare(
             budget=flags.budget,
             tokenizer=asked.tokenizer,
             question=asked.prompt,
+            weights=flags.weights,
             **settings,
         ) as attached:
             runs["after"].append(timed(asked, flags.max_new_tokens))

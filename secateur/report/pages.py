@@ -211,9 +211,13 @@ def _train_examples(name: str) -> list[str]:
 
 def _token_examples(cls: type[TokenMethod]) -> list[str]:
     target = "" if cls.adaptive else ', target="25%"'
+    trained = cls.modules is not TokenMethod.modules
+    target += ', weights="out/modules"' if trained else ""
+    first = f"secateur train tokens scenes --method {cls.name} --target 25% --steps 250 --lr 0.001 --out out/modules"
     return [
         "```sh",
-        f"secateur tokens scenes --image 3 --method {cls.name} --target 25%",
+        *([first] if trained else []),
+        f"secateur tokens scenes --image 3 --method {cls.name} --target 25%{' --weights out/modules' if trained else ''}",
         "```",
         "",
         "```python",

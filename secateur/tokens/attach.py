@@ -9,6 +9,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -24,6 +25,7 @@ from secateur.tokens.call import Call, Current
 from secateur.tokens.decoder import DecoderDriver
 from secateur.tokens.input import KINDS, InputDriver, Turn, formed
 from secateur.tokens.method import Chosen, Select, TokenMethod
+from secateur.tokens.modules import Trained
 from secateur.tokens.proof import prove
 from secateur.tokens.record import Recorder
 from secateur.tokens.session import Session
@@ -106,6 +108,11 @@ class Attached:
     def table(self) -> Table | None:
         """Where each visual token of the last run came from; None before the first."""
         return self._current.table
+
+    @property
+    def noted(self) -> Mapping[str, Tensor]:
+        """What the method noted in the last run."""
+        return self._current.noted
 
     @property
     def session(self) -> Session | None:
@@ -236,6 +243,7 @@ class Attached:
         if not self.setup.family.proven:
             self.input.counts = prove(self.setup, kwargs).counts
         new, call, turn = self.input.prepare(dict(kwargs), generating)
+        self._current.noted = {} if call is None else call.noted
         if call is not None:
             self._current.table = call.table
             self._prefill = cost.Prefill(call, new)
@@ -355,6 +363,12 @@ class Attached:
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         """Refuses what would be silently wrong."""
+        if any(placed.weighs for placed in self.setup.stages):
+            raise SecateurError(
+                "tokens that are weighed as keys don't leave, and their weights aren't kept for later steps",
+                where="generate",
+                fix="call the model itself, with use_cache=False",
+            )
         if not self.setup.between_layers and self.session is None:
             return
         configs = (kwargs.get("generation_config"), self.model.generation_config)
@@ -489,7 +503,8 @@ def _forget(model: nn.Module) -> None:
     _ATTACHED.pop(model, None)
 
 
-def _amount(target: Any) -> float | int:
+def amount_of(target: Any) -> float | int:
+    """A target as the share that stays, or a count per image."""
     parsed = parse_target(target)
     if parsed.kind == "share":
         return float(parsed.value)
@@ -535,6 +550,7 @@ def attach(
     question: str | None = None,
     text_encoder: Any = None,
     tokenizer: Any = None,
+    weights: str | Path | Trained | None = None,
     **hyperparameters: Any,
 ) -> Attached:
     """Lets visual tokens leave a model while it runs, until `detach` or the end of the `with` block.
@@ -562,6 +578,8 @@ def attach(
         question: one, or a list by batch row.
         text_encoder: for methods that compare pictures with text.
         tokenizer: of the model.
+        weights: of a method with modules: the folder that `train_tokens` was saved in, or what it gave. Hyperparameters are
+            then those of the training, where they aren't given.
         **hyperparameters: fields of the method.
 
     Returns:
@@ -573,6 +591,9 @@ def attach(
     if not isinstance(model, nn.Module):
         raise SecateurError(f"{type(model).__name__} isn't a model", where="attach")
     warn_outside_tested("timm" if type(model).__module__.startswith("timm.") else "transformers")
+    trained = Trained.load(weights) if isinstance(weights, str | Path) else weights
+    if trained is not None and not isinstance(method, Method):
+        hyperparameters = {**trained.hyperparameters(method), **hyperparameters}
     chosen = _method(method, at, records, scope, hyperparameters)
     named = {"question": question, "text_encoder": text_encoder, "tokenizer": tokenizer}
     extra = dict(given or {}) | {name: value for name, value in named.items() if value is not None}
@@ -582,8 +603,15 @@ def attach(
             where="target",
             fix="a share such as 25%, or tokens=64",
         )
-    amount = None if target is None else _amount(target)
+    amount = None if target is None else amount_of(target)
     setup = make_setup(
-        model, chosen, target=amount, seed=seed, positions=positions, given=extra, budget=budget
+        model,
+        chosen,
+        target=amount,
+        seed=seed,
+        positions=positions,
+        given=extra,
+        budget=budget,
+        weights=trained,
     )
     return Attached(setup)

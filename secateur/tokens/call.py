@@ -40,6 +40,8 @@ class Call:
     """Tokens of each row before decoder layer K, where that changes."""
     tower: dict[int, int] = field(default_factory=dict)
     """Tokens in all before block K of the tower, where that changes."""
+    answers: Tensor | None = None
+    """[B, L] bool: columns of `ids` that are trained on, and which no prompt would hold; None: no training."""
     session: Session | None = None
     """What is remembered of earlier runs."""
     noted: dict[str, Tensor] = field(default_factory=dict)
@@ -70,6 +72,8 @@ class Current:
     call: Call | None = None
     table: Table | None = None
     kept: Kept = field(default_factory=Kept)
+    noted: dict[str, Tensor] = field(default_factory=dict)
+    """What the stages of the last run noted."""
     session: Session | None = None
     columns: Tensor | None = None
     """[B, L'] the column of input_ids of each column the language model saw, -1 padding."""

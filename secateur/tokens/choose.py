@@ -85,6 +85,7 @@ def sets_of(
         facts=setup.facts,
         given=setup.given,
         noted=call.noted,
+        modules=setup.modules,
         source=Live(call, recorder, kind, number, peek),
         kind=kind,
         own=budget is not None,

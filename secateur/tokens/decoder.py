@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -53,6 +53,13 @@ class Stretch:
     """Nothing has left."""
     shorter: bool = False
     """In this forward."""
+    bias: Tensor | None = None
+    """[B, n] added to the attention logits of each key; None: nothing is."""
+
+    @property
+    def plain(self) -> bool:
+        """A layer can be given what it would be given without secateur."""
+        return self.identity and self.bias is None
 
     @property
     def mine(self) -> Tensor:
@@ -117,7 +124,9 @@ class DecoderDriver:
         self.remembered = set(setup.memory.layers) if setup.memory is not None else set()
         recorded = {n for kind, n in (recorder.forms if recorder else {}) if kind == "layer"}
         base = getattr(self.decoder.config, "_attn_implementation", None) or "eager"
-        if self.stages and "flex" in base:
+        self.biases = {p.number if p.kind == "layer" else 0: p.stage.bias for p in setup.stages if p.weighs}
+        """The names of carried numbers whose log is added to keys' logits, by the layer that they begin at."""
+        if (self.stages or self.biases) and "flex" in base:
             raise SecateurError(
                 "flex attention keeps its own block masks, which can't be shortened between layers",
                 where="attach",
@@ -127,6 +136,13 @@ class DecoderDriver:
         self.window = window_of(self.decoder.config) if self.stages else None
         kinds = list(getattr(self.decoder.config, "layer_types", None) or ())
         self.kinds = kinds or ["full_attention"] * len(layers)
+        if self.biases and (self.flash or set(kinds[min(self.biases) :]) & STATE):
+            what = "flash attention takes no mask" if self.flash else "some of its layers have no keys"
+            raise SecateurError(
+                f"{what}, so tokens can't be weighed as keys",
+                where="attach",
+                fix='load the model with attn_implementation="sdpa"' if self.flash else "use another model",
+            )
         strange = set(kinds[min(self.stages, default=len(kinds)) :]) - KEYED - STATE - ALONE
         if strange:
             raise SecateurError(
@@ -149,7 +165,7 @@ class DecoderDriver:
                 fix="use a method that drops at the input",
             )
         # layers before the first stage run as they are, so they need no hook
-        first = self.stages[0] if self.stages else len(layers)
+        first = min([*self.stages, *self.biases], default=len(layers))
         for number, layer in enumerate(layers):
             if number >= first or number in recorded:
                 hook = self._hook(number)
@@ -185,6 +201,12 @@ class DecoderDriver:
                 self.step = static.Step(buffers, mask) if buffers is not None else None
                 return
         past = int(cache.get_seq_length()) if cache is not None else 0
+        if self.biases and (past or static.is_static(cache)):
+            raise SecateurError(
+                "tokens are weighed as keys in one forward, not in the steps after it or on a static cache",
+                where="attach",
+                fix="give use_cache=False",
+            )
         held = getattr(cache, "_secateur_layers", None)
         if isinstance(held, Held) and self.late and past:
             past = held.seen
@@ -226,7 +248,7 @@ class DecoderDriver:
         if number in self.stages:
             hidden = self._stage(run, number, layer, hidden, kwargs)
         now = run.now(number)
-        new = kwargs if now.identity else self._kwargs(run, now, number, layer, hidden, kwargs)
+        new = kwargs if now.plain else self._kwargs(run, now, number, layer, hidden, kwargs)
         if run.call is not None and self.recorder is not None:
             self.recorder.begin(("layer", number), layer, hidden, new, **_marks(run.call, now))
         begins = None if run.call is None else run.call.column_at
@@ -245,7 +267,30 @@ class DecoderDriver:
             own = run.mask.bool()[:, -valid.shape[1] :]
             valid = torch.cat([valid[:, : valid.shape[1] - own.shape[1]], own], 1)
         zero = torch.zeros(rows, length, dtype=torch.int64, device=hidden.device)
-        return Stretch(columns, valid, length, zero, zero[:, 0])
+        return Stretch(columns, valid, length, zero, zero[:, 0], bias=self._bias(run, 0, columns))
+
+    def _bias(self, run: Forward, number: int, columns: Tensor) -> Tensor | None:
+        """[B, n] the logs of the numbers that stages up to this layer carry for the keys `columns` [B, n]; None: none do."""
+        names = [name for layer, name in sorted(self.biases.items()) if layer <= number]
+        if run.call is None or not names:
+            return None
+        table, values = run.call.table, run.call.table.carried.get(names[-1] or "")
+        if values is None:
+            return None
+        values = values[table.alive]
+        there = ~values.isnan()
+        row, at, values = table.row[table.alive][there], run.call.column_at[table.alive][there], values[there]
+        if bool((values <= 0).any()):
+            raise SecateurError(
+                f"{names[-1]!r} isn't above 0 for some token, and its log is added",
+                where="layer drop",
+                fix="clamp it",
+            )
+        if not values.requires_grad and bool((values == 1).all()):
+            return None
+        bias = torch.zeros(table.rows, int(columns.max()) + 1, device=columns.device)
+        bias = bias.index_put((row, at), values.log())
+        return bias.repeat_interleave(run.call.expand, 0).gather(1, columns)
 
     def _stage(
         self, run: Forward, number: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]
@@ -348,7 +393,8 @@ class DecoderDriver:
             self.current.note(placed, table)
         if not changed:
             call.lengths[number] = before.mine_valid[::step].sum(1).cpu()
-            return hidden, before
+            bias = self._bias(run, number, before.columns)
+            return hidden, before if bias is None else replace(before, bias=bias)
 
         index, valid = pack(keep, run.right)
         columns = before.mine.gather(1, index)
@@ -360,7 +406,8 @@ class DecoderDriver:
             place = run.base.valid.cumsum(1).gather(1, columns) - valid.cumsum(1)
             left = place.masked_fill(~valid, 0)
             gone = run.base.valid.sum(1) - valid.sum(1)
-        now_left = Stretch(columns, valid, index.shape[1], left, gone, identity=False, shorter=True)
+        bias = self._bias(run, number, columns)
+        now_left = Stretch(columns, valid, index.shape[1], left, gone, False, shorter=True, bias=bias)
         return gather_columns(hidden, index), now_left
 
     # -- what a layer is given --
@@ -511,6 +558,11 @@ class DecoderDriver:
             mask = mask | (eye & ~now.mine_valid[:, None, :, None])
             if self.eager:
                 mask = additive(mask, hidden.dtype)
+        if now.bias is not None:
+            bias = now.bias[:, None, None].to(hidden.dtype)
+            mask = self._causal(now, columns, valid, None) if mask is None else mask
+            lowest = torch.finfo(hidden.dtype).min
+            mask = torch.where(mask, bias, lowest) if mask.dtype == torch.bool else mask + bias
         if fixed and mask is not None:
             empty = int(cache.get_mask_sizes(now.queries, number)[0]) - keys
             nothing = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min

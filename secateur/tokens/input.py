@@ -204,6 +204,8 @@ class InputDriver:
 
         table = make_table(layouts, places, len(ids))
         call = Call(setup, table, kwargs, ids, mask.bool(), session=self.current.session)
+        if setup.lesson is not None:
+            call.answers = _answers(kwargs.get("labels"), ids)
         if call.session is not None:
             call.session.open(table, ids, call.mask)
         prompt = Prompt(call, kwargs, mask, generating, layouts, _order(places), encoded)
@@ -384,6 +386,20 @@ class InputDriver:
             if whole and kwargs.get(name) is not None:
                 new[name] = turn.ids(kwargs[name], 0)
         return new
+
+
+def _answers(labels: Tensor | None, ids: Tensor) -> Tensor:
+    """bool [B, L]: the columns that are trained on."""
+    if labels is None:
+        return torch.zeros_like(ids, dtype=torch.bool)
+    answers = labels != -100
+    if bool(answers.all(1).any()):
+        raise SecateurError(
+            "a row's labels cover all of its prompt",
+            where="train_tokens",
+            fix="label the answers; -100 where nothing is asked for",
+        )
+    return answers
 
 
 def _refuse(kwargs: Mapping[str, Any]) -> None:

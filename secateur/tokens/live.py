@@ -15,7 +15,7 @@ from secateur.errors import SecateurError
 from secateur.families.vlm.facts import final_norm_of
 from secateur.tokens.call import Call
 from secateur.tokens.record import Key, Note, Recorder
-from secateur.tokens.scores import attention_rows, received_attention
+from secateur.tokens.scores import attention_rows, mean_logits, received_attention
 from secateur.tokens.site import Site
 from secateur.tokens.state import Missing, TokenSets
 
@@ -193,7 +193,7 @@ class Live:
         """Query slots [S, R] and their weights."""
         assert note.columns is not None and note.valid is not None and note.column_at is not None
         row, valid = sets.row, note.valid
-        usable = valid[row]
+        usable = self._asking(note)[row]
         place = torch.arange(valid.shape[1], device=valid.device).expand_as(usable)
         if isinstance(rows, Tensor) and rows.dtype == torch.int64:
             asked = self._prompt_slots(note)[row].gather(1, rows.to(slots.device).clamp(min=0))
@@ -223,6 +223,15 @@ class Live:
         order = (~mine).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(mine.sum(1).max())]
         share = mine / mine.sum(1, keepdim=True).clamp(min=1)
         return order, share.gather(1, order)
+
+    def _asking(self, note: Note) -> Tensor:
+        """bool [B, L]: the slots of a decoder layer that hold the prompt: no padding, and no answers that are trained on."""
+        assert note.columns is not None and note.valid is not None
+        answers, given = self.call.answers, self.call.columns
+        if answers is None:
+            return note.valid
+        columns = note.columns if given is None else given.gather(1, note.columns)
+        return note.valid & ~answers.gather(1, columns.clamp(min=0))
 
     # -- tower --
 
@@ -331,6 +340,14 @@ class Live:
                 return self._layer_attention(sets, note, rows, over, heads)
             return self._tower_attention(sets, note, rows, over, heads)
 
+    def logits(self, sets: TokenSets, site: str, over: str, among: Tensor | None) -> Tensor:
+        if not site.startswith("layer"):
+            raise Missing("logits of a vision tower", where="tokens", fix="record a decoder layer")
+        queries, keys = (self.vectors(sets, which, site, True, False) for which in "qk")
+        causal = not self.call.setup.family.bidirectional
+        among = sets.valid if among is None else among & sets.valid
+        return mean_logits(queries, keys, among, over, self.note(site).scale, causal)
+
     def vectors(self, sets: TokenSets, which: str, site: str, rope: bool, cls: bool) -> Tensor:
         note = self.note(site, raw=not rope)
         parts: list[Tensor] = getattr(note, which)
@@ -393,6 +410,8 @@ class Live:
         """bool [S, L]: the columns of the prompt as given that `text` is asked for."""
         table, real = self.call.table, self.call.mask
         assert real is not None
+        if self.call.answers is not None:
+            real = real & ~self.call.answers
         owner, inside = self._owners()
         text, query = real & ~inside, owner[:, -1:]
         if of == "question":

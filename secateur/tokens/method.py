@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.families.vlm import Facts
 from secateur.method import Method
@@ -15,6 +15,8 @@ from secateur.tokens.state import Reduction, TokenSets
 from secateur.utils.screen import Screen
 
 Select = Callable[[TokenSets], "Tensor | Reduction"]
+Loss = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+"""What the stages of a run noted, and the model's own loss of the answers -> scalar."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,8 +45,8 @@ class Stage:
     "encoder:K" (before block K of the vision tower runs), or "encoder:K:mlp" (between its attention and its MLP).
     `select`: `TokenSets` -> bool [S, n] of what stays, or a `Reduction`. `records`: what the engine must note for it. `scope`: which tokens compete, None: the method's.
     `keep`: float, the share of the original count of each set; int, the count; None, what the target says.
-    `bias`: in the tower, the name of a carried number whose log is added to a token's attention logits as a key in the
-    blocks after.
+    `bias`: the name of a carried number above 0 whose log is added to a token's attention logits as a key, in the layers
+    that come (in the tower, the blocks after). Gradients reach the number. In the language model for one forward only.
     `positions`: "original" where a stage between layers leaves positions alone though the method's are "compact".
     `glimpse`: at "tiles" and "input", layers that look at the prompt first.
     """
@@ -57,6 +59,21 @@ class Stage:
     bias: str | None = None
     positions: str | None = None
     glimpse: Glimpse | None = None
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A part of the training of a method's modules: `secateur.train_tokens`.
+
+    >>> Lesson("gates", [Stage("input", self.weigh, bias="gate")], self.loss)  # doctest: +SKIP
+
+    `stages`: in place of the method's own, while this lesson lasts; what they write to `sets.noted` and `sets.carried` may
+    hold gradients. `loss`: see `Loss`.
+    """
+
+    name: str
+    stages: list[Stage]
+    loss: Loss
 
 
 @dataclass(frozen=True)
@@ -129,6 +146,17 @@ class TokenMethod(Method):
             At least one stage; `select` at the input unless overridden.
         """
         return [Stage(at="input", select=self.select, records=self.records)]
+
+    def modules(self, facts: Facts) -> nn.Module | None:
+        """Untrained modules for a model, which stages read as `sets.modules`; None: the method has none.
+
+        Random weights are drawn from torch's global state, which the engine seeds.
+        """
+        return None
+
+    def lessons(self, facts: Facts) -> list[Lesson]:
+        """How the modules are trained, one after the other."""
+        return []
 
     def memory(self, facts: Facts) -> Memory | None:
         """What is remembered from run to run, until `attached.reset()`; None: every run stands alone."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from secateur.errors import choose
 from secateur.tokens.state import Missing, TokenSets
 
 ROWS = 128
@@ -105,6 +106,36 @@ def given_attention(
         share = (logits.softmax(-1) @ to.float()[:, None, :, None]).reshape(shape[:3])
         parts.append(share.nan_to_num().mean(1))
     return torch.cat(parts, 1) if parts else torch.zeros(len(q), 0, device=q.device)
+
+
+def mean_logits(
+    q: Tensor, k: Tensor, among: Tensor, over: str = "keys", scale: float | None = None, causal: bool = True
+) -> Tensor:
+    """Means over the rows or columns of q k^T * scale, and over the heads, without the n x n matrix: float32 [S, n].
+
+    >>> q, k = torch.tensor([[1.0, 2.0], [3.0, 4.0]])[None, None], torch.eye(2)[None, None]
+    >>> mean_logits(q, k, torch.ones(1, 2, dtype=torch.bool), scale=1.0)
+    tensor([[1.0000, 3.5000]])
+
+    `q` [S, H, n, d], `k` [S, H_kv, n, d]; `among` [S, n] bool: what counts; `over`: "keys" (a token's row) or "queries" (its
+    column); `causal`: a token sees itself and those before it. 0 where nothing counts. Spec: atp-llava.
+    """
+    choose(over, ("keys", "queries"), what="over", where="logits")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    folded = (
+        q.float().unflatten(1, (k.shape[1], -1)).sum(2) * scale / q.shape[1]
+    )  # heads that share a key add up
+    own, others = (x.float().transpose(1, 2).flatten(2) for x in (folded, k))
+    if over == "queries":
+        own, others = others, own
+    counted = among[..., None].float()
+
+    def sums(values: Tensor) -> Tensor:
+        if not causal:
+            return values.sum(1, keepdim=True)
+        return values.cumsum(1) if over == "keys" else values.flip(1).cumsum(1).flip(1)
+
+    return (own * sums(others * counted)).sum(2) / sums(counted)[..., 0].clamp(min=1)
 
 
 def _logits(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.errors import SecateurError, choose
 from secateur.families.vlm import Facts, Layout
@@ -240,6 +240,7 @@ def make_sets(
     facts: Facts,
     given: dict[str, Any],
     noted: dict[str, Tensor],
+    modules: nn.Module | None,
     source: Source,
     kind: str,
     own: bool = False,
@@ -276,6 +277,7 @@ def make_sets(
         target=target,
         given=given,
         noted=noted,
+        modules=modules,
         source=source,
         place=Place(torch.where(valid, member, -1), at, kind),
     )

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError, choose
 from secateur.families.vlm import Facts, Family, facts_of, family_of
 from secateur.families.vlm.facts import decoder_of
-from secateur.tokens.method import Memory, Stage, TokenMethod
+from secateur.tokens.method import Lesson, Memory, Stage, TokenMethod
+from secateur.tokens.modules import Trained, filled
 from secateur.tokens.sets import BUDGETS, SCOPES
 from secateur.tokens.site import Site
+from secateur.utils.running import device_of
 from secateur.utils.screen import Screen
 
 OLDEST = (5, 21)
@@ -31,6 +33,11 @@ class Placed:
     number: int
     label: str
     """The key under which `Attached.kept` has it."""
+
+    @property
+    def weighs(self) -> bool:
+        """Its tokens are weighed as keys in the language model."""
+        return self.stage.bias is not None and self.kind in ("input", "layer")
 
 
 class Kept(dict[str, list[Tensor]]):
@@ -69,6 +76,10 @@ class Setup(Screen):
     """What has a budget of its own: each "frame", each "image", or "all" of a row together; None: as the method has it."""
     glimpsed: frozenset[str] = frozenset()
     """Sites that only looks at the prompt record."""
+    modules: nn.Module | None = None
+    """The method's own modules."""
+    lesson: Lesson | None = None
+    """What they are being taught; its stages stand in place of the method's."""
 
     @property
     def plain(self) -> bool:
@@ -100,7 +111,8 @@ class Setup(Screen):
     def in_decoder(self) -> bool:
         """Something is dropped or recorded between the layers of the language model."""
         read = (site for text, site in self.sites.items() if text not in self.glimpsed)
-        return self.between_layers or any(not site.tower for site in read)
+        weighed = any(placed.weighs for placed in self.stages)
+        return self.between_layers or weighed or any(not site.tower for site in read)
 
     def stages_at(self, kind: str, number: int = 0) -> list[Placed]:
         return [placed for placed in self.stages if placed.kind == kind and placed.number == number]
@@ -112,11 +124,14 @@ def make_setup(
     *,
     target: float | None,
     seed: int,
-    positions: str | None,
-    given: dict[str, Any],
+    positions: str | None = None,
+    given: dict[str, Any] | None = None,
     budget: str | None = None,
+    weights: Trained | None = None,
+    modules: nn.Module | None = None,
+    lesson: Lesson | None = None,
 ) -> Setup:
-    """The setup of a method on a model.
+    """The setup of a method on a model. `weights`: of its modules; `modules`, `lesson`: they are being trained.
 
     Raises:
         SecateurError: the model or one of the method's places can't work, with the reason.
@@ -132,9 +147,12 @@ def make_setup(
         )
     if budget is not None:
         _check_budget(budget, method, target, plain)
-    stages = _numbered([_place(stage, method, facts, plain) for stage in method.stages(facts)])
-    stages = tuple(_with_weights(placed, model, method) for placed in stages)
-    _check_tiles(stages, method)
+    stages = method.stages(facts) if lesson is None else lesson.stages
+    numbered = _numbered([_place(stage, method, facts, plain) for stage in stages])
+    numbered = tuple(_with_weights(placed, model, method) for placed in numbered)
+    _check_tiles(numbered, method)
+    if modules is None:
+        modules = filled(method, facts, weights, target, device_of(model))
     memory = None if plain else method.memory(facts)
     layers = memory.layers if memory is not None else ()
     remembered = {f"layer:{n} over runs": Site.parse(f"layer:{n}", facts.layers, 0) for n in layers}
@@ -151,13 +169,15 @@ def make_setup(
         seed=seed,
         # positions of two dimensions say where a patch lies, so there is nothing to count again
         compact=positions == "compact" and not family.mrope,
-        given=given,
-        stages=stages,
-        sites=_sites(stages, facts) | remembered,
+        given=given or {},
+        stages=numbered,
+        sites=_sites(numbered, facts) | remembered,
         pad=int(pad) if pad is not None else 0,
         memory=memory,
         budget=budget,
-        glimpsed=_glimpsed(stages, remembered),
+        glimpsed=_glimpsed(numbered, remembered),
+        modules=modules,
+        lesson=lesson,
     )
 
 
@@ -192,10 +212,6 @@ def _place(stage: Stage, method: TokenMethod, facts: Facts, plain: bool) -> Plac
     where = f"{method.name}, stage {stage.at}"
     if (stage.scope or method.scope) not in SCOPES:
         raise SecateurError(f"there is no scope {stage.scope!r}", where=where, fix=", ".join(SCOPES))
-    if stage.bias is not None and not stage.at.startswith("encoder"):
-        raise SecateurError(
-            "a bias of the attention is for the vision tower", where=where, fix="stages at encoder:K"
-        )
     if stage.at in ("tiles", "input"):
         if plain:
             raise SecateurError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.families.vlm import Facts, Layout
@@ -68,6 +68,7 @@ class Source(Protocol):
     def vectors(self, sets: TokenSets, which: str, site: str, rope: bool, cls: bool) -> Tensor: ...
     def hidden(self, sets: TokenSets, site: str, cls: bool) -> Tensor: ...
     def transition(self, sets: TokenSets, site: str, module: str, whole: bool) -> tuple[Tensor, ...]: ...
+    def logits(self, sets: TokenSets, site: str, over: str, among: Tensor | None) -> Tensor: ...
     def text(self, sets: TokenSets, kind: str, of: str | int, visual: bool) -> tuple[Tensor, Tensor]: ...
     def pixels(self, sets: TokenSets) -> Tensor: ...
     def project(self, hidden: Tensor) -> Tensor: ...
@@ -137,6 +138,8 @@ class TokenSets(Screen):
     """[S, levels, 2] int64 height and width, in tokens, of the map that the tiles of a level make, with separators."""
     reading: int = 0
     """At "tiles" the level whose tiles may be read."""
+    modules: nn.Module | None = None
+    """The method's own modules, trained (`TokenMethod.modules`)."""
     source: Source | None = None
     place: Any = None
     """The engine's own note of where the sets lie in the model."""
@@ -209,6 +212,14 @@ class TokenSets(Screen):
                 return attention
             self._memo[key] = attention
         return self._memo[key]
+
+    def logits(self, site: str, over: str = "keys", among: Tensor | None = None) -> Tensor:
+        """float32 [S, n]: the mean of the logits q k^T, before the softmax, among the set's own tokens and over the heads.
+
+        `over`: "keys", those of a token's own row that it may see; or "queries", those of its column that may see it.
+        `among` [S, n] bool: only these count in the mean. Raises `Missing` in a vision tower, and where the site isn't recorded.
+        """
+        return self._source.logits(self, site, over, among)
 
     def queries(self, site: str, rope: bool = True, cls: bool = False) -> Tensor:
         """float32 [S, H, n, d]; cls=True: [S, H, d] of the CLS token, in the language model of the last prompt token."""
