@@ -123,6 +123,9 @@ class ATPLLaVA(TokenMethod):
     scope: ClassVar[str] = "image"
     positions: ClassVar[str] = "original"
     adaptive: ClassVar[bool] = True
+    no_budget: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("frame", "image", "all"), "its thresholds find the counts"
+    )
 
     info = record("atp-llava")
 

@@ -120,7 +120,7 @@ class CoViPAL(TokenMethod):
     lesson: str = field(
         default="both", metadata={"help": "which of its two parts", "choices": ("both", "imitation", "gates")}
     )
-    budget: str = field(
+    hold: str = field(
         default="penalty",
         metadata={
             "help": "penalty: the gates' mean is drawn to the target; softmax: they are scaled to it",
@@ -222,9 +222,9 @@ class CoViPAL(TokenMethod):
         """Everything stays, and weighs as much as its gate in the layers that come."""
         scores, share = self.score(number, words, sets), self.share(number, sets)[:, None].to(torch.float32)
         gate = scores.sigmoid()
-        if self.budget == "softmax":
+        if self.hold == "softmax":
             gate = scores.masked_fill(~sets.valid, -torch.inf).softmax(1) * share * sets.total[:, None]
-        least = LEAST if self.budget == "penalty" else 1e-4
+        least = LEAST if self.hold == "penalty" else 1e-4
         gate = gate.clamp(least, 1) * sets.carried.get("gate", 1.0)
         sets.carried["gate"] = gate.clamp(min=LEAST)
         mean = (gate * sets.valid).sum(1, keepdim=True) / sets.total[:, None]
@@ -232,7 +232,7 @@ class CoViPAL(TokenMethod):
         return sets.valid
 
     def answers(self, noted: Mapping[str, Tensor], own: Tensor) -> Tensor:
-        return own + (self.beta * _sum_of("budget")(noted, own) if self.budget == "penalty" else 0)
+        return own + (self.beta * _sum_of("budget")(noted, own) if self.hold == "penalty" else 0)
 
 
 def _sum_of(name: str) -> Any:

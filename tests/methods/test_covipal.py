@@ -96,7 +96,7 @@ def test_gates_are_sigmoids_with_a_penalty_for_the_budget():
 
 
 def test_gates_scaled_to_the_budget_have_no_penalty():
-    method = make_method("covipal", budget="softmax")
+    method = make_method("covipal", hold="softmax")
     given = sets(target=0.5)
     method.weigh(0, "embeddings", given)
     # 0.5 x 4 x softmax, at most 1
