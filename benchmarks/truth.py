@@ -171,7 +171,7 @@ def verdict(row: Row) -> str:
     """What the figures say of the claim.
 
     reproduced: beyond every rival by more than two standard errors of the difference. refuted here: short of one rival by more
-    than that. not shown: neither, or one seed. not testable here: nothing that is here can tell, and the row says why.
+    than that. not shown: neither, or one seed. not testable here: no figure can tell, and the row says why.
     """
     if row.because:
         return UNTESTED
@@ -324,7 +324,7 @@ def page(rows: list[Row]) -> str:
         f"| {REPRODUCED} | {found[REPRODUCED]} | as far as claimed beyond every rival, by more than two standard errors of the difference |",
         f"| {REFUTED} | {found[REFUTED]} | short of that against a rival by more than two standard errors |",
         f"| {OPEN} | {found[OPEN]} | neither: within the error, or measured once |",
-        f"| {UNTESTED} | {found[UNTESTED]} | nothing that is here can tell, with the reason |",
+        f"| {UNTESTED} | {found[UNTESTED]} | no figure here can tell, with the reason: what there is to try it on, or that it is still to be measured |",
         "",
         f"{len(rows)} rows about {len(systems)} methods.\n{CARE}",
         "",

@@ -75,7 +75,9 @@ def test_verdicts_follow_from_the_figures(given: Any, expected: str) -> None:
 def test_what_is_not_shown_says_why_and_where_it_points() -> None:
     assert truth.leaning(row([39.5], [36.9], [45.4], better="low")) == "one seed; points against it"
     assert truth.leaning(row([1.0, 2.0, 3.0], 1.5)) == "within the error; points its way"
-    assert truth.leaning(row([0.1, 0.4, 0.7], [0.2, 0.3, 0.7])) == "within the error"  # 4e-17 is no lead
+    assert (
+        truth.leaning(row([0.1, 0.4, 0.7], [0.2, 0.3, 0.7])) == "within the error"
+    )  # a rounding error is no lead
 
 
 def test_a_cell_shows_pairs_factor_and_two_standard_errors() -> None:
