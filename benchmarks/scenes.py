@@ -173,7 +173,10 @@ def equal(methods: Sequence[str], seeds: Sequence[int], args: argparse.Namespace
 def side_by_side(columns: dict[str, list[Score]]) -> str:
     """A line a method: what it came to under every budget, and how far above random tokens with paired standard errors."""
     own = {name: ("prefill" if name.startswith("work") else "tokens x layers") for name in columns}
-    titles = (f"{name}: kept | {own[name]} | mean | above random" for name in columns)
+    titles = (
+        f"{name}: kept{', prefill' * name.startswith('time')} | {own[name]} | mean | above random"
+        for name in columns
+    )
     lines = [f"| method | {' | '.join(titles)} |", "|---" * (1 + 4 * len(columns)) + "|"]
     for method in sorted({score.method for scores in columns.values() for score in scores}):
         cells = []
@@ -183,7 +186,10 @@ def side_by_side(columns: dict[str, list[Score]]) -> str:
                 cells += [score.missing, "", "", ""]
                 continue
             target, prefill, _ = re.split(r", | \(", score.target)
-            cost = prefill if name.startswith("work") else f"{score.tokens_layers:.0f}"
+            if name.startswith("work"):
+                cost = prefill
+            else:
+                target, cost = f"{target}, {prefill}", f"{score.tokens_layers:.0f}"
             gaps = [a - b for a, b in zip(score.mean, base.mean)]
             gap = "" if score is base else f"{sum(gaps) / len(gaps):+.1f} ± {deviation(gaps):.1f}"
             cells += [target, cost, f"{sum(score.mean) / len(score.mean):.1f}", gap]
