@@ -49,8 +49,10 @@ class LRSDIP(TokenMethod):
     go through the tower. Models whose processor makes a thumbnail and tiles (LLaVA-NeXT) need no `pyramid`. Plain pictures lose
     tokens by the same look.
 
-    The paper trains the layers that look (`rfm`) to attend as deep layers do. Untrained, they are the model's own first half.
-    Left out: pooling of tiles to 12 x 12 tokens, which the authors' model is trained with; the training.
+    The paper trains the layers that look (`rfm`) to attend as deep layers do. Untrained, they are the model's own first half, which on
+    mosaics of scenes find hardly more than chance. Left out: the training, for which a bench has a lesson of its own
+    (`benchmarks/mosaic.py`); pooling of tiles to 12 x 12 tokens, which the authors' model is trained with. By this library:
+    `rank="scores"`. The levels and tiles equal the released code's to the bit (12 pictures; sizes alone: 20,000).
     """
 
     layers: tuple[int, ...] = field(
