@@ -21,6 +21,8 @@ from typing import Any, ClassVar, TypeVar
 from secateur.errors import SecateurError, SecateurWarning, choose
 from secateur.taxonomy import MethodInfo, filter_records
 from secateur.taxonomy import recommend as advise
+from secateur.taxonomy.advice import combine
+from secateur.taxonomy.measured import shipped
 from secateur.utils.code import announced, origin, package_of, read_spec, run_file
 from secateur.utils.ranges import check_fields
 from secateur.utils.screen import counted, fit
@@ -284,17 +286,23 @@ def _coerce(cls: type[Method], field: dataclasses.Field, value: Any) -> Any:
 
 
 def list_methods(search: str | None = None, **filters: Any) -> list[str]:
-    """Names of the registered methods, filtered by their taxonomy records.
+    """Names of the registered methods, filtered by their taxonomy records; with `search` the best match first.
 
     >>> "wanda" in list_methods(when="PAT-PT", training_free=True)
     True
+    >>> list_methods("determinantal point process")[0]
+    'cdpruner'
     """
-    records: Iterable[MethodInfo] = [cls.info for cls in _load_all().values()]
-    return sorted(record.name for record in filter_records(records, search=search, **filters))
+    records = sorted((cls.info for cls in _load_all().values()), key=lambda info: info.name)
+    return [record.name for record in filter_records(records, search=search, **filters)]
 
 
 class Advice(list[tuple[MethodInfo, str]]):
-    """Records with reasons, best first; its repr is the first of them."""
+    """Records with reasons, best first, and `later`: what to add where one method isn't enough. Its repr is the first of them."""
+
+    def __init__(self, found: Iterable[tuple[MethodInfo, str]] = (), later: Iterable[str] = ()):
+        super().__init__(found)
+        self.later = list(later)
 
     def __repr__(self) -> str:
         lines = [f"{place}. {info.name or info.spec}: {why}" for place, (info, why) in enumerate(self, 1)]
@@ -302,13 +310,15 @@ class Advice(list[tuple[MethodInfo, str]]):
 
 
 def recommend(**situation: Any) -> Advice:
-    """Registered methods that suit a situation, each with the reason.
+    """Registered methods that suit a situation, each with the reason, in the order of what was measured.
 
     >>> recommend(hardware="gpu-dense", train=False, data="calib", model="llm")  # doctest: +SKIP
 
-    The questions and the advice are the survey's (`secateur.taxonomy.recommend`).
+    The questions and the advice are the survey's (`secateur.taxonomy.recommend`). `measured`: the comparisons that count, by
+    default those that come with the library; `secateur.comparison.shipped.condensed(DIR)` reads your own.
     """
-    return Advice(advise([cls.info for cls in _load_all().values()], **situation))
+    situation.setdefault("measured", shipped())
+    return Advice(advise([cls.info for cls in _load_all().values()], **situation), combine(**situation))
 
 
 def __getattr__(name: str) -> Any:

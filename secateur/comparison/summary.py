@@ -96,6 +96,11 @@ def metric_of(rows: Sequence[Row]) -> tuple[str, int]:
     return next(((row["metric"], row["sign"]) for row in rows if row["state"] == "done"), ("quality", 1))
 
 
+def percent(metric: str) -> bool:
+    """Whether a quality of 0..1 is shown as a percentage."""
+    return metric not in ("perplexity", "psnr", "PSNR", "dB")
+
+
 def _share(target: str) -> float:
     return float(target.rstrip("%"))
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from secateur.comparison.details import shown_picture
 from secateur.comparison.rows import DENSE, Row
 from secateur.comparison.setup import Setup
-from secateur.comparison.summary import Line, as_json, mean_ranks, metric_of, summary
+from secateur.comparison.summary import Line, as_json, mean_ranks, metric_of, percent, summary
 from secateur.method import method_class
 from secateur.report.html import _plotly, render
 from secateur.report.terminal import table
@@ -80,10 +80,6 @@ def refusals(lines: Sequence[Line]) -> list[tuple[str, str, str]]:
         if line.why is not None:
             found.setdefault((line.method, line.why), []).append(line.target)
     return [(method, ", ".join(targets), why) for (method, why), targets in found.items()]
-
-
-def percent(metric: str) -> bool:
-    return metric not in ("perplexity", "psnr", "PSNR", "dB")
 
 
 def quality(line: Line, metric: str) -> str:

@@ -174,8 +174,8 @@ def print_graph(found: Mapping[str, Any], console: Console, full: bool = False) 
     )
 
 
-def print_methods(records: Sequence[MethodInfo], console: Console) -> None:
-    """A row a method."""
+def print_methods(records: Sequence[MethodInfo], console: Console, unknown: Sequence[str] = ()) -> None:
+    """A row a method; unknown: words of a search that no method holds."""
     if not records:
         console.print("no method is like that; drop a filter, or see all with `secateur methods`")
         return
@@ -184,7 +184,32 @@ def print_methods(records: Sequence[MethodInfo], console: Console) -> None:
         axes = [notation(info, axis) for axis in ("objects", "when", "speedup", "data")]
         made.add_row(Text(info.name, style="bold"), info.title, *axes, info.description)
     console.print(made)
+    if unknown:
+        console.print(f"no method is described with: {', '.join(unknown)}", style="yellow")
     console.print("`secateur methods NAME` shows one with its hyperparameters.", style="dim")
+
+
+def print_published(
+    records: Sequence[MethodInfo],
+    here: Sequence[Sequence[str]],
+    counts: Mapping[str, Any],
+    console: Console,
+) -> None:
+    """The published systems: what each does, what stands here of it, its paper and code; then how many are what."""
+    for place, (info, names) in enumerate(zip(records, here, strict=True), 1):
+        axes = " | ".join(notation(info, axis) for axis in ("objects", "when", "criteria"))
+        stands = f"here: {', '.join(names)}" if names else "not here"
+        head = Text.assemble(f"{place}. ", (info.title, "bold"), f"  {info.year}  {axes}  ")
+        console.print(head + Text(stands, style="green" if names else "dim"))
+        console.print(Text(f"   {info.description}"))
+        console.print(Text(f"   {'  '.join(info.links)}", style="dim"))
+    plain = [f"{count} {what}" for what, count in counts.items() if isinstance(count, int)]
+    console.print(Text(", ".join(plain)))
+    for axis in ("granularity", "when"):
+        console.print(
+            Text(f"{axis}: " + ", ".join(f"{name} {count}" for name, count in counts[axis].items()))
+        )
+    console.print(Text(f"{sum(map(bool, here))} of {len(records)} stand here"))
 
 
 def print_method(found: Mapping[str, Any], info: MethodInfo, console: Console) -> None:
@@ -205,14 +230,21 @@ def print_method(found: Mapping[str, Any], info: MethodInfo, console: Console) -
         console.print(Text(link))
 
 
-def print_advice(advice: Sequence[tuple[MethodInfo, str]], console: Console) -> None:
-    """Methods with the reasons for them, best first."""
+def print_advice(
+    advice: Sequence[tuple[MethodInfo, str]], later: Sequence[str], console: Console, own: bool = False
+) -> None:
+    """Methods with the reasons for them, best first, and what to add later. own: by a comparison of the user's."""
     if not advice:
         console.print("no method fits; allow training (--train), give data, or ask about other hardware")
         return
     for place, (info, why) in enumerate(advice, 1):
         console.print(Text.assemble(f"{place}. ", (info.name or info.spec, "bold"), f"  {info.title}"))
         console.print(Text(f"   {why}"))
+    if later:
+        console.print(Text(f"\nNeed more? {'; '.join(later)}."))
+    if not own:
+        text = "Ranks are of small models. `secateur compare` on yours, then `--comparison DIR`, says more."
+        console.print(text, style="dim")
 
 
 def print_plan(plan: Mapping[str, Any], console: Console, full: bool = False) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from secateur.errors import SecateurError, choose
 from secateur.taxonomy import records as _tables
+from secateur.taxonomy.words import ALSO, ranked
 
 AXES: dict[str, tuple[str, ...]] = {
     "objects": ("W", "N", "F", "C", "H", "L", "B", "E", "T", "A", "Win", "P", "S", "tool"),
@@ -522,10 +523,32 @@ def record(spec: str, **overrides: Any) -> MethodInfo:
 # ---------------------------------------------------------------- queries
 
 
-def _text(info: MethodInfo) -> str:
-    words = [notation(info, field) for field in _COLUMNS.values()]
-    words += [MEANING.get(member, "") for axis in AXES for member in info.members(axis)]
-    return " ".join(words).casefold()
+def searched(info: MethodInfo) -> tuple[str, str, str]:
+    """What a search reads: the name; title, description, year and addresses; what its axes mean."""
+    said = [info.title, info.description, str(info.year or ""), info.arxiv or "", *info.refs]
+    members = [member for axis in (*AXES, "fusion") for member in info.members(axis) if member != "none"]
+    meant = [f"{member} {MEANING.get(member, '')} {ALSO.get(member, '')}" for member in members]
+    free = "training-free" if info.training_free else ""
+    return info.name or info.spec, " . ".join(said), " . ".join([*meant, free])
+
+
+def gist(info: MethodInfo) -> str:
+    """A record as two sentences, for a search by meaning.
+
+    >>> gist(record("divprune"))
+    'DivPrune: Keeps the subset of visual tokens whose smallest pairwise distance is largest. Pruning of tokens by diversity, at run time, without training.'
+    """
+
+    def named(axis: str) -> str:
+        return " and ".join(MEANING[m] for m in AXES[axis] if m in info.members(axis) and m in MEANING)
+
+    if info.members("granularity") == {"none"}:
+        return f"{info.title}: {info.description}" + (" A saliency map." if "S" in info.objects else "")
+    what = " and ".join(f"{MEANING[m]}s" for m in AXES["objects"] if m in info.objects)
+    by = f" by {named('criteria')}" if named("criteria") and len(info.criteria) < 5 else ""
+    when = f", {named('when')}" if len(info.members("when")) == 1 else ""
+    trained = "without training" if info.training_free else "with training"
+    return f"{info.title}: {info.description} Pruning of {what}{by}{when}, {trained}."
 
 
 def _test(key: str, wanted: object) -> Callable[[MethodInfo], bool]:
@@ -541,26 +564,24 @@ def _test(key: str, wanted: object) -> Callable[[MethodInfo], bool]:
 def filter_records(
     records: Iterable[MethodInfo], search: str | None = None, **filters: Any
 ) -> list[MethodInfo]:
-    """The records that pass every filter, in their order.
+    """The records that pass every filter, in their order; with `search` those that fit its words best come first.
 
     A filter is an axis or a field of `MethodInfo` or a derived flag (`training_free`, `needs_labels`, `kernel_needed`,
-    `changes_shapes`, `weight_level`). On an axis a record passes if any of its members is asked for. `search` asks for
-    words anywhere in the record, in any order.
+    `changes_shapes`, `weight_level`). On an axis a record passes if any of its members is asked for. `search`: words of
+    names, titles, descriptions and the meanings of the axes; what fits less than half as well as the best is left out.
 
     >>> [info.spec for info in filter_records(RECORDS, when="RT", training_free=True, criteria="TXT")]
     ['recoverable-compression', 'mmtok']
+    >>> [info.spec for info in filter_records(RECORDS, "pyramid attention")][:2]
+    ['lrs-dip', 'psa']
 
     Raises `SecateurError` for an unknown filter or member.
     """
     tests = [_test(key, wanted) for key, wanted in filters.items() if not (key in FLAGS and wanted is None)]
-    words = (search or "").casefold().split()
-    found = []
-    for info in records:
-        if all(test(info) for test in tests):
-            text = _text(info) if words else ""
-            if all(word in text for word in words):
-                found.append(info)
-    return found
+    found = [info for info in records if all(test(info) for test in tests)]
+    if not (search or "").strip():
+        return found
+    return [found[number] for number, _ in ranked(search or "", [searched(info) for info in found])]
 
 
 HARDWARE = {

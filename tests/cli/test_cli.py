@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from secateur.cli import flags
 from secateur.cli import main as cli
+from secateur.comparison.rows import append, begin
+from secateur.comparison.setup import Setup
 from secateur.method import list_methods, method_class
 from secateur.pruning.options import Options
 from secateur.report import catalogue
@@ -246,6 +248,79 @@ def test_recommend(run: Run) -> None:
     assert "nirvana" in names and "wanda" not in names
     published = run("recommend", "--published", "--model", "vlm", "--json")["methods"]
     assert len(published) > 5 and all(row["why"] for row in published)
+
+
+def test_recommend_by_what_was_measured(run: Run, tmp_path: Path) -> None:
+    shipped = run("recommend", "--model", "cnn", "--json")
+    assert shipped["methods"][0]["why"].startswith("mean rank ") and shipped["later"]
+    assert any(command.startswith("secateur compare digits") for command in shipped["measured"])
+    out = tmp_path / "own"
+    out.mkdir()
+    begin(out, Setup("digits", cost="macs").as_json())
+    qualities = {"dense": 0.9, "random-structured": 0.2, "obspa": 0.3, "spa": 0.4, "group-magnitude": 0.7}
+    for method, quality in qualities.items():
+        target = "100%" if method == "dense" else "50%"
+        append(out, {"method": method, "target": target, "seed": 0, "state": "done", "quality": quality, "metric": "accuracy", "sign": 1, "params": 0.5, "macs": 0.5})  # fmt: skip
+    own = run("recommend", "--model", "cnn", "--comparison", out, "--json")["methods"]
+    assert [row["name"] for row in own] == ["group-magnitude", "obspa"]
+    assert own[0]["why"].startswith(
+        "mean rank 1.0 of 4 on digits at equal multiply-adds: accuracy 70.0 % at 50%"
+    )
+    text = run("recommend", "--model", "cnn")
+    assert "Need more?" in text and "--comparison" in text
+    assert cli.main(["recommend", "--comparison", str(tmp_path)]) == 2
+
+
+def test_methods_by_words(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    query = "saliency-driven pruning of tokens without training"
+    rows = run("methods", query, "--json")["methods"]
+    assert len(rows) >= 10 and all("T" in row["objects"] and row["training_free"] for row in rows[:10])
+    assert rows == run("methods", *query.split(), "--json")["methods"]
+    assert run("methods", "gyroscopic", "lottery", "--json")["unknown_words"] == ["gyroscopic"]
+    assert "gyroscopic" in run("methods", "gyroscopic", "lottery")
+    for words, said in (
+        (["xyzzy", "quux"], "described like that"),
+        (["fastvv", "zebra"], "did you mean fastv"),
+        (["lottery", "--when", "RT"], "filters"),
+    ):
+        assert cli.main(["methods", *words]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_the_published_systems(run: Run) -> None:
+    found = run("methods", "--published", "--json")
+    assert len(found["methods"]) == 50 and found["counts"]["token objects"] == 23
+    rows = {row["spec"]: row for row in found["methods"]}
+    assert rows["flowcut"]["here"] == ["flowcut"] and rows["psod"]["here"] == []
+    assert all(row["description"] and row["links"] for row in rows.values())
+    assert rows["tas"]["links"][0] == "https://arxiv.org/abs/1905.09717"
+    text = run("methods", "--published")
+    assert "50 systems, 23 token objects, 26 training-free, 18 static, 26 dynamic" in text
+    assert "Keeps the patches to which the encoder's [CLS] token attends most." in text
+    some = run("methods", "maps of pixels", "--published", "--json")["methods"]
+    assert 0 < len(some) < 20
+
+
+def test_methods_by_meaning(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from secateur.tasks import meaning
+
+    def vectors(texts: list[str]) -> torch.Tensor:
+        axes = [
+            [1.0 if word in text.lower() else 0.0 for word in ("diverse", "distance", "ticket")]
+            for text in texts
+        ]
+        found = torch.tensor(axes) + 1e-6
+        return found / found.norm(dim=1, keepdim=True)
+
+    monkeypatch.setattr(meaning, "vectors", vectors)
+    rows = run("methods", "far apart in distance", "--by", "meaning", "--json")["methods"]
+    assert "divprune" in {row["name"] for row in rows} and len(rows) < 20
+    assert "unknown_words" not in run("methods", "distance", "--by", "meaning", "--json")
+    monkeypatch.setattr(meaning, "vectors", lambda texts: torch.eye(len(texts)))
+    assert cli.main(["methods", "nothing", "alike", "--by", "meaning"]) == 2
+    assert "by meaning" not in capsys.readouterr().err
 
 
 def test_plans(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
