@@ -8,12 +8,15 @@ from typing import Any
 
 from secateur.taxonomy.axes import MethodInfo, notation
 
-TOOLS = {"survey-taxonomy": ("secateur methods", "secateur recommend")}
-"""Systems that are no method, and the commands that do what they do."""
+TOOLS = {
+    "survey-taxonomy": ("secateur methods", "secateur recommend"),
+    "robustness-lottery": ("secateur.measure.geometry",),
+}
+"""Systems that are no method, and what does here what they do."""
 
 
 def here(info: MethodInfo, own: Iterable[MethodInfo]) -> list[str]:
-    """The names of what this library has of a published system: methods of the same sheet, or commands.
+    """The names of what this library has of a published system: methods of the same sheet, or what does the same.
 
     >>> here(record("spa"), own)  # doctest: +SKIP
     ['obspa', 'spa']
