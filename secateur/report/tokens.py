@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +101,7 @@ class Part:
 
     image: int
     frame: int
-    kept: Tensor
+    kept: Tensor = field(repr=False)
     """bool [rows, columns]."""
     text: str = ""
     """What it is, where it isn't the whole picture or frame."""
