@@ -1,6 +1,6 @@
 """How often a small policy does what it is told in rooms of MiniGrid, in closed loop, when visual tokens leave.
 
-    OMP_NUM_THREADS=1 python benchmarks/minigrid.py [--targets 12.5%,25%] [--k 2] [--seeds 0,1,2] [--episodes 64] [--policy DIR]
+    OMP_NUM_THREADS=1 python benchmarks/rooms_minigrid.py [--targets 12.5%,25%] [--k 2] [--seeds 0,1,2] [--episodes 64] [--policy DIR]
 
 Needs `pip install secateur[minigrid]`. Prints markdown tables: success in percent, steps of an episode and tokens x layers of
 a step; means over the seeds of episodes with two standard errors. `vla-pruner` keeps everything in the first three steps of
