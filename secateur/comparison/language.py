@@ -30,6 +30,7 @@ class LanguageWork(Work):
         super().__init__(setup)
         self.model, self.tokenizer = load_model(setup.task)
         self.read: dict[int, Tensor] = {}
+        self.inputs = {"input_ids": torch.zeros(1, SEQLEN, dtype=torch.int64)}
 
     def dense(self, seed: int) -> Figures:
         return self._figures(self.model)
@@ -38,6 +39,7 @@ class LanguageWork(Work):
         check_fit(self, method_class(run.method), run.method, self.setup)
         done = prune(
             copy.deepcopy(self.model),
+            self.inputs,
             method=run.method,
             target=self.setup.budget(run.target),
             data=self._windows(run.seed),
@@ -61,5 +63,4 @@ class LanguageWork(Work):
         value = found["perplexity"][self.judged]
         if value is None:
             raise SecateurError("its perplexity isn't finite", where=self.judged, fix="a milder target")
-        inputs = {"input_ids": torch.zeros(1, 2 * SEQLEN, dtype=torch.int64)}
-        return {"quality": float(value)} | cost(model, self.model, inputs, self.setup, done)
+        return {"quality": float(value)} | cost(model, self.model, self.inputs, self.setup, done)
