@@ -32,7 +32,8 @@ from secateur.pruning.prune import Pruned, apply_plan, prune
 from secateur.saliency import saliency
 from secateur.saliency.method import SaliencyMethod
 from secateur.tasks.tiny import inputs_for, tiny_cnn, tiny_llama, tiny_llava
-from secateur.tokens.attach import Attached, amount_of, attach
+from secateur.tokens.attach import Attached, attach
+from secateur.tokens.counts import amount_of
 from secateur.tokens.method import TokenMethod
 from secateur.tokens.modules import Trained
 from secateur.tokens.state import Missing, TokenSets

@@ -19,9 +19,9 @@ from secateur.errors import SecateurError
 from secateur.families.vlm import Facts
 from secateur.families.vlm.facts import decoder_of
 from secateur.method import Method, make_method
-from secateur.pruning.target import parse_target
 from secateur.tokens import cost, static
 from secateur.tokens.call import Call, Current
+from secateur.tokens.counts import amount_of
 from secateur.tokens.decoder import DecoderDriver
 from secateur.tokens.input import KINDS, InputDriver, Turn, formed
 from secateur.tokens.method import Chosen, Select, TokenMethod
@@ -501,22 +501,6 @@ def _guesses(name: str) -> SecateurError:
 
 def _forget(model: nn.Module) -> None:
     _ATTACHED.pop(model, None)
-
-
-def amount_of(target: Any) -> float | int:
-    """A target as the share that stays, or a count per image."""
-    parsed = parse_target(target)
-    if parsed.kind == "share":
-        return float(parsed.value)
-    if parsed.kind == "tokens":
-        if parsed.value < 1:
-            raise SecateurError(
-                "0 tokens would stay", where="target", fix="keep at least one, such as tokens=64"
-            )
-        return int(parsed.value)
-    raise SecateurError(
-        f"{parsed} doesn't say how many tokens stay", where="target", fix="a share such as 25%, or tokens=64"
-    )
 
 
 def _method(

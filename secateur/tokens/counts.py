@@ -7,13 +7,37 @@ Pure functions on batches of sets `[S]` or `[S, n]`, padded at the end. Specs: r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.pruning.target import parse_target
 from secateur.tokens.scores import entropy
 from secateur.tokens.select import quotas
+
+
+def amount_of(target: Any, where: str = "target") -> float | int:
+    """A share of the tokens as a float, or a number of them as an int.
+
+    >>> amount_of("25%"), amount_of("tokens=64")
+    (0.25, 64)
+
+    Raises `SecateurError` for anything else, and for no tokens at all.
+    """
+    parsed = parse_target(target)
+    if parsed.kind == "share":
+        return float(parsed.value)
+    if parsed.kind == "tokens":
+        if parsed.value < 1:
+            raise SecateurError(
+                "0 tokens would stay", where=where, fix="keep at least one, such as tokens=64"
+            )
+        return int(parsed.value)
+    raise SecateurError(
+        f"{parsed} doesn't say how many tokens stay", where=where, fix="a share such as 25%, or tokens=64"
+    )
 
 
 def counts(total: Tensor, target: float, image: Tensor | None = None) -> Tensor:

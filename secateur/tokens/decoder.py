@@ -7,10 +7,12 @@ several turns and several conversations at once need no further code. Shapes: B 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -76,6 +78,22 @@ class Held:
 
     seen: int
     stretches: dict[int, Stretch]
+    fewer: int = 0
+    """How many columns less the cache's first layer of keys holds."""
+
+
+@dataclass(eq=False)
+class Parked:
+    """P tokens that no layer reads or writes until they return."""
+
+    token: Tensor
+    """[P] rows of the table."""
+    slot: Tensor
+    """[P] whose place each has, as `Table.slot`."""
+    column: Tensor
+    """[P] the column that place is."""
+    states: Tensor
+    """[P, D] as they were; of the first beam, since all beams are alike in a prompt."""
 
 
 @dataclass(eq=False)
@@ -94,6 +112,7 @@ class Forward:
     """What an earlier forward left on the cache."""
     stretches: dict[int, Stretch] = field(default_factory=dict)
     """By the layer of the stage each begins at."""
+    parked: Parked | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
     """Masks and rotary tables, which all layers of a stretch share, beside what they were made of (so that its id stays its own)."""
     right: bool = False
@@ -150,9 +169,11 @@ class DecoderDriver:
                 where="attach",
                 fix="use a method that drops at the input",
             )
+        self.parks = any(placed.stage.parks for placed in setup.stages)
         # the cache counts its first layer of keys; where that stands behind a stage, it holds fewer than were given
         keyed = [number for number, kind in enumerate(self.kinds) if kind in KEYED]
-        self.late = bool(self.stages and keyed and keyed[0] >= self.stages[0])
+        self.counted = max((n for n in self.stages if keyed and n <= keyed[0]), default=None)
+        """The stage that layer stands behind."""
         shared = [
             n
             for n, mode in enumerate(getattr(self.decoder.config, "kv_sharing_modes", ()))
@@ -208,8 +229,6 @@ class DecoderDriver:
                 fix="give use_cache=False",
             )
         held = getattr(cache, "_secateur_layers", None)
-        if isinstance(held, Held) and self.late and past:
-            past = held.seen
         if isinstance(held, Held) and (past == 0 or past < held.seen):
             held = _cropped(held, past) if past else None
         self.run = Forward(call, past, mask, held=held)
@@ -317,6 +336,9 @@ class DecoderDriver:
             assert run.base is not None
             state.seen = run.past + run.base.queries
             state.stretches[number] = now
+            if number == self.counted and not run.past:
+                state.fewer = run.base.queries - now.columns.shape[1]
+                cache.get_seq_length = MethodType(_seen, cache)
         return hidden
 
     def _check(self, cache: Any, number: int) -> None:
@@ -328,6 +350,17 @@ class DecoderDriver:
         fix = "use a DynamicCache, or a method that drops at the input"
         kind = type(layers[min(number, len(layers) - 1)]).__name__
         if static.is_static(cache):
+            if self.parks or self.stages[0] == 0:
+                what = (
+                    "tokens that are parked need room again in later layers than they had before"
+                    if self.parks
+                    else "a model counts what it has seen by its first layer, which would hold less"
+                )
+                raise SecateurError(
+                    f"a static cache has buffers of a fixed size, and {what}",
+                    where="layer drop",
+                    fix="use a DynamicCache",
+                )
             name = self.window[0] if self.window is not None else None
             if self.flash or name == "attention chunk":
                 what = "flash attention" if self.flash else "an attention that is cut into chunks"
@@ -373,6 +406,10 @@ class DecoderDriver:
         call, recorder, setup = run.call, self.recorder, self.setup
         assert call is not None and run.base is not None
         table, step = call.table, call.expand
+        stages = setup.stages_at("layer", number)
+        if run.parked is not None and any(placed.stage.returns for placed in stages):
+            hidden, before = _return(run, before, hidden)
+            call.lengths[number] = before.mine_valid[::step].sum(1).cpu()
         now = kwargs if before.identity else self._kwargs(run, before, number, layer, hidden, kwargs)
 
         def peek(key: Key, raw: bool) -> Note:
@@ -381,7 +418,6 @@ class DecoderDriver:
 
         keep = before.mine_valid.clone()  # [B, L]
         changed = False
-        stages = setup.stages_at("layer", number)
         for placed in stages:
             row = table.row[table.slot]
             slot = _slots(before, call)[table.slot]
@@ -389,6 +425,8 @@ class DecoderDriver:
             outcome = run_stage(call, recorder, placed, table.alive, features, "layer", number, peek)
             if outcome is not None:
                 changed = True
+                if placed.stage.parks:
+                    run.parked = _parked(outcome, call, features, run.parked)
                 hidden = _apply(outcome, call, row, slot, features, keep, hidden)
             self.current.note(placed, table)
         if not changed:
@@ -646,6 +684,62 @@ def _apply(
         if moved is not None:
             hidden[row[stays] * step + beam, slot[stays]] = moved.to(hidden.dtype)
     return hidden
+
+
+def _parked(outcome: Outcome, call: Call, features: Tensor, before: Parked | None) -> Parked:
+    """The tokens that leave by an outcome, with their states among `features` [M, D], beside those that are parked already."""
+    table, leave = call.table, ~outcome.keep
+    token, slot = table.alive[leave], table.slot[leave]
+    parts = [token, slot, call.column_at[token], features[leave]]
+    if before is not None:
+        parts = [
+            torch.cat(pair) for pair in zip((before.token, before.slot, before.column, before.states), parts)
+        ]
+    return Parked(*parts)
+
+
+def _return(run: Forward, before: Stretch, hidden: Tensor) -> tuple[Tensor, Stretch]:
+    """All that is parked, back at its columns: the states [B, L', D] and what the layers from here on see."""
+    call, base, parked = run.call, run.base, run.parked
+    assert call is not None and base is not None and parked is not None
+    table, step = call.table, call.expand
+    table.alive, order = torch.cat([table.alive, parked.token]), torch.cat([table.slot, parked.slot])
+    table.slot, order = order.sort()
+    table.alive = table.alive[order]
+    column_at = call.column_at.clone()
+    column_at[parked.token] = parked.column
+    call.column_at, run.parked = column_at, None
+
+    row, slot = before.mine_valid.nonzero(as_tuple=True)
+    there = torch.zeros_like(base.valid)
+    full = hidden.new_zeros(*base.valid.shape, hidden.shape[-1])
+    full[row, before.mine[row, slot]] = hidden[row, slot]
+    there[row, before.mine[row, slot]] = True
+    for beam in range(step):
+        row = table.row[parked.slot] * step + beam
+        full[row, parked.column] = parked.states.to(full.dtype)
+        there[row, parked.column] = True
+    if torch.equal(there, base.valid):
+        # padding has left, and is as it was given wherever everything else is
+        return full, dataclasses.replace(base, identity=False)
+    index, valid = pack(there, run.right)
+    place = base.valid.cumsum(1).gather(1, index) - valid.cumsum(1)
+    now = Stretch(
+        index,
+        valid,
+        index.shape[1],
+        place.masked_fill(~valid, 0),
+        base.valid.sum(1) - valid.sum(1),
+        False,
+        True,
+    )
+    return gather_columns(full, index), now
+
+
+def _seen(cache: Any, layer_idx: int = 0) -> int:
+    """`get_seq_length` of a cache whose first layer holds fewer tokens than it was given."""
+    length = type(cache).get_seq_length(cache, layer_idx)
+    return length + cache._secateur_layers.fewer if length and not layer_idx else length
 
 
 def _cropped(held: Held, past: int) -> Held:

@@ -49,6 +49,8 @@ class Stage:
     that come (in the tower, the blocks after). Gradients reach the number. In the language model for one forward only.
     `positions`: "original" where a stage between layers leaves positions alone though the method's are "compact".
     `glimpse`: at "tiles" and "input", layers that look at the prompt first.
+    `parks`: between layers, what leaves steps aside: it keeps its state and its position, until a later stage with `returns`,
+    at which all that is parked competes again, with the state it had. A parked token is read and written by no layer.
     """
 
     at: str
@@ -59,6 +61,8 @@ class Stage:
     bias: str | None = None
     positions: str | None = None
     glimpse: Glimpse | None = None
+    parks: bool = False
+    returns: bool = False
 
 
 @dataclass(frozen=True)

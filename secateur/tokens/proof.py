@@ -35,8 +35,8 @@ class Proven:
     """See `InputDriver.counts`."""
     takes_positions: bool = True
     """Its forward hands `position_ids` on to the language model."""
-    places: set[int] = field(default_factory=set)
-    """Where dropping was proven: 0 at the input, K before layer K."""
+    places: set[tuple[str, int]] = field(default_factory=set)
+    """Where dropping was proven: ("input", 0), or ("layer", K) before layer K."""
 
 
 _PROVEN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], Proven]] = weakref.WeakKeyDictionary()
@@ -61,9 +61,11 @@ def prove(setup: Setup, kwargs: Mapping[str, Any]) -> Proven:
         if kinds not in shown:
             shown[kinds] = _prove_whole(setup, given)
         proven = shown[kinds]
-        places = {placed.number for placed in setup.stages if placed.kind in ("input", "layer")}
+        places = {
+            (placed.kind, placed.number) for placed in setup.stages if placed.kind in ("input", "layer")
+        }
         for place in sorted(places - proven.places):
-            if place == 0 and not proven.takes_positions:
+            if place[0] == "input" and not proven.takes_positions:
                 raise SecateurError(
                     "its forward doesn't hand position_ids on to the language model, which would count what is left anew",
                     where="attach",
@@ -119,15 +121,16 @@ def _prove_whole(setup: Setup, given: dict[str, Any]) -> Proven:
     )
 
 
-def _prove_dropping(setup: Setup, proven: Proven, given: dict[str, Any], place: int) -> None:
+def _prove_dropping(setup: Setup, proven: Proven, given: dict[str, Any], place: tuple[str, int]) -> None:
     """Every second visual token dropped at a place, and the same ones hidden from attention."""
+    kind, number = place
     model, layers = setup.model, decoder_of(setup.model).layers
     kinds = getattr(decoder_of(model).config, "layer_types", None) or ()
-    if set(kinds[place:]) - KEYED - ALONE:
+    if set(kinds[number:]) - KEYED - ALONE:
         return  # no mask hides what a state or an index was made of
     whole = replace(setup, target=1.0, stages=(), sites={})
-    label = f"layer:{place}" if place else "input"
-    stage = Placed(Stage(label, _every_second, scope="row"), "layer" if place else "input", place, label)
+    label = f"layer:{number}" if kind == "layer" else "input"
+    stage = Placed(Stage(label, _every_second, scope="row"), kind, number, label)
     # hidden tokens leave positions as they are
     half = replace(setup, target=0.5, stages=(stage,), sites={}, compact=False)
 
@@ -138,11 +141,11 @@ def _prove_dropping(setup: Setup, proven: Proven, given: dict[str, Any], place: 
 
     current = Current()
     driver = InputDriver(half, current, None, counts=proven.counts)
-    if not place and driver.window is not None and given["input_ids"].shape[1] > driver.window[1]:
+    if kind == "input" and driver.window is not None and given["input_ids"].shape[1] > driver.window[1]:
         return  # where windows count columns, only compact positions are allowed, which no mask gives
     short, call, _ = driver.prepare(dict(encoded), generating=False)
     assert call is not None and call.mask is not None
-    if place:
+    if kind == "layer":
         between = DecoderDriver(half, current, None, layers)
         try:
             between.begin(short, call, call.mask)
@@ -162,7 +165,7 @@ def _prove_dropping(setup: Setup, proven: Proven, given: dict[str, Any], place: 
     gone = call.mask.clone()  # [B, L] columns that aren't left
     row, slot = real.nonzero(as_tuple=True)
     gone[row, columns[row, slot]] = False
-    with _hidden(layers, place, gone, call.mask):
+    with _hidden(layers, number, gone, call.mask):
         expected = _states(model, laid)
     found, expected, full = found[row, slot], expected[row, columns[row, slot]], full[row, columns[row, slot]]
     error, effect, size = (_rms(x) for x in (found - expected, expected - full, expected))

@@ -151,6 +151,7 @@ def make_setup(
     numbered = _numbered([_place(stage, method, facts, plain) for stage in stages])
     numbered = tuple(_with_weights(placed, model, method) for placed in numbered)
     _check_tiles(numbered, method)
+    _check_parking(numbered, method)
     if modules is None:
         modules = filled(method, facts, weights, target, device_of(model))
     memory = None if plain else method.memory(facts)
@@ -212,6 +213,10 @@ def _place(stage: Stage, method: TokenMethod, facts: Facts, plain: bool) -> Plac
     where = f"{method.name}, stage {stage.at}"
     if (stage.scope or method.scope) not in SCOPES:
         raise SecateurError(f"there is no scope {stage.scope!r}", where=where, fix=", ".join(SCOPES))
+    if (stage.parks or stage.returns) and not stage.at.startswith("layer"):
+        raise SecateurError(
+            "tokens are parked between decoder layers only", where=where, fix="stages at layer:K"
+        )
     if stage.at in ("tiles", "input"):
         if plain:
             raise SecateurError(
@@ -233,13 +238,9 @@ def _place(stage: Stage, method: TokenMethod, facts: Facts, plain: bool) -> Plac
         )
     kind = "encoder" if site.tower else "layer"
     if kind == "layer" and site.number < facts.first_layer:
-        reason = (
-            f"this model adds visual features to its first {facts.first_layer} layers"
-            if facts.first_layer > 1
-            else "before layer 0 stands the input itself"
-        )
+        first = "layer" if facts.first_layer == 1 else f"{facts.first_layer} layers"
         raise SecateurError(
-            f"tokens cannot leave before layer {site.number}: {reason}",
+            f"tokens cannot leave before layer {site.number}: this model adds visual features to its first {first}",
             where=where,
             fix=f"use layer:{facts.first_layer} or later, or input",
         )
@@ -296,6 +297,23 @@ def _glimpsed(stages: tuple[Placed, ...], remembered: Mapping[str, Site]) -> fro
     looks = {text for p in stages if p.stage.glimpse is not None for text in p.stage.records}
     others = {text for p in stages if p.stage.glimpse is None for text in p.stage.records}
     return frozenset(looks - others - set(remembered))
+
+
+def _check_parking(stages: tuple[Placed, ...], method: TokenMethod) -> None:
+    """What is parked must return, and what returns was parked."""
+    parks = [placed.number for placed in stages if placed.stage.parks]
+    returns = [placed.number for placed in stages if placed.stage.returns]
+    if not parks and not returns:
+        return
+    if not parks or not returns or min(returns) <= min(parks) or max(returns) <= max(parks):
+        names = [
+            " and ".join(f"layer:{n}" for n in sorted(numbers)) or "no layer" for numbers in (parks, returns)
+        ]
+        raise SecateurError(
+            f"tokens are parked at {names[0]} and return at {names[1]}",
+            where=method.name,
+            fix="a stage with returns=True at a later layer than every one with parks=True",
+        )
 
 
 def _numbered(stages: list[Placed]) -> tuple[Placed, ...]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.families.vlm import facts_of, family_of
 from secateur.method import Method, expect, make_method
-from secateur.tokens.attach import Attached, amount_of
+from secateur.tokens.attach import Attached
+from secateur.tokens.counts import amount_of
 from secateur.tokens.method import Lesson, TokenMethod
 from secateur.tokens.modules import Trained
 from secateur.tokens.setup import make_setup

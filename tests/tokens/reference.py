@@ -74,6 +74,32 @@ def masked_layers(layers: Any, gone_at: dict[int, Tensor], eager: bool = False) 
             del layer.forward
 
 
+@contextmanager
+def returning(layers: Any, back: list[tuple[int, int, Tensor]]) -> Iterator[None]:
+    """For each (since, at, columns [B, L] bool): layer `at` is given these columns as layer `since` was."""
+    seen: dict[int, Tensor] = {}
+    handles = []
+
+    def hook(number: int) -> Any:
+        def before(layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            for since, at, columns in back:
+                if at == number:
+                    hidden = torch.where(columns[..., None], seen[since], hidden)
+            seen[number] = hidden
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        return before
+
+    for number, layer in enumerate(layers):
+        handles.append(layer.register_forward_pre_hook(hook(number), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def slots_in_windows(grid: list[tuple[int, int, int]], side: int = 2) -> list[int]:
     """Patches of each tower slot where windows of `side` x `side` tokens (of 4 patches) are laid out one by one."""
     slots, start = [], 0
@@ -96,11 +122,12 @@ def generate(
     gone_at: dict[int, Tensor],
     steps: int,
     tower: tuple[int, Tensor] | None = None,
+    back: list[tuple[int, int, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Greedy tokens [B, steps] and their logits [steps, B, V]; the whole sequence is run anew at every step.
 
     `gone_at[K]`: bool [B, L], columns that layers K and above don't see. `tower` (block, bool [flat slots]): the same in
-    the vision tower.
+    the vision tower. `back`: see `returning`.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     positions = model._prepare_position_ids_for_generation(ids, dict(inputs))
@@ -114,7 +141,9 @@ def generate(
         gone = {k: torch.nn.functional.pad(v, (0, extra)) for k, v in gone_at.items()}
         blocks = tower_blocks(model.get_encoder("image"))
         inside = masked_layers(blocks, {tower[0]: tower[1][None]}) if tower else nullcontext()
-        with torch.no_grad(), inside, masked_layers(model.get_decoder().layers, gone, eager):
+        layers = model.get_decoder().layers
+        again = [(since, at, torch.nn.functional.pad(v, (0, extra))) for since, at, v in back or []]
+        with torch.no_grad(), inside, masked_layers(layers, gone, eager), returning(layers, again):
             out = model(**given, position_ids=positions, use_cache=False).logits[:, -1]
         logits.append(out)
         choice = out.clone()

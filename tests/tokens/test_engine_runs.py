@@ -606,7 +606,6 @@ def test_models_and_places_that_cannot_work(llava: Any, inputs: dict[str, Any], 
             attach(model, half, target="50%")
     before = state(llava)
     for at, word in (
-        ("layer:0", "layer 0"),
         ("layer:9", "outside"),
         ("encoder:9", "outside"),
         ("somewhere", "isn't a place"),

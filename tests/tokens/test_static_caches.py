@@ -258,6 +258,9 @@ def test_every_method_reads_and_keeps_the_same_with_a_static_cache(family: str) 
                 if attached.setup.warm_up and cache:
                     with pytest.raises(SecateurError, match="isn't read off a static cache"):
                         run(model, inputs, max_new_tokens=2, **cache)
+                elif any(placed.stage.parks for placed in attached.setup.stages) and cache:
+                    with pytest.raises(SecateurError, match="need room again"):
+                        run(model, inputs, max_new_tokens=2, **cache)
                 elif attached.setup.in_decoder:
                     found.append((*run(model, inputs, max_new_tokens=2, **cache), lists(attached.kept)))
         for (words, logits, kept), (static_words, static_logits, static_kept) in itertools.pairwise(found):

@@ -77,7 +77,7 @@ def _after_deepstack(model: Any) -> int:
     vision = getattr(model.config, "vision_config", None)
     added = getattr(vision, "deepstack_visual_indexes", None) or ()
     layers = getattr(model.config, "deepstack_layer_map", None) or ()
-    return max([1, len(added), *(int(layer) + 1 for _, layer in layers)])
+    return max([len(added), *(int(layer) + 1 for _, layer in layers)])
 
 
 def _rows(model: Any, inputs: Mapping[str, Any], kind: str, output: Any) -> Layout:

@@ -46,7 +46,7 @@ class Facts(Screen):
     """Tokens before the patches in the tower: CLS, registers."""
     tokenwise_projector: bool = False
     mrope: bool = False
-    first_layer: int = 1
+    first_layer: int = 0
     """The earliest decoder layer before which tokens may leave."""
     video: bool = False
 
@@ -59,20 +59,21 @@ class Facts(Screen):
         return int(number) if number >= 0 else self.layers + int(number)
 
     def spread(self, numbers: Sequence[int], of: int) -> list[int]:
-        """Published decoder layers scaled to this depth: different ones, none before `first_layer`, none after the last.
+        """Published decoder layers scaled to this depth: different ones, none before `first_layer` or layer 1, none after the last.
 
         >>> Facts(layers=28).spread((8, 16), of=32), Facts(layers=4).spread((7, 9, 12), of=32)
         ([7, 14], [1, 2, 3])
         """
-        if self.layers - self.first_layer < len(numbers):
+        first = max(1, self.first_layer)
+        if self.layers - first < len(numbers):
             raise SecateurError(
-                f"{len(numbers)} cuts inside the language model need {len(numbers) + self.first_layer} layers or more",
+                f"{len(numbers)} cuts inside the language model need {len(numbers) + first} layers or more",
                 where="layers",
                 fix=f"this one has {self.layers}; choose a method that prunes before it",
             )
         layers: list[int] = []
         for i, number in enumerate(numbers):
-            least = layers[-1] + 1 if layers else self.first_layer
+            least = layers[-1] + 1 if layers else first
             most = self.layers - (len(numbers) - i)
             layers.append(min(max(math.floor(number * self.layers / of + 0.5), least), most))
         return layers
@@ -155,7 +156,7 @@ class Family(Screen):
     mrope: bool = False
     observed: bool = False
     """Positions are those that the decoder is seen to get."""
-    first_layer: Callable[[Any], int] = lambda model: 1
+    first_layer: Callable[[Any], int] = lambda model: 0
     video: bool = False
     masks: bool = True
     """Tower blocks take a mask, so that crops may keep different numbers."""

@@ -76,7 +76,7 @@ def _merge(model: Any) -> int:
 
 
 def _deepstack(model: Any) -> int:
-    return max(1, len(getattr(model.config.vision_config, "deepstack_visual_indexes", ())))
+    return len(getattr(model.config.vision_config, "deepstack_visual_indexes", ()))
 
 
 def _no_prefix(tower: nn.Module) -> int:
