@@ -54,8 +54,9 @@ class LanguageWork(Work):
     def _windows(self, seed: int) -> Tensor:
         """int64 [samples, 128]: the same for all methods of a seed, and read once."""
         if seed not in self.read:
-            ids = load_calibration(self.model, self.tokenizer, self.text, self.setup.samples, SEQLEN, seed)
-            self.read = {seed: ids}
+            self.read[seed] = load_calibration(
+                self.model, self.tokenizer, self.text, self.setup.samples, SEQLEN, seed
+            )
         return self.read[seed]
 
     def _figures(self, model: nn.Module, done: Pruned | None = None) -> Figures:
