@@ -30,8 +30,9 @@ import torch
 
 from secateur.errors import SecateurError
 from secateur.method import list_methods, method_class
-from secateur.tasks.scenes.evaluate import Score, above, deviation, evaluate, table
-from secateur.tasks.scenes.models import inputs, load_scenes, scenes_tokenizer
+from secateur.tasks.scenes.evaluate import Score, above, deviation, evaluate, table, target_of_work
+from secateur.tasks.scenes.evaluate import settings_of as own_settings
+from secateur.tasks.scenes.models import inputs, load_scenes
 from secateur.tasks.scenes.questions import PART, test_set
 from secateur.tokens.attach import attach
 from secateur.tokens.method import TokenMethod
@@ -39,14 +40,8 @@ from secateur.utils.files import atomic_write_json
 from secateur.utils.spread import quartiles
 
 RANDOM = "random-tokens"
-OWN = {name: {"text": "embeddings"} for name in ("recoverable-compression", "cdpruner")}
-"""Settings that the bench must give: there is no contrastive text tower, so likeness is taken in word embeddings."""
-
-
 SHARES = (0.02, 0.1, 0.25, 0.5, 0.8)
 """Targets at which prefills are timed; the one that meets a budget lies on the line between two of them."""
-LEAST = 0.016
-"""The smallest share tried: one token of 64."""
 
 
 def token_methods() -> list[str]:
@@ -117,7 +112,7 @@ def settings_of(method: str, seed: int, args: argparse.Namespace) -> dict[str, A
     """What `attach` is given for a method beside its target."""
     folder = args.weights.get(method)
     trained = {"weights": folder.format(seed=seed)} if folder else {}
-    return {"tokenizer": scenes_tokenizer(), **OWN.get(method, {}), **trained}
+    return {**own_settings(method), **trained}
 
 
 def joined(parts: list[Score]) -> Score:
@@ -306,14 +301,7 @@ class Bench:
         return {"target": target, "why": None if target else f"can't do with less than {least:.3g}{unit}"}
 
     def _by_work(self, method: str, budget: float) -> tuple[str | None, float]:
-        low, high = round(1000 * LEAST), 1000
-        if (least := self.run(method, percent(low / 1000))[1]) > budget:
-            return None, least
-        while high - low > 1:  # low fits, high doesn't
-            middle = (low + high) // 2
-            fits = self.run(method, percent(middle / 1000))[1] <= budget
-            low, high = (middle, high) if fits else (low, middle)
-        return percent(low / 1000), budget
+        return target_of_work(lambda target: self.run(method, target)[1], budget)
 
     def _by_time(self, method: str, budget: float) -> tuple[str | None, float]:
         shares = [percent(share) for share in SHARES]

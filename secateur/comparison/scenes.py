@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from secateur.comparison.details import kept_tokens
 from secateur.comparison.rows import Run
 from secateur.comparison.setup import Setup
@@ -12,10 +9,8 @@ from secateur.comparison.work import Figures, Work, check_fit
 from secateur.errors import SecateurError
 from secateur.method import method_class
 from secateur.tasks.scenes import evaluate as scenes
-from secateur.tasks.scenes.models import DEPTH, TOKENS, load_scenes, scenes_tokenizer
+from secateur.tasks.scenes.models import DEPTH, TOKENS, load_scenes
 
-CLOSE = 0.02
-"""How far from the share of tokens x layers that was asked for a method may end, as it keeps whole tokens."""
 FEW = 4
 """Pictures on which the target is searched: the count of tokens hardly depends on them."""
 
@@ -26,10 +21,6 @@ class ScenesWork(Work):
     verbs = ("attach",)
     costs = ("tokens",)
     metric, sign = "accuracy", 1
-    own: Mapping[str, Mapping[str, Any]] = {
-        name: {"text": "embeddings"} for name in ("recoverable-compression", "cdpruner")
-    }
-    """Settings that a bench must give: there is no contrastive text tower, so likeness is taken in word embeddings."""
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
@@ -41,50 +32,32 @@ class ScenesWork(Work):
 
     def run(self, run: Run) -> Figures:
         check_fit(self, method_class(run.method), run.method, self.setup)
-        wanted = float(run.target.rstrip("%")) / 100
-        target = self._target(run.method, wanted, run.seed)
-        found = self._figures(self._score(run, target, self.limit))
-        if abs(found["tokens"] - wanted) > CLOSE:
+        budget = float(run.target.rstrip("%")) / 100 * TOKENS * DEPTH
+        target, least = scenes.target_of_work(
+            lambda target: self._score(run, target, FEW).tokens_layers, budget
+        )
+        if target is None:
             raise SecateurError(
-                f"it can't come nearer to {wanted:.0%} of the tokens x layers than {found['tokens']:.1%}",
+                f"it can't do with less than {least / TOKENS / DEPTH:.1%} of the tokens x layers",
                 where=run.method,
-                fix="another budget",
+                fix="a larger budget",
             )
+        found = self._figures(self._score(run, target, self.limit))
         shown = kept_tokens(
             load_scenes(self.variant, run.seed),
             run.method,
             target=target,
             seed=run.seed,
-            **self._extra(run.method),
+            **scenes.settings_of(run.method),
         )
         return found | {"target_given": target, "kept": shown}
 
-    def _target(self, method: str, wanted: float, seed: int) -> str:
-        """The target at which the method has this share of tokens x layers, by bisection on a few pictures."""
-        low, high, middle = 0.0, 1.0, wanted
-        best = (2.0, "100%")
-        for _ in range(8):
-            target = f"{middle * 100:.4g}%"
-            try:
-                share = self._figures(self._score(Run(method, target, seed), target, FEW))["tokens"]
-            except SecateurError:  # too few tokens for the method's stages: it needs more
-                share = 0.0
-            best = min(best, (abs(share - wanted), target))
-            if best[0] < CLOSE / 2:
-                break
-            low, high = (middle, high) if share < wanted else (low, middle)
-            middle = (low + high) / 2
-        return best[1]
-
     def _score(self, run: Run, target: str, limit: int) -> scenes.Score:
         where = (self.variant, [run.seed], limit)
-        score = scenes.evaluate(run.method, target, *where, **self._extra(run.method))
+        score = scenes.evaluate(run.method, target, *where, **scenes.settings_of(run.method))
         if score.missing:
             raise SecateurError(score.missing, where=run.method, fix="compare the others")
         return score
-
-    def _extra(self, method: str) -> Figures:
-        return {"tokenizer": scenes_tokenizer(), **self.own.get(method, {})}
 
     def _figures(self, score: scenes.Score) -> Figures:
         return {

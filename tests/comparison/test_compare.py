@@ -222,8 +222,8 @@ def test_token_methods_get_the_target_at_which_they_do_equal_work(tmp_path):
     rows = secateur.compare("scenes", methods, ["60%", "40%"], seeds=1, test=4, out=tmp_path / "out").rows
     found = {(row["method"], row["target"]): row for row in rows}
     grid, late = found["uniform-grid", "60%"], found["fastv", "60%"]
-    assert abs(grid["tokens"] - 0.6) < 0.02 and abs(late["tokens"] - 0.6) < 0.02
+    assert 0.58 < grid["tokens"] <= 0.6 and 0.58 < late["tokens"] <= 0.6
     # what leaves behind the second of four layers must leave fewer
     assert float(late["target_given"].rstrip("%")) < float(grid["target_given"].rstrip("%"))
     assert len(next(iter(grid["kept"].values()))) == round(0.64 * grid["tokens"] * 100)
-    assert "can't come nearer to 40%" in found["fastv", "40%"]["why"]
+    assert "can't do with less than 50.8%" in found["fastv", "40%"]["why"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +12,39 @@ import torch
 from torch import Tensor
 
 from secateur.tasks.scenes.draw import KINDS, decode
-from secateur.tasks.scenes.models import DEPTH, TOKENS, load_scenes
+from secateur.tasks.scenes.models import DEPTH, TOKENS, load_scenes, scenes_tokenizer
 from secateur.tasks.scenes.questions import PART, accuracy, test_set
 from secateur.tasks.scenes.real import real_test
 from secateur.tokens.attach import attach
 from secateur.tokens.state import Missing
+
+OWN = {name: {"text": "embeddings"} for name in ("recoverable-compression", "cdpruner")}
+"""Settings that a bench must give: there is no contrastive text tower, so likeness is taken in word embeddings."""
+
+
+def settings_of(method: str) -> dict[str, Any]:
+    """What `attach` is given for a method here beside its target."""
+    return {"tokenizer": scenes_tokenizer(), **OWN.get(method, {})}
+
+
+def target_of_work(work: Callable[[str], float], budget: float) -> tuple[str | None, float]:
+    """(the largest target, in tenths of a percent, that does no more work than the budget, or None; the least work there is).
+
+    >>> target_of_work(lambda target: 4 * round(0.64 * float(target.rstrip("%"))), 128)
+    ('50.7%', 4)
+
+    work: tokens x layers of a target; it grows with it.
+    """
+    low, high = math.ceil(1000 / TOKENS), 1000  # from one token on
+    least = work(f"{low / 10:.1f}%")
+    if least > budget:
+        return None, least
+    if work("100.0%") <= budget:
+        return "100.0%", least
+    while high - low > 1:  # low fits, high doesn't
+        middle = (low + high) // 2
+        low, high = (middle, high) if work(f"{middle / 10:.1f}%") <= budget else (low, middle)
+    return f"{low / 10:.1f}%", least
 
 
 def picture(number: int) -> tuple[Tensor, dict[str, tuple[str, str]]]:
