@@ -17,52 +17,12 @@ from secateur.errors import SecateurError
 from secateur.method import register
 from secateur.taxonomy import record
 from secateur.tokens.counts import amount_of
+from secateur.tokens.grid import nearest
+from secateur.tokens.instances import evenly, instances_of
 from secateur.tokens.method import Facts, Stage, TokenMethod
-from secateur.tokens.select import top_per_row
+from secateur.tokens.question import last_column
+from secateur.tokens.select import strided, top_per_row
 from secateur.tokens.state import Reduction, TokenSets
-
-
-def strided(count: Tensor, keep: Tensor, n: int) -> Tensor:
-    """bool [S, n]: places 0, step, 2 step, ... with a step of floor(count / keep), `keep` of them; both [S].
-
-    >>> strided(torch.tensor([7]), torch.tensor([3]), 7).nonzero()[:, 1].tolist()
-    [0, 2, 4]
-    """
-    place = torch.arange(n, device=count.device)
-    step = (count // keep.clamp(min=1)).clamp(min=1)[:, None]
-    return (place % step == 0) & (place // step < keep[:, None]) & (place < count[:, None])
-
-
-def quotas(sizes: list[int], keep: int) -> list[int]:
-    """How many of `keep` tokens each instance gets, by its size: one at least, all in all `keep`, or every token there is.
-
-    >>> quotas([18, 9, 9], 10)
-    [6, 2, 2]
-    """
-    total = sum(sizes)
-    keep = min(keep, total)
-    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-    taking_part = set(order[:keep])
-    found = [max(1, keep * size // total) if i in taking_part else 0 for i, size in enumerate(sizes)]
-    while sum(found) > keep:
-        found[found.index(max(found))] -= 1
-    while sum(found) < keep:
-        for i in order:
-            if found[i] < sizes[i] and sum(found) < keep:
-                found[i] += 1
-    return found
-
-
-def of_instances(instance: Tensor, keep: int) -> Tensor:
-    """bool [n]: the tokens that stand for instances, evenly along each; `instance` [n] says which each token belongs to."""
-    members = [(instance == number).nonzero()[:, 0] for number in instance.unique().tolist()]
-    chosen = torch.zeros(len(instance), dtype=torch.bool, device=instance.device)
-    for mine, quota in zip(members, quotas([len(mine) for mine in members], keep)):
-        if quota:
-            chosen[
-                mine[strided(torch.tensor([len(mine)]), torch.tensor([quota]), len(mine))[0].to(mine.device)]
-            ] = True
-    return chosen
 
 
 @register
@@ -160,36 +120,11 @@ class LvlmCsp(TokenMethod):
         else:
             chosen = torch.zeros_like(sets.valid)
             for one, instance, valid, count in zip(
-                chosen, self.instances(sets), sets.valid, sets.keep.tolist()
+                chosen, instances_of(sets, self.name), sets.valid, sets.keep.tolist()
             ):
-                one[valid] = of_instances(instance[valid], count)
+                one[valid] = evenly(instance[valid], count)
         sets.carried["chosen"] = chosen.float()
         return chosen
-
-    def instances(self, sets: TokenSets) -> Tensor:
-        """int64 [S, n]: the first of the given masks that a token is in; their number for the background."""
-        masks = sets.given.get("instances")
-        fix = 'attach(..., given={"instances": [bool [instances, tokens] for each row]})'
-        if masks is None:
-            raise SecateurError("there are no instances of the tokens", where=self.name, fix=fix)
-        found = torch.zeros_like(sets.index)
-        for one, row, index in zip(found, sets.row.tolist(), sets.index):
-            mask = torch.as_tensor(masks[row]) if row < len(masks) else None
-            if mask is None or mask.dim() != 2 or mask.shape[1] <= int(index.max()):
-                raise SecateurError(
-                    f"the instances of row {row} are "
-                    + (
-                        "missing"
-                        if mask is None
-                        else f"{list(mask.shape)}; it has {int(index.max()) + 1} tokens"
-                    ),
-                    where=self.name,
-                    fix=fix,
-                )
-            mask = mask.bool().to(sets.device)[:, index.clamp(min=0)]
-            background = torch.ones_like(mask[:1]) if len(mask) else mask.new_ones(1, len(index))
-            one[:] = torch.cat([mask, background]).to(torch.uint8).argmax(0)
-        return found
 
     def scatter(self, entry: str, sets: TokenSets) -> Tensor | Reduction:
         """All tokens, those that return as they were embedded or with the change of their nearest."""
@@ -197,7 +132,7 @@ class LvlmCsp(TokenMethod):
         if self.reenter == "embedding" or torch.equal(chosen, sets.valid):
             return sets.valid
         change = (sets.features - sets.hidden(entry)).masked_fill(~chosen[..., None], 0)
-        near = nearest(sets, chosen)
+        near = nearest(sets.grid_row, sets.grid_col, chosen, (sets.frame_of, sets.crop_of))
         moved = sets.features + change.gather(1, near[..., None].expand_as(change))
         index = Reduction.from_mask(sets.valid).index
         states = torch.where(chosen[..., None], sets.features, moved)
@@ -207,30 +142,5 @@ class LvlmCsp(TokenMethod):
         """The tokens that [SEG] attends to most in the layer before."""
         if self.seg is None:
             return top_per_row(sets.attention(last, rows="last"), sets.keep, sets.valid)
-        ids, there = sets.text("ids", of="query")
-        columns = sets.text("columns", of="query")[0]
-        place = torch.arange(ids.shape[1], device=ids.device)
-        at = (
-            torch.where((ids == self.seg) & there, place, -1).amax(1)
-            if ids.shape[1]
-            else sets.row.new_full((len(sets),), -1)
-        )
-        if bool((at < 0).any()):
-            raise SecateurError(
-                f"row {int(sets.row[at < 0][0])} has no token {self.seg} behind its last image",
-                where=self.name,
-                fix="put [SEG] into the prompt, or leave seg out: then the last token of the prompt ranks",
-            )
-        rows = columns.gather(1, at[:, None])
+        rows = last_column(sets, self.seg, self.name)
         return top_per_row(sets.attention(last, rows=rows), sets.keep, sets.valid)
-
-
-def nearest(sets: TokenSets, chosen: Tensor) -> Tensor:
-    """int64 [S, n]: the nearest chosen token on the grid, of the token's own frame and crop before others; ties: the first."""
-    places = torch.stack([sets.grid_row, sets.grid_col], 2).double()
-    apart = (places[:, :, None] - places[:, None]).square().sum(-1)
-    other = (sets.frame_of[:, :, None] != sets.frame_of[:, None]) | (
-        sets.crop_of[:, :, None] != sets.crop_of[:, None]
-    )
-    apart = apart + other * (apart.max() + 1)
-    return apart.masked_fill(~chosen[:, None], torch.inf).argmin(2)

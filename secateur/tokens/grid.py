@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -71,3 +73,16 @@ def neighbours(mask: Tensor, places: Tensor, width: Tensor, height: Tensor, edge
         taken.scatter_(1, at.masked_fill(~who, taken.shape[1] - 1), True)
     taken[:, -1] = False
     return mask | taken.gather(1, places.masked_fill(places < 0, taken.shape[1] - 1))
+
+
+def nearest(grid_row: Tensor, grid_col: Tensor, chosen: Tensor, homes: Sequence[Tensor] = ()) -> Tensor:
+    """int64 [S, n]: the nearest chosen token on the grid, of those with the same `homes` (frame, crop) before others; ties: the first.
+
+    >>> nearest(torch.zeros(1, 4), torch.arange(4)[None], torch.tensor([[True, False, False, True]]))
+    tensor([[0, 0, 3, 3]])
+    """
+    places = torch.stack([grid_row, grid_col], 2).double()
+    apart = (places[:, :, None] - places[:, None]).square().sum(-1)
+    for home in homes:
+        apart = apart + (home[:, :, None] != home[:, None]) * (apart.max() + 1)
+    return apart.masked_fill(~chosen[:, None], torch.inf).argmin(2)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.errors import SecateurError
 from secateur.tokens.state import TokenSets
 
 STOP_WORDS = frozenset(
@@ -64,3 +65,21 @@ def spelled(tokenizer: Any, word: str, known: set[int]) -> list[int]:
     """A word's tokens as the prompt has them: with or without a blank before it."""
     forms = [tokenizer.encode(form, add_special_tokens=False) for form in (word, f" {word}")]
     return next((form for form in forms if form and known.issuperset(form)), [])
+
+
+def last_column(sets: TokenSets, token: int, who: str) -> Tensor:
+    """int64 [S, 1]: the column of the last place of a token behind the images of each set's row.
+
+    who: the method, for errors. Raises `SecateurError` where a row has none.
+    """
+    ids, there = sets.text("ids", of="query")
+    columns = sets.text("columns", of="query")[0]
+    found = (ids == token) & there
+    if bool((without := ~found.any(1)).any()):
+        raise SecateurError(
+            f"row {int(sets.row[without][0])} has no token {token} behind its last image",
+            where=who,
+            fix="put it into the prompt, or don't ask for it",
+        )
+    place = torch.arange(ids.shape[1], device=ids.device)
+    return columns.gather(1, torch.where(found, place, -1).amax(1, keepdim=True))

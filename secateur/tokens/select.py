@@ -122,3 +122,14 @@ def even_runs(valid: Tensor, parts: Tensor | int) -> tuple[Tensor, Tensor]:
     sizes = sizes * (run < parts[:, None])
     place = torch.arange(valid.shape[1], device=valid.device).expand_as(valid).contiguous()
     return torch.searchsorted(sizes.cumsum(1), place, right=True).clamp(max=len(run) - 1), sizes
+
+
+def strided(count: Tensor, keep: Tensor, n: int) -> Tensor:
+    """bool [S, n]: places 0, step, 2 step, ... with a step of floor(count / keep), `keep` of them; both [S].
+
+    >>> strided(torch.tensor([7]), torch.tensor([3]), 7).nonzero()[:, 1].tolist()
+    [0, 2, 4]
+    """
+    place = torch.arange(n, device=count.device)
+    step = (count // keep.clamp(min=1)).clamp(min=1)[:, None]
+    return (place % step == 0) & (place // step < keep[:, None]) & (place < count[:, None])

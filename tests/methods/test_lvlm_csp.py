@@ -12,9 +12,9 @@ from token_examples import CLIP
 from secateur import SecateurError
 from secateur.families.vlm import Facts
 from secateur.method import make_method
-from secateur.methods.lvlm_csp import quotas
 from secateur.testing import token_sets
 from secateur.tokens.attach import attach
+from secateur.tokens.instances import shares
 from secateur.tokens.state import Reduction
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tokens"))
@@ -39,13 +39,13 @@ def test_uniform_clusters_take_every_step_th_token_and_may_leave_the_tail():
 
 
 def test_shares_of_instances():
-    assert quotas([18, 2, 16], 8) == [4, 1, 3]
-    assert quotas([100, 1, 1, 1, 1], 8) == [4, 1, 1, 1, 1]
-    assert quotas([18, 9, 9], 10) == [6, 2, 2]
+    assert shares([18, 2, 16], 8) == [4, 1, 3]
+    assert shares([100, 1, 1, 1, 1], 8) == [4, 1, 1, 1, 1]
+    assert shares([18, 9, 9], 10) == [6, 2, 2]
     # only the two largest take part; a full instance is skipped; no more than there are
-    assert quotas([3, 9, 4], 2) == [0, 1, 1]
-    assert quotas([1, 5], 6) == [1, 5]
-    assert quotas([2, 3], 9) == [2, 3]
+    assert shares([3, 9, 4], 2) == [0, 1, 1]
+    assert shares([1, 5], 6) == [1, 5]
+    assert shares([2, 3], 9) == [2, 3]
 
 
 def test_clusters_by_instance():
