@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from secateur.errors import SecateurError, choose, require
 from secateur.method import list_methods, make_method, method_class
 
 ENGINES = ("local", "ray")
+WAIT = 5.0
+"""Seconds in which an address must answer."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,7 @@ def on_ray(setup: Setup, runs: Sequence[Run], jobs: int, address: str | None) ->
         raise SecateurError(
             "ray isn't installed", where="engine", fix="pip install 'secateur[ray]'"
         ) from error
+    check_reached(address)
     try:
         own = {} if address else {"num_cpus": jobs * setup.threads, "include_dashboard": False}
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, **own)
@@ -228,6 +232,21 @@ def on_ray(setup: Setup, runs: Sequence[Run], jobs: int, address: str | None) ->
                     yield {**named, "state": "failed", "why": str(error).splitlines()[0]}
     finally:
         ray.shutdown()
+
+
+def check_reached(address: str | None) -> None:
+    """Refuses `host:port` where nothing answers, which Ray itself would try for minutes; other forms (`auto`) are Ray's to read."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=WAIT).close()
+    except (OSError, OverflowError) as error:
+        raise SecateurError(
+            f"nothing answers there ({error})",
+            where=f"address {address}",
+            fix="start Ray there, or leave the address out for a cluster of this machine",
+        ) from error
 
 
 def _on_worker(setup: Setup, run: Run) -> Row:

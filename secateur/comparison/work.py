@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 import time
 from typing import Any
@@ -24,7 +25,7 @@ SEQLEN = 128
 """Tokens of a calibration window of language models."""
 
 
-class Work:
+class Work(abc.ABC):
     """What methods are compared on."""
 
     verbs: tuple[str, ...]
@@ -37,13 +38,13 @@ class Work:
     def __init__(self, setup: Setup):
         self.setup = setup
 
+    @abc.abstractmethod
     def dense(self, seed: int) -> Figures:
         """The figures of the model as it is."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def run(self, run: Run) -> Figures:
         """The figures of one run. Raises `SecateurError` where the method or the target doesn't fit."""
-        raise NotImplementedError
 
 
 def check_fit(work: Work | type[Work], kind: type[Method], name: str, setup: Setup) -> None:

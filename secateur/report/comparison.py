@@ -18,7 +18,7 @@ from secateur.comparison.rows import DENSE, Row
 from secateur.comparison.setup import Setup
 from secateur.comparison.summary import Line, as_json, mean_ranks, metric_of, percent, summary
 from secateur.method import method_class
-from secateur.report.html import _plotly, render
+from secateur.report.html import plotly_script, render
 from secateur.report.terminal import table
 from secateur.taxonomy.axes import AXES, MEANING
 from secateur.utils.files import atomic_write_text
@@ -168,7 +168,7 @@ def comparison_html(setup: Setup, rows: Sequence[Row], baseline: str | None = No
         refused=refusals(lines),
         settings=[(name, str(value)) for name, value in setup.as_json().items()],
         data=data,
-        plotly=_plotly(),
+        plotly=plotly_script(),
     )
 
 

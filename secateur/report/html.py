@@ -65,7 +65,7 @@ def report_html(report: Mapping[str, Any], plan: Plan | None = None) -> str:
         settings=[(name, json.dumps(value)) for name, value in settings.items()],
         versions=[(name, str(value)) for name, value in versions.items()],
         figures=figures,
-        plotly=_plotly(),
+        plotly=plotly_script(),
     )
 
 
@@ -94,7 +94,7 @@ def as_json(value: Any) -> Markup:
 
 
 @functools.cache
-def _plotly() -> str:
+def plotly_script() -> str:
     from plotly.offline import get_plotlyjs
 
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()

@@ -14,6 +14,7 @@ import secateur
 from secateur.cli.main import main
 from secateur.comparison import read_rows
 from secateur.comparison.networks import TaskWork
+from secateur.comparison.run import check_reached
 from secateur.errors import SecateurError
 
 QUICK = {"test": 60, "samples": 32, "latency": False}
@@ -227,3 +228,10 @@ def test_token_methods_get_the_target_at_which_they_do_equal_work(tmp_path):
     assert float(late["target_given"].rstrip("%")) < float(grid["target_given"].rstrip("%"))
     assert len(next(iter(grid["kept"].values()))) == round(0.64 * grid["tokens"] * 100)
     assert "can't do with less than 50.8%" in found["fastv", "40%"]["why"]
+
+
+def test_an_address_where_nothing_answers_is_refused_at_once():
+    with pytest.raises(SecateurError, match="address 127.0.0.1:9: nothing answers there"):
+        check_reached("127.0.0.1:9")
+    for known in (None, "auto", "local"):
+        check_reached(known)
