@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from secateur.errors import SecateurError, SecateurWarning
 from secateur.utils.files import atomic_write_json, atomic_write_text
 from secateur.utils.schema import read_object
+from secateur.utils.screen import counted
 
 FORMAT, VERSION = "secateur-comparison", 1
 ROWS, ABOUT, DAMAGED, LOCK = "rows.jsonl", "comparison.json", "damaged.jsonl", "lock"
@@ -115,7 +116,9 @@ def read_rows(folder: str | Path) -> list[Row]:
     good, damaged, _ = _parse(Path(folder) / ROWS)
     if damaged:
         warnings.warn(
-            f"{Path(folder) / ROWS}: {len(damaged)} rows can't be read and are left out", SecateurWarning, 2
+            f"{Path(folder) / ROWS}: {counted(len(damaged), 'row')} can't be read, and left out",
+            SecateurWarning,
+            2,
         )
     return good
 

@@ -10,6 +10,7 @@ from secateur.errors import SecateurError
 from secateur.method import method_class
 from secateur.tasks.scenes import evaluate as scenes
 from secateur.tasks.scenes.models import DEPTH, TOKENS, load_scenes
+from secateur.tokens.method import TokenMethod
 
 FEW = 4
 """Pictures on which the target is searched: the count of tokens hardly depends on them."""
@@ -31,7 +32,14 @@ class ScenesWork(Work):
         return self._figures(scenes.evaluate(None, None, self.variant, [seed], self.limit))
 
     def run(self, run: Run) -> Figures:
-        check_fit(self, method_class(run.method), run.method, self.setup)
+        kind = method_class(run.method)
+        check_fit(self, kind, run.method, self.setup)
+        if issubclass(kind, TokenMethod) and kind.memory is not TokenMethod.memory:
+            raise SecateurError(
+                "it remembers the steps of an episode, and questions are none",
+                where=run.method,
+                fix="compare it on a policy, such as that of benchmarks/rooms_minigrid.py",
+            )
         budget = float(run.target.rstrip("%")) / 100 * TOKENS * DEPTH
         target, least = scenes.target_of_work(
             lambda target: self._score(run, target, FEW).tokens_layers, budget
