@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from secateur.cli.flags import OUTPUT, SWITCH, flag, listed
 from secateur.cli.shared import JSON_HELP, Shown, check_new_file, quiet_stdout, show
 from secateur.errors import SecateurError
+from secateur.utils.screen import counted
 
 TASK = Parameter(help="digits, cifar10:resnet20, scenes, smollm2, ..., or the folder of a language model")
 FOLDER = Parameter(help="a folder that `secateur compare` wrote")
@@ -90,9 +91,8 @@ def compare(task: Annotated[str, TASK], /, *, flags: Compare, engine: Engine) ->
 def _draw(found: Any, engine: Engine, draw: Any, console: Any) -> None:
     draw(found.setup, found.rows, console, engine.baseline)
     if found.damaged:
-        console.print(
-            f"{found.damaged} lines couldn't be read: they are in damaged.jsonl, and were run again"
-        )
+        lines = counted(found.damaged, "line")
+        console.print(f"{lines} of rows.jsonl couldn't be read: kept in damaged.jsonl, and run again")
     console.print(f"rows: {engine.out}/rows.jsonl; secateur report {engine.out} --out page.html draws them")
 
 

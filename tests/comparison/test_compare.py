@@ -219,7 +219,7 @@ def test_without_ray_the_error_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_token_methods_get_the_target_at_which_they_do_equal_work(tmp_path):
-    methods = ["uniform-grid", "fastv"]
+    methods = ["uniform-grid", "fastv", "vla-pruner"]
     rows = secateur.compare("scenes", methods, ["60%", "40%"], seeds=1, test=4, out=tmp_path / "out").rows
     found = {(row["method"], row["target"]): row for row in rows}
     grid, late = found["uniform-grid", "60%"], found["fastv", "60%"]
@@ -227,6 +227,7 @@ def test_token_methods_get_the_target_at_which_they_do_equal_work(tmp_path):
     # what leaves behind the second of four layers must leave fewer
     assert float(late["target_given"].rstrip("%")) < float(grid["target_given"].rstrip("%"))
     assert len(next(iter(grid["kept"].values()))) == round(0.64 * grid["tokens"] * 100)
+    assert "steps of an episode" in found["vla-pruner", "60%"]["why"]
     assert "can't do with less than 50.8%" in found["fastv", "40%"]["why"]
 
 

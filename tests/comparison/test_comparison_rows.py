@@ -48,7 +48,7 @@ def test_what_cannot_be_read_is_kept_apart_and_the_good_rows_stay(folder, line):
     with open(folder / store.ROWS, "a") as file:
         file.write(line + "\n")
     store.append(folder, row(seed=1))
-    with pytest.warns(SecateurWarning, match="1 rows can't be read"):
+    with pytest.warns(SecateurWarning, match="1 row can't be read, and left out"):
         assert store.read_rows(folder) == [row(seed=0), row(seed=1)]
     assert store.mend(folder) == ([row(seed=0), row(seed=1)], 1)
     assert (folder / store.DAMAGED).read_text() == line + "\n"
