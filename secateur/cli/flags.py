@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 import operator
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -75,11 +76,23 @@ def settings(rows: Iterable[Row], group: str | None = None, order: int = 1, pref
     return dataclasses.make_dataclass("Settings", fields, bases=(Settings,), namespace=space, kw_only=True)
 
 
-def command(function: Callable[..., Any], line: str = "", **kinds: type) -> Callable[..., Any]:
+RECIPE = Group("Recipe", sort_key=5)
+RECIPE_FLAGS = {
+    "from_recipe": ("--recipe", "read arguments and flags from this file; what stands on the command line wins"),
+    "save_recipe": ("--save-recipe", "write the file that repeats this run; a result's folder always holds one, recipe.yaml"),
+}  # fmt: skip
+
+Done = Callable[[list[str], dict[str, Any], str | None], None]
+
+
+def command(
+    function: Callable[..., Any], line: str = "", done: Done | None = None, **kinds: type
+) -> Callable[..., Any]:
     """`function` as cyclopts calls it: the fields of its dataclasses are flags.
 
-    line: the command line as text, for a function that has a parameter of this name. kinds: what stands in for the type of a
-    parameter, where it depends on the method that is named.
+    line: the command line as text, for a function that has a parameter of this name. done: called after a run with its
+    arguments, the values of its flags (`said`), and what --save-recipe says. kinds: what stands in for the type of a parameter,
+    where it depends on the method that is named.
     """
     hints = typing.get_type_hints(function, include_extras=True) | kinds
     passed = {"line": line} if "line" in hints else {}
@@ -93,18 +106,55 @@ def command(function: Callable[..., Any], line: str = "", **kinds: type) -> Call
         if parameter.name != "line" and kind is not Settings:
             shown.append(parameter.replace(annotation=kind, default=default))
     absent = {name: Settings() for name, kind in hints.items() if kind is Settings}
+    for name, (spelled, help) in RECIPE_FLAGS.items():
+        hint = Annotated[str | None, Parameter(name=spelled, help=help, group=RECIPE)]
+        shown.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
 
     signature = inspect.Signature(shown)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        return function(*bound.args, **bound.kwargs, **passed, **absent)
+        files = {name: bound.arguments.pop(name) for name in RECIPE_FLAGS}
+        code = function(*bound.args, **bound.kwargs, **passed, **absent)
+        if done is not None:
+            done(*said(bound.arguments, signature), files["save_recipe"])
+        return code
 
     run.__signature__ = signature  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     return run
+
+
+def said(values: Mapping[str, Any], signature: inspect.Signature) -> tuple[list[str], dict[str, Any]]:
+    """(the arguments, the value of every flag that has one) of a call, as text and lists of text.
+
+    What only says where results go and who works (the group Output, --json) is left out.
+    """
+    arguments, flags = [], {}
+    for name, value in values.items():
+        if not dataclasses.is_dataclass(value):
+            parameter = signature.parameters[name]
+            if parameter.kind is inspect.Parameter.POSITIONAL_ONLY and value is not None:
+                arguments += [str(item) for item in (value if isinstance(value, tuple | list) else [value])]
+            continue
+        hints = typing.get_type_hints(type(value), include_extras=True)
+        for item in dataclasses.fields(value):
+            notes = [n for n in getattr(hints[item.name], "__metadata__", ()) if isinstance(n, Parameter)]
+            found = getattr(value, item.name)
+            if found is None or item.name == "json" or OUTPUT in notes:
+                continue
+            spelled = next((next(iter(n.name)) for n in notes if n.name), item.name.replace("_", "-"))
+            flags[spelled.removeprefix("--")] = _text(found)
+    return arguments, flags
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_text(item) for item in value]
+    number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    return value if number else str(value)
 
 
 def _required(item: dataclasses.Field) -> bool:
@@ -139,7 +189,8 @@ WORDS = {"on": True, "off": False, "true": True, "false": False, "yes": True, "n
 
 
 def on_off(argv: Sequence[str], switches: Mapping[str, bool]) -> list[str]:
-    """`--prove off` as `--no-prove`, for every yes-or-no flag. `switches`: name -> whether it has a `--no-` form."""
+    """`--prove off` as `--no-prove`, for every yes-or-no flag, and `--data -` as `--data=-`. `switches`: name -> whether it has a
+    `--no-` form."""
     out: list[str] = []
     for token in argv:
         name, equals, value = token.partition("=")
@@ -147,6 +198,8 @@ def on_off(argv: Sequence[str], switches: Mapping[str, bool]) -> list[str]:
             out += _switch(name, WORDS[value.lower()], switches)
         elif out and out[-1] in switches and token.lower() in WORDS:
             out += _switch(out.pop(), WORDS[token.lower()], switches)
+        elif token == "-" and out and out[-1].startswith("--") and "=" not in out[-1]:
+            out[-1] += "=-"  # cyclopts takes what begins with a hyphen for a flag
         else:
             out.append(token)
     return out

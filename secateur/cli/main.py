@@ -7,11 +7,13 @@ a check of `doctor` failed; 2 for a user's mistake, which is one line; 130 after
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import cyclopts
@@ -26,6 +28,7 @@ from secateur.cli import (
     minigrid,
     plan,
     prune,
+    recipe,
     saliency,
     scenes,
     token_modules,
@@ -34,7 +37,7 @@ from secateur.cli import (
 )
 from secateur.cli.flags import command, flag_names, named_method, on_off, settings
 from secateur.cli.interrupt import INTERRUPTED, interrupted
-from secateur.cli.shared import entries, method_entry, method_flags
+from secateur.cli.shared import check_new_file, entries, method_entry, method_flags
 from secateur.errors import SecateurError, nearest
 from secateur.taxonomy import catalogue as data
 from secateur.utils.about import __version__
@@ -117,7 +120,8 @@ def build(argv: Sequence[str]) -> tuple[App, list[str]]:
     for verb, function in VERBS.items():
         folder, _, name = verb.rpartition(" ")
         parent = folders[folder] if folder else app
-        run = command(function, line, **(kinds_of(verb, argv) if verb == asked else {}))
+        done = functools.partial(keep_recipe, verb, argv)
+        run = command(function, line, done, **(kinds_of(verb, argv) if verb == asked else {}))
         parent.command(run, name=name)
         if verb == asked:
             for argument in parent[name].assemble_argument_collection():
@@ -126,6 +130,20 @@ def build(argv: Sequence[str]) -> tuple[App, list[str]]:
     for folder_app in folders.values():
         app.command(folder_app)
     return app, on_off(argv, switches)
+
+
+def keep_recipe(
+    verb: str, argv: Sequence[str], arguments: list[str], flags: dict[str, Any], save: str | None
+) -> None:
+    """Write the recipe of a run that ended into the folder of its result, and where --save-recipe says."""
+    if int(os.environ.get("RANK", "0")):  # under torchrun the first process writes
+        return
+    _, out = recipe.without(argv, "--out")
+    folder = Path(out).expanduser() if out else None
+    if folder is not None and folder.is_dir():
+        recipe.write(folder / recipe.NAME, verb, arguments, flags)
+    if save is not None:
+        recipe.write(save, verb, arguments, flags)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        words = recipe.expand(words, VERBS)
+        check_new_file(recipe.without(words, recipe.WRITTEN)[1], recipe.WRITTEN)
         app, tokens = build(words)
         return app(tokens, exit_on_error=False, print_error=False) or 0
     except cyclopts.CycloptsError as error:

@@ -53,7 +53,9 @@ class Prune:
     method: str = flag(METHOD_HELP)
     target: str = flag(TARGET_HELP)
     data: str | None = flag(
-        "calibration text: a .txt or .jsonl file, wikitext2, ...; default: some English", None
+        "calibration text: a .txt or .jsonl file, wikitext2, ..., hf:NAME:SPLIT:FIELD (package datasets), - (what is piped in);"
+        " default: some English",
+        None,
     )
     seed: int = flag("of everything that is drawn at random", 0)
     also: tuple[str, ...] | None = flag(ALSO_HELP, None)

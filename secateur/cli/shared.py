@@ -33,8 +33,8 @@ JSON_HELP = "print one JSON object, and nothing else, on stdout"
 PLAN = Parameter(help="a folder that holds a plan.json, or the file")
 MEASUREMENT = Parameter(group=Group("Measurement", sort_key=3))
 TASKS_HELP = (
-    "measure quality on these, separated by commas: texts (perplexity: wikitext2, ptb, a file), sets of questions"
-    " (accuracy: piqa, arc_easy, ...) and of pictures and phrases (cifar10, digits, camvid, sst2; PSNR: set5, set14)"
+    "measure quality on these, separated by commas: texts (perplexity: wikitext2, ptb, a file, hf:NAME:SPLIT:FIELD), sets of questions"
+    " (accuracy: piqa, arc_easy, ...; lm-eval:NAME as lm-evaluation-harness scores it) and of pictures and phrases (cifar10, digits, camvid, sst2; PSNR: set5, set14)"
 )
 LIMIT_HELP = "at most this many windows of a text and questions of a set"
 ALSO_HELP = (
@@ -73,13 +73,13 @@ class Quality:
 
     def check(self) -> None:
         """Refuse unknown tasks and impossible sizes before any work is done."""
-        from secateur.data import choices, text
-        from secateur.measure import SEEN
+        from secateur.data import choices, hub, text
+        from secateur.measure import SEEN, harness
 
         known = [*text.NAMES, *choices.SETS, *SEEN]
-        fix = f"give a text file, or one of {', '.join(known)}"
+        fix = f"give a text file, {hub.PREFIX}NAME:SPLIT:FIELD, {harness.PREFIX}NAME, or one of {', '.join(known)}"
         for task in listed(self.tasks):
-            if not Path(task).expanduser().is_file():
+            if not task.startswith((hub.PREFIX, harness.PREFIX)) and not Path(task).expanduser().is_file():
                 choose(task, known, what="task", where="--tasks", near=1, cutoff=0.6, fix=fix)
         at_least("--limit", self.limit, 1)
 

@@ -1,15 +1,18 @@
 """Text to calibrate on and to measure perplexity with: what every Python has, a file, a named set, the model itself."""
 
+import functools
 import gzip
 import json
 import lzma
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from secateur.errors import SecateurError
+from secateur.data import hub
+from secateur.errors import SecateurError, require
 from secateur.utils.files import check_path, require_data
 from secateur.utils.progress import track
 from secateur.utils.running import device_of, evaluating
@@ -24,6 +27,7 @@ SETS = {
     "moby_dick": "moby_dick.txt.xz",
     "tiny_shakespeare": "tiny_shakespeare.txt.xz",
 }
+STREAM = "-"
 NAMES = ("english", *SETS)
 """Every text that has a name; "english" is what every Python has, the part that is not calibrated on."""
 OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
@@ -36,16 +40,23 @@ def load_text(source: str | Path | None = None) -> str:
     True
 
     source None: four fifths of the topics of Python's own help (465 kB), to calibrate on; "english": the last fifth, to
-    measure on; a name in SETS: that file of SECATEUR_DATA; else a file: .txt, or .jsonl with a field "text" on each line (joined by an empty line), also .xz or .gz of these.
+    measure on; a name in SETS: that file of SECATEUR_DATA; `hf:NAME:SPLIT:FIELD`: a data set (`data.hub`); "-": what
+    is piped in; else a file: .txt, or .jsonl with a field "text" on each line (joined by an empty line), also .xz or .gz of these.
     Raises SecateurError for an unknown name, a missing or empty file, one that is not UTF-8, or a bad JSON line.
     """
     if source is None or source == "english":
         topics = _python_topics()
         cut = len(topics) * 4 // 5
         return topics[:cut] if source is None else topics[cut:]
+    if str(source).startswith(hub.PREFIX):
+        return _said(hub.load_rows(str(source)), str(source))
+    if str(source) == STREAM:
+        return _piped()
     path = require_data(f"text/{SETS[str(source)]}") if str(source) in SETS else Path(source).expanduser()
     if not path.is_file():
-        fix = check_path(path, f"give a .txt or .jsonl file, or one of {', '.join(NAMES)}")
+        fix = check_path(
+            path, f"give a .txt or .jsonl file, {hub.PREFIX}NAME:SPLIT:FIELD, or one of {', '.join(NAMES)}"
+        )
         raise SecateurError("no such text", where=str(source), fix=fix)
     try:
         with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
@@ -54,9 +65,24 @@ def load_text(source: str | Path | None = None) -> str:
         raise SecateurError(f"cannot be read as UTF-8 text ({error})", where=str(path)) from error
     if ".jsonl" in path.suffixes:
         text = _json_lines(text, str(path))
-    if not text.strip():
-        raise SecateurError("the text is empty", where=str(path), fix="give a file with text in it")
+    return _said(text, str(path))
+
+
+def _said(text: str, where: str) -> str:
+    require(text.strip(), "the text is empty", where=where, fix="give one with words in it")
     return text
+
+
+@functools.cache
+def _piped() -> str:
+    """What comes in on stdin, which can be read once."""
+    require(
+        not sys.stdin.isatty(), "nothing is piped in", where="data -", fix="cat FILE | secateur ... --data -"
+    )
+    try:
+        return _said(sys.stdin.buffer.read().decode("utf-8"), "data -")
+    except UnicodeDecodeError as error:
+        raise SecateurError(f"cannot be read as UTF-8 text ({error})", where="data -") from error
 
 
 def _python_topics() -> str:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.data import camvid, choices, digits, pictures, sst2, super_resolution, text
+from secateur.data import camvid, choices, digits, hub, pictures, sst2, super_resolution, text
 from secateur.errors import SecateurError
-from secateur.measure import timing, vision
+from secateur.measure import harness, timing, vision
 from secateur.measure.cost import (
     accepts,
     macs,
@@ -63,7 +63,8 @@ def measure(
 
     tasks: a set of text or a text file (perplexity, see data.text), or a set of questions (accuracy, see
     data.choices), or of pictures (data.pictures, `digits`; `camvid`, with a label for each pixel; `set5`, `set14` for
-    networks that enlarge them: PSNR), or of phrases (`sst2`). limit: at most so many windows of a text and questions of a set. seqlen: tokens in a window,
+    networks that enlarge them: PSNR), or of phrases (`sst2`); `hf:NAME:SPLIT:FIELD`, a text of `datasets`; `lm-eval:NAME`, a
+    task that lm-evaluation-harness scores. limit: at most so many windows of a text and questions of a set. seqlen: tokens in a window,
     cut to the model's context. batch: windows at once, and questions of as many tokens. inputs: of the forward
     that macs, memory and latency are measured on; a language model gets [1, seqlen] token ids. counted: what `cost.counting` found for them already.
 
@@ -79,7 +80,11 @@ def measure(
     seqlen = min(seqlen, text.context(model) or seqlen)
     if inputs is None:
         inputs = token_inputs(model, seqlen)
-    texts, questions, shown = _load(model, tasks, tokenizer, limit)
+    asked = [tasks] if isinstance(tasks, str) else list(tasks)
+    texts, questions, shown = _load(
+        model, [task for task in asked if not task.startswith(harness.PREFIX)], tokenizer, limit
+    )
+    others = harness.load_tasks([task for task in asked if task.startswith(harness.PREFIX)])
     first = next(model.parameters(), torch.empty(0))
     counts: Sequence[int | None] = counted
     if not counts:
@@ -116,6 +121,11 @@ def measure(
         result["accuracy"][name] = accuracy(model, tokenizer, items, batch * seqlen)
         result["chance"][name] = choices.chance(items)
         result["questions"][name] = len(items)
+    for name, theirs in others:
+        values, result["questions"][name] = harness.score(model, tokenizer, theirs, limit)
+        if "perplexity" in values:
+            result["perplexity"][name] = values.pop("perplexity")
+        result["accuracy"][name] = values
     for name, look in shown.items():
         for key, value in look().items():
             result[key][name] = value
@@ -169,8 +179,6 @@ def seen(
 def _load(
     model: nn.Module, tasks: Sequence[str], tokenizer: Any, limit: int | None
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Callable[[], dict[str, Any]]]]:
-    if isinstance(tasks, str):
-        tasks = [tasks]
     shown = {task: seen(model, task, limit, tokenizer) for task in tasks if task in SEEN}
     tasks = [task for task in tasks if task not in shown]
     if tasks and tokenizer is None:
@@ -181,7 +189,7 @@ def _load(
     for task in tasks:
         if task in choices.SETS:
             questions[task] = choices.load_items(task, limit)
-        elif task in text.NAMES or Path(task).exists():
+        elif task in text.NAMES or task.startswith(hub.PREFIX) or Path(task).exists():
             texts[task] = text.encode(tokenizer, text.load_text(task), special=True)
         else:
             names = ", ".join([*text.NAMES, *choices.SETS, *SEEN])

@@ -41,8 +41,7 @@ def by_task(figures: Mapping[str, Any]) -> dict[tuple[str, str], float | None]:
     for task, value in (figures.get("accuracy") or {}).items():
         metrics = value if isinstance(value, Mapping) else {"acc": value}
         for metric, number_ in metrics.items():
-            if metric in METRICS:
-                found["accuracy", task + METRICS[metric]] = number_
+            found["accuracy", task + METRICS.get(metric, f" ({metric})")] = number_
     return found
 
 
