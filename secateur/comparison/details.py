@@ -50,9 +50,10 @@ def _kept(plan: Plan, name: str, scores: Tensor) -> Tensor:
     return torch.zeros(scores.numel(), dtype=torch.bool).index_fill(0, plan.keep[name], True)
 
 
-def gradient_map(model: nn.Module, train: Any) -> dict[str, Any] | None:
-    """How much the pruned network's first answer hangs on each pixel of the first training picture; None without pictures."""
-    if not (isinstance(train, tuple) and isinstance(train[0], Tensor) and train[0].ndim == 4):
+def gradient_map(model: nn.Module, train: Any, inputs: Any) -> dict[str, Any] | None:
+    """How much the pruned network's first answer hangs on each pixel of the first training picture; None where the network's
+    inputs aren't pictures alone."""
+    if not (isinstance(inputs, Tensor) and isinstance(train, tuple) and train[0].ndim == 4):
         return None
     try:
         values = saliency(model, train[0][0], method="gradient").values.abs()

@@ -21,7 +21,12 @@ from secateur.tasks import load_task
 from secateur.training import fit
 from secateur.training.batches import length, take
 from secateur.training.masks import Masked
+from secateur.training.sampling import visited
+from secateur.training.task import Task
 from secateur.training.train_prune import train_prune
+from secateur.utils.inputs import Inputs, map_tensors
+from secateur.utils.running import device_of
+from secateur.utils.types import Objective
 
 BATCH = 32
 """Samples of a calibration batch."""
@@ -55,7 +60,9 @@ class TaskWork(Work):
         return None if any(graph.prunable(kind) for kind in own) else ("channels",)
 
     def dense(self, seed: int) -> Figures:
-        return self._figures(self.network) | {"map": gradient_map(self.network, self.task.train)}
+        return self._figures(self.network) | {
+            "map": gradient_map(self.network, self.task.train, self.task.inputs)
+        }
 
     def run(self, run: Run) -> Figures:
         kind = method_class(run.method)
@@ -71,8 +78,8 @@ class TaskWork(Work):
                 self.task.inputs,
                 method=run.method,
                 target=target,
-                data=calibration(self.task.train, self.network, self.setup.samples, run.seed),
-                loss=self.task.loss,
+                data=calibration(self.task, self.network, self.setup.samples, run.seed),
+                loss=self._loss(run.seed),
                 seed=run.seed,
                 inplace=True,
                 rollback=False,
@@ -81,12 +88,27 @@ class TaskWork(Work):
             if self.setup.steps:
                 self._tune(done, run.seed)
         found = self._figures(done.model, done) | told(done)
-        return found | {"map": gradient_map(done.model, self.task.train)}
+        return found | {"map": gradient_map(done.model, self.task.train, self.task.inputs)}
 
     def _options(self, kind: type[Method]) -> dict[str, Any]:
         """Options of `prune` that follow from the data, and the kinds of unit that chance draws from."""
         text = {"seqlen": SEQLEN} if isinstance(self.task.train, Tensor) else {}
         return text | ({"kinds": self.kinds} if by_chance(kind) and removes_units(kind) else {})
+
+    def _loss(self, seed: int) -> Objective | None:
+        """The task's loss. A network that draws is calibrated on what it meets, which has no loss: that of as many samples to
+        train on, with the same noise at each call, stands in."""
+        loss = self.task.loss
+        if self.task.sampler is None or loss is None:
+            return loss
+        shown = take(self.task.train, drawn(self.task.train, self.setup.samples, seed))
+
+        def fixed(model: nn.Module, batch: Inputs) -> Tensor:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                return loss(model, map_tensors(shown, lambda tensor: tensor.to(device_of(model))))
+
+        return fixed
 
     def _tune(self, done: Pruned, seed: int) -> None:
         masks = {name: mask for name, mask in done.plan.masks.items()}
@@ -109,15 +131,21 @@ class TaskWork(Work):
         )
 
 
-def calibration(train: Any, network: nn.Module, samples: int, seed: int) -> Any:
-    """`samples` of a task's training data as what `prune` calibrates on: batches, rows of token ids, or what the network draws."""
+def calibration(task: Task, network: nn.Module, samples: int, seed: int) -> Any:
+    """`samples` of a task's training data as what `prune` calibrates on: batches, or rows of token ids; of a network that draws,
+    what it meets in so many drawings."""
     if hasattr(network, "calibration_inputs"):
-        return None
-    count = length(train)
-    generator = torch.Generator().manual_seed(seed)
-    if isinstance(train, list):
-        return take(train, torch.randperm(count, generator=generator)[: max(1, samples // BATCH)])
-    rows = torch.randperm(count, generator=generator)[:samples]
-    return (
-        take(train, rows) if isinstance(train, Tensor) else [take(train, part) for part in rows.split(BATCH)]
-    )
+        return None  # `prune` asks the network
+    if task.sampler is not None:
+        return visited(network, task.sampler, samples, seed)
+    if isinstance(task.train, list):
+        return take(task.train, drawn(task.train, max(1, samples // BATCH), seed))
+    rows = drawn(task.train, samples, seed)
+    if isinstance(task.train, Tensor):
+        return take(task.train, rows)
+    return [take(task.train, part) for part in rows.split(BATCH)]
+
+
+def drawn(train: Any, count: int, seed: int) -> Tensor:
+    """int64 [count]: so many of the training data, by the seed."""
+    return torch.randperm(length(train), generator=torch.Generator().manual_seed(seed))[:count]
