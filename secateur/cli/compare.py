@@ -37,6 +37,7 @@ class Compare:
     test: int | None = flag("judge on at most so many samples, pictures or windows", None)
     latency: bool = flag("time each result beside the dense model", True)
     threads: int = flag("of each run", 1)
+    minutes: float | None = flag("processor minutes after which a run is stopped; its row says so", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +61,8 @@ def compare(task: Annotated[str, TASK], /, *, flags: Compare, engine: Engine) ->
 
     if engine.address and engine.engine != "ray":
         raise SecateurError("an address is Ray's", where="--address", fix="--engine ray")
-    settings = {
-        name: getattr(flags, name) for name in ("steps", "samples", "train", "test", "latency", "threads")
-    }
+    names = ("steps", "samples", "train", "test", "latency", "threads", "minutes")
+    settings = {name: getattr(flags, name) for name in names}
     if flags.cost is not None:
         settings["cost"] = flags.cost
     with quiet_stdout(), contextlib.ExitStack() as stack:

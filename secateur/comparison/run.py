@@ -59,7 +59,7 @@ def compare(
     seeds: 0..seeds-1 for each method and target. out: a folder; each run is a line of its `rows.jsonl` as soon as it ends, and
     the same call goes on with what is missing. jobs: processes. engine: local, or ray, at `address` (None: this machine).
     progress: called with the number of missing runs; what it gives, with each finished row.
-    settings: fields of `Setup`: cost, steps, samples, train, test, latency, threads.
+    settings: fields of `Setup`: cost, steps, samples, train, test, latency, threads, minutes.
 
     A method that doesn't fit, and a run that fails, is a row with the reason. Raises `SecateurError`: an unknown task, method or
     setting, a folder with something else, of another version or settings, or in which another comparison works now.

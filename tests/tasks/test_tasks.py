@@ -284,9 +284,19 @@ def test_a_step_of_training_lowers_nothing_but_the_loss(name):
 
 
 def test_a_task_is_named_by_itself_its_network_or_both():
-    assert TASKS == ("cifar10", "digits", "sr", "camvid", "mnist", "digits-diffusion", "sst2", "text")
+    assert TASKS == (
+        "cifar10",
+        "imagenet-sample",
+        "digits",
+        "sr",
+        "camvid",
+        "mnist",
+        "digits-diffusion",
+        "sst2",
+        "text",
+    )
     assert load_task("digits").name == load_task("digits-cnn").name == load_task("digits:digits-cnn").name
-    assert len({network for names in NETWORKS.values() for network in names}) == 19
+    assert len({network for names in NETWORKS.values() for network in names}) == 20
     for name, hint in (("cifar", "cifar10"), ("cifar10:resnet21", "resnet"), ("sr:espnet", "carn-m")):
         with pytest.raises(SecateurError, match=hint):
             load_task(name)
