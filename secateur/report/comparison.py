@@ -22,6 +22,7 @@ from secateur.report.html import plotly_script, render
 from secateur.report.terminal import table
 from secateur.taxonomy.axes import AXES, MEANING
 from secateur.utils.files import atomic_write_text
+from secateur.utils.screen import counted
 
 COST = {
     "params": "parameters that aren't zero",
@@ -41,11 +42,13 @@ def print_comparison(
     metric = metric_of(rows)[0]
     beside = list(dict.fromkeys(name for line in lines for name in line.against))
     console.print(
-        Text(f"{setup.task}: {metric}, at equal {COST[setup.cost]}; ± is two standard errors", style="bold")
+        Text(f"{setup.task}: {metric}, at equal {COST[setup.cost]}; {sizes(setup, lines)}", style="bold")
     )
     titles = [f"vs {name}" for name in beside]
     wide = console.width >= 110
-    right = ["rank", metric, "left", "speed", *(["seconds"] if wide else []), *titles[: None if wide else 1]]
+    timed = any(not math.isnan(line.speed) for line in lines)
+    right = ["rank", metric, "left", *(["speed"] if timed else []), *(["seconds"] if wide else [])]
+    right += titles[: None if wide else 1]
     for target in dict.fromkeys(line.target for line in lines):
         mine = [line for line in lines if line.target == target and line.why is None]
         if not mine:
@@ -59,18 +62,29 @@ def print_comparison(
                 line.method + (" *" if line.front else ""),
                 quality(line, metric),
                 f"{line.cost:.1%}" + (" (over)" if line.over else ""),
-                number(line.speed, "{:.2f}x"),
+                *([number(line.speed, "{:.2f}x")] if timed else []),
                 *([number(line.seconds, "{:.1f}")] if wide else []),
                 *(gap(line, name, metric) for name in beside[: None if wide else 1]),
             )
         console.print(made)
-    told = "* no other is as good for less. vs: how much better, with p of a paired t-test over the seeds"
-    console.print(Text(told, style="dim"))
+    if any(line.why is None for line in lines):
+        told = "* no other is as good for less. vs: how much better"
+        seeds = max(len(line.seeds) for line in lines)
+        console.print(
+            Text(told + (", with p of a paired t-test over the seeds" if seeds > 1 else ""), style="dim")
+        )
     if ranks := mean_ranks(lines):
         best = ", ".join(f"{name} {rank:.1f}" for name, rank, _ in ranks[:5])
         console.print(Text(f"mean rank: {best}"))
     for method, targets, why in refusals(lines):
         console.print(Text(f"{method} {targets}: {why}", style="yellow"))
+
+
+def sizes(setup: Setup, lines: Sequence[Line]) -> str:
+    """`3 seeds, judged on 64 at most, ± is two standard errors`"""
+    seeds = max(len(line.seeds) for line in lines)
+    parts = [counted(seeds, "seed"), *([f"judged on {setup.test} at most"] if setup.test else [])]
+    return ", ".join([*parts, *(["± is two standard errors"] if seeds > 1 else [])])
 
 
 def refusals(lines: Sequence[Line]) -> list[tuple[str, str, str]]:
@@ -99,7 +113,8 @@ def gap(line: Line, name: str, metric: str) -> str:
         return ""
     mean, p = line.against[name]
     scale = 100 if percent(metric) else 1
-    return f"{scale * mean:+.1f}" + ("" if math.isnan(p) else f" ({p:.2g})")
+    about = "" if math.isnan(p) else " (<0.001)" if p < 0.001 else f" ({p:.2g})"
+    return f"{scale * mean:+.1f}{about}"
 
 
 def write_comparison(
@@ -143,6 +158,7 @@ def comparison_html(setup: Setup, rows: Sequence[Row], baseline: str | None = No
         ("quality", metric + (" (less is better)" if sign < 0 else ""), ""),
         ("equal", COST[setup.cost], ""),
         ("methods", str(len({line.method for line in lines} - {DENSE})), ""),
+        ("seeds", str(max(len(line.seeds) for line in lines)), ""),
         ("runs", str(len(rows)), ""),
         ("refused or failed", str(len(rows) - states.count("done")), ""),
     ]

@@ -26,17 +26,17 @@ def task(network: str, split: str, train: int | None, test: int | None) -> Task:
 
     Every picture is of a class of its own, so what is trained on here says nothing of the classes that are judged.
     """
-    pictures, labels = load_pictures("imagenet-sample", split="train")
     count = TRAINED if train is None else min(train, TRAINED)
     if split == "val":
-        held_out = tuple(part[TRAINED:][:test] for part in (pictures, labels))
+        pictures, labels = load_pictures("imagenet-sample", split="train")
+        held_out = (pictures[TRAINED:][:test], labels[TRAINED:][:test])
     else:
         held_out = load_pictures("imagenet-sample", test, split)
     return Task(
         name=f"imagenet-sample:{network}",
         build=build_lite,
         pretrained=lambda: load_network(LITE),
-        train=(pictures[:count], labels[:count]),
+        train=load_pictures("imagenet-sample", count, "train"),
         quality=lambda model: accuracy(model, *held_out, batch=25),
         inputs=torch.zeros(1, 3, 224, 224),
         metric="accuracy",

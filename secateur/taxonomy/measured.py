@@ -93,13 +93,22 @@ def _standings(comparison: Comparison, high_ratio: bool) -> dict[str, Standing]:
             continue
         rank = statistics.mean(line["rank"] for line in ranked)
         without = [line["target"] for line in lines if line["rank"] is None]
-        text = f"mean rank {rank:.1f} of {most} on {comparison['task']} at equal {COST[comparison['cost']]}"
+        text = f"mean rank {rank:.1f} of {most} on {comparison['task']}{_sizes(comparison)} at equal"
+        text += f" {COST[comparison['cost']]}"
         text += f", trained on for {comparison['steps']} steps" if comparison["steps"] else ""
         text += f": {comparison['metric']} {', '.join(_figures(comparison, line) for line in ranked)}; dense"
         text += f" {_number(comparison, comparison['dense'])}"
         text += f"; no figures at {', '.join(without)}" if without else ""
         found[method] = Standing(rank / most, text)
     return found
+
+
+def _sizes(comparison: Comparison) -> str:
+    """` (3 seeds, judged on 64)`, of what is known"""
+    seeds, test = comparison.get("seeds"), comparison.get("test")
+    parts = [f"{seeds} seed{'s' * (seeds > 1)}"] if seeds else []
+    parts += [f"judged on {test}"] if test else []
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _figures(comparison: Comparison, line: Mapping[str, Any]) -> str:

@@ -134,6 +134,18 @@ def test_methods_that_train_and_those_that_do_not_are_trained_as_long(tmp_path):
     assert "--steps" in {row["method"]: row for row in without}["lottery-ticket"]["why"]
 
 
+@pytest.mark.needs_data
+def test_a_network_that_draws_is_calibrated_on_what_it_meets(tmp_path):
+    """Its own inputs for what looks at layers, training pictures for the loss, and no map of what isn't a picture alone."""
+    methods = ["taylor", "obspa", "lrp-pruning"]
+    settings = {"cost": "macs", "samples": 8, "test": 10, "latency": False}
+    rows = secateur.compare("mnist-dit", methods, ["80%"], 1, out=tmp_path / "out", **settings).rows
+    by_name = {row["method"]: row for row in rows}
+    assert [by_name[name]["state"] for name in ("dense", "taylor", "obspa")] == ["done"] * 3
+    assert by_name["obspa"]["macs"] <= 0.8 and by_name["obspa"].get("map") is None
+    assert by_name["lrp-pruning"]["state"] == "refused" and "no labels" in by_name["lrp-pruning"]["why"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

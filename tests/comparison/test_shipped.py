@@ -29,10 +29,10 @@ def folder(tmp_path):
 def test_what_is_kept(folder):
     found = condensed(folder, "cnn")
     assert found["models"] == ["cnn"] and found["dense"] == 0.9 and found["percent"]
-    assert (
-        found["command"]
-        == "secateur compare digits --cost params --targets 50% --seeds 2 --samples 8 --out DIR"
+    words = (
+        "secateur compare digits --cost params --methods flap,magnitude --targets 50% --seeds 2 --samples 8"
     )
+    assert found["command"] == words + " --out DIR" and (found["seeds"], found["test"]) == (2, None)
     best, chance, refused = found["lines"]
     assert best == {
         "method": "magnitude", "target": "50%", "quality": 0.6, "error": 0.1, "cost": 0.5, "rank": 1, "over": False, "why": None,
@@ -44,9 +44,35 @@ def test_what_is_kept(folder):
 
 
 def test_the_file_is_written(folder, tmp_path):
-    assert main([f"cnn={folder}", f"mlp={folder}", "--out", str(tmp_path / "m.json")]) == 0
-    read = json.loads((tmp_path / "m.json").read_text())["comparisons"]
-    assert [one["models"] for one in read] == [["cnn"], ["mlp"]] and read[0] == condensed(folder, "cnn")
+    out = tmp_path / "m.json"
+    assert main([f"cnn={folder}", "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["comparisons"] == [condensed(folder, "cnn")]
+
+
+def test_a_comparison_takes_the_place_of_the_old_one_of_its_task_and_the_others_stay(folder, tmp_path):
+    """No folder of those that are there already is needed."""
+    out = tmp_path / "m.json"
+    old = [{"task": task, "cost": cost, "steps": 0, "lines": [], "old": True} for task, cost in [("sst2", "macs"), ("digits", "params"), ("digits", "macs"), ("text", "macs")]]  # fmt: skip
+    out.write_text(json.dumps({"version": "0", "comparisons": old}))
+    assert main([f"cnn={folder}", "--out", str(out)]) == 0
+    read = json.loads(out.read_text())["comparisons"]
+    assert read == [old[0], condensed(folder, "cnn"), *old[2:]]
+    assert main(["--drop", "digits", "--out", str(out)]) == 0
+    assert [one["task"] for one in json.loads(out.read_text())["comparisons"]] == ["sst2", "text"]
+
+
+def test_what_cannot_be_put_there_is_refused_and_the_file_stays(folder, tmp_path, capsys):
+    out = tmp_path / "m.json"
+    assert main([f"cnn={folder}", "--out", str(out)]) == 0
+    before = out.read_text()
+    for words, said in [
+        ([f"cnn={folder}", f"mlp={folder}"], "two are of one task"),
+        ([str(folder)], "names no kind of model"),
+        ([f"cnn={tmp_path / 'none'}"], "no comparison is there"),
+        (["--drop", "diggits"], "digits"),
+    ]:
+        assert main([*words, "--out", str(out)]) == 2
+        assert said in capsys.readouterr().err and out.read_text() == before
 
 
 def test_a_folder_without_a_comparison_is_refused(tmp_path):

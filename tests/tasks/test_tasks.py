@@ -283,6 +283,30 @@ def test_a_step_of_training_lowers_nothing_but_the_loss(name):
         assert torch.isfinite(network.eval()(task.inputs[..., :64, :64])).all()
 
 
+@pytest.mark.needs_data
+def test_parts_of_the_imagenet_sample_do_not_overlap():
+    """Each picture is of another class: of the even classes every second to train on, the last 50 of them for validation."""
+    pytest.importorskip("timm")
+
+    def judged(split):
+        seen = []
+        task = load_task("imagenet-sample", split=split, train=300, test=3)
+        right = nn.Identity()
+        right.register_parameter("only", nn.Parameter(torch.zeros(1)))
+        right.register_forward_hook(
+            lambda module, given, out: seen.append(given[0]) or torch.zeros(len(out), 1000)
+        )
+        task.quality(right)
+        return task, torch.cat(seen)
+
+    task, test = judged("test")
+    assert task.train[1].tolist() == list(range(0, 800, 4)) and test.shape == (3, 3, 224, 224)
+    _, val = judged("val")
+    every = pictures.load_pictures("imagenet-sample", split="train")[0]
+    assert torch.equal(val, every[200:203]) and torch.equal(task.train[0], every[:200])
+    assert torch.equal(test, pictures.load_pictures("imagenet-sample", 3)[0])
+
+
 def test_a_task_is_named_by_itself_its_network_or_both():
     assert TASKS == (
         "cifar10",

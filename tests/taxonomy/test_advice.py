@@ -57,6 +57,11 @@ def test_mean_ranks_order_it_and_what_has_none_comes_after():
     assert "it needs no training" in why["flap"]
 
 
+def test_seeds_and_how_much_is_judged_stand_behind_the_task():
+    known = standings([{**MINE, "seeds": 3, "test": 64}, {**MINE, "seeds": 1, "test": None}])["flap"].text
+    assert "on work (3 seeds, judged on 64) at" in known and "on work (1 seed) at" in known
+
+
 def test_at_a_high_ratio_only_hard_targets_count():
     assert names(measured=[MINE], high_ratio=True)[:3] == ["flap", "nirvana", "tyr"]
     easy = comparison(*(one for one in MINE["lines"] if one["target"] == "80%"))
