@@ -264,7 +264,7 @@ def test_recommend_by_what_was_measured(run: Run, tmp_path: Path) -> None:
     own = run("recommend", "--model", "cnn", "--comparison", out, "--json")["methods"]
     assert [row["name"] for row in own] == ["group-magnitude", "obspa"]
     assert own[0]["why"].startswith(
-        "mean rank 1.0 of 4 on digits at equal multiply-adds: accuracy 70.0 % at 50%"
+        "mean rank 1.0 of 4 on digits (1 seed) at equal multiply-adds: accuracy 70.0 % at 50%"
     )
     text = run("recommend", "--model", "cnn")
     assert "Need more?" in text and "--comparison" in text

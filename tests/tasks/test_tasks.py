@@ -288,9 +288,9 @@ def test_parts_of_the_imagenet_sample_do_not_overlap():
     """Each picture is of another class: of the even classes every second to train on, the last 50 of them for validation."""
     pytest.importorskip("timm")
 
-    def judged(split):
+    def judged(split, train):
         seen = []
-        task = load_task("imagenet-sample", split=split, train=300, test=3)
+        task = load_task("imagenet-sample", split=split, train=train, test=3)
         right = nn.Identity()
         right.register_parameter("only", nn.Parameter(torch.zeros(1)))
         right.register_forward_hook(
@@ -299,9 +299,9 @@ def test_parts_of_the_imagenet_sample_do_not_overlap():
         task.quality(right)
         return task, torch.cat(seen)
 
-    task, test = judged("test")
+    task, test = judged("test", 300)
     assert task.train[1].tolist() == list(range(0, 800, 4)) and test.shape == (3, 3, 224, 224)
-    _, val = judged("val")
+    _, val = judged("val", 1)
     every = pictures.load_pictures("imagenet-sample", split="train")[0]
     assert torch.equal(val, every[200:203]) and torch.equal(task.train[0], every[:200])
     assert torch.equal(test, pictures.load_pictures("imagenet-sample", 3)[0])
