@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from secateur.graph import Graph, Group, trace
     from secateur.io.artefact import load
     from secateur.io.exchange import export
+    from secateur.io.folder import prune_folder
     from secateur.measure import measure
     from secateur.method import Method, list_methods, recommend, register
     from secateur.pruning.method import UnitMethod, WeightMethod
@@ -59,6 +60,7 @@ __all__ = [
     "load",
     "measure",
     "prune",
+    "prune_folder",
     "recommend",
     "recover",
     "register",
@@ -76,6 +78,7 @@ _HOME = {
     "graph": "Graph Group trace",
     "io.artefact": "load",
     "io.exchange": "export",
+    "io.folder": "prune_folder",
     "measure": "measure",
     "method": "Method list_methods recommend register",
     "pruning.method": "UnitMethod WeightMethod",

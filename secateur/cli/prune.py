@@ -25,6 +25,7 @@ from secateur.cli.shared import (
     Where,
     add_times,
     at_least,
+    check_device,
     check_file_model,
     check_new_file,
     check_new_folder,
@@ -59,6 +60,10 @@ class Prune:
     )
     seed: int = flag("of everything that is drawn at random", 0)
     also: tuple[str, ...] | None = flag(ALSO_HELP, None)
+    stream: Annotated[bool, SWITCH] = flag(
+        "read a model folder block by block and write the result so, in the memory of two blocks (single weights)",
+        False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +151,11 @@ def prune(
     check_target(flags.target)
     read_request("prune", method, flags.target, common)
     measured.check()
+    if flags.stream:
+        report = _stream(model, flags, common | vars(settings), recovery, measured, where, output)
+        report |= {"command": line, "versions": library_versions()}
+        show(report, output.json, lambda console: print_report(report, console))
+        return
     with quiet_stdout():
         network, tokenizer, inputs = open_with_inputs(model, where)
         seqlen = common["seqlen"]
@@ -188,6 +198,59 @@ def prune(
             write_report(Path(output.report).expanduser(), {**report, "scores": scores}, pruned.plan)
             print(f"report: {output.report}", file=sys.stderr)
     show(report, output.json, lambda console: print_report(report, console))
+
+
+def _stream(
+    model: str,
+    flags: Prune,
+    settings: dict[str, Any],
+    recovery: Recovery,
+    measured: Measured,
+    where: Where,
+    output: Output,
+) -> Any:
+    """`prune_folder`; refuses what needs the model in memory."""
+    from secateur.io.exchange import is_exchange
+    from secateur.io.folder import prune_folder
+    from secateur.tasks.models import NAMES, model_folder, smollm2_folder
+    from secateur.utils.progress import track
+
+    others = {"--recover": recovery.recover, "--latency": measured.latency, "--tasks": measured.tasks,
+              "--report": output.report, "--also": flags.also, "--input-shape": where.input_shape,
+              "--dtype": where.dtype}  # fmt: skip
+    for name, given in others.items():
+        fix = (
+            "measure and train the result afterwards"
+            if name[2:] in ("recover", "latency", "tasks")
+            else "leave it out"
+        )
+        require(not given, "it needs the model in memory", where=f"{name} with --stream", fix=fix)
+    require(output.out, "the result is a folder", where="--stream", fix="give --out DIR")
+    require(
+        not is_exchange(output.out or ""),
+        "the result is a folder",
+        where=f"--out {output.out}",
+        fix="give a folder",
+    )
+    named = model in NAMES and model != "smollm2" and not Path(model).is_dir()
+    require(
+        not named, "it is no folder with shards", where=f"{model} with --stream", fix="leave out --stream"
+    )
+    check_device(where.device)
+    with quiet_stdout():
+        return prune_folder(
+            smollm2_folder() if model == "smollm2" else model_folder(model),
+            output.out or "",
+            method=flags.method,
+            target=flags.target,
+            data=flags.data,
+            seed=flags.seed,
+            device=where.device or "cpu",
+            resume=output.resume,
+            progress=track,
+            announce=lambda text: print(text, file=sys.stderr),
+            **settings,
+        )
 
 
 def _recover(pruned: Any, recovery: Recovery, dense: Any, data: Any, seed: int) -> None:

@@ -60,6 +60,10 @@ class Context(Screen):
     """Copies of what a method changes in place, so that a failure puts it back."""
     lean: bool = False
     """The plan shares the model's tensors instead of holding copies."""
+    recorded: bool = True
+    """The plan holds masks and values; else only the model does, which is then written block by block."""
+    ready: Callable[[int], None] | None = None
+    """Called with the number of a block before it is looked at, where blocks aren't in memory all the time."""
     round: int = 0
     skip_blocks: tuple[int, int] = (0, 0)
     """Leading and final blocks that are left whole; a method may set it."""
@@ -326,6 +330,7 @@ class Context(Screen):
             propagate=propagate,
             skip=skip,
             progress=self.progress,
+            ready=self.ready,
         ):
             self._seeded(block.stats)
             yield block

@@ -107,8 +107,8 @@ def plan_weights(method: WeightMethod, context: Context) -> Plan:
                 result[f"mask/{name}"] = matrix.unfold(mask).to(torch.bool)
                 if changed:
                     result[f"value/{name}"] = matrix.unfold(weight)
-            context.checkpoint.save(f"round-{context.round}-block-{block.index}", result)
             _install(context, result, plan)
+            context.checkpoint.save(f"round-{context.round}-block-{block.index}", result)
     return plan
 
 
@@ -121,7 +121,8 @@ def _install(context: Context, result: Mapping[str, Tensor], plan: Plan) -> None
             if context.undo:
                 context.undo.remember(name)
             if what == "mask":
-                plan.masks[name] = tensor
+                if context.recorded:
+                    plan.masks[name] = tensor
                 parameter.masked_fill_(~tensor.to(parameter.device), 0)
         # values last: a repaired weight is written over the masked one
         for key, tensor in result.items():
@@ -129,6 +130,8 @@ def _install(context: Context, result: Mapping[str, Tensor], plan: Plan) -> None
             if what == "value":
                 parameter = context.model.get_parameter(name)
                 parameter.copy_(tensor)
+                if not context.recorded:
+                    continue
                 plan.values[name] = parameter.detach() if context.lean else parameter.detach().clone().cpu()
 
 

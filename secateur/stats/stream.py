@@ -45,6 +45,7 @@ def stream(
     skip: int = 0,
     progress: Callable[..., Iterable] | None = None,
     batch_size: int | None = None,
+    ready: Callable[[int], None] | None = None,
 ) -> Iterator[Block]:
     """The blocks in order, each with the statistics of its matrices.
 
@@ -62,6 +63,7 @@ def stream(
     skip: blocks already done: run forward, without statistics, and not given.
     progress: `secateur.utils.progress.track` or alike: (iterable, description, total) -> iterable.
     batch_size: samples a forward; None: about 2048 tokens.
+    ready: called with a block's number before it is looked at, for models whose blocks aren't always in memory.
 
     The model is untouched between blocks, and after the last one, also when the generator is closed early.
     Raises `SecateurError` naming the layer when weights or activations are NaN or infinite.
@@ -88,11 +90,15 @@ def stream(
             flow = Flow(model, stack.modules, chunks, stack.path)
         number = stack.start + index
         own = {name: matrix for name, matrix in matrices.items() if matrix.block == number}
+        if ready is not None:
+            ready(number)
         check_weights(own)
         empty = {name: LayerStats(name=name) for name in own}
         block = Block(number, stack.path_of(index), stack.modules[index], own, empty)
         if needs:
             block.stats = flow.gather(index, own, needs, keep_output=not propagate)
+        if ready is not None:
+            ready(number)
         yield block
         _drop(block)
 
