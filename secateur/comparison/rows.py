@@ -62,13 +62,13 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def begin(folder: Path, setup: Mapping[str, Any]) -> None:
-    """Writes what is compared, or checks that what is there was compared alike.
+    """Writes what is compared, or checks that what is there was compared alike. Where no run has ended yet it is written anew.
 
     Raises `SecateurError` for a folder of another version, of other settings, or with something else in it.
     """
     about = folder / ABOUT
-    if about.exists():
-        known = read_about(folder)["setup"]
+    known = read_about(folder)["setup"] if about.exists() else None
+    if known is not None and (folder / ROWS).exists():
         for name in sorted(known.keys() | setup.keys()):
             if known.get(name) != setup.get(name):
                 raise SecateurError(
@@ -77,7 +77,7 @@ def begin(folder: Path, setup: Mapping[str, Any]) -> None:
                     fix="give the same settings, or another folder",
                 )
         return
-    if strange := sorted(p.name for p in folder.iterdir() if p.name != LOCK):
+    if strange := sorted(p.name for p in folder.iterdir() if p.name not in (LOCK, ABOUT)):
         raise SecateurError(
             f"there is something else in it: {', '.join(strange[:4])}",
             where=str(folder),

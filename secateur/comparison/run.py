@@ -71,6 +71,9 @@ def compare(
         choose(name, tuple(known), what="setting", where="compare", near=2)
     setup = Setup(task, **{"cost": kind.costs[0], **settings})
     choose(setup.cost, kind.costs, error=f"{task} has no cost {setup.cost!r}", where="cost")
+    for name in ("steps", "train"):
+        if getattr(setup, name) and "train_prune" not in kind.verbs:
+            raise SecateurError(f"nothing is trained on {task}", where=name, fix="leave it out")
     require(seeds >= 1, f"{seeds} seeds is nothing", where="seeds", fix="1 or more")
     require(jobs >= 1, f"{jobs} jobs is nothing", where="jobs", fix="1 or more")
     choose(engine, ENGINES, what="engine", where="engine", near=1)

@@ -27,6 +27,7 @@ class ScenesWork(Work):
         super().__init__(setup)
         self.variant = setup.task.partition(":")[2] or "llava"
         self.limit = setup.test or 128
+        load_scenes(self.variant, 0)  # of a name that nobody knows no run is begun
 
     def dense(self, seed: int) -> Figures:
         return self._figures(scenes.evaluate(None, None, self.variant, [seed], self.limit))

@@ -83,7 +83,10 @@ def print_comparison(
 def sizes(setup: Setup, lines: Sequence[Line]) -> str:
     """`3 seeds, judged on 64 at most, ± is two standard errors`"""
     seeds = max(len(line.seeds) for line in lines)
-    parts = [counted(seeds, "seed"), *([f"judged on {setup.test} at most"] if setup.test else [])]
+    parts = [
+        counted(seeds, "seed") if seeds else "no run has figures",
+        *([f"judged on {setup.test} at most"] if setup.test else []),
+    ]
     return ", ".join([*parts, *(["± is two standard errors"] if seeds > 1 else [])])
 
 

@@ -160,6 +160,9 @@ def test_a_network_that_draws_is_calibrated_on_what_it_meets(tmp_path):
         (["compare", "digits", "--threads", "0"], "threads: 0 is out of range"),
         (["compare", "digits", "--steps", "-1"], "steps: -1 is out of range"),
         (["compare", "digits", "--minutes", "0"], "minutes: 0.0 is out of range"),
+        (["compare", "scenes", "--steps", "10"], "nothing is trained on scenes"),
+        (["compare", "smollm2", "--train", "10"], "nothing is trained on smollm2"),
+        (["compare", "scenes:llama", "--targets", "50%"], "one of scenes-llava-0"),
         (["compare", "digits", "--address", "1.2.3.4"], "--engine ray"),
     ],
 )

@@ -78,8 +78,14 @@ def test_two_at_once_are_refused_and_the_folder_is_free_again_afterwards(folder)
     [({"steps": 5}, "steps=0, not 5"), ({"task": "cifar10"}, "task='digits', not 'cifar10'")],
 )
 def test_other_settings_are_refused_by_name(folder, setup, said):
+    store.append(folder, row())
     with pytest.raises(SecateurError, match=said):
         store.begin(folder, SETUP | setup)
+
+
+def test_a_mistake_before_the_first_row_does_not_hold_the_folder(folder):
+    store.begin(folder, SETUP | {"task": "cifar10"})
+    assert store.read_about(folder)["setup"]["task"] == "cifar10"
 
 
 def test_a_folder_of_another_version_or_of_something_else_is_refused(folder, tmp_path):
