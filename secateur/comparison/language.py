@@ -25,6 +25,7 @@ class LanguageWork(Work):
     costs = ("params", "macs")
     metric, sign = "perplexity", -1
     judged, text = "wikitext2", "brown"
+    usual = 16
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
@@ -60,7 +61,8 @@ class LanguageWork(Work):
         return self.read[seed]
 
     def _figures(self, model: nn.Module, done: Pruned | None = None) -> Figures:
-        found = measure(model, self.tokenizer, [self.judged], limit=self.setup.test or 16, seqlen=2 * SEQLEN)
+        limit = self.setup.test or self.usual
+        found = measure(model, self.tokenizer, [self.judged], limit=limit, seqlen=2 * SEQLEN)
         value = found["perplexity"][self.judged]
         if value is None:
             raise SecateurError("its perplexity isn't finite", where=self.judged, fix="a milder target")

@@ -22,11 +22,12 @@ class ScenesWork(Work):
     verbs = ("attach",)
     costs = ("tokens",)
     metric, sign = "accuracy", 1
+    usual = 128
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
         self.variant = setup.task.partition(":")[2] or "llava"
-        self.limit = setup.test or 128
+        self.limit = setup.test or self.usual
         load_scenes(self.variant, 0)  # of a name that nobody knows no run is begun
 
     def dense(self, seed: int) -> Figures:

@@ -20,6 +20,7 @@ from secateur.comparison.run import chosen_methods
 from secateur.comparison.setup import Setup
 from secateur.comparison.summary import Line, as_json, metric_of, percent, summary
 from secateur.comparison.work import by_chance
+from secateur.comparison.works import kind_of
 from secateur.errors import SecateurError, choose, require
 from secateur.method import method_class
 from secateur.taxonomy.axes import AXES, parse_members
@@ -51,7 +52,7 @@ def condensed(folder: str | Path, models: str = "") -> dict[str, Any]:
         "cost": setup.cost,
         "steps": setup.steps,
         "seeds": max(len(line.seeds) for line in lines),
-        "test": setup.test,
+        "test": setup.test or kind_of(setup.task).usual,
         "metric": metric,
         "sign": sign,
         "percent": percent(metric),

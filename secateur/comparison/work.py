@@ -35,6 +35,8 @@ class Work(abc.ABC):
     metric: str
     sign: int = 1
     """-1 where less is better."""
+    usual: int | None = None
+    """On how much is judged unless said; None: all there is."""
 
     def __init__(self, setup: Setup):
         self.setup = setup

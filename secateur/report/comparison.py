@@ -17,6 +17,7 @@ from secateur.comparison.details import shown_picture
 from secateur.comparison.rows import DENSE, Row
 from secateur.comparison.setup import Setup
 from secateur.comparison.summary import Line, as_json, mean_ranks, metric_of, percent, summary
+from secateur.comparison.works import kind_of
 from secateur.method import method_class
 from secateur.report.html import plotly_script, render
 from secateur.report.terminal import table
@@ -82,10 +83,10 @@ def print_comparison(
 
 def sizes(setup: Setup, lines: Sequence[Line]) -> str:
     """`3 seeds, judged on 64 at most, ± is two standard errors`"""
-    seeds = max(len(line.seeds) for line in lines)
+    seeds, judged = max(len(line.seeds) for line in lines), setup.test or kind_of(setup.task).usual
     parts = [
         counted(seeds, "seed") if seeds else "no run has figures",
-        *([f"judged on {setup.test} at most"] if setup.test else []),
+        *([f"judged on {judged} at most"] if judged else []),
     ]
     return ", ".join([*parts, *(["± is two standard errors"] if seeds > 1 else [])])
 
