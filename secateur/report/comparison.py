@@ -77,8 +77,8 @@ def print_comparison(
     if ranks := mean_ranks(lines):
         best = ", ".join(f"{name} {rank:.1f}" for name, rank, _ in ranks[:5])
         console.print(Text(f"mean rank: {best}"))
-    for method, targets, why in refusals(lines):
-        console.print(Text(f"{method} {targets}: {why}", style="yellow"))
+    for methods, targets, why in refusals(lines):
+        console.print(Text(f"{methods} {targets}: {why}", style="yellow"))
 
 
 def sizes(setup: Setup, lines: Sequence[Line]) -> str:
@@ -92,12 +92,15 @@ def sizes(setup: Setup, lines: Sequence[Line]) -> str:
 
 
 def refusals(lines: Sequence[Line]) -> list[tuple[str, str, str]]:
-    """(method, targets, why) of what has no figures, once for each reason."""
+    """(methods, targets, why) of what has no figures, once for each reason."""
     found: dict[tuple[str, str], list[str]] = {}
     for line in lines:
         if line.why is not None:
             found.setdefault((line.method, line.why), []).append(line.target)
-    return [(method, ", ".join(targets), why) for (method, why), targets in found.items()]
+    alike: dict[tuple[str, str], list[str]] = {}
+    for (method, why), targets in found.items():
+        alike.setdefault((", ".join(targets), why), []).append(method)
+    return [(", ".join(methods), targets, why) for (targets, why), methods in alike.items()]
 
 
 def quality(line: Line, metric: str) -> str:

@@ -1,6 +1,7 @@
 """The page of a comparison in a real browser: it draws, sorts, filters and opens a run, quickly, without network."""
 
 import html
+import io
 import json
 import random
 import re
@@ -8,9 +9,11 @@ import shutil
 import subprocess
 
 import pytest
+from rich.console import Console
 
 from secateur.comparison import Setup
-from secateur.report.comparison import comparison_html, write_comparison
+from secateur.comparison.summary import Line
+from secateur.report.comparison import comparison_html, print_comparison, refusals, sizes, write_comparison
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NAMES = (
@@ -147,3 +150,20 @@ def test_the_file_is_written_whole(tmp_path, page):
     write_comparison(tmp_path / "page.html", Setup("digits"), thousand())
     assert (tmp_path / "page.html").read_text() == page
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_methods_that_share_a_reason_are_named_together():
+    lines = [Line(m, t, why=why) for m, t, why in [("flap", "80%", "no blocks"), ("tyr", "80%", "no blocks"), ("flap", "60%", "no blocks"), ("tyr", "60%", "no blocks"), ("spa", "60%", "no blocks"), ("wanda", "60%", "slow")]]  # fmt: skip
+    assert refusals(lines) == [("flap, tyr", "80%, 60%", "no blocks"), ("spa", "60%", "no blocks"), ("wanda", "60%", "slow")]  # fmt: skip
+
+
+def test_the_table_says_how_much_it_rests_on_and_fits_eighty_columns():
+    lines = [Line("a", "80%", [0, 1, 2])]
+    assert sizes(Setup("digits", test=64), lines) == "3 seeds, judged on 64 at most, ± is two standard errors"
+    assert sizes(Setup("smollm2"), [Line("a", "80%", [0])]) == "1 seed, judged on 16 at most"
+    rows = [{"method": method, "target": "40%", "seed": seed, "state": "done", "quality": 0.5 + 0.3 * (method != "random-tokens") + seed / 1000, "metric": "accuracy", "sign": 1, "tokens": 0.391} for method in ("random-tokens", "recoverable-compression") for seed in range(3)]  # fmt: skip
+    rows[-1]["quality"] += 0.0003
+    console = Console(width=80, file=io.StringIO())
+    print_comparison(Setup("scenes", cost="tokens"), rows, console)
+    text = console.file.getvalue()
+    assert "+30.0 (<0.001)" in text and "speed" not in text
