@@ -20,6 +20,7 @@ from secateur.comparison.work import by_chance, check_fit, timed
 from secateur.comparison.works import kind_of, work_of
 from secateur.errors import SecateurError, choose, require
 from secateur.method import list_methods, make_method, method_class
+from secateur.utils.progress import bar
 
 ENGINES = ("local", "ray")
 WAIT = 5.0
@@ -142,8 +143,9 @@ def _work(setup: Setup) -> Any:
 
 
 def one(setup: Setup, run: Run) -> Row:
-    """The row of one run, in this process."""
-    return timed(_work(setup), run)
+    """The row of one run, in this process; a bar says which it is, and for how long it has been under way."""
+    with bar(f"{run.method} at {run.target}, seed {run.seed}"):
+        return timed(_work(setup), run)
 
 
 def in_processes(setup: Setup, runs: Sequence[Run], jobs: int) -> Iterator[Row]:

@@ -7,9 +7,12 @@ import time
 
 import pytest
 
+from secateur.comparison import run
 from secateur.comparison.limit import OutOfTime, stopped_after
 from secateur.comparison.networks import TaskWork
+from secateur.comparison.rows import Run
 from secateur.comparison.run import compare
+from secateur.comparison.setup import Setup
 from secateur.errors import SecateurError
 
 pytest.importorskip("sklearn")
@@ -64,3 +67,12 @@ def test_a_run_that_takes_too_long_is_a_row_and_the_others_go_on(tmp_path, monke
     by_name = {row["method"]: row for row in rows}
     assert (by_name["wanda"]["state"], by_name["magnitude"]["state"]) == ("refused", "done")
     assert "stopped after 0.05 processor minutes" in by_name["wanda"]["why"]
+
+
+def test_what_is_under_way_is_named(monkeypatch):
+    told = []
+    monkeypatch.setattr(run, "bar", lambda text: told.append(text) or contextlib.nullcontext())
+    monkeypatch.setattr(run, "timed", lambda work, one: {"method": one.method})
+    monkeypatch.setattr(run, "_work", lambda setup: None)
+    assert run.one(Setup("digits"), Run("wanda", "60%", 2)) == {"method": "wanda"}
+    assert told == ["wanda at 60%, seed 2"]
