@@ -122,7 +122,7 @@ def recommend(
     `trained`: False if the model is still to be trained. `high_ratio`: most of the network is to go. `heterogeneous`:
     its layers differ much. `dynamic`: decide per input; None: for models that read images as tokens (vlm, vla).
     `measured`: comparisons (`secateur.taxonomy.measured`): methods that have figures there come first, by their mean rank, and
-    those without say so; None: no figures are asked for. `overrides` are filters of `filter_records` that replace the advice on
+    those without say so; a method of other models is there only with figures; None: no figures are asked for. `overrides` are filters of `filter_records` that replace the advice on
     their axis.
 
     >>> [info.title for info, why in recommend(RECORDS, hardware="gpu-dense", data="calib", model="llm")]
@@ -137,8 +137,6 @@ def recommend(
     rules = {"granularity": HARDWARE[situation.hardware], **_rules(situation)}
     if situation.hardware in DENSE:
         rules["speedup"] = {"univ"}
-    if models:
-        rules["models"] = models
     # a user's own word on an axis replaces what would be derived from the situation
     for override, derived in (("recovery", "training_free"), ("when", "decision")):
         if override in overrides:
@@ -154,6 +152,11 @@ def recommend(
             [text for case, text in table if case(info, situation)] for table in (BONUSES, NOTES)
         )
         place, figures = places.get(info.name or info.spec, (math.nan, "not measured"))
+        known = not models or "models" in overrides or models & info.members("models")
+        if not known and math.isnan(place):
+            continue
+        if not known:
+            notes.append(f"its paper is about others ({', '.join(sorted(info.members('models')))})")
         why = [*([] if measured is None else [figures]), *_reasons(info), *bonuses, *notes]
         answers.append((math.inf if math.isnan(place) else place, -len(bonuses), info, "; ".join(why)))
     answers.sort(key=lambda answer: answer[:2])

@@ -17,6 +17,8 @@ FILE = Path(__file__).with_suffix(".json")
 COST = {"params": "parameters", "macs": "multiply-adds", "tokens": "visual tokens times layers"}
 HALF = 50
 """At a high ratio only targets up to this percentage count."""
+LARGE = 1000
+"""From here on digits behind the point say nothing."""
 Comparison = Mapping[str, Any]
 
 
@@ -126,4 +128,6 @@ def _number(comparison: Comparison, value: float, error: float | None = None) ->
 
 
 def _scaled(comparison: Comparison, value: float, sign: str = "") -> str:
-    return f"{100 * value:{sign}.1f}" if comparison["percent"] else f"{value:{sign}.2f}"
+    if comparison["percent"]:
+        return f"{100 * value:{sign}.1f}"
+    return f"{value:{sign}.2f}" if abs(value) < LARGE else f"{value:{sign}.0f}"

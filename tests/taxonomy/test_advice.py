@@ -62,6 +62,16 @@ def test_seeds_and_how_much_is_judged_stand_behind_the_task():
     assert "on work (3 seeds, judged on 64) at" in known and "on work (1 seed) at" in known
 
 
+def test_a_method_of_other_models_is_there_where_it_has_figures_and_says_so():
+    drawing = comparison(
+        line("flap", "60%", 1), line("obspa", "60%", None, why="refused: no"), models=["diffusion"]
+    )
+    found = {info.name: why for info, why in recommend(OWN, model="diffusion", measured=[drawing])}
+    assert next(iter(found)) == "flap" and "its paper is about others (llm)" in found["flap"]
+    assert "obspa" not in found and "others" not in found["ecodiff"]
+    assert "flap" not in [info.name for info, _ in recommend(OWN, model="diffusion")]
+
+
 def test_at_a_high_ratio_only_hard_targets_count():
     assert names(measured=[MINE], high_ratio=True)[:3] == ["flap", "nirvana", "tyr"]
     easy = comparison(*(one for one in MINE["lines"] if one["target"] == "80%"))
