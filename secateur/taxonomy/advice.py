@@ -156,7 +156,7 @@ def recommend(
         if not known and math.isnan(place):
             continue
         if not known:
-            notes.append(f"its paper is about others ({', '.join(sorted(info.members('models')))})")
+            notes.append(f"it was made for other models ({', '.join(sorted(info.members('models')))})")
         why = [*([] if measured is None else [figures]), *_reasons(info), *bonuses, *notes]
         answers.append((math.inf if math.isnan(place) else place, -len(bonuses), info, "; ".join(why)))
     answers.sort(key=lambda answer: answer[:2])

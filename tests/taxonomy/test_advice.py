@@ -67,8 +67,8 @@ def test_a_method_of_other_models_is_there_where_it_has_figures_and_says_so():
         line("flap", "60%", 1), line("obspa", "60%", None, why="refused: no"), models=["diffusion"]
     )
     found = {info.name: why for info, why in recommend(OWN, model="diffusion", measured=[drawing])}
-    assert next(iter(found)) == "flap" and "its paper is about others (llm)" in found["flap"]
-    assert "obspa" not in found and "others" not in found["ecodiff"]
+    assert next(iter(found)) == "flap" and "it was made for other models (llm)" in found["flap"]
+    assert "obspa" not in found and "other models" not in found["ecodiff"]
     assert "flap" not in [info.name for info, _ in recommend(OWN, model="diffusion")]
 
 
