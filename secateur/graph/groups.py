@@ -17,7 +17,9 @@ from secateur.graph.notes import RuleError, Run
 from secateur.graph.sizes import Attribute, Extent, evaluate, leaves
 from secateur.utils.screen import Screen, counted, fit
 
-KINDS = ("channels", "heads", "kv_groups", "head_dim", "neurons", "experts", "hidden", "layers")
+KINDS = ("channels", "heads", "kv_groups", "head_dim", "neurons", "experts", "hidden", "layers", "attentions")
+WHOLE = ("layers", "attentions")
+"""Kinds whose units are modules that leave whole: blocks, and the attention of blocks."""
 HOW = ("sum", "mean", "max", "prod")
 
 
@@ -46,8 +48,8 @@ class Slice(Screen):
 class Group:
     """Coupled slices that vanish together; every unit has the same footprint.
 
-    At least `least` of them must stay (0 only for blocks of a list that holds others too), and a multiple of `multiple`
-    where a kernel asks for aligned rows.
+    At least `least` of them must stay (0 only for modules that leave others behind in their place), and a multiple of `multiple`
+    where a kernel asks for aligned rows. `returns`: what a call of an attention gives, 0 for a tensor, n for a tuple of n.
 
     >>> group = graph["model.layers.0.self_attn:kv_groups"]
     >>> group.size, group.kind, [(s.name, s.dim, tuple(s.index.shape)) for s in group.slices]
@@ -64,6 +66,12 @@ class Group:
     multiple: int = 1
     _classes: np.ndarray = field(default_factory=lambda: np.zeros(0, int), repr=False)
     _alone: bool = False  # query heads over one shared key-value head
+    returns: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether its units are modules that leave whole."""
+        return self.kind in WHOLE
 
     def __repr__(self) -> str:
         whole = f", whole: {self.reason}" if self.reason else ""
@@ -208,7 +216,7 @@ class Graph:
         gone = [
             m
             for g, kept in self._kept(keep)
-            if g.kind == "layers"  # what a missing expert did, others do
+            if g.whole  # what a missing expert did, others do
             for u, m in enumerate(g.modules)
             if u not in set(kept.tolist())
         ]
@@ -248,7 +256,7 @@ class Graph:
         sizes = {
             self.shapes[s.name][s.dim]
             for group, kept in self._kept(keep)
-            if len(kept) < group.size and group.kind != "layers"
+            if len(kept) < group.size and not group.whole
             for s in group.slices
         }
         gone = [
@@ -303,7 +311,7 @@ class Graph:
     def _alive(self, keep: Mapping[str, Tensor] | None) -> np.ndarray:
         alive = np.ones(len(self._open), bool) if self._left is None else self._left.copy()
         for group, kept in self._kept(keep):
-            if group.kind != "layers":
+            if not group.whole:
                 gone = np.ones(group.size, bool)
                 gone[kept.numpy()] = False
                 alive[group._classes[gone]] = False

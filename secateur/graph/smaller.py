@@ -45,7 +45,7 @@ def smaller(graph: Graph, keep: Mapping[str, Tensor]) -> Graph:
     """
     pairs = graph._kept(keep)
     for group, kept in pairs:
-        if group.kind in ("layers", "experts") and len(kept) < group.size:
+        if (group.whole or group.kind == "experts") and len(kept) < group.size:
             raise SecateurError(
                 f"{group.kind} that leave give what is left other names or numbers",
                 where=group.name,

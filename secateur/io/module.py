@@ -26,6 +26,7 @@ from secateur.io.reshape import (
 )
 from secateur.io.timm import LOAD, build, save_plain
 from secateur.io.trusted import ModuleEntry
+from secateur.surgery.absent import Absent
 from secateur.utils.files import atomic_write_json, atomic_write_text
 from secateur.utils.inputs import default_inputs, from_description
 from secateur.utils.schema import parse, read_object
@@ -48,6 +49,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+
+{absent}
 
 {reshape}
 
@@ -120,6 +123,7 @@ def _save_module(model: nn.Module, folder: Path, plan: Plan | None) -> dict[str,
     atomic_write_text(
         folder / "load_pruned.py",
         LOADER.format(
+            absent=inspect.getsource(Absent),
             reshape=inspect.getsource(reshape),
             assemble=inspect.getsource(assemble),
             timm=", and timm" if timm_kwargs else "",

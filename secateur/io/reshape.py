@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.surgery.absent import Absent
 
 if TYPE_CHECKING:
     from secateur.pruning.plan import Plan
@@ -68,6 +69,9 @@ def reshape(model: nn.Module, cut: dict[str, Any]) -> None:
     for path in cut["identity"]:
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, nn.Identity())
+    for path, returns in cut.get("absent", {}).items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, Absent(returns))
     for name, shape in cut["shapes"].items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
@@ -128,11 +132,12 @@ def compare(
 
     Raises `SecateurError` when no table can do it.
     """
-    cut: dict[str, Any] = {"blocks": {}, "identity": [], "shapes": {}, "attributes": {}}
+    cut: dict[str, Any] = {"blocks": {}, "identity": [], "absent": {}, "shapes": {}, "attributes": {}}
     modules = dict(model.named_modules(remove_duplicate=False))
     if dense is None:
         cut["blocks"] = {path: list(kept) for path, kept in (blocks or {}).items()}
         cut["identity"] = [path for path, module in modules.items() if type(module) is nn.Identity]
+        cut["absent"] = {path: module.returns for path, module in modules.items() if type(module) is Absent}
         cut["shapes"] = {name: list(tensor.shape) for name, tensor in _tensors(model).items()}
         cut["shapes"] |= {f"{p}.{k}".lstrip("."): None for p, m in modules.items() for k in _absent(m)}
         for path, module in modules.items():
@@ -144,6 +149,8 @@ def compare(
         for path, module in modules.items():
             if type(module) is nn.Identity and path in wanted and type(wanted[path]) is not nn.Identity:
                 cut["identity"].append(path)
+            if type(module) is Absent and path in wanted and type(wanted[path]) is not Absent:
+                cut["absent"][path] = module.returns
         reshape(dense, {**cut, "blocks": {}})
         wanted = dict(dense.named_modules(remove_duplicate=False))
         if strange := sorted(modules.keys() ^ wanted.keys()):
@@ -207,6 +214,8 @@ def _removed_blocks(
 ) -> dict[str, list[int]]:
     removed: dict[str, list[int]] = {}
     for path, left in model.named_modules():
+        if type(left) is Absent:
+            continue
         try:
             whole = dense.get_submodule(path)
         except AttributeError:

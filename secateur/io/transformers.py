@@ -30,6 +30,7 @@ from secateur.io.reshape import (
     swap,
 )
 from secateur.io.trusted import auto_or_model_class, check_folder, pruned_from
+from secateur.surgery.absent import Absent
 from secateur.utils.files import atomic_write_json, atomic_write_text
 from secateur.utils.inputs import default_inputs, from_description, map_tensors
 from secateur.utils.running import call, device_of, evaluating
@@ -61,6 +62,8 @@ class PrunedConfig({config}):
 
 
 {swap}
+
+{absent}
 
 {reshape}
 
@@ -145,6 +148,8 @@ def _inexpressible(model: Any, cls: Any, plan: Plan | None) -> str | None:
         cut = compare(model, built)
     except SecateurError as error:
         return error.what
+    if cut["absent"]:
+        return f"{next(iter(cut['absent']))} has left, which no config says"
     if cut["blocks"] or cut["identity"]:
         return (
             f"{next(iter(cut['blocks']), None) or cut['identity'][0]} has fewer blocks than the config says"
@@ -224,7 +229,12 @@ def _render(cls: Any) -> str:
     names |= {"config_module": config.__module__, "model_type": f"pruned_{config.model_type}"}
     for text in names.values():
         require(re.fullmatch(r"[\w.-]+", text), f"{text!r} isn't a name", where=cls.__name__)
-    return MODELING.format(**names, swap=inspect.getsource(swap), reshape=inspect.getsource(reshape))
+    return MODELING.format(
+        **names,
+        swap=inspect.getsource(swap),
+        absent=inspect.getsource(Absent),
+        reshape=inspect.getsource(reshape),
+    )
 
 
 def _save_custom(
@@ -302,9 +312,9 @@ def _verify(model: nn.Module, cls: type, config_file: Path) -> None:
     config, built = _pruned_classes(cls, "verify")
     again = _build(lambda: built(config.from_dict(config._dict_from_json_file(config_file))))
     left = compare(model, again)
-    if left["blocks"] or left["identity"] or left["shapes"]:
+    if wrong := [*left["blocks"], *left["identity"], *left["absent"], *left["shapes"]]:
         raise SecateurError(
-            f"the saved model would differ in {next(iter(left['shapes'] or left['blocks'] or left['identity']))}",
+            f"the saved model would differ in {wrong[0]}",
             where=type(model).__name__,
             fix="save the plan, and apply it to the dense model after loading",
         )

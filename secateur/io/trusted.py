@@ -39,6 +39,7 @@ class CutEntry(Entry):
 
     blocks: dict[Path_, list[Count]]
     identity: list[Path_]
+    absent: dict[Path_, Count] = Field(default_factory=dict)
     shapes: dict[Path_, list[Count] | None]
     attributes: dict[Path_, dict[Path_, bool | int | float | str | list[int]]]
 

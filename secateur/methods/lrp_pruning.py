@@ -21,7 +21,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.graph import Group
-from secateur.graph.groups import KINDS
+from secateur.graph.groups import KINDS, WHOLE
 from secateur.method import register
 from secateur.pruning.context import Context
 from secateur.pruning.method import UnitMethod
@@ -63,7 +63,7 @@ class LrpPruning(UnitMethod):
         default="none", metadata={"help": "over a layer's filters: none, or sum", "choices": NORMALISE}
     )
 
-    kinds: ClassVar[tuple[str, ...] | None] = tuple(kind for kind in KINDS if kind != "layers")
+    kinds: ClassVar[tuple[str, ...] | None] = tuple(kind for kind in KINDS if kind not in WHOLE)
     needs: ClassVar[frozenset[str]] = frozenset({"relevance"})
     allocation: ClassVar[str] = "global"
     share_of: ClassVar[str] = "units"

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from secateur.graph import Group
-from secateur.graph.groups import HOW, KINDS
+from secateur.graph.groups import HOW, KINDS, WHOLE
 from secateur.method import register
 from secateur.pruning.context import Context
 from secateur.pruning.method import UnitMethod
@@ -65,7 +65,7 @@ class Spa(UnitMethod):
         },
     )
 
-    kinds: ClassVar[tuple[str, ...] | None] = tuple(kind for kind in KINDS if kind != "layers")
+    kinds: ClassVar[tuple[str, ...] | None] = tuple(kind for kind in KINDS if kind not in WHOLE)
     allocation: ClassVar[str] = "global"
     share_of: ClassVar[str] = "units"
     info = record("spa")

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.graph import Graph, Group, Slice, trace
+from secateur.graph.attentions import attention_groups
 from secateur.graph.blocks import Blocks, Matrix, every_matrix, find_matrices, find_stacks
+from secateur.graph.groups import WHOLE
 from secateur.graph.parts import inside, parts_of, resolve_parts
 from secateur.method import Method
 from secateur.pruning.allocate import Competitor, Step, build_path, follow
@@ -35,7 +37,7 @@ from secateur.utils.running import call
 from secateur.utils.screen import Screen
 from secateur.utils.types import Objective
 
-COARSE = ("heads", "kv_groups", "experts", "layers")
+COARSE = ("heads", "kv_groups", "experts", *WHOLE)
 """Kinds whose units are few and large: `round_to` leaves them alone."""
 
 
@@ -96,6 +98,8 @@ class Context(Screen):
             inner="head_dim" in (self.options.kinds or ()),
             values=True,
         )
+        if "attentions" in (self.options.kinds or getattr(self.method, "kinds", None) or ()):
+            graph.groups += attention_groups(self.model, graph, self.example)
         freeze_protected(graph, self.options.keep, self.options.only, [*self.parts.values()])
         return graph
 
@@ -383,10 +387,11 @@ class Context(Screen):
             self.scores.update(
                 {g.name: scores[g.name].detach().float().cpu() for g in self.groups if g.name in scores}
             )
+        among = getattr(self.method, "ranked_with", lambda group, context: group.kind)
         return [
             Competitor(
                 name=group.name,
-                kind=group.kind,
+                kind=among(group, self),
                 scores=self._finite(group, scores[group.name]),
                 floor=self.fixed_units.get(
                     group.name,

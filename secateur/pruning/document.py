@@ -13,6 +13,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from secateur.errors import SecateurError, require
+from secateur.graph.groups import WHOLE
 from secateur.utils.files import check_path
 from secateur.utils.schema import Count, Entry, Size, parse, read_object
 
@@ -110,7 +111,7 @@ def kept_units(document: Mapping[str, Any], path: Path) -> dict[str, list[int]]:
     for name, group in document["groups"].items():
         where = f"{path}, group {name}"
         units[name] = from_ranges(group["keep"], where=where, size=group["size"])
-        if not units[name] and group["kind"] != "layers":
+        if not units[name] and group["kind"] not in WHOLE:
             raise SecateurError(
                 f"it keeps units {group['keep']!r} of {group['size']}",
                 where=where,

@@ -17,6 +17,7 @@ from secateur.data import calibration_batches
 from secateur.errors import SecateurError
 from secateur.families.pipelines import as_module
 from secateur.graph import Graph, trace
+from secateur.graph.attentions import attention_groups
 from secateur.io.artefact import save_model
 from secateur.measure import latency, measure
 from secateur.measure.cost import counting
@@ -299,6 +300,8 @@ def apply_plan(
             graph = trace(model, inputs, also=also)
             if "head_dim" in plan.kinds.values() and plan.keep.keys() - {g.name for g in graph.groups}:
                 graph = trace(model, inputs, also=also, inner=True)
+            if "attentions" in plan.kinds.values():
+                graph.groups += attention_groups(model, graph, inputs)
             if also and graph.unreached:  # noise may take another branch than what was traced
                 raise SecateurError(
                     f"these inputs don't reach {graph.unreached[0]}",

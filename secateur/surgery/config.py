@@ -147,7 +147,7 @@ def _changed_sizes(
     sizes: set[tuple[int, int]] = set()
     for group, kept in pairs:
         new = len(kept)
-        if group.kind != "layers":
+        if not group.whole:
             sizes |= {(m * group.size, m * new) for m in range(1, 17)}
         for s in group.slices:
             old = graph.shapes[s.name][s.dim]

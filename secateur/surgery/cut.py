@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph.groups import Graph, Group
+from secateur.surgery.absent import Absent
 from secateur.surgery.changes import Changes, Keep, _gone, _put, _refresh, _removed_blocks, _renumber, _tensor
 from secateur.surgery.config import fit_config
 from secateur.surgery.mask import unmask_units
@@ -70,7 +71,10 @@ def _cut(model: nn.Module, graph: Graph, keep: Keep) -> Changes:
     _set_head_counts(graph, pairs, modules, changes)
     _set_expert_counts(graph, pairs, modules, changes)
     for group, kept in pairs:
-        if group.modules:
+        if group.kind == "attentions":
+            _leave_absent(model, group, kept, changes)
+    for group, kept in pairs:
+        if group.modules and group.kind != "attentions":
             _drop_blocks(model, group, kept, changes)
     return changes
 
@@ -93,7 +97,7 @@ def _cut_tensors(
     leave: dict[tuple[str, int], list[Tensor]] = {}
     for group, kept in pairs:
         gone = _gone(group, kept)
-        if group.kind != "layers" and gone.any():
+        if not group.whole and gone.any():
             for s in group.slices:
                 leave.setdefault((s.name, s.dim), []).append(s.index[gone].reshape(-1))
     names: dict[int, list[str]] = {}
@@ -266,22 +270,46 @@ def _drop_blocks(model: nn.Module, group: Group, kept: Tensor, changes: Changes)
 
     changes.shapes = {new: s for name, s in changes.shapes.items() if (new := renamed(name))}
     changes.attributes = {new: a for name, a in changes.attributes.items() if (new := renamed(name))}
-    for n, child in enumerate(container.children()):
-        for inside, name in counters:
+    _count_anew(container, path, counters, changes)
+
+
+def _leave_absent(model: nn.Module, group: Group, kept: Tensor, changes: Changes) -> None:
+    """Attentions that leave are followed by what says nothing; those that stay are numbered afresh, as caches count them."""
+    gone = _removed_blocks(group, kept)
+    if not gone:
+        return
+    path = group.name.rpartition(":")[0]
+    container = model.get_submodule(path)
+    counters = _counters(container)
+    for name in gone:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, Absent(group.returns))
+        for known in (changes.shapes, changes.attributes):
+            for lost in [key for key in known if key == name or key.startswith(f"{name}.")]:
+                del known[lost]
+    _count_anew(container, path, counters, changes)
+
+
+def _count_anew(
+    container: nn.Module, path: str, counters: Sequence[tuple[str, str]], changes: Changes
+) -> None:
+    for inside, name in counters:
+        number = 0
+        for block, child in container.named_children():
             try:
                 module = child.get_submodule(inside)
             except AttributeError:
                 continue
             if type(getattr(module, name, None)) is int:
-                full = ".".join(part for part in (path, list(container._modules)[n], inside) if part)
-                _set(changes, full, module, name, n)
+                _set(changes, ".".join(part for part in (path, block, inside) if part), module, name, number)
+                number += 1
 
 
 def _counters(container: nn.Module) -> list[tuple[str, str]]:
-    """(path inside a block, attribute) that holds the block's own position in every block that has it."""
-    seen: dict[tuple[str, str], list[bool]] = {}
-    for n, child in enumerate(container.children()):
+    """(path inside a block, attribute) that counts the blocks that have it, from 0."""
+    seen: dict[tuple[str, str], list[int]] = {}
+    for child in container.children():
         for inside, module in child.named_modules():
             for name, value in _own_sizes(module).items():
-                seen.setdefault((inside, name), []).append(value == n)
-    return [key for key, hits in seen.items() if len(hits) > 1 and all(hits)]
+                seen.setdefault((inside, name), []).append(value)
+    return [key for key, values in seen.items() if len(values) > 1 and values == [*range(len(values))]]

@@ -38,7 +38,7 @@ def zeros(graph: Graph, keep: Keep) -> dict[str, dict[int, Tensor]]:
     """Where `mask_units` writes zeros: name -> axis -> places along it."""
     found: dict[str, dict[int, list[Tensor]]] = {}
     for group, kept in graph._kept(keep):
-        gone = None if group.kind == "layers" else _gone(group, kept)
+        gone = None if group.whole else _gone(group, kept)
         for s in group.slices if gone is not None else ():
             if s.name not in graph.normalised:
                 found.setdefault(s.name, {}).setdefault(s.dim, []).append(s.index[gone].reshape(-1))
@@ -62,11 +62,12 @@ def unit_masks(model: nn.Module, graph: Graph, keep: Keep) -> dict[str, Tensor]:
 
 
 def leave_out(model: nn.Module, graph: Graph, keep: Keep) -> None:
-    """What `mask_units` does beside zeros: blocks pass their input on, and routers don't pick removed units."""
+    """What `mask_units` does beside zeros: blocks pass their input on, attentions say nothing, and routers don't pick
+    removed units."""
     for group, kept in graph._kept(keep):
-        if group.kind == "layers":
-            for path in _removed_blocks(group, kept):
-                model.get_submodule(path).register_forward_hook(_pass_through, with_kwargs=True)
+        for path in _removed_blocks(group, kept) if group.whole else ():
+            hook = _pass_through if group.kind == "layers" else _silent
+            model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
     _exclude(model, graph, keep)
 
 
@@ -78,7 +79,7 @@ def unmask_units(model: nn.Module) -> None:
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(hook, _Enter | _Leave) or hook is _pass_through:
+                if isinstance(hook, _Enter | _Leave) or hook in (_pass_through, _silent):
                     module._forward_hooks_with_kwargs.pop(key, None)
                     module._forward_hooks_always_called.pop(key, None)
                     del hooks[key]
@@ -148,8 +149,14 @@ def _exclude(model: nn.Module, graph: Graph, keep: Keep) -> None:
         module.register_forward_hook(_Leave(enter), always_call=True)
 
 
-# --- blocks
+# --- blocks, and the attention of blocks
 
 
 def _pass_through(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     return with_residual(output, (args, kwargs), lambda given, made: given)
+
+
+def _silent(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return torch.zeros_like(output)
+    return (torch.zeros_like(output[0]), *output[1:])

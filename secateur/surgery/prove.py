@@ -145,7 +145,7 @@ def _holds(
 
 
 def _beside_zeros(graph: Graph, keep: Keep) -> bool:
-    return bool(graph._choices) or any(graph[name].kind == "layers" for name in keep)
+    return bool(graph._choices) or any(graph[name].whole for name in keep)
 
 
 def _cut_twin(model: nn.Module, graph: Graph, keep: Keep, noise: Mapping[str, Tensor]) -> nn.Module:
