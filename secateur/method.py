@@ -60,6 +60,8 @@ class Method:
 
     name: ClassVar[str] = ""
     """The class's name in lower case with hyphens, unless a class gives itself another; the file's in this library."""
+    named: ClassVar[bool] = False
+    """Whether a class gives itself its name."""
     verb: ClassVar[str] = ""
     """What runs it: "prune", "train_prune", "attach" or "saliency"; a kind of method sets it."""
     info: ClassVar[MethodInfo]
@@ -74,7 +76,8 @@ class Method:
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Gives a class its name, and a whole record in place of a short one or none."""
         super().__init_subclass__(**keywords)
-        if "name" not in cls.__dict__:
+        cls.named = "name" in cls.__dict__
+        if not cls.named:
             cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
         own = cls.__dict__.get("info")
         if not isinstance(own, MethodInfo):
@@ -143,7 +146,8 @@ def register(cls: T) -> T:
     Raises `SecateurError` where another method has the name.
     """
     own = cls.__module__.startswith(f"{LIBRARY}.")
-    name = cls.__module__.rpartition(".")[2].replace("_", "-") if own else cls.name
+    file = cls.__module__.rpartition(".")[2].replace("_", "-")
+    name = file if own and not cls.named else cls.name
     other = _REGISTRY.get(name)
     again = other is not None and (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)
     taken = not own and importlib.util.find_spec(f"{LIBRARY}.{name.replace('-', '_')}") is not None

@@ -106,6 +106,10 @@ class UnitMethod(Method):
         """`score` by group name."""
         return {group.name: self.score(group, context) for group in context.groups}
 
+    def ranked_with(self, group: Group, context: Context) -> str:
+        """What a group's units are ranked among where `allocation` is per-kind: all groups of which this says the same."""
+        return group.kind
+
     def repair(self, context: Context, keep: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Tensors (at their dense shape, by name) that replace the model's before the cut."""
         return {}

@@ -41,7 +41,7 @@ def collect(
     Parameters
     ----------
     batches, batch_size: as for `stream`.
-    needs: any of input_norm, hessian, input_mean, input_var, gradient, fisher.
+    needs: any of input_norm, hessian, input_mean, input_var, input_abs, gradient, fisher.
     loss: (model, batch) -> scalar, for gradients; None: the causal language modelling loss of the ids, or the model's
         own where a batch holds labels. Those are means over tokens (or samples), and so is the gradient over all batches;
         with a loss of yours it is the mean over batches.
@@ -67,6 +67,22 @@ def collect(
                 stats[name].inputs, name=name, gradient=gradient.get(name), fisher=fisher.get(name)
             )
     return stats
+
+
+def each_sample(
+    model: nn.Module,
+    data: Any,
+    needs: Iterable[str],
+    matrices: Mapping[str, Matrix],
+    progress: Callable[..., Iterable] | None = None,
+) -> Iterator[dict[str, LayerStats]]:
+    """`collect` of one calibration sample after the other: a sequence of ids, or an input of a list.
+
+    >>> norms = [stats["fc2.weight"].input_norm for stats in each_sample(model, ids, {"input_norm"}, matrices)]  # doctest: +SKIP
+    """
+    samples = as_batches(data, 1)
+    for sample in progress(samples, "samples", len(samples)) if progress else samples:
+        yield collect(model, [sample], needs, matrices)
 
 
 def _inputs(

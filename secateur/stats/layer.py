@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 
-OF_INPUTS = frozenset({"input_norm", "hessian", "input_mean", "input_var"})
+OF_INPUTS = frozenset({"input_norm", "hessian", "input_mean", "input_var", "input_abs"})
 OF_GRADIENTS = frozenset({"gradient", "fisher"})
 NEEDS = OF_INPUTS | OF_GRADIENTS
 CHUNK = 1 << 23
@@ -39,6 +39,7 @@ class InputStats:
         self.outer = zeros("hessian" in needs, size, size)
         self.square = zeros("input_norm" in needs and "hessian" not in needs, size)
         self.mean, self.deviation = zeros(moments, size), zeros(moments, size)
+        self.absolute = zeros("input_abs" in needs, size)
         self._factors: dict[tuple[float, int], Tensor] = {}
 
     def add(self, rows: Tensor, part: int = 0) -> None:
@@ -56,6 +57,8 @@ class InputStats:
                     self.outer[part][rows_of, first:].addmm_(x[:, rows_of].T, x[:, first:])
             if self.square is not None:
                 self.square[part] += torch.linalg.vector_norm(x, dim=0).square_()
+            if self.absolute is not None:
+                self.absolute[part] += x.abs().sum(0)
             if self.mean is not None and self.deviation is not None:
                 before, count = self.tokens[part], len(x)
                 mean = x.mean(0)
@@ -67,7 +70,7 @@ class InputStats:
 
     def add_parts(self, rows: Tensor) -> None:
         """Adds rows [parts, tokens, in], as many for every part; many small parts at once."""
-        if self.parts == 1 or self.mean is not None or not rows.shape[1]:
+        if self.parts == 1 or self.mean is not None or self.absolute is not None or not rows.shape[1]:
             for part, own in enumerate(rows):
                 self.add(own, part)
             return
@@ -80,7 +83,7 @@ class InputStats:
         self.tokens = [count + x.shape[1] for count in self.tokens]
 
     def finite(self) -> bool:
-        sums = (self.outer, self.square, self.deviation)
+        sums = (self.outer, self.square, self.deviation, self.absolute)
         return all(bool(torch.isfinite(s).all()) for s in sums if s is not None)
 
     def hessian(self, part: int = 0) -> Tensor:
@@ -155,6 +158,7 @@ class LayerStats:
     input_norm: [in], the root of the mean over sequences of the sum over tokens of x²
     hessian: [in, in], 2 / sequences * sum over tokens of x xᵀ
     input_mean, input_var: [in], over tokens; the variance is unbiased
+    input_abs: [in], the mean over tokens of |x|
     gradient: [out, in], dLoss/dW; over batches the mean, weighted by tokens where the loss is the model's own
     fisher: [out, in], mean over single samples of (dLoss/dW)²
     name: the matrix's
@@ -226,6 +230,13 @@ class LayerStats:
         if inputs.deviation is None:
             raise _missing("input_var")
         return inputs.deviation[part] / max(inputs.tokens[part] - 1, 1)
+
+    @property
+    def input_abs(self) -> Tensor:
+        inputs, part = self._one("input_abs")
+        if inputs.absolute is None:
+            raise _missing("input_abs")
+        return inputs.absolute[part] / max(inputs.tokens[part], 1)
 
     @property
     def gradient(self) -> Tensor:

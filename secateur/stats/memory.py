@@ -87,7 +87,7 @@ def _bytes(stats: LayerStats) -> int:
     inputs = stats.inputs
     if inputs is None:
         return 0
-    sums = (inputs.outer, inputs.square, inputs.mean, inputs.deviation)
+    sums = (inputs.outer, inputs.square, inputs.mean, inputs.deviation, inputs.absolute)
     return sum(t.nbytes for t in sums if t is not None)
 
 

@@ -78,7 +78,7 @@ def test_the_budget_is_met_exactly_and_never_exceeded(model, method, share):
             method_class(method).kinds[0], 4 * 3 * 32
         )  # a neuron in each of four blocks
         assert share * dense - one < kept <= share * dense
-    elif method_class(method).allocation == "global":
+    elif method_class(method).allocation in ("global", "per-kind"):
         whole = "kept whole by the budget"
         groups = [g for g in pruned.report["groups"] if g["reason"] in (None, whole)]
         assert sum(g["kept"] for g in groups) == int(share * sum(g["size"] for g in groups))
@@ -302,7 +302,7 @@ def test_better_than_random_at_equal_budget_on_a_trained_model(trained, by_chanc
     else:
         control, target = "random-structured", "75%"
         kinds = ("layers",) if method in DEPTH else ("heads", "neurons")
-    settings = {"kinds": kinds} if kinds else {}
+    settings = {"kinds": kinds} if kinds and method != "2ssp" else {}  # which cuts no single heads
     assert loss_after(trained, method, target=target, **settings) < by_chance(control, target, kinds)
 
 
