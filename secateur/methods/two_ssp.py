@@ -28,11 +28,11 @@ from secateur.pruning.allocate import Step, build_path
 from secateur.pruning.context import Context
 from secateur.pruning.method import UnitMethod
 from secateur.pruning.plan import Plan
+from secateur.scores.ablation import losses_without
 from secateur.stats.collect import default_loss, each_sample
-from secateur.surgery import mask_units, trial, unmask_units
+from secateur.surgery import trial
 from secateur.taxonomy import record
 from secateur.utils.batches import as_batches
-from secateur.utils.running import evaluating
 
 
 def attentions_to_remove(blocks: int, removed: float, ratio: float, alpha: float) -> int:
@@ -95,13 +95,14 @@ class TwoSSP(UnitMethod):
             if (pairs := context.coupled(group, roles=("in",), kinds=("linear", "conv1d")))
         }
         matrices = {s.name: matrix for _, s, matrix in readers.values()}
-        total: dict[str, Tensor] = {}
-        samples = as_batches(context.require_data(), 1)
-        for stats in each_sample(context.model, samples, self.needs, matrices, context.progress):
+        found: dict[str, list[Tensor]] = {name: [] for name in readers}
+        for stats in each_sample(
+            context.model, context.require_data(), self.needs, matrices, context.progress
+        ):
             for name, (_, s, _) in readers.items():
-                norm = stats[s.name].input_norm[s.index.to(stats[s.name].input_norm.device)].norm(dim=1)
-                total[name] = total[name] + norm if name in total else norm
-        return {name: value / len(samples) for name, value in total.items()}
+                norm = stats[s.name].input_norm
+                found[name].append(norm[s.index.to(norm.device)].norm(dim=1))
+        return {name: torch.stack(norms).mean(0) for name, norms in found.items() if norms}
 
     def divide(self, context: Context, scores: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
         """(kept units of every group, of attentions any; how many attentions leave)."""
@@ -156,38 +157,37 @@ class TwoSSP(UnitMethod):
         removed = 1 - context.graph.params(keep, names=names) / dense
         return attentions_to_remove(len(inside), removed, mlp / attention, self.alpha)
 
-    @torch.no_grad()
     def search(self, context: Context, neurons: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         """Kept attentions, by group: `count` leave one after the other, of the model without the neurons that leave."""
         parts = [group for group in context.groups if group.kind == "attentions"]
-        left = {g.name: [u for u in range(g.size) if not self.left_before(context, g, u)] for g in parts}
+        left = {g.name: [u for u in range(g.size) if not _left_before(context, g, u)] for g in parts}
         count -= sum(group.size - len(left[group.name]) for group in parts)
         batches = as_batches(context.require_data(), 1)[: self.judged]
         loss = context.loss or default_loss(context.model, batches[0])
-        rounds: Iterable[int] = range(count)
-        with evaluating(context.model), trial(context.model, context.graph, neurons):
-            for _ in context.progress(rounds, "attentions", count) if context.progress else rounds:
+        with trial(context.model, context.graph, neurons):
+            for _ in (
+                context.progress(range(count), "attentions", count) if context.progress else range(count)
+            ):
                 tries = [(name, unit) for name, units in left.items() for unit in units]
-                found = []
-                for name, unit in tries:
-                    keep = {n: [u for u in us if (n, u) != (name, unit)] for n, us in left.items()}
-                    mask_units(
-                        context.model,
-                        context.graph,
-                        {n: torch.tensor(u, dtype=torch.int64) for n, u in keep.items()},
-                    )
-                    found.append(sum(float(loss(context.model, batch)) for batch in batches))
-                    unmask_units(context.model)
-                finite = [value if math.isfinite(value) else math.inf for value in found]
-                if min(finite) == math.inf:
+                choices = [
+                    {n: _units(u for u in units if (n, u) != tried) for n, units in left.items()}
+                    for tried in tries
+                ]
+                found = losses_without(context.model, context.graph, choices, batches, loss)
+                if min(found) == math.inf:
                     raise SecateurError(
                         "the loss isn't finite without any of the attentions that are left",
                         where="2ssp",
                         fix="give a higher target, or --attentions",
                     )
-                name, unit = tries[finite.index(min(finite))]
+                name, unit = tries[found.index(min(found))]
                 left[name].remove(unit)
-        return {name: torch.tensor(units, dtype=torch.int64) for name, units in left.items()}
+        return {name: _units(units) for name, units in left.items()}
 
-    def left_before(self, context: Context, group: Group, unit: int) -> bool:
-        return group.name in context.gone and bool(context.gone[group.name][unit])
+
+def _units(numbers: Iterable[int]) -> Tensor:
+    return torch.tensor([*numbers], dtype=torch.int64)
+
+
+def _left_before(context: Context, group: Group, unit: int) -> bool:
+    return group.name in context.gone and bool(context.gone[group.name][unit])

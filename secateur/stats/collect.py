@@ -76,11 +76,11 @@ def each_sample(
     matrices: Mapping[str, Matrix],
     progress: Callable[..., Iterable] | None = None,
 ) -> Iterator[dict[str, LayerStats]]:
-    """`collect` of one calibration sample after the other: a sequence of ids, or an input of a list.
+    """`collect` of one calibration sample after the other: each row of what is given.
 
     >>> norms = [stats["fc2.weight"].input_norm for stats in each_sample(model, ids, {"input_norm"}, matrices)]  # doctest: +SKIP
     """
-    samples = as_batches(data, 1)
+    samples = [one for batch in as_batches(data, 1) for one in _singles(batch, sequences_in(batch))]
     for sample in progress(samples, "samples", len(samples)) if progress else samples:
         yield collect(model, [sample], needs, matrices)
 
