@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,11 @@ from secateur.utils.screen import Screen
 
 
 def set_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Write repaired tensors, in the model's dtype and place; one the model lacks (a new bias) becomes a parameter."""
+    """Write repaired tensors, in the model's dtype and place; one the model lacks (a new bias) becomes a parameter.
+
+    Of tensors that are tied to each other, each that is given a value has one of its own.
+    """
+    untie(model, values)
     for name, value in values.items():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
@@ -25,6 +29,23 @@ def set_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             continue
         with torch.no_grad():
             present.copy_(value)
+
+
+def untie(model: nn.Module, names: Iterable[str]) -> None:
+    """Parameters of these names that are one tensor become several; the config says that embeddings are no longer tied."""
+    first: dict[int, str] = {}
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        tensor = getattr(module, attribute, None)
+        if not isinstance(tensor, nn.Parameter) or first.setdefault(id(tensor), name) == name:
+            continue
+        setattr(module, attribute, nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad))
+        config: Any = getattr(model, "config", None)
+        configs: list[Any] = [config, getattr(config, "get_text_config", lambda: None)()]
+        for each in configs:
+            if getattr(each, "tie_word_embeddings", False):
+                each.tie_word_embeddings = False
 
 
 Keep = Mapping[str, Tensor]

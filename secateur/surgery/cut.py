@@ -115,19 +115,31 @@ def _cut_tensors(
     touched: dict[str, None] = {}
     for name, dims in by_name.items():
         old = _tensor(model, name)
-        new = old.detach()
-        for dim, gone in dims.items():
-            stay = torch.ones(new.shape[dim], dtype=torch.bool)
-            stay[gone] = False
-            new = new.index_select(dim, stay.nonzero().reshape(-1).to(new.device))
-        new = new.contiguous()
+        storage = old.untyped_storage().data_ptr()
+        new = _without(old, dims)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         for alias in dict.fromkeys([*names[id(old)], *extra.get(name, ())]):
-            _put(model, alias, new)
+            other = _tensor(model, alias)
+            if (
+                alias not in names[id(old)] and other.untyped_storage().data_ptr() != storage
+            ):  # no longer tied
+                _put(model, alias, nn.Parameter(_without(other, dims), requires_grad=other.requires_grad))
+            else:
+                _put(model, alias, new)
             changes.shapes[alias] = tuple(new.shape)
             touched[alias.rpartition(".")[0]] = None
     return list(touched)
+
+
+def _without(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
+    """A tensor without these places along its axes."""
+    new = tensor.detach()
+    for dim, gone in dims.items():
+        stay = torch.ones(new.shape[dim], dtype=torch.bool)
+        stay[gone] = False
+        new = new.index_select(dim, stay.nonzero().reshape(-1).to(new.device))
+    return new.contiguous()
 
 
 # --- attributes
