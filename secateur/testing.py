@@ -214,6 +214,8 @@ def cut_equals_masked(cls: type[Method]) -> None:
 
     model = _llama()
     kinds = getattr(cls, "kinds", None)
+    if kinds == ("hidden",):
+        return  # a norm over fewer channels is another norm
     settings: dict[str, Any] = {}
     if kinds is None or "hidden" in kinds:
         settings["kinds"] = ("kv_groups", "neurons")

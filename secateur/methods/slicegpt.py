@@ -75,6 +75,13 @@ class SliceGPT(UnitMethod):
                 where=f"slicegpt, schedule {context.options.schedule}",
                 fix="leave it out",
             )
+        others = sorted({group.kind for group in context.groups} - {"hidden"})
+        if others:
+            raise SecateurError(
+                f"it cuts the residual stream, and no {', '.join(others)}",
+                where="slicegpt, kinds",
+                fix="leave them out",
+            )
         streams = {
             g.name: find_stream(context.model, context.graph, g, context.example) for g in context.groups
         }

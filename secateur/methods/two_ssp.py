@@ -12,8 +12,7 @@ neurons alone can't make up for what the formula leaves to them, more attentions
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -28,7 +27,7 @@ from secateur.pruning.allocate import Step, build_path
 from secateur.pruning.context import Context
 from secateur.pruning.method import UnitMethod
 from secateur.pruning.plan import Plan
-from secateur.scores.ablation import losses_without
+from secateur.scores.ablation import least_missed
 from secateur.stats.collect import default_loss, each_sample
 from secateur.surgery import trial
 from secateur.taxonomy import record
@@ -160,33 +159,15 @@ class TwoSSP(UnitMethod):
     def search(self, context: Context, neurons: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         """Kept attentions, by group: `count` leave one after the other, of the model without the neurons that leave."""
         parts = [group for group in context.groups if group.kind == "attentions"]
-        left = {g.name: [u for u in range(g.size) if not _left_before(context, g, u)] for g in parts}
+        left = {
+            group.name: [unit for unit in range(group.size) if not _left_before(context, group, unit)]
+            for group in parts
+        }
         count -= sum(group.size - len(left[group.name]) for group in parts)
-        batches = as_batches(context.require_data(), 1)[: self.judged]
-        loss = context.loss or default_loss(context.model, batches[0])
-        with trial(context.model, context.graph, neurons):
-            for _ in (
-                context.progress(range(count), "attentions", count) if context.progress else range(count)
-            ):
-                tries = [(name, unit) for name, units in left.items() for unit in units]
-                choices = [
-                    {n: _units(u for u in units if (n, u) != tried) for n, units in left.items()}
-                    for tried in tries
-                ]
-                found = losses_without(context.model, context.graph, choices, batches, loss)
-                if min(found) == math.inf:
-                    raise SecateurError(
-                        "the loss isn't finite without any of the attentions that are left",
-                        where="2ssp",
-                        fix="give a higher target, or --attentions",
-                    )
-                name, unit = tries[found.index(min(found))]
-                left[name].remove(unit)
-        return {name: _units(units) for name, units in left.items()}
-
-
-def _units(numbers: Iterable[int]) -> Tensor:
-    return torch.tensor([*numbers], dtype=torch.int64)
+        model, batches = context.model, as_batches(context.require_data(), 1)[: self.judged]
+        loss = context.loss or default_loss(model, batches[0])
+        with trial(model, context.graph, neurons):
+            return least_missed(model, context.graph, left, count, batches, loss, context.progress)
 
 
 def _left_before(context: Context, group: Group, unit: int) -> bool:

@@ -169,5 +169,7 @@ def test_what_cannot_be_turned_is_refused_and_left_alone(ids):
     with pytest.raises(SecateurError, match="LayerNorm"):
         secateur.prune(model, method="slicegpt", target="75%", data=ids, inplace=True)
     assert torch.equal(model(ids).logits, before)
+    with pytest.raises(SecateurError, match="and no neurons"):
+        secateur.prune(model, method="slicegpt", target="75%", data=ids, kinds=("hidden", "neurons"))
     with pytest.raises(SecateurError, match="turns a stream once"):
         secateur.prune(model, method="slicegpt", target="75%", data=ids, schedule="iterative:2")
