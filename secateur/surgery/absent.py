@@ -16,6 +16,5 @@ class Absent(nn.Module):
         self.returns = returns
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        states = args[0] if args else kwargs["hidden_states"]
-        zeros = torch.zeros_like(states)
+        zeros = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
         return (zeros, *[None] * (self.returns - 1)) if self.returns else zeros

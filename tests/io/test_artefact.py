@@ -180,7 +180,7 @@ def test_load_gives_back_the_model_and_runs_no_code_of_the_folder(
 ) -> None:
     for name, model in every_form(tiny_llama, tmp_path).items():
         if (code := tmp_path / name / "modeling_pruned.py").exists():
-            assert len(code.read_text().splitlines()) < 80
+            assert len(code.read_text().splitlines()) < 90
             code.write_text("raise SystemExit('the code of the folder was run')")
         loaded, tokenizer = load(tmp_path / name)
         assert tokenizer is None and not loaded.training
@@ -538,7 +538,7 @@ def test_blocks_and_identities_of_a_plain_module(tmp_path: Path) -> None:
         return nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(4)])
 
     model = build()
-    table = {"blocks": {"": [0, 2, 3]}, "identity": ["1.1"], "shapes": {}, "attributes": {}}
+    table = {"blocks": {"": [0, 2, 3]}, "identity": ["1.1"], "absent": {}, "shapes": {}, "attributes": {}}
     reshape(model, table)
     assert len(model) == 3 and torch.equal(model[1][0].weight, build()[2][0].weight)
     found = compare(model, build(), {"": [0, 2, 3]})
