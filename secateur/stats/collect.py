@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -95,13 +96,14 @@ def _inputs(
     if not needs:
         return {name: LayerStats(name=name) for name in matrices}
     for share in (True, False):
-        recorder = Recorder(model, matrices, needs, share)
+        recorder = Recorder(model, matrices, needs, share, early=True)
         try:
             with torch.no_grad(), evaluating(model), recorder:
                 every = progress(batches, "activations", len(batches)) if progress else batches
                 for batch, forward in zip(every, _forwards(model, matrices)):
                     recorder.begin(batch)
-                    forward(batch)
+                    with contextlib.suppress(Stop):
+                        forward(batch)
         except NotShared:
             continue
         break
@@ -131,8 +133,6 @@ def _forwards(model: nn.Module, matrices: Mapping[str, Matrix]) -> Iterator[Call
         hook = blocks.modules[-1].register_forward_hook(_stop)
         try:
             run(model, batch)
-        except Stop:
-            pass
         finally:
             hook.remove()
 

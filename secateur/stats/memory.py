@@ -14,6 +14,7 @@ from secateur.graph.blocks import Blocks, Matrix, find_matrices, find_stacks
 from secateur.stats.layer import OF_INPUTS, LayerStats, check_needs
 from secateur.stats.stream import Flow
 from secateur.utils.batches import as_batches, batch_numel
+from secateur.utils.running import flat_tensors
 
 SWEPT = 128
 """Columns in work at once while weights are repaired."""
@@ -49,12 +50,13 @@ def estimate(
         return _choosing(own, {})
     chunks = as_batches(batches, batch_size)
     largest = max(chunks, key=batch_numel)
-    flow = Flow(model, blocks.modules, [largest, largest], blocks.path)
+    flow = Flow(model, blocks.modules, [largest, largest], blocks.path, alone=len(stacks) == 1)
     held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     with _Peak(held) as peak:
         stats = flow.gather(number - blocks.start, own, needs, keep_output=False)
     each = flow.state_bytes if blocks.repeated else 0
-    # all batches' states between two blocks, and a copy of the running one
+    # all batches' states between two blocks, a copy of the running one, and what the module around the stack was given
+    each += sum(tensor.nbytes for tensor in flat_tensors(flow.given.get(0)))
     states = each * sum(map(batch_numel, chunks)) // max(batch_numel(largest), 1) + each
     kept = sum({id(s.inputs): _bytes(s) for s in stats.values()}.values())
     return states + max(peak.bytes, kept + _choosing(own, stats))

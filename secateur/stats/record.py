@@ -45,16 +45,26 @@ class Recorder:
     Layers that are given the same tensor (the object, not its name) share one `InputStats`; it is filled once. Tokens
     that a batch's `attention_mask` hides don't count, nor in a decoder beside an encoder those that its
     `decoder_attention_mask` does.
+
+    early: raise `Stop` as soon as every layer has had its input, from the second batch on, where the first gave each layer one
+    and which tokens a layer gets doesn't depend on the batch (experts).
     """
 
     def __init__(
-        self, model: nn.Module, matrices: Mapping[str, Matrix], needs: frozenset[str], share: bool = True
+        self,
+        model: nn.Module,
+        matrices: Mapping[str, Matrix],
+        needs: frozenset[str],
+        share: bool = True,
+        early: bool = False,
     ):
-        self.matrices, self.needs, self.share = dict(matrices), needs, share
+        self.matrices, self.needs, self.share, self.early = dict(matrices), needs, share, early
         self.decoder = _decoder_of(model)
         self.inputs: dict[str, InputStats] = {}
         self._leads: dict[str, bool] = {}
         self._sequences = 0
+        self._calls: dict[str, int] = {}
+        self._ends = False
         self._masks: dict[str, Tensor | None] = {}
         self._encoded: Tensor | None = None
         self._counts = True
@@ -89,6 +99,10 @@ class Recorder:
 
     def begin(self, batch: Inputs) -> None:
         """Starts a batch."""
+        if self._sequences and any(self._calls.get(name) != 1 for name in self.matrices):
+            self.early = False
+        self._ends = self.early and self._sequences > 0
+        self._calls = {}
         self._sequences += sequences_in(batch)
         self._masks = {side: token_mask(batch, key) for side, key in MASKS.items()}
         self._encoded = None
@@ -101,6 +115,8 @@ class Recorder:
         plain = [
             m.module for m in self.matrices.values() if not m.kind.startswith("experts") and m.kind != "conv"
         ]
+        # what must run to its end, such as a router that leaves experts out, isn't stopped
+        self.early &= not any(module._forward_hooks_always_called for module in self._model.modules())
         self._routed = Routed(self._model, plain, self._mask)
         self._exit.callback(setattr, self, "_routed", None)
         # before the hooks that count, so that an expert which is a single layer is known to them
@@ -119,9 +135,17 @@ class Recorder:
             else:
                 hook = matrix.module.register_forward_pre_hook(self._hook(matrix), with_kwargs=True)
                 self._exit.callback(hook.remove)
+        self.early = self.early and not experts and not self._picks(plain)
         if experts:
             self._exit.enter_context(_ExpertInputs(experts, self._add_expert))
         return self
+
+    def _picks(self, modules: list[nn.Module]) -> bool:
+        """Whether some of the modules lie in a list that is no stack of blocks: experts, of which a batch may skip some."""
+        assert self._routed is not None
+        stacks = {matrix.block_path for matrix in self.matrices.values()} - {""}
+        blocks = {child for path in stacks for child in self._model.get_submodule(path).children()}
+        return any(self._routed.expert[m][0] not in blocks for m in modules if m in self._routed.expert)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -137,6 +161,9 @@ class Recorder:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             self._add(matrix, x.detach() if x.requires_grad else x)
+            self._calls[matrix.name] = self._calls.get(matrix.name, 0) + 1
+            if self._ends and len(self._calls) == len(self.matrices):
+                raise Stop
 
         return hook
 

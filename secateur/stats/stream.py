@@ -20,8 +20,11 @@ from secateur.graph.blocks import Blocks, Matrix, check_weights, find_stacks
 from secateur.stats.layer import OF_GRADIENTS, LayerStats, check_needs
 from secateur.stats.record import NotShared, Recorder, Stop
 from secateur.utils.batches import as_batches, batch_numel
-from secateur.utils.running import evaluating, run
+from secateur.utils.running import evaluating, flat_tensors, run
 from secateur.utils.screen import Screen
+
+Given = tuple[tuple, dict[str, Any]]
+"""The positional and keyword arguments of a call."""
 
 
 @dataclass(repr=False)
@@ -33,6 +36,8 @@ class Block(Screen):
     module: nn.Module
     matrices: dict[str, Matrix]
     stats: dict[str, LayerStats] = field(default_factory=dict)
+    flow: Flow | None = None
+    """The states that its statistics come from; None where no data was given."""
 
 
 def stream(
@@ -43,6 +48,7 @@ def stream(
     *,
     propagate: bool = True,
     skip: int = 0,
+    flowing: bool = False,
     progress: Callable[..., Iterable] | None = None,
     batch_size: int | None = None,
     ready: Callable[[int], None] | None = None,
@@ -61,6 +67,7 @@ def stream(
     matrices: as `find_matrices` gives them.
     propagate: a block's inputs come from the blocks before it as the caller left them; else from the dense model.
     skip: blocks already done: run forward, without statistics, and not given.
+    flowing: `block.flow` is there also where no statistics are needed, for a caller that runs blocks itself.
     progress: `secateur.utils.progress.track` or alike: (iterable, description, total) -> iterable.
     batch_size: samples a forward; None: about 2048 tokens.
     ready: called with a block's number before it is looked at, for models whose blocks aren't always in memory.
@@ -75,7 +82,7 @@ def stream(
             where="stream",
             fix="use collect",
         )
-    chunks = as_batches(batches, batch_size) if needs else []
+    chunks = as_batches(batches, batch_size) if needs or flowing else []
     wanted = {matrix.block_path for matrix in matrices.values()}
     stacks = (Blocks("", (model,)),) if wanted == {""} else find_stacks(model)
     numbers = [
@@ -87,14 +94,16 @@ def stream(
     flow: Flow | None = None
     for stack, index in progress(numbers, "blocks", len(numbers)) if progress is not None else numbers:
         if flow is None or flow.modules is not stack.modules:
-            flow = Flow(model, stack.modules, chunks, stack.path)
+            flow = Flow(model, stack.modules, chunks, stack.path, alone=len(stacks) == 1)
         number = stack.start + index
         own = {name: matrix for name, matrix in matrices.items() if matrix.block == number}
         if ready is not None:
             ready(number)
         check_weights(own)
         empty = {name: LayerStats(name=name) for name in own}
-        block = Block(number, stack.path_of(index), stack.modules[index], own, empty)
+        block = Block(
+            number, stack.path_of(index), stack.modules[index], own, empty, flow if chunks else None
+        )
         if needs:
             block.stats = flow.gather(index, own, needs, keep_output=not propagate)
         if ready is not None:
@@ -111,9 +120,26 @@ def _drop(block: Block) -> None:
 
 
 class Flow:
-    """Hidden states between two blocks of a stack, one per batch, moved forward in place. Other stacks run as they are."""
+    """Hidden states between two blocks of a stack, one per batch, moved forward in place. Other stacks run as they are, and only
+    once a batch: later runs start at the module around the stack, with what it was given.
 
-    def __init__(self, model: nn.Module, modules: tuple[nn.Module, ...], batches: list, path: str = ""):
+    >>> flow = Flow(model, stack.modules, batches, stack.path)
+    >>> for index, block in enumerate(stack.modules):
+    ...     for number in range(len(batches)):
+    ...         args, kwargs = flow.call(number, index)
+    ...         flow.keep(number, index, block(*args, **kwargs))
+
+    alone: whether the model has no other stack; then it always runs from its start.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: tuple[nn.Module, ...],
+        batches: list,
+        path: str = "",
+        alone: bool = True,
+    ):
         self.model, self.modules, self.batches, self.path = model, modules, batches, path
         self.hidden: list[list[Tensor]] = [[] for _ in batches]
         self.level = [-1] * len(batches)
@@ -121,37 +147,67 @@ class Flow:
         self.state_bytes = 0
         self.buffer: Tensor | None = None
         self.used = 0
+        around = path.rpartition(".")[0]
+        self.around = model.get_submodule(around) if around and not alone else None
+        self.given: dict[int, Given | None] = {}
 
     def gather(
         self, index: int, matrices: Mapping[str, Matrix], needs: frozenset[str], keep_output: bool
     ) -> dict[str, LayerStats]:
+        """The statistics of block `index`. The states before it (or, with `keep_output`, behind it) are kept."""
         for share in (True, False):
-            recorder = Recorder(self.model, matrices, needs, share)
+            recorder = Recorder(self.model, matrices, needs, share, early=not keep_output)
             try:
                 with torch.no_grad(), evaluating(self.model), recorder:
                     for number, batch in enumerate(self.batches):
                         recorder.begin(batch)
-                        self._forward(number, index, keep_output)
+                        keep = index if keep_output else index - 1
+                        self._forward(
+                            number,
+                            index,
+                            lambda at, n=number, k=keep: self._play(at, n, at == k, at == index),
+                        )
             except NotShared:
                 continue
             break
         recorder.check()
         return recorder.stats
 
-    def _forward(self, number: int, index: int, keep_output: bool) -> None:
-        """Block `index` on one batch. The states before it (or, with `keep_output`, behind it) are kept."""
+    def call(self, number: int, index: int) -> Given:
+        """The arguments that block `index` is given on a batch; the blocks before it are replayed."""
+        found: list[Given] = []
+
+        def play(position: int) -> Callable[..., Any]:
+            if position < index:
+                return self._play(position, number, position == index - 1, False)
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                found.append((args, kwargs))
+                raise Stop
+
+            return forward
+
+        with torch.no_grad():
+            self._forward(number, index, play)
+        return found[0]
+
+    def keep(self, number: int, index: int, output: Any) -> None:
+        """The flow goes on from what block `index` gave on a batch."""
+        self.outputs[index], states = _take(output)
+        self.state_bytes = sum(tensor.nbytes for tensor in states)
+        self._store(number, states)
+        self.level[number] = index
+
+    def _forward(self, number: int, index: int, play: Callable[[int], Callable[..., Any]]) -> None:
+        """The model as far as block `index` on one batch: finished blocks replayed, the others as `play` says."""
         known = self.level[number]
-        keep = index if keep_output else index - 1
-        passing: list[Tensor] = []
+        passing: list[tuple[Tensor, int]] = []
         with contextlib.ExitStack() as stack:
             for position in range(index + 1):
-                if position <= known:
-                    forward = self._replay(position, number, passing)
-                else:
-                    forward = self._play(position, number, keep=position == keep, stop=position == index)
+                forward = self._replay(position, number, passing) if position <= known else play(position)
                 stack.enter_context(_forward_replaced(self.modules[position], forward))
             try:
-                run(self.model, self.batches[number])
+                self._run(number)
             except Stop:
                 return
         raise SecateurError(
@@ -162,17 +218,41 @@ class Flow:
             else "give data that uses it",
         )
 
-    def _replay(self, position: int, number: int, passing: list[Tensor]) -> Callable[..., Any]:
-        """A finished block gives copies, since a model may write into them.
+    def _run(self, number: int) -> None:
+        """The model on a batch; from the module around the stack, once it is known what that is given, in one call."""
+        around, given = self.around, self.given.get(number)
+        if around is None or (number in self.given and given is None):
+            run(self.model, self.batches[number])
+            return
+        if given is not None:
+            around(*given[0], **given[1])
+            return
+        seen: list[tuple[Given, list[int]]] = []
 
-        Only what the last finished block gives is read; those before it pass one copy on, whatever becomes of it.
-        """
+        def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            call = (args, kwargs)
+            seen.append((call, [tensor._version for tensor in flat_tensors(call)]))
+
+        hook = around.register_forward_pre_hook(see, with_kwargs=True, prepend=True)
+        try:
+            run(self.model, self.batches[number])
+        finally:
+            hook.remove()
+            self.given[number] = None
+            if len(seen) == 1:  # and nothing was written into what it was given
+                call, versions = seen[0]
+                if versions == [tensor._version for tensor in flat_tensors(call)]:
+                    self.given[number] = call
+
+    def _replay(self, position: int, number: int, passing: list[tuple[Tensor, int]]) -> Callable[..., Any]:
+        """A finished block gives a copy, since a model may write into it. Only what the last finished block gives is read: those
+        before it pass the copy on, which is made again where somebody wrote into it."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             last = position == self.level[number]
-            states = passing if passing and not last else [tensor.clone() for tensor in self.hidden[number]]
-            passing[:] = [] if last else states
-            return _fill(self.outputs[position], states)
+            if not passing or (last and any(state._version != version for state, version in passing)):
+                passing[:] = [(copy, copy._version) for copy in (h.clone() for h in self.hidden[number])]
+            return _fill(self.outputs[position], [state for state, _ in passing])
 
         return forward
 
@@ -182,11 +262,11 @@ class Flow:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
-            self.outputs[position], states = _take(output)
-            self.state_bytes = sum(tensor.nbytes for tensor in states)
             if keep:
-                self._store(number, states)
-                self.level[number] = position
+                self.keep(number, position, output)
+            else:
+                self.outputs[position], states = _take(output)
+                self.state_bytes = sum(tensor.nbytes for tensor in states)
             if stop:
                 raise Stop
             return output

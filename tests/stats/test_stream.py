@@ -578,3 +578,58 @@ def test_states_lie_in_one_buffer_while_they_fit_and_in_the_order_of_their_memor
     assert places == [0, 64, 128] and turned.stride() == (1, 2)
     inside = range(start, start + len(flow.buffer))
     assert [t.data_ptr() in inside for t in (turned, last, over)] == [False, False, False]
+
+
+def counted(module):
+    """How often a module has run, as a list that grows."""
+    calls = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_a_block_runs_no_further_than_its_last_input_once_the_first_batch_has_shown_the_order():
+    model = make("llama")
+    runs = counted(model.model.layers[1].mlp.down_proj)
+    seen = 0
+    for block in stream(model, IDS, {"input_norm"}, find_matrices(model), batch_size=2):
+        expected = plain(model, IDS.split(2), block.matrices)
+        seen, before = len(runs), seen
+        for key, stats in block.stats.items():
+            assert torch.allclose(stats.input_norm, (expected[key].diagonal() / 2).sqrt().float(), rtol=1e-4)
+        if block.index == 1:
+            assert seen - before == 1 + 3  # one of three batches, and the three of `plain`
+
+
+def test_a_run_is_whole_where_a_layer_is_called_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.a(self.b(self.a(x)))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Twice() for _ in range(2)])
+    x = torch.randn(6, 4)
+    for block in stream(model, x, {"input_norm"}, every_matrix(model), batch_size=2):
+        first = model[0](x)
+        rows = torch.cat([x, model[0].b(model[0].a(x)), first, model[1].b(model[1].a(first))])
+        own = rows[:12], rows[12:]
+        for number, part in enumerate(own):
+            found = block.stats[f"{number}.a.weight"].input_norm
+            assert torch.allclose(found, (part.square().sum(0) / 6).sqrt(), rtol=1e-5)
+
+
+def test_the_other_side_runs_once_a_batch():
+    torch.manual_seed(0)
+    model = TWO_SIDED["bart"]().eval()
+    batch = {"input_ids": IDS, "decoder_input_ids": IDS.flip(0)}
+    matrices = {n: m for n, m in find_matrices(model).items() if "decoder" in n}
+    expected = {}
+    runs = counted(model.model.encoder)
+    for block in stream(model, [batch, batch], {"input_norm"}, matrices):
+        expected |= {name: stats.input_norm for name, stats in block.stats.items()}
+    assert len(runs) == 2
+    whole = collect(model, [batch, batch], {"input_norm"}, matrices)
+    assert all(torch.allclose(whole[name].input_norm, norm, rtol=1e-5) for name, norm in expected.items())
