@@ -22,6 +22,7 @@ FLOORS = [
     {"surgery", "gates"},
     {"measure"},
     {"stats"},
+    {"repair"},
     {"pruning"},
     {"scores", "solvers"},
     {"training", "saliency"},

@@ -43,6 +43,7 @@ class SDPrune(WeightMethod):
 
     everywhere: ClassVar[bool] = True
     later_stays: ClassVar[bool] = True
+    unrepaired: ClassVar[str] = "it prunes layers outside the repeated blocks too"
     info = record("sd-prune")
 
     def score(self, weight: Tensor, stats: LayerStats) -> Tensor:

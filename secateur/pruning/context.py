@@ -27,9 +27,10 @@ from secateur.pruning.resume import Checkpoint
 from secateur.pruning.share import makers, read_shares, steer
 from secateur.pruning.target import Target, parse_schedule
 from secateur.pruning.undo import Undo
+from secateur.repair.steps import step_size
 from secateur.stats.collect import collect
 from secateur.stats.layer import LayerStats
-from secateur.stats.stream import Block, stream
+from secateur.stats.stream import Block, Flow, stream
 from secateur.stats.windows import draw_windows
 from secateur.utils.inputs import Inputs, describe
 from secateur.utils.random import seeded
@@ -319,25 +320,35 @@ class Context(Screen):
         propagate: bool = True,
         skip: int = 0,
         names: Container[str] | None = None,
+        flow: Flow | None = None,
     ) -> Iterator[Block]:
         """Blocks in order with their statistics; with `propagate`, each sees what was done to those before it.
 
-        names: only these matrices, and the stacks they lie in.
+        names: only these matrices, and the stacks they lie in. flow: the states behind the blocks that are skipped, where the
+        caller ran them.
         """
         wanted = {n: m for n, m in self.every_matrix.items() if names is None or n in names}
         read = self._needs(needs)
         for block in stream(
             self.model,
-            self.require_data() if read else self.data,
+            self.require_data() if read or self.options.fits else self.data,
             read,
             wanted,
             propagate=propagate,
             skip=skip,
+            flowing=self.options.fits,
+            flow=flow,
+            batch_size=self.batch_size,
             progress=self.progress,
             ready=self.ready,
         ):
             self._seeded(block.stats)
             yield block
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples that go through a block at once; fewer where an optimiser makes a step on each."""
+        return step_size(self.data) if self.options.repair == "reconstruct" else None
 
     def remember(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of a finished step, from disk where an earlier, killed run got that far."""

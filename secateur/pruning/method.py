@@ -29,6 +29,8 @@ class WeightMethod(Method):
     """
 
     verb: ClassVar[str] = "prune"
+    unrepaired: ClassVar[str] = ""
+    """Why no `repair` can follow; empty: any can."""
 
     @classmethod
     def usual(cls) -> dict[str, Any]:
@@ -88,6 +90,8 @@ class UnitMethod(Method):
     """
 
     verb: ClassVar[str] = "prune"
+    unrepaired: ClassVar[str] = ""
+    """Why no `repair` can follow; empty: any can."""
     kinds: ClassVar[tuple[str, ...] | None] = None
     """The kinds of unit it cuts; None: every kind the graph has."""
     share_of: ClassVar[str] = "units"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 from secateur.pruning.share import read_shares, written
 from secateur.pruning.target import parse_schedule
+from secateur.repair.blocks import REPAIRS
 from secateur.utils.ranges import check_fields
 
 
@@ -68,6 +69,19 @@ class Options:
         default=False,
         metadata={"help": "cut every layer alike, so that plain from_pretrained loads the result"},
     )
+    repair: str | None = field(
+        default=None,
+        metadata={
+            "help": "what makes up for what left: reconstruct (each block fitted to the dense model's), obs, bias, none; default: what the method does"
+        },
+    )
+    repair_passes: int = field(
+        default=2,
+        metadata={
+            "help": "passes over the calibration data that reconstruct makes in each block; 0: closed form alone",
+            "min": 0,
+        },
+    )
     prove: bool = field(
         default=True,
         metadata={"help": "check that the sliced model equals the masked one; failing groups are frozen"},
@@ -86,6 +100,8 @@ class Options:
         """Raises `SecateurError` for a value outside its range; which allocations there are, the method's kind says."""
         check_fields(self)
         parse_schedule(self.schedule)
+        if self.repair is not None:
+            choose(self.repair, REPAIRS, what="repair", where="repair")
         for pattern, share in read_shares(self.share).items():
             if share < self.floor:
                 raise SecateurError(
@@ -98,6 +114,11 @@ class Options:
         """The fields that differ from the default, as a plan keeps them."""
         default = Options()
         return {name: value for name, value in asdict(self).items() if value != getattr(default, name)}
+
+    @property
+    def fits(self) -> bool:
+        """Whether a repair reads the calibration data."""
+        return self.repair not in (None, "none")
 
     @property
     def divides(self) -> str | None:

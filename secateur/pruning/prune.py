@@ -136,8 +136,8 @@ def prune(
         calibration will need.
     prompts, drawing: of a pipeline: what is drawn for calibration, and further arguments of its call (num_inference_steps,
         guidance_scale, ...).
-    settings: fields of `Options` (samples, seqlen, schedule, allocation, floor, round_to, kinds, keep, only, share, uniform, prove) and
-        hyperparameters of the method.
+    settings: fields of `Options` (samples, seqlen, schedule, allocation, floor, round_to, kinds, keep, only, share, uniform, repair,
+        prove) and hyperparameters of the method.
 
     Raises `SecateurError`: unknown method or setting, a target that can't be met, no data, NaN weights, nothing to cut.
     """
@@ -151,7 +151,7 @@ def prune(
     if inputs is None and (units or hasattr(getattr(model, "config", None), "vocab_size")):
         inputs = default_inputs(model, min(options.seqlen, TRACED))
     batches = None
-    if reads_data(chosen, options.divides):
+    if options.fits or reads_data(chosen, options.divides):
         batches = calibration_batches(data, tokenizer, model, options.samples, options.seqlen, seed)
 
     measured: dict[str, Any] = {

@@ -74,6 +74,7 @@ def read_request(
             fix="give a share, or schedule=once",
         )
     _check_allocation(chosen, read.divides)
+    _check_repair(chosen, goal, read)
     _check_kinds(chosen, read.kinds)
     return Request(chosen, goal, read, {key: value for key, value in settings.items() if key in others})
 
@@ -100,6 +101,31 @@ def _check_pair(method: Method, target: Target) -> None:
             f"{method.name} makes no N:M pattern",
             where=f"target {target}",
             fix="give a share such as 20%, or take an unstructured method",
+        )
+
+
+def _check_repair(method: Method, target: Target, options: Options) -> None:
+    if options.repair is None:
+        return
+    if why := getattr(method, "unrepaired", ""):
+        raise SecateurError(f"{method.name} takes none: {why}", where="repair", fix="leave repair out")
+    if isinstance(method, WeightMethod) and options.schedule != "once":
+        raise SecateurError(
+            "a later round would be fitted to what an earlier one left, not to the dense model",
+            where="repair",
+            fix="schedule=once",
+        )
+    if isinstance(method, WeightMethod) and (options.everywhere or method.everywhere) and options.fits:
+        raise SecateurError(
+            "it goes block by block, and everywhere has weights pruned outside the blocks",
+            where="repair",
+            fix="leave everywhere out, or repair=none",
+        )
+    if options.repair == "bias" and target.kind in ("params", "size"):
+        raise SecateurError(
+            f"the biases that it adds are parameters, which target {target} bounds",
+            where="repair",
+            fix="give a share, or repair=reconstruct",
         )
 
 

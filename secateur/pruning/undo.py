@@ -14,10 +14,16 @@ class Undo:
     def __init__(self, model: nn.Module, active: bool = True):
         self.model, self.active = model, active
         self.originals: dict[str, Tensor] = {}
+        self.added: set[str] = set()
+        """Parameters that the model didn't have."""
 
     def remember(self, name: str) -> None:
-        """Keep a copy of this parameter or buffer as it is now, unless there is one."""
-        if self.active and name not in self.originals:
+        """Keep a copy of this parameter or buffer as it is now, unless there is one; or that the model has none."""
+        if not self.active or name in self.originals or name in self.added:
+            return
+        if not has_tensor(self.model, name):
+            self.added.add(name)
+        else:
             self.originals[name] = tensor_of(self.model, name).detach().clone()
 
     def restore(self) -> None:
@@ -25,6 +31,8 @@ class Undo:
         with torch.no_grad():
             for name, original in self.originals.items():
                 tensor_of(self.model, name).copy_(original)
+        for name in self.added:
+            remove_parameter(self.model, name)
 
     def release(self) -> None:
         self.originals.clear()
@@ -41,3 +49,11 @@ def has_tensor(model: nn.Module, name: str) -> bool:
         return isinstance(tensor_of(model, name), Tensor)
     except AttributeError:
         return False
+
+
+def remove_parameter(model: nn.Module, name: str) -> None:
+    """Take away a parameter that a repair gave a layer that had none, such as a bias."""
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    if module._parameters.get(attribute) is not None:
+        module.register_parameter(attribute, None)

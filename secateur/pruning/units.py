@@ -11,6 +11,7 @@ from torch import Tensor
 from secateur.errors import SecateurError
 from secateur.graph import Graph
 from secateur.pruning.context import Context
+from secateur.pruning.fitted import repair_units
 from secateur.pruning.method import UnitMethod
 from secateur.pruning.plan import Plan
 from secateur.pruning.protect import KEPT, OUTSIDE
@@ -70,6 +71,8 @@ def plan_units(method: UnitMethod, context: Context, targets: Sequence[Target]) 
     plan.target = str(context.target)
     if not plan.keep:
         plan.values = {}
+    if context.options.repair is not None:
+        repair_units(context, graph, plan)
     context.scores, context.limit = current.scores, current.limit
     if context.target.kind in ("share", "parts"):
         context.met = current.keeps_share(plan.keep)

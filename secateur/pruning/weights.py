@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from secateur.graph.parts import inside, parts_of
 from secateur.method import Method, make_method
 from secateur.pruning.allocate import arithmetic_shares, arithmetic_steps, divide
 from secateur.pruning.context import Context
+from secateur.pruning.fitted import Fitted
 from secateur.pruning.method import WeightMethod
 from secateur.pruning.plan import DENSE_NOTE, Plan
 from secateur.pruning.select import Pattern, top_k
@@ -21,6 +23,7 @@ from secateur.pruning.undo import Undo
 from secateur.stats.collect import default_loss
 from secateur.stats.layer import LayerStats
 from secateur.stats.memory import estimate
+from secateur.surgery.changes import set_values
 from secateur.utils.batches import as_batches
 from secateur.utils.inputs import map_tensors
 from secateur.utils.running import device_of, evaluating
@@ -81,16 +84,27 @@ def plan_weights(method: WeightMethod, context: Context) -> Plan:
     plan = context.make_plan(notes={"weights": DENSE_NOTE})
 
     # finished blocks stand at the front of the order, since a run writes them one after the other
-    done = 0
+    finished: dict[int, dict[str, Tensor]] = {}
     for index in sorted({matrix.block for matrix in matrices.values()}):
-        finished = context.checkpoint.load(f"round-{context.round}-block-{index}")
-        if finished is None:
+        loaded = context.checkpoint.load(f"round-{context.round}-block-{index}")
+        if loaded is None:
             break
-        _install(context, finished, plan)
-        done = index + 1
+        finished[index] = loaded
+    done = max(finished, default=-1) + 1
+    fitted = Fitted(context, method.propagate) if context.options.fits else None
+    for index, loaded in finished.items():
+        if fitted is None:
+            _install(context, loaded, plan)
+    flow = fitted.resume(finished, partial(_install, context, plan=plan)) if fitted else None
 
     with torch.no_grad():
-        for block in context.stream(needs, propagate=method.propagate, skip=done, names=patterns):
+        for block in context.stream(
+            needs,
+            propagate=method.propagate,
+            skip=done,
+            names=patterns,
+            flow=flow if method.propagate else None,
+        ):
             cut = {
                 name: patterns[name] for name in block.matrices if patterns[name].keep < matrices[name].numel
             }
@@ -105,10 +119,14 @@ def plan_weights(method: WeightMethod, context: Context) -> Plan:
                     )
                 changed = not torch.equal(weight, matrix.weight() * mask)
                 result[f"mask/{name}"] = matrix.unfold(mask).to(torch.bool)
-                if changed:
+                if changed and context.options.repair in (None, "reconstruct"):
                     result[f"value/{name}"] = matrix.unfold(weight)
+            if fitted:
+                result |= fitted.block(block, result, partial(_install, context, result, plan))
             _install(context, result, plan)
             context.checkpoint.save(f"round-{context.round}-block-{block.index}", result)
+    if fitted:
+        plan.notes |= fitted.notes()
     return plan
 
 
@@ -117,21 +135,21 @@ def _install(context: Context, result: Mapping[str, Tensor], plan: Plan) -> None
     with torch.no_grad():
         for key, tensor in result.items():
             what, _, name = key.partition("/")
-            parameter = context.model.get_parameter(name)
-            if context.undo:
+            if context.undo and what in ("mask", "value"):
                 context.undo.remember(name)
             if what == "mask":
                 if context.recorded:
                     plan.masks[name] = tensor
+                parameter = context.model.get_parameter(name)
                 parameter.masked_fill_(~tensor.to(parameter.device), 0)
         # values last: a repaired weight is written over the masked one
         for key, tensor in result.items():
             what, _, name = key.partition("/")
             if what == "value":
-                parameter = context.model.get_parameter(name)
-                parameter.copy_(tensor)
+                set_values(context.model, {name: tensor})
                 if not context.recorded:
                     continue
+                parameter = context.model.get_parameter(name)
                 plan.values[name] = parameter.detach() if context.lean else parameter.detach().clone().cpu()
 
 

@@ -117,7 +117,7 @@ class Recorder:
         ]
         # what must run to its end, such as a router that leaves experts out, isn't stopped
         self.early &= not any(module._forward_hooks_always_called for module in self._model.modules())
-        self._routed = Routed(self._model, plain, self._mask)
+        self._routed = Routed(self._model, plain, self.mask)
         self._exit.callback(setattr, self, "_routed", None)
         # before the hooks that count, so that an expert which is a single layer is known to them
         for handle in self._routed.hooks():
@@ -190,12 +190,12 @@ class Recorder:
             for sample in x.split(1):
                 inputs.add_parts(_unfolded(matrix.module, sample))
         else:
-            inputs.add(self._visible(matrix, x))
+            inputs.add(self.visible(matrix, x))
 
     def _see_encoded(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._encoded = kwargs.get("encoder_hidden_states")
 
-    def _mask(self, module: nn.Module, x: Tensor, parts: int = 1) -> Tensor | None:
+    def mask(self, module: nn.Module, x: Tensor, parts: int = 1) -> Tensor | None:
         """[tokens] bool, those of `x` [..., in] that count; cross-attention reads the encoder's inside the decoder."""
         if id(module) not in self._masked:
             return None
@@ -207,10 +207,19 @@ class Recorder:
             return None
         return mask.reshape(-1).to(x.device).repeat(rows // mask.numel())
 
-    def _visible(self, matrix: Matrix, x: Tensor) -> Tensor:
+    def rows(self, matrix: Matrix, x: Tensor) -> Tensor:
+        """What the matrix multiplies of its layer's input: [parts, tokens that count, in].
+
+        >>> recorder.begin(batch); recorder.rows(matrix, x).shape  # doctest: +SKIP
+        torch.Size([1, 2048, 576])
+        """
+        return _unfolded(matrix.module, x) if matrix.kind == "conv" else self.visible(matrix, x)[None]
+
+    def visible(self, matrix: Matrix, x: Tensor) -> Tensor:
+        """[tokens that count, in] of the input of a layer that is no convolution."""
         rows = x.reshape(-1, x.shape[-1])
         mask = self._routed.of(matrix.module, len(rows)) if self._routed is not None else None
-        mask = self._mask(matrix.module, x, matrix.parts) if mask is None else mask
+        mask = self.mask(matrix.module, x, matrix.parts) if mask is None else mask
         return rows if mask is None else rows[mask]
 
     @contextlib.contextmanager
@@ -222,7 +231,7 @@ class Recorder:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             x = args[0] if args else next(iter(kwargs.values()))
-            visible = self._mask(module, x, matrix.parts)
+            visible = self.mask(module, x, matrix.parts)
             if visible is None:
                 return original(*args, **kwargs)
             result = torch.empty_like(x).reshape(-1, x.shape[-1])  # [tokens, hidden]

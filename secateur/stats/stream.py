@@ -49,6 +49,7 @@ def stream(
     propagate: bool = True,
     skip: int = 0,
     flowing: bool = False,
+    flow: Flow | None = None,
     progress: Callable[..., Iterable] | None = None,
     batch_size: int | None = None,
     ready: Callable[[int], None] | None = None,
@@ -68,6 +69,7 @@ def stream(
     propagate: a block's inputs come from the blocks before it as the caller left them; else from the dense model.
     skip: blocks already done: run forward, without statistics, and not given.
     flowing: `block.flow` is there also where no statistics are needed, for a caller that runs blocks itself.
+    flow: the states behind the skipped blocks of the first stack that isn't finished, where the caller ran them.
     progress: `secateur.utils.progress.track` or alike: (iterable, description, total) -> iterable.
     batch_size: samples a forward; None: about 2048 tokens.
     ready: called with a block's number before it is looked at, for models whose blocks aren't always in memory.
@@ -91,9 +93,8 @@ def stream(
         for index in range(len(stack))
         if stack.start + index >= skip and (stack.path in wanted or not wanted)
     ]
-    flow: Flow | None = None
     for stack, index in progress(numbers, "blocks", len(numbers)) if progress is not None else numbers:
-        if flow is None or flow.modules is not stack.modules:
+        if flow is None or flow.path != stack.path:
             flow = Flow(model, stack.modules, chunks, stack.path, alone=len(stacks) == 1)
         number = stack.start + index
         own = {name: matrix for name, matrix in matrices.items() if matrix.block == number}
@@ -155,18 +156,18 @@ class Flow:
         self, index: int, matrices: Mapping[str, Matrix], needs: frozenset[str], keep_output: bool
     ) -> dict[str, LayerStats]:
         """The statistics of block `index`. The states before it (or, with `keep_output`, behind it) are kept."""
+        kept = index if keep_output else index - 1
         for share in (True, False):
             recorder = Recorder(self.model, matrices, needs, share, early=not keep_output)
             try:
                 with torch.no_grad(), evaluating(self.model), recorder:
                     for number, batch in enumerate(self.batches):
                         recorder.begin(batch)
-                        keep = index if keep_output else index - 1
-                        self._forward(
-                            number,
-                            index,
-                            lambda at, n=number, k=keep: self._play(at, n, at == k, at == index),
-                        )
+
+                        def play(at: int, number: int = number) -> Callable[..., Any]:
+                            return self._play(at, number, keep=at == kept, stop=at == index)
+
+                        self._forward(number, index, play)
             except NotShared:
                 continue
             break
@@ -190,6 +191,10 @@ class Flow:
         with torch.no_grad():
             self._forward(number, index, play)
         return found[0]
+
+    def beside(self) -> Flow:
+        """Another flow of the same batches through the same stack, at its start."""
+        return Flow(self.model, self.modules, self.batches, self.path, self.around is None)
 
     def keep(self, number: int, index: int, output: Any) -> None:
         """The flow goes on from what block `index` gave on a batch."""
@@ -297,6 +302,15 @@ class Flow:
 
 def _layout(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.dtype, tensor.stride(), tensor.device
+
+
+def states_of(output: Any) -> list[Tensor]:
+    """The hidden states in what a block gave: the first tensor, and those of its shape.
+
+    >>> [s.shape for s in states_of((torch.zeros(1, 3, 4), torch.zeros(2), None))]
+    [torch.Size([1, 3, 4])]
+    """
+    return _take(output)[1]
 
 
 class _State:
