@@ -100,7 +100,7 @@ def prune_folder(
     model, chosen, options = empty_model(folder, device), request.method, request.options
     assert isinstance(chosen, WeightMethod)
     batches = None
-    if reads_data(chosen, options.divides):
+    if options.fits or reads_data(chosen, options.divides):
         require(data != "self", "the model can't write text block by block", where="data", fix="give a text")
         tokenizer = load_tokenizer(Path(folder).expanduser())
         batches = calibration_batches(data, tokenizer, model, options.samples, options.seqlen, seed)
@@ -123,6 +123,7 @@ def prune_folder(
         lean=True,
         recorded=False,
         ready=streamed.enter,
+        original=streamed.original,
     )
     with torch.no_grad():
         if announce is not None:
@@ -166,6 +167,9 @@ def _check(request: Request) -> None:
         f"{name} divides its budget ({divided[0]}) by a look at all layers first",
         where="stream",
         fix=says,
+    )
+    require(
+        options.repair != "bias", "the shards have no room for new biases", where="repair", fix="repair=obs"
     )
     require(
         options.schedule == "once", "rounds would read the model several times", where="schedule", fix="once"

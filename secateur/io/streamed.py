@@ -141,6 +141,10 @@ class Streamed:
         """The shard of a block that is done."""
         return self.folder / shard_name(number, self.count)
 
+    def original(self, number: int) -> dict[str, Tensor]:
+        """A block's tensors as the source has them."""
+        return self.source.read(self.own[number])
+
     def finish(self, number: int) -> None:
         """Write a block as it is now, in the dtypes of the source; what was rounded is what others see from now on."""
         entries = self.source.entries

@@ -65,6 +65,8 @@ class Context(Screen):
     """The plan shares the model's tensors instead of holding copies."""
     recorded: bool = True
     """The plan holds masks and values; else only the model does, which is then written block by block."""
+    original: Callable[[int], Mapping[str, Tensor]] | None = None
+    """A block's dense tensors by name, where a run that goes on finds the block as it was left."""
     ready: Callable[[int], None] | None = None
     """Called with the number of a block before it is looked at, where blocks aren't in memory all the time."""
     round: int = 0

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +14,12 @@ from secateur.graph.blocks import Blocks, find_stacks
 from secateur.pruning.context import Context, block_index
 from secateur.pruning.plan import Plan
 from secateur.pruning.undo import remove_parameter, tensor_of
-from secateur.repair.blocks import Pruned, Repair
+from secateur.repair.blocks import PrunedBlock, Repair, dense_copy
 from secateur.stats.stream import Block, Flow
 from secateur.surgery.changes import set_values
 from secateur.surgery.mask import leave_out, unit_masks, unmask_units
-from secateur.utils.batches import as_batches
+from secateur.utils.batches import as_batches, batch_numel
+from secateur.utils.running import evaluating, flat_tensors
 from secateur.utils.screen import Screen
 
 Tensors = dict[str, Tensor]
@@ -45,7 +44,7 @@ class Fitted:
         if self.flow is None or self.flow.path != block.flow.path:
             self.flow = block.flow if self.propagate else block.flow.beside()
         masks = {key[5:]: mask for key, mask in result.items() if key.startswith("mask/")}
-        whole = copy.deepcopy(block.module) if masks else block.module
+        whole = dense_copy(block.module) if masks else block.module
         free = {name: m for name, m in block.matrices.items() if name in self.context.matrices}
         if (undo := self.context.undo) is not None:
             for matrix in free.values():
@@ -53,12 +52,12 @@ class Fitted:
                 undo.remember(matrix.bias[0])
         install()
         start = block.index - _stack_of(find_stacks(self.context.model), block.index).start
-        part = Pruned(start, block.path, block.module, whole, free, masks)
+        part = PrunedBlock(start, block.path, block.module, whole, free, masks)
         changed = {f"value/{name}": value for name, value in self.repair.block(self.flow, part).items()}
         return changed | _told(self.repair, bool(masks))
 
     def resume(self, finished: Mapping[int, Tensors], install: Callable[[Tensors], None]) -> Flow | None:
-        """Installs blocks that an earlier run finished, and runs both models through them."""
+        """Installs blocks that an earlier run finished, and runs the dense model through them."""
         model = self.context.model
         stacks, chunks = find_stacks(model), as_batches(self.context.require_data(), self.context.batch_size)
         for number in range(max(finished, default=-1) + 1):
@@ -67,10 +66,27 @@ class Fitted:
                 self.flow = Flow(model, stack.modules, chunks, stack.path, alone=len(stacks) == 1)
             index = number - stack.start
             module = stack.modules[index]
+            whole = self._original(number, module)
             loaded = finished.get(number, {})
             _hear(self.repair, loaded)
-            self.repair.finished(self.flow, index, module, module, partial(install, loaded))
+            self.repair.finished(self.flow, index, whole)
+            install(loaded)
         return self.flow
+
+    def _original(self, number: int, module: nn.Module) -> nn.Module:
+        """A block before it was pruned: it is that still, unless the model is read from where an earlier run wrote."""
+        context = self.context
+        if context.ready is not None:
+            context.ready(number)
+        if context.original is None or self.repair.how != "reconstruct":
+            return module
+        stack = _stack_of(find_stacks(context.model), number)
+        prefix, whole = f"{stack.path_of(number - stack.start)}.", dense_copy(module)
+        own = dict(whole.state_dict(keep_vars=True))
+        with torch.no_grad():
+            for name, tensor in context.original(number).items():
+                own[name.removeprefix(prefix)].copy_(tensor)
+        return whole
 
     def notes(self) -> dict[str, str]:
         return _notes(self.repair)
@@ -140,9 +156,10 @@ def _repair_block(
         ahead.append(stack.modules[index + len(ahead) + 1])
     fits_ahead = bool(ahead) and repair.how == "reconstruct"
     if path in leaving.blocks or not (masks or fits_ahead):
-        repair.finished(flow, index, module, module, lambda: None, gone=path in leaving.blocks)
+        repair.finished(flow, index, module)
+        repair.go_on(index, module, gone=path in leaving.blocks)
         return {}
-    whole = copy.deepcopy(module)
+    whole = dense_copy(module)
     unmask_units(whole)
 
     def install(values: Tensors) -> None:
@@ -157,12 +174,14 @@ def _repair_block(
     try:
         if values is None:
             install({})
-            part = Pruned(index, path, module, whole, matrices, masks, units=True, ahead=tuple(ahead))
+            part = PrunedBlock(index, path, module, whole, matrices, masks, units=True, ahead=tuple(ahead))
             values = {name: tensor.clone().cpu() for name, tensor in repair.block(flow, part).items()}
             context.checkpoint.save(key, values | _told(repair, True))
         else:
             _hear(repair, values)
-            repair.finished(flow, index, module, whole, partial(install, values), ahead=tuple(ahead))
+            repair.finished(flow, index, whole, ahead=tuple(ahead))
+            install(values)
+        repair.go_on(index, module)
     finally:
         _put_back(model, module, whole, path)
     return values
@@ -208,6 +227,26 @@ def _stack_of(stacks: tuple[Blocks, ...], number: int) -> Blocks:
 def _repair(context: Context) -> Repair:
     how, passes = context.options.repair, context.options.repair_passes
     return Repair(context.model, str(how), passes=passes, seed=context.seed)
+
+
+def repair_bytes(context: Context) -> int:
+    """What a repair holds at least beside the calibration: copies of the largest block, and the dense model's states."""
+    stacks = find_stacks(context.model)
+    block = max(
+        (m for stack in stacks for m in stack.modules), key=lambda m: sum(p.numel() for p in m.parameters())
+    )
+    low = any(p.dtype.itemsize < 4 for p in block.parameters())
+    numbers = sum(p.numel() for p in block.parameters())
+    if context.options.repair != "reconstruct":
+        return numbers * (4 + 8 * low)
+    stack = next(stack for stack in stacks if block in stack.modules)
+    chunks = as_batches(context.require_data(), context.batch_size)
+    flow = Flow(context.model, stack.modules, chunks, stack.path, alone=len(stacks) == 1)
+    with evaluating(context.model):
+        given = next(flat_tensors(flow.call(0, 0)))
+    states = given.nbytes * sum(map(batch_numel, chunks)) // batch_numel(chunks[0])
+    # the dense block, what it was before the steps, gradients and two moments of Adam
+    return states + numbers * 4 * (5 + 2 * low)
 
 
 def _told(repair: Repair, fitted: bool) -> Tensors:

@@ -14,7 +14,7 @@ from secateur.graph.parts import inside, parts_of
 from secateur.method import Method, make_method
 from secateur.pruning.allocate import arithmetic_shares, arithmetic_steps, divide
 from secateur.pruning.context import Context
-from secateur.pruning.fitted import Fitted
+from secateur.pruning.fitted import Fitted, repair_bytes
 from secateur.pruning.method import WeightMethod
 from secateur.pruning.plan import DENSE_NOTE, Plan
 from secateur.pruning.select import Pattern, top_k
@@ -76,10 +76,11 @@ def plan_weights(method: WeightMethod, context: Context) -> Plan:
     """
     needs, patterns = method.statistics(), _patterns(method, context)
     matrices = {name: matrix for name, matrix in context.every_matrix.items() if name in patterns}
-    if context.announce and needs:
+    if context.announce and (needs or context.options.fits):
         needed = estimate(context.model, context.require_data(), needs, matrices)
+        more = f", and the repair {repair_bytes(context) / 1e6:,.0f} MB more" if context.options.fits else ""
         context.announce(
-            f"calibration needs about {needed / 1e6:,.0f} MB above the model, one block at a time"
+            f"calibration needs about {needed / 1e6:,.0f} MB above the model, one block at a time{more}"
         )
     plan = context.make_plan(notes={"weights": DENSE_NOTE})
 

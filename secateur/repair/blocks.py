@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +18,15 @@ from secateur.stats.record import Recorder
 from secateur.stats.stream import Flow, Given
 from secateur.utils.inputs import map_tensors
 from secateur.utils.running import evaluating, with_residual
+from secateur.utils.screen import Screen
 
 REPAIRS = ("reconstruct", "obs", "bias", "none")
 """What `repair` may be: fitted to the dense model's states, to each matrix's own dense outputs, a bias for what left, nothing."""
 DAMPING = 0.01
 
 
-@dataclass(frozen=True)
-class Pruned:
+@dataclass(frozen=True, eq=False, repr=False)
+class PrunedBlock(Screen):
     """One block as it was pruned: the module in the model, a copy from before, what may be changed of it, and where zeros are.
 
     matrices and masks by parameter name; a matrix without a mask is whole. `masks` may hold biases and norms too.
@@ -47,14 +48,22 @@ class Pruned:
         return name[len(self.path) + 1 :] if self.path else name
 
 
+def dense_copy(block: nn.Module) -> nn.Module:
+    """A copy of a block that runs by itself: one whose forward is wrapped would call the block that it was made from."""
+    made = copy.deepcopy(block)
+    for module in made.modules():
+        module.__dict__.pop("forward", None)
+    return made
+
+
 class Repair:
     """Repairs the blocks of a model in their order, each once, as they are pruned.
 
     >>> repair = Repair(model, "reconstruct", passes=2)
     >>> for block in stream(model, ids, needs, matrices):
-    ...     whole = copy.deepcopy(block.module)
+    ...     whole = dense_copy(block.module)
     ...     masks = prune_in_place(block)
-    ...     values = repair.block(block.flow, Pruned(i, block.path, block.module, whole, block.matrices, masks))
+    ...     values = repair.block(block.flow, PrunedBlock(i, block.path, block.module, whole, block.matrices, masks))
 
     `obs`: matrices are solved for in the order in which they read, on what the pruned block gives them, so that they give what
     the dense weights give. `reconstruct`: the same, then `passes` of an optimiser towards the states of the dense model behind
@@ -71,8 +80,11 @@ class Repair:
         self.left: list[str] = []
         """Matrices that lost something and couldn't be solved for: experts, those of a layer that is called twice."""
 
-    def block(self, pruned: Flow, part: Pruned) -> dict[str, Tensor]:
-        """The tensors of a block that the repair changes, by name of the model; they are in the model when it returns."""
+    def block(self, pruned: Flow, part: PrunedBlock) -> dict[str, Tensor]:
+        """The tensors of a block that the repair changes, by name of the model; they are in the model when it returns.
+
+        The pruned states don't go on: that is left to `go_on`, or to whoever reads them next.
+        """
         self._enter(pruned)
         with torch.no_grad(), evaluating(self.model), evaluating(part.whole):
             work = _Work(self, part)
@@ -87,29 +99,18 @@ class Repair:
             if self.how == "reconstruct" and self.passes and (part.masks or part.ahead):
                 changed |= work.steps()
             written = work.write(changed)
-            self._pass_on(self.pruned, part.index, part.module)
         return written
 
-    def finished(
-        self,
-        pruned: Flow,
-        index: int,
-        module: nn.Module,
-        whole: nn.Module,
-        install: Callable[[], None],
-        *,
-        gone: bool = False,
-        ahead: tuple[nn.Module, ...] = (),
-    ) -> None:
-        """Goes on behind a block that needs no repair, or had it: `whole` is dense, `install` makes `module` what it shall be.
-
-        gone: the block left, so that what it is given is passed on. ahead: as in `Pruned`.
-        """
+    def finished(self, pruned: Flow, index: int, whole: nn.Module, ahead: tuple[nn.Module, ...] = ()) -> None:
+        """The dense states go on behind a block that needs no repair, or had it. ahead: as in `PrunedBlock`."""
         self._enter(pruned)
         with torch.no_grad(), evaluating(self.model), evaluating(whole):
             for place, dense in enumerate((whole, *ahead), index):
                 self._pass_on(self.dense, place, dense)
-            install()
+
+    def go_on(self, index: int, module: nn.Module, gone: bool = False) -> None:
+        """The pruned states go on behind a block as it is now. gone: it left, so that what it is given is passed on."""
+        with torch.no_grad(), evaluating(self.model):
             self._pass_on(self.pruned, index, module, gone)
 
     def _enter(self, pruned: Flow) -> None:
@@ -130,11 +131,11 @@ class Repair:
 class _Work:
     """One block in work: in float32, whatever the model's type, and without what a caller doesn't need."""
 
-    def __init__(self, repair: Repair, part: Pruned):
+    def __init__(self, repair: Repair, part: PrunedBlock):
         self.repair, self.part = repair, part
         self.low = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in part.module.parameters())
-        self.module = copy.deepcopy(part.module).float() if self.low else part.module
-        self.whole = copy.deepcopy(part.whole).float() if self.low else part.whole
+        self.module = dense_copy(part.module).float() if self.low else part.module
+        self.whole = dense_copy(part.whole).float() if self.low else part.whole
         self.recorder = Recorder(repair.model, {}, frozenset())
         self.solved: set[str] = set()
 

@@ -54,6 +54,8 @@ def bits(folder: Path) -> dict[str, str]:
         ("wanda", "50%", {}),
         ("sparsegpt", "params<=70%", {}),
         ("magnitude", "2:4", {}),
+        ("wanda", "50%", {"repair": "reconstruct", "repair_passes": 1}),
+        ("magnitude", "50%", {"repair": "obs"}),
         ("wanda", "60%", {"allocation": "arithmetic:0.05", "keep": ("*.layers.0.mlp.*",)}),
     ],
 )
@@ -86,14 +88,17 @@ def test_tied_heads_other_layouts_and_dtypes(make: str, tiny_llama: Any, save: A
     assert same(secateur.load(tmp_path / "out")[0].float(), whole)
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("wanda", {}), ("sparsegpt", {}), ("wanda", {"repair": "reconstruct", "repair_passes": 1})],
+)
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(
-    method: str, tiny_llama: Any, save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, settings: dict, tiny_llama: Any, save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save(
         tiny_llama(num_hidden_layers=4), torch.bfloat16
     )  # what was rounded is what later blocks see
-    asked: dict[str, Any] = {"method": method, "target": "50%", "data": IDS}
+    asked: dict[str, Any] = {"method": method, "target": "50%", "data": IDS, **settings}
     prune_folder(folder, tmp_path / "whole", **asked)
     finish, done = streamed.Streamed.finish, []
 
@@ -187,6 +192,7 @@ def test_damaged_folders_are_named(tiny_llama: Any, save: Any, tmp_path: Path) -
         ({"method": "magnitude", "scope": "global"}, "by a look at all layers first"),
         ({"method": "magnitude", "schedule": "iterative:2"}, "rounds would read the model several times"),
         ({"method": "magnitude", "everywhere": True}, "the head isn't read block by block"),
+        ({"method": "wanda", "data": IDS, "repair": "bias"}, "no room for new biases"),
         ({"method": "wanda", "data": "self"}, "can't write text block by block"),
     ],
 )
