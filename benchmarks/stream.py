@@ -19,6 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import LlamaConfig
 
@@ -52,7 +53,7 @@ def write_model(folder: Path, layers: int) -> int:
 def child(folder: str, out: str, method: str) -> None:
     """One run; prints what was told, and the peak above what the process had before."""
     torch.set_num_threads(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = psutil.Process().memory_info().rss
     told: list[str] = []
     ids = torch.randint(32000, (8, 128), generator=torch.Generator().manual_seed(0))
     report = prune_folder(folder, out, method=method, target="50%", data=ids, announce=told.append)

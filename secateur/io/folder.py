@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import shutil
 import time
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from secateur.data import calibration_batches
 from secateur.errors import SecateurError, require
-from secateur.io.shards import Shards, read
+from secateur.io.shards import Shards
 from secateur.io.streamed import Streamed, empty_model
 from secateur.io.transformers import load_tokenizer
 from secateur.method import Method
@@ -228,15 +229,13 @@ def _report(context: Context, streamed: Streamed, plan: Plan, request: Request) 
     """Counted in the files: zeros before and after."""
     kept: dict[str, tuple[int, int]] = {}
     total = before = after = 0
-    for number in range(streamed.count):
-        new = read(streamed.file(number))
-        old = streamed.source.read(new)
-        for name, tensor in new.items():
-            total += tensor.numel()
-            left = int(tensor.count_nonzero())
-            before, after = before + int(old[name].count_nonzero()), after + left
-            if name in context.every_matrix:
-                kept[name] = (tensor.numel(), left)
+    written = Shards(streamed.folder)
+    for name in written.entries:
+        was, left = (int(shards.read([name])[name].count_nonzero()) for shards in (streamed.source, written))
+        size = math.prod(written.entries[name].shape)
+        total, before, after = total + size, before + was, after + left
+        if name in context.every_matrix:
+            kept[name] = (size, left)
     figures: dict[str, Any] = {
         "params": total,
         "size_bytes": streamed.source.nbytes,

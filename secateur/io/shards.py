@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from secateur.utils.files import atomic_write_json, explain_oserror
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FIX = "fetch or save the model again"
+CHUNK = 1 << 22
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -30,8 +32,14 @@ class Entry:
 
     file: Path
     shape: tuple[int, ...]
-    dtype: torch.dtype | None
+    kind: str
+    start: int
     nbytes: int
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of floats; None for others."""
+        return FLOATS.get(self.kind)
 
 
 class Shards:
@@ -111,12 +119,11 @@ def header(file: Path) -> dict[str, Entry]:
         where=where,
         fix=FIX,
     )
+    begin = 8 + length
     return {
-        name: Entry(
-            file, tuple(t["shape"]), FLOATS.get(t["dtype"]), t["data_offsets"][1] - t["data_offsets"][0]
-        )
+        name: Entry(file, tuple(t["shape"]), t["dtype"], begin + t["data_offsets"][0], t["data_offsets"][1] - t["data_offsets"][0])
         for name, t in found.items()
-    }
+    }  # fmt: skip
 
 
 def shard_name(number: int, count: int) -> str:
@@ -129,10 +136,42 @@ def shard_name(number: int, count: int) -> str:
 
 def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """One shard, beside and renamed. Raises SecateurError where the disk is full."""
+    with _beside(file) as partial:
+        save_file({n: t.contiguous() for n, t in tensors.items()}, partial, metadata={"format": "pt"})
+
+
+def copy_shard(file: Path, entries: Mapping[str, Entry]) -> None:
+    """One shard of tensors that lie in other files, byte by byte, in the memory of none."""
+    head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, entry in entries.items():
+        head[name] = {
+            "dtype": entry.kind,
+            "shape": list(entry.shape),
+            "data_offsets": [end, end + entry.nbytes],
+        }
+        end += entry.nbytes
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)
+    with _beside(file) as partial, open(partial, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries.values():
+            with open(entry.file, "rb") as source:
+                source.seek(entry.start)
+                left = entry.nbytes
+                while left:
+                    chunk = source.read(min(left, CHUNK))
+                    require(chunk, "the shard is cut off", where=str(entry.file), fix=FIX)
+                    left -= out.write(chunk)
+
+
+@contextlib.contextmanager
+def _beside(file: Path) -> Iterator[Path]:
+    """A name beside a file, which takes its place when all went well."""
     partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.partial")
     with explain_oserror(file):
         try:
-            save_file({n: t.contiguous() for n, t in tensors.items()}, partial, metadata={"format": "pt"})
+            yield partial
             os.replace(partial, file)
         except BaseException:
             partial.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError, require
 from secateur.graph.blocks import find_stacks
 from secateur.io.reshape import BROKEN
-from secateur.io.shards import Shards, read, shard_name, write_index, write_shard
+from secateur.io.shards import Shards, copy_shard, read, shard_name, write_index, write_shard
 from secateur.io.transformers import _trusted_classes
 from secateur.io.trusted import auto_or_model_class, check_folder
 from secateur.utils.schema import read_object
@@ -153,8 +153,10 @@ class Streamed:
         self._place(tensors)
 
     def close(self) -> None:
-        """Copy what lies outside the blocks, unchanged, and write the index."""
-        write_shard(self.file(self.count - 1), self.source.read(self.rest))
+        """Give up what is in memory, copy what lies outside the blocks, unchanged, and write the index."""
+        for target in self.targets.values():
+            target.data = _hollow(target, self.dtype, target.device)
+        copy_shard(self.file(self.count - 1), {name: self.source.entries[name] for name in self.rest})
         write_index(self.folder)
 
     def _place(self, tensors: dict[str, Tensor]) -> None:
