@@ -18,6 +18,7 @@ from secateur.io.reshape import BROKEN
 from secateur.io.shards import Shards, copy_shard, read, shard_name, write_index, write_shard
 from secateur.io.transformers import _trusted_classes
 from secateur.io.trusted import auto_or_model_class, check_folder
+from secateur.utils.memory import give_back
 from secateur.utils.schema import read_object
 
 HELD = 2
@@ -151,6 +152,7 @@ class Streamed:
         tensors = {n: self.targets[n].data.to("cpu", entries[n].dtype) for n in self.own[number]}
         write_shard(self.file(number), tensors)
         self._place(tensors)
+        give_back()
 
     def close(self) -> None:
         """Give up what is in memory, copy what lies outside the blocks, unchanged, and write the index."""
