@@ -85,7 +85,7 @@ def kinds_of(verb: str, argv: Sequence[str]) -> dict[str, type]:
         kinds["options"] = settings(shared["train-prune"], "Options", 3)
     elif verb == "train scenes":
         own = [row for row in shared["scenes"] if row["name"] not in ("variant", "seed")]
-        kinds["settings"] = settings(own, "Recipe", 2)
+        kinds["settings"] = settings(own, "Training", 2)
     elif verb == "train metanetwork":
         own = [row for row in method_entry("metapruning")["settings"] if row["name"] not in metanetwork.LATER]
         kinds["settings"] = settings(own, "Metanetwork", 2)
@@ -93,7 +93,7 @@ def kinds_of(verb: str, argv: Sequence[str]) -> dict[str, type]:
             shared["recipe"], "Recipe of the data models (default: the task's)", 3, optional=True
         )
     elif verb == "train minigrid":
-        kinds["settings"] = settings(shared["minigrid"], "Recipe", 2)
+        kinds["settings"] = settings(shared["minigrid"], "Training", 2)
     elif verb == "train tokens":
         kinds["recipe"] = settings(shared["recipe"], "Recipe (default: AdamW, batch 32)", 3, optional=True)
     elif verb == "methods":

@@ -486,7 +486,7 @@ def test_memory_that_runs_out(
 
 def process(code: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs `code`, then the command line, in a fresh interpreter."""
-    script = f"import sys\n{code}\nfrom secateur.cli.main import main\nsys.exit(main())"
+    script = f"import sys\n{code}\nfrom secateur.cli.main import VERBS, main\nsys.exit(main())"
     given = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -536,3 +536,9 @@ def test_a_full_disk(tiny_folder: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert "the disk is full" in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.glob("*report*")) == []
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help(verb, capsys):
+    assert cli.main([*verb.split(), "--help"]) == 0
+    assert f"Usage: secateur {verb}" in capsys.readouterr().out
