@@ -4,6 +4,7 @@
     python benchmarks/reconstruct.py --runs wanda:50%:reconstruct sparsegpt:50%: --seeds 0 1 2
     python benchmarks/reconstruct.py --runs flap:80%: flap:80%:reconstruct
     python benchmarks/reconstruct.py --cost                        # processor time as multiples of the calibration forwards
+    python benchmarks/reconstruct.py --cost --layers 8 --only norms "wanda obs"
 
 A run is METHOD:TARGET:REPAIR; without a repair the method does what it does itself. Calibration: 32 windows of 512 tokens;
 evaluation: the first windows of WikiText-2 valid in bfloat16. Needs SECATEUR_DATA. One line a run, also as JSON in --out, which
@@ -16,12 +17,16 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import secateur
 from secateur.data.text import encode, load_calibration, load_text
+from secateur.graph.blocks import find_matrices
 from secateur.measure import perplexity
 from secateur.stats.stream import stream
 from secateur.tasks import load_model
@@ -49,12 +54,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=24, help="evaluate on so many windows of 512")
     parser.add_argument("--out", default=None, help="JSON lines; finished runs in it aren't run again")
     parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--layers", type=int, default=4, help="of the random model of --cost")
+    parser.add_argument("--only", nargs="+", default=None, help="rows of --cost")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model, tokenizer = load_model(args.model)
     if args.cost:
-        ids = load_calibration(model, tokenizer, args.data[0], args.samples, 512, args.seeds[0])
-        return costs(model, ids)
+        return costs(args.layers, args.samples, args.only)
+    model, tokenizer = load_model(args.model)
     text = encode(tokenizer, load_text("wikitext2"))
 
     def evaluate(network: torch.nn.Module) -> float:
@@ -120,10 +126,19 @@ def record(out: Path | None, done: list[dict], row: dict) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def costs(model: torch.nn.Module, ids: torch.Tensor) -> None:
-    """Processor time of whole runs over that of the model on the calibration tokens, and how a pass grows with depth."""
+def costs(layers: int, samples: int, only: list[str] | None) -> None:
+    """Processor time of whole runs over that of the model's forwards on the same tokens; the model is random, of SmolLM2's shape."""
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, num_hidden_layers=layers, **shape)).eval()
+    ids = torch.randint(512, (samples, 512), generator=torch.Generator().manual_seed(0))
 
-    def spent(work) -> float:
+    def spent(work: Callable[[], object]) -> float:
         start = time.process_time()
         work()
         return time.process_time() - start
@@ -133,25 +148,36 @@ def costs(model: torch.nn.Module, ids: torch.Tensor) -> None:
             for batch in as_batches(ids):
                 run(model, batch)
 
+    def norms() -> None:
+        for _ in stream(model, ids, {"input_norm"}, find_matrices(model)):
+            pass
+
+    forwards()
     once = spent(forwards)
-    print(f"calibration forwards: {once:.1f} s, 1.00")
-    streamed = spent(lambda: [None for _ in stream(model, ids, {"input_norm"}, secateur_matrices(model))])
-    print(f"{'input norms, block by block':40s} {streamed / once:6.2f}")
-    for name, settings in (
-        ("wanda", {}),
-        ("sparsegpt", {}),
-        ("wanda", {"repair": "obs"}),
-        ("wanda", {"repair": "reconstruct", "repair_passes": 1}),
-        ("wanda", {"repair": "reconstruct"}),
+    print(f"{layers} layers, {samples} x 512 tokens, forwards alone: {once:.2f} s")
+    works: dict[str, Callable[[], object]] = {"norms": norms}
+    for name, repair in (
+        ("wanda", "none"),
+        ("sparsegpt", "none"),
+        ("wanda", "obs"),
+        ("wanda", "reconstruct"),
     ):
-        took = spent(lambda n=name, s=settings: secateur.prune(model, method=n, target="50%", data=ids, **s))
-        print(f"{name + ' ' + ' '.join(map(str, settings.values())):40s} {took / once:6.2f}", flush=True)
-
-
-def secateur_matrices(model: torch.nn.Module) -> dict:
-    from secateur.graph.blocks import find_matrices
-
-    return find_matrices(model)
+        for passes in (1, 2) if repair == "reconstruct" else (0,):
+            key = f"{name} {repair} {passes}" if passes else f"{name} {repair}".removesuffix(" none")
+            if key == "sparsegpt":
+                repair = None
+            works[key] = partial(
+                secateur.prune,
+                model,
+                method=name,
+                target="50%",
+                data=ids,
+                repair=repair,
+                repair_passes=passes or 2,
+            )
+    for key, work in works.items():
+        if not only or key in only:
+            print(f"{key:24s} {spent(work) / once:6.2f}", flush=True)
 
 
 if __name__ == "__main__":

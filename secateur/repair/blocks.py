@@ -23,6 +23,8 @@ from secateur.utils.screen import Screen
 REPAIRS = ("reconstruct", "obs", "bias", "none")
 """What `repair` may be: fitted to the dense model's states, to each matrix's own dense outputs, a bias for what left, nothing."""
 DAMPING = 0.01
+STEPS = 20
+"""Of conjugate gradients in each matrix: more change nothing that can be measured behind the block."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -213,6 +215,7 @@ class _Work:
                     sums.inner[part],
                     None if sums.cross is None else whole[part].to(sums.cross) @ sums.cross[part],
                     damping=DAMPING,
+                    steps=STEPS,
                     start=now[part],
                 )
                 for part in range(parts)
