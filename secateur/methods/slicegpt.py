@@ -64,6 +64,7 @@ class SliceGPT(UnitMethod):
     )
 
     kinds: ClassVar[tuple[str, ...] | None] = ("hidden",)
+    unrepaired: ClassVar[str] = "it cuts the stream that runs through all blocks, in coordinates of its own"
     needs: ClassVar[frozenset[str]] = frozenset({"second_moments"})
     share_of: ClassVar[str] = "weights"
     info = record("slicegpt")

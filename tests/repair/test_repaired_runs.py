@@ -17,8 +17,7 @@ IDS = torch.randint(0, 64, (16, 32), generator=torch.Generator().manual_seed(1))
 UNSEEN = torch.randint(0, 64, (16, 32), generator=torch.Generator().manual_seed(2))
 OF_UNITS = {"kinds": ("kv_groups", "neurons"), "prove": False}
 WEIGHTS = [n for n, c in own_methods().items() if issubclass(c, WeightMethod) and n != "sd-prune"]
-UNITS = [n for n, c in own_methods().items() if issubclass(c, UnitMethod)]
-OTHER = {"ecodiff": "it masks the parts of a pipeline"}
+UNITS = [n for n, c in own_methods().items() if issubclass(c, UnitMethod) and not c.unrepaired]
 
 
 @pytest.fixture
@@ -190,8 +189,9 @@ def test_a_protected_matrix_keeps_its_weights(llama):
 def test_what_can_take_no_repair_says_so(llama):
     with pytest.raises(SecateurError, match="there is no repair 'rebuild'"):
         pruned(llama, "wanda", repair="rebuild")
-    with pytest.raises(SecateurError, match="sd-prune takes none"):
-        pruned(llama, "sd-prune", repair="obs")
+    for method in ("sd-prune", "slicegpt"):
+        with pytest.raises(SecateurError, match=f"{method} takes none"):
+            pruned(llama, method, repair="none")
     with pytest.raises(SecateurError, match="schedule=once"):
         pruned(llama, "wanda", repair="obs", schedule="iterative:2")
     with pytest.raises(SecateurError, match="everywhere"):
