@@ -3,11 +3,12 @@
     python benchmarks/reconstruct.py                               # seed 0, Brown, the table of docs/results.md
     python benchmarks/reconstruct.py --runs wanda:50%:reconstruct sparsegpt:50%: --seeds 0 1 2
     python benchmarks/reconstruct.py --runs flap:80%: flap:80%:reconstruct
+    python benchmarks/reconstruct.py --model aidreams --data self --samples 64 --seqlen 128 --windows 64 --seeds 0 1 2
     python benchmarks/reconstruct.py --cost                        # processor time as multiples of the calibration forwards
     python benchmarks/reconstruct.py --cost --layers 8 --only norms "wanda obs"
 
 A run is METHOD:TARGET:REPAIR; without a repair the method does what it does itself. Calibration: 32 windows of 512 tokens;
-evaluation: the first windows of WikiText-2 valid in bfloat16. Needs SECATEUR_DATA. One line a run, also as JSON in --out, which
+evaluation: the first windows of WikiText-2 valid in bfloat16, or with `--data self` text that the dense model writes. Needs SECATEUR_DATA. One line a run, also as JSON in --out, which
 a run that was stopped goes on from. Perplexities are also given as ratios to the dense model's and to SparseGPT's at the target.
 """
 
@@ -25,7 +26,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import secateur
-from secateur.data.text import encode, load_calibration, load_text
+from secateur.data.text import encode, load_calibration, load_text, sample_from
 from secateur.graph.blocks import find_matrices
 from secateur.measure import perplexity
 from secateur.stats.stream import stream
@@ -51,6 +52,7 @@ def main() -> None:
     )
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=24, help="evaluate on so many windows of 512")
     parser.add_argument("--out", default=None, help="JSON lines; finished runs in it aren't run again")
     parser.add_argument("--cost", action="store_true")
@@ -61,10 +63,14 @@ def main() -> None:
     if args.cost:
         return costs(args.layers, args.samples, args.only)
     model, tokenizer = load_model(args.model)
-    text = encode(tokenizer, load_text("wikitext2"))
+    if args.data == ["self"]:
+        text = sample_from(model, args.windows, args.seqlen, 1000).flatten()
+    else:
+        text = encode(tokenizer, load_text("wikitext2"))
 
     def evaluate(network: torch.nn.Module) -> float:
-        return perplexity(copy.deepcopy(network).bfloat16(), text, 512, limit=args.windows)
+        network = network if args.data == ["self"] else copy.deepcopy(network).bfloat16()
+        return perplexity(network, text, args.seqlen, limit=args.windows)
 
     out = Path(args.out) if args.out else None
     done = [json.loads(line) for line in out.read_text().splitlines()] if out and out.exists() else []
@@ -72,10 +78,10 @@ def main() -> None:
     if dense is None:
         dense = evaluate(model)
         record(out, done, {"run": "dense", "perplexity": dense})
-    print(f"dense {dense:.2f}", flush=True)
+    print(f"dense {dense:.3f}", flush=True)
     for data in args.data:
         for seed in args.seeds:
-            ids = load_calibration(model, tokenizer, data, args.samples, 512, seed)
+            ids = load_calibration(model, tokenizer, data, args.samples, args.seqlen, seed)
             for name in args.runs:
                 key = {
                     "run": name,
@@ -88,6 +94,7 @@ def main() -> None:
                 if row is None:
                     method, target, repair = name.split(":") if name.count(":") == 2 else split_n_m(name)
                     settings = {"repair": repair or None, "repair_passes": args.passes, "prove": False}
+                    settings["seqlen"] = args.seqlen
                     units = method not in ("sparsegpt", "wanda", "magnitude", "ria", "owl")
                     start = time.process_time()
                     pruned = secateur.prune(
@@ -108,7 +115,7 @@ def main() -> None:
                 )
                 against = f"{row['perplexity'] / other['perplexity']:.3f}" if other else "-"
                 print(
-                    f"{data} seed {seed} {name:32s} {row['perplexity']:9.2f}  x dense {row['perplexity'] / dense:6.3f}"
+                    f"{data} seed {seed} {name:32s} {row['perplexity']:9.3f}  x dense {row['perplexity'] / dense:6.3f}"
                     f"  x sparsegpt {against}  {row['seconds']} s",
                     flush=True,
                 )
