@@ -206,7 +206,7 @@ def _check_inside(graph: Graph, plan: Plan, stacks: tuple[Blocks, ...]) -> None:
             raise SecateurError(
                 f"the {plan.kinds[name]} of {name} reach over several blocks, and it goes block by block",
                 where="repair",
-                fix="cut others (kinds=neurons,heads,kv_groups), or repair=none",
+                fix=f"cut others than {plan.kinds[name]} (kinds=), or repair=none",
             )
 
 

@@ -107,7 +107,9 @@ def _descend(
 ) -> None:
     """A step of Adam for each batch in `order`; the rate rises for a tenth of them and falls to zero in a line."""
     rate *= min(1, len(order) / MANY)
-    rates = [rate * _size(parameter, masks.get(parameter)) for parameter in parameters]
+    sizes = [_size(parameter, masks.get(parameter)) for parameter in parameters]
+    least = min(filter(None, sizes), default=1.0)  # for biases that are zero
+    rates = [rate * (size or least) for size in sizes]
     adam = torch.optim.Adam([{"params": [parameter]} for parameter in parameters], betas=(0.9, 0.95))
     for step, number in enumerate(order):
         grads = torch.autograd.grad(error(number), parameters, allow_unused=True)
@@ -121,10 +123,9 @@ def _descend(
 
 
 def _size(parameter: Tensor, mask: Tensor | None) -> float:
-    """The root mean square of what is left of a parameter; 1 where nothing is but zeros (a new bias)."""
+    """The root mean square of what is left of a parameter."""
     kept = parameter.detach() if mask is None else parameter.detach()[mask]
-    size = float(kept.float().square().mean().sqrt()) if kept.numel() else 0.0
-    return size or 1.0
+    return float(kept.float().square().mean().sqrt()) if kept.numel() else 0.0
 
 
 def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor], counts: Tensor | None = None) -> Tensor:

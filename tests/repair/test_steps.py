@@ -67,3 +67,16 @@ def test_steps_see_about_512_tokens():
     assert step_size(torch.zeros(8, 2048, dtype=torch.int64)) == 1
     assert step_size(torch.zeros(8, 3, 4, 4)) == 4
     assert step_size([{"input_ids": torch.zeros(1, 4)}]) is None
+
+
+def test_a_bias_that_is_zero_goes_no_further_than_the_weights():
+    """Outputs of 0.02: a bias that went 0.07 at a step would drown them, and nothing would be kept."""
+    torch.manual_seed(0)
+    block, x = nn.Linear(4, 4), torch.randn(40, 16, 4)
+    nn.init.normal_(block.weight, std=0.02)
+    nn.init.zeros_(block.bias)
+    weight = block.weight.detach() * 1.2
+    before, after = fit_block(
+        block, cases(block, lambda v: v @ weight.T, x), 40, [*block.parameters()], {}, passes=2, rate=0.07
+    )
+    assert before == pytest.approx(0.0278, rel=0.01) and after < 0.1 * before
