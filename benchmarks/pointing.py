@@ -1,11 +1,13 @@
 """Whether the strongest place of a map lies on the object, and whether a map knows its class.
 
-    python benchmarks/pointing.py                    # EfficientNet-Lite0, 100 pictures of ECSSD; 3 min on one core
+    python benchmarks/pointing.py                    # EfficientNet-Lite0, 100 pictures of ECSSD; 4 min on one core
 
 ECSSD's masks say what people look at; the class is the likeliest one. A hit: the strongest pixel lies on the mask or within
-15 pixels of it, as in the pointing game. "chance" is the mean share of the masks, so widened, "centre" a guess at
-the middle. The maps of all layers come from one forward and one backward. Class sensitivity: Spearman's
-correlation of the maps of the most and the least likely class, last stage, with and without a meta step of 0.0025.
+15 pixels of it, as in the pointing game. "random" is a pixel drawn by chance (seeds 0, 1, 2), "centre" a guess at the middle. The
+maps of all layers come from one forward and one backward. "mass": how much of a map of pixels lies on the object itself;
+"even" is a map that is the same everywhere. Class sensitivity: Spearman's correlation of the maps of the most and the least
+likely class, with and without a meta step of 0.0025 where a method has one. `--parts` prints the shares of each ten
+pictures, for pairs, and ± is two standard errors over these.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import io
 import math
 import statistics
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -33,7 +35,10 @@ from secateur.saliency.record import record
 from secateur.tasks.vision import load_network
 from secateur.utils.files import require_data
 
-SIZE, REACH = 224, 15
+SIZE, REACH, PART = 224, 15, 10
+PIXELS = ("lrp", "salient-relevance", "gradient", "guided-backprop", "guided-grad-cam")
+BLIND = ("gradient", "guided-backprop", "guided-grad-cam", "grad-cam")
+"""Maps whose class sensitivity is printed too; they have no meta step."""
 CELLS = {
     "normgrad": ("conv1", "norm"),
     "selective-normgrad": ("scaling", "positive"),
@@ -42,8 +47,8 @@ CELLS = {
 }
 
 
-def pictures(limit: int) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """([1, 3, 224, 224] normalised, bool [224, 224] of the object)"""
+def pictures(limit: int) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
+    """([1, 3, 224, 224] normalised, bool [224, 224] of the object, and widened)"""
     disc = np.hypot(*np.mgrid[-REACH : REACH + 1, -REACH : REACH + 1]) <= REACH
     with tarfile.open(require_data("ecssd/ecssd_part_a.tar")) as archive:
         names = [n[7:-4] for n in archive.getnames() if n.startswith("images/")][:limit]
@@ -52,7 +57,20 @@ def pictures(limit: int) -> Iterator[tuple[Tensor, np.ndarray]]:
             image, mask = (Image.open(io.BytesIO(file.read())) for file in files if file)
             pixels = np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC))
             mask = np.asarray(mask.convert("L").resize((SIZE, SIZE), Image.Resampling.NEAREST)) >= 128
-            yield normalise(pixels[None].copy(), (0.5,) * 3, (0.5,) * 3), binary_dilation(mask, disc)
+            yield normalise(pixels[None].copy(), (0.5,) * 3, (0.5,) * 3), mask, binary_dilation(mask, disc)
+
+
+def parts(values: Sequence[float]) -> list[float]:
+    """The mean of each ten pictures, in percent; what is left over isn't counted."""
+    whole = [100 * float(v) for v in values]
+    return [round(statistics.mean(whole[i : i + PART]), 2) for i in range(0, len(whole) - PART + 1, PART)]
+
+
+def told(values: Sequence[float]) -> str:
+    """The mean in percent, and two standard errors over the parts."""
+    own = parts(values)
+    error = 2 * statistics.stdev(own) / len(own) ** 0.5 if len(own) > 1 else math.nan
+    return f"{100 * np.mean(values):.1f} ± {error:.1f}"
 
 
 def main() -> None:
@@ -61,20 +79,26 @@ def main() -> None:
     )
     parser.add_argument("--pictures", type=int, default=100)
     parser.add_argument("--sensitivity", type=int, default=20, help="pictures for class sensitivity")
+    parser.add_argument("--parts", action="store_true", help="also print the shares of each ten pictures")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = load_network("efficientnet-lite0")
-    hits: dict[tuple[str, str], list[bool]] = {}
-    shares, centres, kept = [], [], []
-    for x, mask in pictures(args.pictures):
-        shares.append(mask.mean())
-        centres.append(mask[SIZE // 2, SIZE // 2])
+    hits: dict[tuple[str, str], list[float]] = {}
+    mass: dict[str, list[float]] = {}
+    kept = []
+    guess = [np.random.default_rng(seed) for seed in range(3)]
+    for x, mask, wide in pictures(args.pictures):
         kept.append(x)
+        hits.setdefault(("centre", "pixels"), []).append(float(wide[SIZE // 2, SIZE // 2]))
+        for seed, draw in enumerate(guess):
+            row, column = draw.integers(SIZE, size=2)
+            hits.setdefault((f"random, seed {seed}", "pixels"), []).append(float(wide[row, column]))
+        mass.setdefault("even", []).append(float(mask.mean()))
 
-        def point(method: str, layer: str, values: Tensor, mask: np.ndarray = mask) -> None:
+        def point(method: str, layer: str, values: Tensor, wide: np.ndarray = wide) -> None:
             row, column = divmod(int(resize(values, (SIZE, SIZE))[0].argmax()), SIZE)
-            hits.setdefault((method, layer), []).append(bool(mask[row, column]))
+            hits.setdefault((method, layer), []).append(float(wide[row, column]))
 
         seen = record(model, x, None, "all")
         maps: dict[str, list[Tensor]] = {}
@@ -87,25 +111,42 @@ def main() -> None:
                 point(method, layer, found[-1])
         for method, found in maps.items():
             point(method, "all", combine(found))
-        for method in ("lrp", "salient-relevance"):
+        for method in PIXELS:
             blur = 0.02 if method == "lrp" else 0.0
-            point(method, "pixels", secateur.saliency(model, x, method, blur=blur).values)
+            values = secateur.saliency(model, x, method, blur=blur).values
+            point(method, "pixels", values)
+            positive = values.reshape(SIZE, SIZE).clamp(min=0).double().numpy()
+            mass.setdefault(method, []).append(positive[mask].sum() / positive.sum())
     layers = [layer for method, layer in hits if method == "normgrad"]
-    print(f"{len(shares)} pictures: chance {np.mean(shares):.1%}, centre {np.mean(centres):.1%}")
-    print(f"{'pointing':22s}" + "".join(f"{layer:>10s}" for layer in layers))
+    print(f"{len(kept)} pictures; ± is two standard errors over parts of {PART}, all in %")
+    print(f"{'pointing':22s}" + "".join(f"{layer:>14s}" for layer in layers))
     for method in (*CELLS, "grad-cam"):
-        print(f"{method:22s}" + "".join(f"{np.mean(hits[method, layer]):10.1%}" for layer in layers))
-    for method in ("lrp", "salient-relevance"):
-        print(f"{method:22s}{np.mean(hits[method, 'pixels']):10.1%}")
+        print(f"{method:22s}" + "".join(f"{told(hits[method, layer]):>14s}" for layer in layers))
+    for (method, layer), shares in hits.items():
+        if layer == "pixels":
+            print(f"{method:22s}{told(shares):>14s}")
+    print(f"\n{'mass on the object':22s}")
+    for method, values in mass.items():
+        print(f"{method:22s}{told(values):>14s}")
+    if args.parts:
+        print("\nparts")
+        for (method, layer), found in hits.items():
+            print(f"{method}, {layer}: {parts(found)}")
+        for method, found in mass.items():
+            print(f"{method}, mass: {parts(found)}")
     print(
-        f"\n{'class sensitivity':22s}{'plain':>10s}{'meta':>10s}   (mean over {args.sensitivity} pictures; 1 is blind)"
+        f"\n{'class sensitivity':22s}{'plain':>14s}{'meta':>14s}   (mean over the pictures whose maps aren't empty; 1 is blind)"
     )
-    for method in ("normgrad", "selective-normgrad", "linear-approximation"):
-        means = []
-        for meta in (0.0, 0.0025):
-            found = [class_sensitivity(model, x[0], method, meta=meta) for x in kept[: args.sensitivity]]
-            means.append(statistics.mean(value for value in found if not math.isnan(value)))
-        print(f"{method:22s}" + "".join(f"{mean:10.2f}" for mean in means), flush=True)
+    for method in ("normgrad", "selective-normgrad", "linear-approximation", *BLIND):
+        said = []
+        for meta in (0.0, 0.0025) if method not in BLIND else (None,):
+            settings = {} if meta is None else {"meta": meta}
+            found = [class_sensitivity(model, x[0], method, **settings) for x in kept[: args.sensitivity]]
+            known = [value for value in found if not math.isnan(value)]
+            said.append(f"{statistics.mean(known):.2f} ({len(known)})" if known else "none")
+            if args.parts:
+                print(f"{method}, {meta}: {[round(value, 3) for value in found]}")
+        print(f"{method:22s}" + "".join(f"{text:>14s}" for text in said), flush=True)
 
 
 if __name__ == "__main__":
