@@ -6,6 +6,8 @@ import functools
 import io
 import itertools
 import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,12 @@ from torch import Tensor
 
 from secateur.errors import SecateurError, choose
 from secateur.utils.files import require_data
+from secateur.utils.screen import Screen
 
 SETS = ("cifar10", "imagenet-sample")
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TRAIN = tuple(f"train_{i}" for i in range(4))
+HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -41,7 +45,39 @@ def load_pictures(name: str, limit: int | None = None, split: str = "test") -> t
         pixels, labels = _cifar(split, limit)
         return normalise(pixels, IMAGENET_MEAN, IMAGENET_STD), labels
     pixels, labels = _imagenet(require_data("imagenet_sample/part_a.tar"), split, limit)
-    return normalise(pixels, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), labels
+    return normalise(pixels, HALF, HALF), labels
+
+
+@dataclass(repr=False)
+class Pictures(Screen):
+    """Pictures as they can be looked at and changed, and how a network wants them.
+
+    >>> shown = Pictures.of(*load_pictures("cifar10", 8), IMAGENET_MEAN, IMAGENET_STD, CIFAR10)  # doctest: +SKIP
+    >>> shown.ready(shown.pixels)  # what load_pictures gave  # doctest: +SKIP
+    """
+
+    pixels: Tensor
+    """float32 [N, C, H, W] in 0..1"""
+    labels: Tensor
+    """int64 [N]"""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    """of each channel, of pixels in 0..1"""
+    names: tuple[str, ...] = ()
+    """of the classes, where they have some"""
+
+    @classmethod
+    def of(
+        cls, x: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float], names: Sequence[str] = ()
+    ) -> Pictures:
+        """From normalised pictures [N, C, H, W]."""
+        m, s = (torch.tensor(tuple(v))[:, None, None] for v in (mean, std))
+        return cls((x * s + m).clamp(0, 1), labels, tuple(mean), tuple(std), tuple(names))
+
+    def ready(self, pixels: Tensor) -> Tensor:
+        """Pixels in 0..1 as the network wants them."""
+        m, s = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return (pixels - m) / s
 
 
 def normalise(pixels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

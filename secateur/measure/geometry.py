@@ -135,6 +135,41 @@ def _gives(layer: nn.Linear, features: Tensor, logits: Any) -> bool:
     )
 
 
+def occlusion(
+    model: nn.Module,
+    picture: Tensor,
+    label: int,
+    patch: int = 4,
+    stride: int = 2,
+    fill: float | Tensor = 0.0,
+    batch: int = 256,
+) -> tuple[Geometry, dict[str, Tensor]]:
+    """(geometry of a picture [C, H, W], how much each metric changes where a patch is laid over it, [rows, columns] each).
+
+    >>> base, change = occlusion(resnet, picture, 3)  # doctest: +SKIP
+    >>> change["margin"].argmin()  # where the answer hangs most  # doctest: +SKIP
+
+    patch, stride: pixels; the last patch of a row or column ends at the border. fill: what is laid over it, a number or a value a
+    channel, as the network wants its pictures. Raises `SecateurError` for a patch that doesn't fit, and as `of_model` does.
+    """
+    high, wide = picture.shape[-2:]
+    if picture.ndim != 3 or stride < 1 or not 1 <= patch <= min(high, wide):
+        raise SecateurError(
+            f"a patch of {patch} in steps of {stride} doesn't fit a picture {tuple(picture.shape)}",
+            where="occlusion",
+            fix="give [C, H, W], and a patch within it",
+        )
+    rows, columns = (sorted({*range(0, size - patch, stride), size - patch}) for size in (high, wide))
+    seen = picture.repeat(1 + len(rows) * len(columns), 1, 1, 1)
+    value = torch.as_tensor(fill, dtype=picture.dtype).reshape(-1, 1, 1)
+    for number, (row, column) in enumerate(((r, c) for r in rows for c in columns), 1):
+        seen[number, :, row : row + patch, column : column + patch] = value
+    found = of_model(model, seen, torch.full((len(seen),), label), batch)
+    values = {name: getattr(found, name) for name in METRICS}
+    changes = {name: (v[1:] - v[0]).reshape(len(rows), len(columns)) for name, v in values.items()}
+    return Geometry(*(t[:1] for t in (*values.values(), found.angles, found.predicted))), changes
+
+
 def distances(found: Sequence[Mapping[str, Tensor] | Geometry]) -> np.ndarray:
     """float64 [R, R]: how far apart R representations of the same samples are.
 

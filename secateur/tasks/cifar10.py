@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from secateur.data.pictures import IMAGENET_MEAN, IMAGENET_STD, load_pictures
+from secateur.data.pictures import CIFAR10, IMAGENET_MEAN, IMAGENET_STD, Pictures, load_pictures
 from secateur.measure.vision import accuracy
 from secateur.tasks.augment import Batch, shift
 from secateur.tasks.networks.cifar_resnet import CifarResNet
@@ -44,4 +44,7 @@ def task(network: str, split: str, train: int | None, test: int | None) -> Task:
         epochs=30,
         augment=augment,
         classes=10,
+        pictures=lambda count: Pictures.of(
+            *(part[:count] for part in held_out), IMAGENET_MEAN, IMAGENET_STD, CIFAR10
+        ),
     )

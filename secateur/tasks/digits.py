@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from secateur.data.digits import MEAN, STD, load_digits
+from secateur.data.pictures import Pictures
 from secateur.errors import SecateurError
 from secateur.measure.vision import accuracy
 from secateur.tasks import digits_heads
@@ -22,6 +23,8 @@ from secateur.training.task import Task
 from secateur.utils.files import atomic_directory, cache_dir
 
 BLACK = -MEAN / STD
+LEVELS = 16
+"""What a white pixel is."""
 RECIPE = Recipe(optimizer="adamw", lr=1e-2, batch=64, weight_decay=1e-3, warmup=0.1)
 STEPS, VERSION = 400, 1
 HEADS = "digits-heads"
@@ -97,4 +100,7 @@ def task(network: str, split: str, train: int | None, test: int | None) -> Task:
         epochs=20,
         augment=augment,
         classes=10,
+        pictures=lambda count: Pictures.of(
+            *(part[:count] for part in held_out), (MEAN / LEVELS,), (STD / LEVELS,), tuple("0123456789")
+        ),
     )

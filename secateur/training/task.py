@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from secateur.data.pictures import Pictures
 from secateur.training.batches import Augment
 from secateur.training.recipe import Recipe
 from secateur.training.sampling import Sampler
@@ -27,6 +28,7 @@ class Task(Screen):
     inputs: example inputs, for tracing and counting. classes: labels of `train` are checked to be 0..classes-1, none empty.
     sampler: how the network draws, where it generates. losses: where it has several tasks, (model, batch) -> the loss of each
     by name, a mean over the batch; methods that guard the worst of them read it.
+    pictures: at most so many of those that a classifier is judged by, as pixels; what changes them under a network reads it.
     epochs, recipe: the task's default training. pretrained: the trained network, where there is one.
     """
 
@@ -44,6 +46,7 @@ class Task(Screen):
     classes: int | None = None
     sampler: Sampler | None = None
     losses: Callable[[nn.Module, Any], Mapping[str, Tensor]] | None = None
+    pictures: Callable[[int], Pictures] | None = None
 
     @property
     def sign(self) -> int:

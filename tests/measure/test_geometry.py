@@ -6,7 +6,16 @@ import torch
 from torch import nn
 
 from secateur.errors import SecateurError
-from secateur.measure.geometry import distances, fragile, geometry, of_model, placed, robust, spanning_tree
+from secateur.measure.geometry import (
+    distances,
+    fragile,
+    geometry,
+    occlusion,
+    of_model,
+    placed,
+    robust,
+    spanning_tree,
+)
 
 X = torch.tensor([[3.0, 4], [1, 0], [0, -2]], dtype=torch.float64)
 W = torch.tensor([[1.0, 0], [0, 2], [-1, -1]], dtype=torch.float64)
@@ -61,6 +70,31 @@ def test_the_sheets_occlusion():
             [0, 0, 0],
         ],
     )
+
+
+def test_the_sheets_occlusion_on_a_picture():
+    class Sums(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(2, 2, bias=False, dtype=torch.float64)
+            self.head.weight.data = torch.eye(2, dtype=torch.float64)
+
+        def forward(self, x):
+            return self.head(x[:, 0].sum(2))
+
+    picture = torch.tensor([[[2.0, 1], [1, 0]]], dtype=torch.float64)
+    base, change = occlusion(Sums(), picture, 0, patch=1, stride=1, batch=3)
+    for name, value, moved in (
+        ("angle", 18.434949, [[26.565051, 8.130102], [-18.434949, 0]]),
+        ("norm", 3.162278, [[-1.748064, -0.926210], [-0.162278, 0]]),
+        ("margin", 1.414214, [[-1.414214, -0.707107], [0.707107, 0]]),
+    ):
+        assert getattr(base, name).item() == pytest.approx(value, abs=1e-5)
+        np.testing.assert_allclose(change[name], moved, atol=1e-5)
+    whole = occlusion(Sums(), picture, 0, patch=2, stride=2, fill=1.0)[1]["norm"]
+    assert whole.shape == (1, 1) and whole.item() == pytest.approx(8**0.5 - 10**0.5, abs=1e-5)
+    with pytest.raises(SecateurError, match="a patch of 3 in steps of 2 doesn't fit"):
+        occlusion(Sums(), picture, 0, patch=3)
 
 
 @pytest.fixture
