@@ -38,6 +38,14 @@ class Compare:
     latency: bool = flag("time each result beside the dense model", True)
     threads: int = flag("of each run", 1)
     minutes: float | None = flag("processor minutes after which a run is stopped; its row says so", None)
+    geometry: Annotated[bool, SWITCH] = flag(
+        "of classifiers of pictures: angle, norm and margin of the last features, clean and under corruptions",
+        False,
+    )
+    geometry_pictures: int = flag("pictures of which the geometry is gathered", 200)
+    geometry_corruptions: str = flag(
+        "common (fifteen), all (nineteen), or names with commas, such as fog,gaussian_noise", "common"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +69,8 @@ def compare(task: Annotated[str, TASK], /, *, flags: Compare, engine: Engine) ->
 
     if engine.address and engine.engine != "ray":
         raise SecateurError("an address is Ray's", where="--address", fix="--engine ray")
-    names = ("steps", "samples", "train", "test", "latency", "threads", "minutes")
-    settings = {name: getattr(flags, name) for name in names}
+    own = ("methods", "targets", "seeds", "cost")
+    settings = {name: value for name, value in vars(flags).items() if name not in own}
     if flags.cost is not None:
         settings["cost"] = flags.cost
     with quiet_stdout(), contextlib.ExitStack() as stack:
@@ -115,7 +123,7 @@ def report(directory: Annotated[str, FOLDER], /, *, flags: Report, shown: Shown)
 
     check_new_file(flags.out, "--out")
     folder = Path(directory).expanduser()
-    setup, rows = Setup(**read_about(folder)["setup"]), read_rows(folder)
+    setup, rows = Setup.read(read_about(folder)["setup"], directory), read_rows(folder)
     if not rows:
         raise SecateurError("no run has ended yet", where=directory, fix="give `secateur compare` time")
     value = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.comparison.details import gradient_map
+from secateur.comparison.geometry import Lens, chosen, lens, measured
 from secateur.comparison.rows import Run
 from secateur.comparison.setup import Setup
 from secateur.comparison.work import SEQLEN, Figures, Work, by_chance, check_fit, cost, removes_units, told
@@ -47,6 +48,22 @@ class TaskWork(Work):
                 "it has no trained network to compare on", where=f"task {setup.task}", fix="take another task"
             )
 
+    @classmethod
+    def check_geometry(cls, setup: Setup) -> None:
+        shown = load_task(setup.task, train=1, test=1).pictures
+        if shown is None:
+            super().check_geometry(setup)
+        else:
+            chosen(setup.geometry_corruptions, shown(1).pixels.shape[1])
+
+    @functools.cached_property
+    def lens(self) -> Lens:
+        assert self.task.pictures is not None
+        return lens(self.setup, self.task.pictures(self.setup.geometry_pictures), self.network)
+
+    def _geometry(self, model: nn.Module, pictures: bool = False) -> Figures:
+        return {"geometry": measured(self.lens, model, pictures)} if self.setup.geometry else {}
+
     @functools.cached_property
     def network(self) -> nn.Module:
         assert self.task.pretrained is not None
@@ -60,9 +77,8 @@ class TaskWork(Work):
         return None if any(graph.prunable(kind) for kind in own) else ("channels",)
 
     def dense(self, seed: int) -> Figures:
-        return self._figures(self.network) | {
-            "map": gradient_map(self.network, self.task.train, self.task.inputs)
-        }
+        found = self._figures(self.network) | self._geometry(self.network, pictures=seed == 0)
+        return found | {"map": gradient_map(self.network, self.task.train, self.task.inputs)}
 
     def run(self, run: Run) -> Figures:
         kind = method_class(run.method)
@@ -87,7 +103,7 @@ class TaskWork(Work):
             )
             if self.setup.steps:
                 self._tune(done, run.seed)
-        found = self._figures(done.model, done) | told(done)
+        found = self._figures(done.model, done) | told(done) | self._geometry(done.model)
         return found | {"map": gradient_map(done.model, self.task.train, self.task.inputs)}
 
     def _options(self, kind: type[Method]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from secateur.comparison.geometry import kept
 from secateur.comparison.rows import DENSE, Row, Run, append, begin, claimed, key_of, mend
 from secateur.comparison.setup import Setup, shares
 from secateur.comparison.work import by_chance, check_fit, timed
@@ -60,7 +61,8 @@ def compare(
     seeds: 0..seeds-1 for each method and target. out: a folder; each run is a line of its `rows.jsonl` as soon as it ends, and
     the same call goes on with what is missing. jobs: processes. engine: local, or ray, at `address` (None: this machine).
     progress: called with the number of missing runs; what it gives, with each finished row.
-    settings: fields of `Setup`: cost, steps, samples, train, test, latency, threads, minutes.
+    settings: fields of `Setup`: cost, steps, samples, train, test, latency, threads, minutes, geometry,
+    geometry_pictures, geometry_corruptions.
 
     A method that doesn't fit, and a run that fails, is a row with the reason. Raises `SecateurError`: an unknown task, method or
     setting, a folder with something else, of another version or settings, or in which another comparison works now.
@@ -75,6 +77,8 @@ def compare(
     for name in ("steps", "train"):
         if getattr(setup, name) and "train_prune" not in kind.verbs:
             raise SecateurError(f"nothing is trained on {task}", where=name, fix="leave it out")
+    if setup.geometry:
+        kind.check_geometry(setup)
     require(seeds >= 1, f"{seeds} seeds is nothing", where="seeds", fix="1 or more")
     require(jobs >= 1, f"{jobs} jobs is nothing", where="jobs", fix="1 or more")
     choose(engine, ENGINES, what="engine", where="engine", near=1)
@@ -90,6 +94,7 @@ def compare(
         missing = [run for run in wanted if run.key not in done]
         tell = progress(len(missing)) if progress else lambda row: None
         for row in finished(setup, missing, jobs, engine, address):
+            row = kept(folder, row)
             append(folder, row)
             rows.append(row)
             tell(row)

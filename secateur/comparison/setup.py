@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,21 @@ class Setup:
         default=None,
         metadata={"help": "processor minutes after which a run is stopped; its row says so", "above": 0},
     )
+    geometry: bool = field(
+        default=False,
+        metadata={
+            "help": "of classifiers of pictures: angle, norm and margin of the last features, clean and under corruptions"
+        },
+    )
+    geometry_pictures: int = field(
+        default=200, metadata={"help": "pictures of which the geometry is gathered", "min": 1}
+    )
+    geometry_corruptions: str = field(
+        default="common",
+        metadata={
+            "help": "common (fifteen), all (nineteen), or names with commas, such as fog,gaussian_noise"
+        },
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -56,7 +72,21 @@ class Setup:
         return f"{self.cost}<={share}"
 
     def as_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The fields; those of the geometry only where it is gathered, as in folders from before it was."""
+        found = dataclasses.asdict(self)
+        return found if self.geometry else {n: v for n, v in found.items() if not n.startswith("geometry")}
+
+    @classmethod
+    def read(cls, found: Mapping[str, Any], where: str) -> Setup:
+        """The way back from `as_json`. Raises `SecateurError` for what this version doesn't know."""
+        try:
+            return cls(**found)
+        except TypeError as error:
+            raise SecateurError(
+                f"its settings can't be read ({error})",
+                where=where,
+                fix="read it with the version that wrote it, or compare again in a new folder",
+            ) from error
 
 
 def shares(targets: tuple[str, ...] | list[str]) -> list[str]:

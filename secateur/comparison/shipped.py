@@ -39,7 +39,7 @@ def condensed(folder: str | Path, models: str = "") -> dict[str, Any]:
     `SecateurError` where the folder holds no comparison, or one in which nothing has ended.
     """
     folder = Path(folder).expanduser()
-    setup, rows = Setup(**read_about(folder)["setup"]), read_rows(folder)
+    setup, rows = Setup.read(read_about(folder)["setup"], str(folder)), read_rows(folder)
     lines = summary(setup, rows)
     dense = next((line.quality for line in lines if line.method == DENSE and line.why is None), None)
     shown = [_short(line) for line in lines if line.method != DENSE]

@@ -41,6 +41,15 @@ class Work(abc.ABC):
     def __init__(self, setup: Setup):
         self.setup = setup
 
+    @classmethod
+    def check_geometry(cls, setup: Setup) -> None:
+        """Raises `SecateurError` where the last features of what is compared don't lie to classes of pictures."""
+        raise SecateurError(
+            "it is no classifier of pictures, so its features have no geometry to gather",
+            where=f"--geometry on {setup.task}",
+            fix="leave it out, or compare on digits, cifar10 or imagenet-sample",
+        )
+
     @abc.abstractmethod
     def dense(self, seed: int) -> Figures:
         """The figures of the model as it is."""

@@ -52,7 +52,7 @@ def load_pictures(name: str, limit: int | None = None, split: str = "test") -> t
 class Pictures(Screen):
     """Pictures as they can be looked at and changed, and how a network wants them.
 
-    >>> shown = Pictures.of(*load_pictures("cifar10", 8), IMAGENET_MEAN, IMAGENET_STD, CIFAR10)  # doctest: +SKIP
+    >>> shown = Pictures.of(load_pictures("cifar10", 8), IMAGENET_MEAN, IMAGENET_STD, CIFAR10)  # doctest: +SKIP
     >>> shown.ready(shown.pixels)  # what load_pictures gave  # doctest: +SKIP
     """
 
@@ -68,9 +68,15 @@ class Pictures(Screen):
 
     @classmethod
     def of(
-        cls, x: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float], names: Sequence[str] = ()
+        cls,
+        data: tuple[Tensor, Tensor],
+        mean: Sequence[float],
+        std: Sequence[float],
+        names: Sequence[str] = (),
+        limit: int | None = None,
     ) -> Pictures:
-        """From normalised pictures [N, C, H, W]."""
+        """From normalised pictures [N, C, H, W] with their labels, at most so many."""
+        x, labels = (part[:limit] for part in data)
         m, s = (torch.tensor(tuple(v))[:, None, None] for v in (mean, std))
         return cls((x * s + m).clamp(0, 1), labels, tuple(mean), tuple(std), tuple(names))
 

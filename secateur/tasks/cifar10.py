@@ -44,7 +44,5 @@ def task(network: str, split: str, train: int | None, test: int | None) -> Task:
         epochs=30,
         augment=augment,
         classes=10,
-        pictures=lambda count: Pictures.of(
-            *(part[:count] for part in held_out), IMAGENET_MEAN, IMAGENET_STD, CIFAR10
-        ),
+        pictures=lambda count: Pictures.of(held_out, IMAGENET_MEAN, IMAGENET_STD, CIFAR10, count),
     )

@@ -100,7 +100,5 @@ def task(network: str, split: str, train: int | None, test: int | None) -> Task:
         epochs=20,
         augment=augment,
         classes=10,
-        pictures=lambda count: Pictures.of(
-            *(part[:count] for part in held_out), (MEAN / LEVELS,), (STD / LEVELS,), tuple("0123456789")
-        ),
+        pictures=lambda count: Pictures.of(held_out, (MEAN / LEVELS,), (STD / LEVELS,), "0123456789", count),
     )

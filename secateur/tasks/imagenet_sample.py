@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from secateur.data.pictures import load_pictures
+from secateur.data.pictures import HALF, Pictures, load_pictures
 from secateur.measure.vision import accuracy
 from secateur.tasks.augment import Batch, shift
 from secateur.tasks.vision import LITE, build_lite, load_network
@@ -43,4 +43,5 @@ def task(network: str, split: str, train: int | None, test: int | None) -> Task:
         recipe=Recipe(optimizer="sgd", lr=1e-3, nesterov=True, weight_decay=1e-5, batch=16, warmup=0.1),
         epochs=1,
         augment=augment,
+        pictures=lambda count: Pictures.of(held_out, HALF, HALF, limit=count),
     )
