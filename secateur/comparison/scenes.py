@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from torch import Tensor, nn
+
 from secateur.comparison.details import kept_tokens
 from secateur.comparison.rows import Run
 from secateur.comparison.setup import Setup
-from secateur.comparison.work import Figures, Work, check_fit
+from secateur.comparison.work import Figures, Work, check_fit, timings
 from secateur.errors import SecateurError
+from secateur.measure import macs, peak_memory
+from secateur.measure.cost import macs_and_memory
 from secateur.method import method_class
 from secateur.tasks.scenes import evaluate as scenes
-from secateur.tasks.scenes.models import DEPTH, TOKENS, load_scenes
+from secateur.tasks.scenes.models import DEPTH, TOKENS, inputs, load_scenes
+from secateur.tasks.scenes.questions import test_set
+from secateur.tokens.attach import attach
 from secateur.tokens.method import TokenMethod
 
 FEW = 4
 """Pictures on which the target is searched: the count of tokens hardly depends on them."""
+
+
+ASKED = 16
+"""Questions of the batch whose cost is measured."""
+
+
+def asked(model: nn.Module) -> dict[str, Tensor]:
+    """A batch of questions of one kind about drawn scenes, as the model takes it."""
+    group = test_set(4 * ASKED)[0]
+    return inputs(model, group.pictures[:ASKED], group.questions[:ASKED])
 
 
 class ScenesWork(Work):
@@ -31,7 +47,9 @@ class ScenesWork(Work):
         load_scenes(self.variant, 0)  # of a name that nobody knows no run is begun
 
     def dense(self, seed: int) -> Figures:
-        return self._figures(scenes.evaluate(None, None, self.variant, [seed], self.limit))
+        found = self._figures(scenes.evaluate(None, None, self.variant, [seed], self.limit))
+        model = load_scenes(self.variant, seed)
+        return found | {"macs": 1.0, "peak_memory_bytes": peak_memory(model, asked(model))}
 
     def run(self, run: Run) -> Figures:
         kind = method_class(run.method)
@@ -60,7 +78,20 @@ class ScenesWork(Work):
             seed=run.seed,
             **scenes.settings_of(run.method),
         )
-        return found | {"target_given": target, "kept": shown}
+        return found | self._cost(run, target) | {"target_given": target, "kept": shown}
+
+    def _cost(self, run: Run, target: str) -> Figures:
+        """Multiply-adds and peak memory of one batch of questions, and how long it takes beside the model with all tokens, in turn."""
+        dense, model = (load_scenes(self.variant, run.seed) for _ in range(2))
+        given = asked(model)
+        found: Figures = {"not_measured": {"seconds": "nothing is pruned before the model runs"}}
+        with attach(model, run.method, target=target, seed=run.seed, **scenes.settings_of(run.method)):
+            own, found["peak_memory_bytes"] = macs_and_memory(model, given)
+            found["macs"] = own / macs(dense, given)
+            if self.setup.latency:
+                return found | timings(dense, model, given)
+        found["not_measured"]["forward_seconds"] = "it wasn't asked for"
+        return found
 
     def _score(self, run: Run, target: str, limit: int) -> scenes.Score:
         where = (self.variant, [run.seed], limit)

@@ -204,7 +204,7 @@ def _axes(method: str) -> dict[str, list[str]]:
 
 def _run(row: Row, names: dict[str, int], versions: list[dict[str, str]]) -> dict[str, Any]:
     """A row as the page needs it: layers' names and versions are numbers of lists that all runs share."""
-    own = {key: row[key] for key in ("method", "target", "seed", "state", "why", "quality", "seconds", "notes", "parts", "kept", "map", "scores", "speed", "forward_seconds", "quartiles", "peak_memory_bytes", "params", "macs", "tokens", "target_given", "cpu_seconds") if row.get(key) is not None}  # fmt: skip
+    own = {key: row[key] for key in ("method", "target", "seed", "state", "why", "quality", "seconds", "notes", "parts", "kept", "map", "scores", "speed", "forward_seconds", "quartiles", "peak_memory_bytes", "params", "macs", "tokens", "target_given", "cpu_seconds", "not_measured") if row.get(key) is not None}  # fmt: skip
     own["layers"] = [[names.setdefault(n, len(names)), kept, size] for n, kept, size in row.get("layers", ())]
     if found := row.get("versions"):
         if found not in versions:

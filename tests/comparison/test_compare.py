@@ -246,6 +246,13 @@ def test_token_methods_get_the_target_at_which_they_do_equal_work(tmp_path):
     # what leaves behind the second of four layers must leave fewer
     assert float(late["target_given"].rstrip("%")) < float(grid["target_given"].rstrip("%"))
     assert len(next(iter(grid["kept"].values()))) == round(0.64 * grid["tokens"] * 100)
+    whole = found["dense", "100%"]
+    for row in (grid, late):
+        assert 0.5 < row["macs"] < 1 == whole["macs"] and row["speed"]["pairs"] >= 9
+        low, high = row["quartiles"]
+        assert 0 < low <= row["forward_seconds"] <= high and set(row["not_measured"]) == {"seconds"}
+    # tokens that leave in the tower's end free more than those that leave behind the second layer
+    assert grid["peak_memory_bytes"] < late["peak_memory_bytes"] < whole["peak_memory_bytes"]
     assert "steps of an episode" in found["vla-pruner", "60%"]["why"]
     assert "can't do with less than 50.8%" in found["fastv", "40%"]["why"]
 
