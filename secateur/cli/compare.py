@@ -132,5 +132,5 @@ def report(directory: Annotated[str, FOLDER], /, *, flags: Report, shown: Shown)
         "out": flags.out,
     }
     if flags.out:
-        write_comparison(Path(flags.out).expanduser(), setup, rows, flags.baseline, directory)
+        write_comparison(Path(flags.out).expanduser(), setup, rows, flags.baseline, directory, folder)
     show(value, shown.json, lambda console: print_comparison(setup, rows, console, flags.baseline))

@@ -19,6 +19,7 @@ from secateur.comparison.setup import Setup
 from secateur.comparison.summary import Line, as_json, mean_ranks, metric_of, percent, summary
 from secateur.comparison.works import kind_of
 from secateur.method import method_class
+from secateur.report.geometry import geometry_data
 from secateur.report.html import plotly_script, render
 from secateur.report.terminal import table
 from secateur.taxonomy.axes import AXES, MEANING
@@ -125,19 +126,32 @@ def gap(line: Line, name: str, metric: str) -> str:
 
 
 def write_comparison(
-    path: str | Path, setup: Setup, rows: Sequence[Row], baseline: str | None = None, out: str = "DIR"
+    path: str | Path,
+    setup: Setup,
+    rows: Sequence[Row],
+    baseline: str | None = None,
+    out: str = "DIR",
+    folder: str | Path | None = None,
 ) -> None:
     """Write `comparison_html` to a file, whole or not at all.
 
     >>> write_comparison("out/page.html", found.setup, found.rows)  # doctest: +SKIP
     """
-    atomic_write_text(path, comparison_html(setup, rows, baseline, out))
+    atomic_write_text(path, comparison_html(setup, rows, baseline, out, folder))
 
 
-def comparison_html(setup: Setup, rows: Sequence[Row], baseline: str | None = None, out: str = "DIR") -> str:
-    """The page of a comparison: a leaderboard that sorts and filters, the Pareto plot, and a page for each run.
+def comparison_html(
+    setup: Setup,
+    rows: Sequence[Row],
+    baseline: str | None = None,
+    out: str = "DIR",
+    folder: str | Path | None = None,
+) -> str:
+    """The page of a comparison: a leaderboard that sorts and filters, the Pareto plot, a page for each run, and the six linked views
+    where the geometry was gathered.
 
-    baseline: what others are tested against beside chance. out: the folder that the commands name.
+    baseline: what others are tested against beside chance. out: the folder that the commands name. folder: where the files of
+    the geometry lie; None: no views.
     """
     lines = summary(setup, rows, baseline)
     metric, sign = metric_of(rows)
@@ -145,6 +159,7 @@ def comparison_html(setup: Setup, rows: Sequence[Row], baseline: str | None = No
     versions: list[dict[str, str]] = []
     runs = [_run(row, names, versions) for row in rows]
     axes = {line.method: _axes(line.method) for line in lines}
+    geometry = None if folder is None else geometry_data(folder, rows, lines)
     data = {
         "metric": metric,
         "sign": sign,
@@ -157,6 +172,7 @@ def comparison_html(setup: Setup, rows: Sequence[Row], baseline: str | None = No
         "axes": axes,
         "commands": {line.method: _command(setup, line.method, rows, out) for line in lines},
         "beside": list(dict.fromkeys(name for line in lines for name in line.against)),
+        "geometry": geometry,
         "picture": _picture() if any(row.get("kept") for row in rows) else None,
     }
     states = [row["state"] for row in rows]
@@ -191,6 +207,7 @@ def comparison_html(setup: Setup, rows: Sequence[Row], baseline: str | None = No
         refused=refusals(lines),
         settings=[(name, str(value)) for name, value in setup.as_json().items()],
         data=data,
+        geometry=geometry,
         plotly=plotly_script(),
     )
 
@@ -223,7 +240,8 @@ def _command(setup: Setup, method: str, rows: Sequence[Row], out: str) -> str:
         value = getattr(setup, name)
         if name in ("task", "latency") or value == field.default:
             continue
-        words += [f"--{name}", str(value)]
+        flag = "--" + name.replace("_", "-")
+        words += [flag] if value is True else [flag, str(value)]
     words += [] if setup.latency else ["--no-latency"]
     return shlex.join([*words, "--out", f"{out}-again"])
 
