@@ -1,9 +1,9 @@
 """A headless Chromium for the time of a test or bench, spoken to over a pipe: real time, real input, screenshots.
 
-    with Chromium() as browser:
-        browser.open("page.html", 360, 740, dark=True)
-        browser.value("document.title")
-        browser.picture("shot.png")
+with Chromium() as browser:
+    browser.open("page.html", 360, 740, dark=True)
+    browser.value("document.title")
+    browser.picture("shot.png")
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 PATIENCE = 120.0
@@ -49,7 +49,7 @@ class Chromium:
         command += [f"--user-data-dir={self.folder.name}", "--no-first-run", *flags, "about:blank"]
         self.process = subprocess.Popen(
             command,
-            preexec_fn=ends,
+            preexec_fn=ends,  # noqa: PLW1509  no other way gives a child its third and fourth file
             close_fds=False,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -61,7 +61,7 @@ class Chromium:
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self.call("Page.enable")
 
-    def __enter__(self) -> Chromium:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -13,7 +13,7 @@
   const svg = (tag, attributes, look) => { const e = document.createElementNS("http://www.w3.org/2000/svg", tag); for (const name in attributes) e.setAttribute(name, attributes[name]); if (look) e.setAttribute("class", look); return e; };
   const every = [...Array(N).keys()], inside = () => every.filter(i => state.klass === "" || G.labels[i] === +state.klass);
   const share = (m, k) => [...state.picked].filter(i => right(m, k, i)).length;
-  const colour = m => G.models[m].method === "dense" ? "var(--ink)" : COLOURS[(m - 1) % COLOURS.length];
+  const colour = m => G.models[m].method === "dense" ? "var(--ink)" : m <= COLOURS.length ? COLOURS[m - 1] : "hsl(" + m * 137.5 % 360 + " 62% 45%)";
   const describe = i => "picture " + i + ", " + called(G.labels[i]) + ": A says " + called(guess(state.a, state.k, i)) + ", B says " + called(guess(state.b, state.k, i)) + "; angle " + value(state.a, state.k, 0, i).toFixed(1)
     + "°, norm " + value(state.a, state.k, 1, i).toFixed(2) + ", margin " + value(state.a, state.k, 2, i).toFixed(2) + (state.picked.has(i) ? "; picked" : "");
   const pick = (which, add) => { if (!add) state.picked.clear(); for (const i of which) state.picked.add(i); draw(); };
@@ -147,26 +147,29 @@
     event => { const [i] = near($("local"), event, points); if (i !== null) toggle(i); });
 
   // 4. global
+  let [narrow, wide] = [180, 0];
+  for (const v of degrees) { if (v < narrow) narrow = v; if (v > wide) wide = v; }
   const axes = () => [
-    ...G.axes.map((c, n) => ({name: called(c), low: 0, high: 180, read: i => angle(state.a, state.k, n, i)})),
-    ...["own angle", "norm", "margin"].map((name, what) => ({name, low: G.bounds[what][0], high: G.bounds[what][1], read: i => value(state.a, state.k, what, i)}))];
-  const across = n => 40 + n * 1120 / (A + 2), up = (axis, v) => 335 - (v - axis.low) / (axis.high - axis.low || 1) * 305;
+    ...G.axes.map((c, n) => ({name: called(c), low: narrow, high: wide, read: i => angle(state.a, state.k, n, i)})),
+    ...["own angle", "norm", "margin"].map((name, what) => ({name, low: what ? G.bounds[what][0] : narrow, high: what ? G.bounds[what][1] : wide, read: i => value(state.a, state.k, what, i)}))];
+  const across = n => 40 + n * 1100 / (A + 2), up = (axis, v) => 335 - (v - axis.low) / (axis.high - axis.low || 1) * 305;
   const path = (list, i) => "M" + list.map((axis, n) => across(n).toFixed(1) + " " + up(axis, axis.read(i)).toFixed(1)).join("L");
   const parallel = () => {
     const list = axes(), out = [], shown = inside().filter(i => !state.picked.has(i));
-    for (const ok of [true, false]) out.push(svg("path", {d: shown.filter(i => right(state.a, state.k, i) === ok).map(i => path(list, i)).join(""), style: "stroke:var(" + (ok ? "--kept" : "--bad") + ")"}, "lines"));
+    for (const i of shown) out.push(svg("path", {d: path(list, i), style: "stroke:var(" + (right(state.a, state.k, i) ? "--kept" : "--bad") + ")"}, "lines"));
     list.forEach((axis, n) => {
       out.push(svg("line", {x1: across(n), x2: across(n), y1: 30, y2: 335, style: n === state.axis ? "stroke:var(--soft);stroke-width:2" : ""}, "axis"));
-      const name = svg("text", {x: across(n), y: n % 2 && A > 6 ? 372 : 354, "text-anchor": "middle", style: "font-size:15px"}); name.textContent = axis.name;
-      const high = svg("text", {x: across(n), y: 22, "text-anchor": "middle", style: "font-size:13px"}); high.textContent = axis.high.toPrecision(3);
-      out.push(name, high);
+      const name = svg("text", {x: across(n), y: n % 2 && A > 6 ? 372 : 354, "text-anchor": "middle"}); name.textContent = axis.name;
+      const high = svg("text", {x: across(n), y: 20, "text-anchor": "middle"}); high.textContent = axis.high.toPrecision(3);
+      const low = svg("text", {x: across(n) + 4, y: 332}); low.textContent = axis.low.toPrecision(2);
+      out.push(name, high, low);
     });
     for (const i of state.picked) { const e = svg("path", {d: path(list, i), "data-i": i}, "line picked" + (right(state.a, state.k, i) ? "" : " off")); out.push(e); }
     if (state.cursor !== null) out.push(svg("path", {d: path(list, state.cursor)}, "line cursor"));
     $("global").replaceChildren(...out);
   };
   keys($("global"), () => { const axis = axes()[state.axis]; return inside().sort((i, j) => axis.read(j) - axis.read(i)); }, true);
-  const axisAt = x => Math.max(0, Math.min(A + 2, Math.round((x - 40) / 1120 * (A + 2))));
+  const axisAt = x => Math.max(0, Math.min(A + 2, Math.round((x - 40) / 1100 * (A + 2))));
   boxed($("global"), (l, r, t, b, add) => {
     const list = axes(), n = [...list.keys()].filter(n => across(n) >= l - 20 && across(n) <= r + 20), which = n.length ? n : [axisAt((l + r) / 2)];
     state.axis = which[0];
