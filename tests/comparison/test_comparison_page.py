@@ -146,6 +146,33 @@ def test_in_a_browser_it_draws_sorts_filters_and_opens_a_run(page, tmp_path, siz
     assert found["wide"] <= 0  # nothing but the table scrolls sideways
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_of_many_lines_the_first_are_shown_and_then_all(tmp_path):
+    rows = [row | {"seed": 0, "target": f"{n // 10 + 1}%"} for n, row in enumerate(thousand()[::4])]
+    probe = """<script>addEventListener("load", () => {
+      const $ = id => document.getElementById(id), count = () => document.querySelectorAll("#board tbody tr").length;
+      const found = [count(), $("more").textContent];
+      $("more").click();
+      found.push(count(), $("more").hidden);
+      const told = document.createElement("pre"); told.id = "told"; told.textContent = JSON.stringify(found); document.body.append(told);
+    });</script>"""
+    for n, row in enumerate(rows):
+        row["method"] = NAMES[n % 10]
+    file = tmp_path / "page.html"
+    file.write_text(comparison_html(Setup("digits"), rows).replace("</body>", probe + "</body>"))
+    shown = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'user'}",
+        "--dump-dom",
+    ]
+    dumped = subprocess.run([*shown, file.as_uri()], check=True, capture_output=True, text=True, timeout=180)
+    found = json.loads(html.unescape(re.search(r'<pre id="told">(.*?)</pre>', dumped.stdout, re.DOTALL)[1]))
+    assert found == [200, "the first 200 are shown; all 250", 250, True]
+
+
 def test_the_file_is_written_whole(tmp_path, page):
     write_comparison(tmp_path / "page.html", Setup("digits"), thousand())
     assert (tmp_path / "page.html").read_text() == page
