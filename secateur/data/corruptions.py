@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -215,7 +216,12 @@ def _plasma(x: Tensor, draw: Generator, decay: float) -> Tensor:
 def spatter(x: Tensor, draw: Generator, mean: float, deviation: float, sigma: float, least: float, much: float, mud: int) -> Tensor:  # fmt: skip
     """Drops of water, or of mud, on the lens: where smooth noise is high."""
     drops = _blurred(mean + deviation * torch.randn((len(x), 1, *x.shape[2:]), generator=draw), sigma)
-    wet = ((drops >= least).float() * much).clamp(0, 1)
+    wet = (drops >= least).float()
+    if mud:  # small spots don't stick
+        wet = _blurred(wet, much)
+        wet = torch.where(wet < 0.8, 0, wet)
+    else:
+        wet = wet * much / 2
     colour = torch.tensor([63, 42, 20] if mud else [175, 238, 238]) / 255
     colour = colour[:, None, None] if x.shape[1] == 3 else colour.mean()
     return x * (1 - wet) + colour * wet
@@ -255,27 +261,39 @@ def elastic_transform(x: Tensor, draw: Generator, far: float, smooth: float, ske
     return _sampled(x, grid)
 
 
+def _as_images(x: Tensor, change: Callable[[Any], Any]) -> Tensor:
+    """Each picture as Pillow's, changed, and back."""
+    from PIL import Image
+
+    found = []
+    for picture in (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy():
+        image = Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
+        back = np.asarray(change(image)).reshape(picture.shape)
+        found.append(torch.from_numpy(back.copy()).permute(2, 0, 1))
+    return torch.stack(found).float() / 255
+
+
 @kind((0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25))
 def pixelate(x: Tensor, draw: Generator, share: float) -> Tensor:
-    size = tuple(x.shape[2:])
-    return F.interpolate(
-        F.interpolate(x, tuple(int(s * share) for s in size), mode="area"), size, mode="nearest"
-    )
+    from PIL.Image import Resampling
+
+    def change(image: Any) -> Any:
+        small = image.resize([max(1, int(side * share)) for side in image.size], Resampling.BOX)
+        return small.resize(image.size, Resampling.NEAREST)
+
+    return _as_images(x, change)
 
 
 @kind((80, 65, 58, 50, 40), (25, 18, 15, 10, 7))
 def jpeg_compression(x: Tensor, draw: Generator, quality: int) -> Tensor:
     from PIL import Image
 
-    found = []
-    for picture in (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy():
+    def change(image: Any) -> Any:
         file = io.BytesIO()
-        Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture).save(
-            file, "JPEG", quality=quality
-        )
-        back = np.asarray(Image.open(file)).reshape(picture.shape)
-        found.append(torch.from_numpy(back.copy()).permute(2, 0, 1))
-    return torch.stack(found).float() / 255
+        image.save(file, "JPEG", quality=quality)
+        return Image.open(file)
+
+    return _as_images(x, change)
 
 
 @kind(((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)), ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)))
