@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--target", default="macs<=80%")
     parser.add_argument("--only", nargs="*", default=None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows of 512 tokens")
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--steps", type=int, default=0, help="of distillation, batches of 2 x 256 tokens")
     parser.add_argument("--lr", type=float, default=3e-5)
@@ -65,7 +66,7 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     rows.keep(found, {"method": "dense", "perplexity": round(quality(model), 2)}, args.out)
     for seed in args.seeds:
-        ids = load_calibration(model, tokenizer, "brown", 32, 512, seed)
+        ids = load_calibration(model, tokenizer, "brown", args.samples, 512, seed)
         more = load_calibration(model, tokenizer, "brown", max(1, 2 * args.steps), 256, seed + 1000)
         for called in args.only or METHODS:
             name, settings = METHODS[called]
