@@ -79,6 +79,8 @@ def kinds_of(verb: str, argv: Sequence[str]) -> dict[str, type]:
     if verb == "prune":
         if method is None and any(token.lower().endswith((".onnx", ".pt2")) for token in argv[1:2]):
             method, kinds["flags"] = prune.FILE_METHOD, prune.PruneFile
+        elif method is None and prune.cuts_tokens(argv):
+            kinds["flags"] = prune.PruneTokens
         kinds["options"] = settings(shared["prune"], "Options", 2)
     elif verb == "train-prune":
         kinds["recipe"] = settings(shared["recipe"], "Recipe (default: the task's)", 2, optional=True)

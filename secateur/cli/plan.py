@@ -83,10 +83,10 @@ def plan_apply(
     from secateur.io.exchange import export, is_exchange
     from secateur.measure import measure as run
     from secateur.pruning.plan import Plan
-    from secateur.pruning.prune import apply_plan
+    from secateur.pruning.prune import apply_plan, cut_tokenizer
     from secateur.report.summary import alarms
     from secateur.report.terminal import print_report
-    from secateur.utils.inputs import default_inputs
+    from secateur.utils.inputs import default_inputs, map_ids
 
     out = flags.out
     check_new_folder(out)
@@ -98,6 +98,9 @@ def plan_apply(
         before = run(network, tokenizer, inputs=inputs, **quality.asked)
         config = copy.deepcopy(getattr(network, "config", None))
         apply_plan(network, decided, also=further(network, flags.also) or None)
+        tokenizer = cut_tokenizer(decided, tokenizer)
+        if (kept := decided.tokens) is not None and inputs is not None:
+            inputs = map_ids(inputs, lambda ids: ids % len(kept))
         after = run(network, tokenizer, inputs=inputs, **quality.asked)
         rows = decided.summary()
         report = {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,10 +41,11 @@ from secateur.cli.shared import (
 from secateur.errors import SecateurError, require
 
 FILE_METHOD = "group-magnitude"
+TOKENS = "token-frequency"
 METHOD_HELP = (
     f"the method: `secateur methods` lists them, or file.py:Class; default for .onnx and .pt2: {FILE_METHOD}"
 )
-TARGET_HELP = "what holds at the end: 50% (share kept), 'params<=100e6', 'macs<=50%', 'size<=200MB', 'latency<=8ms', 2:4, 'encoder=80%,decoder=50%'"
+TARGET_HELP = "what holds at the end: 50% (share kept), 'params<=100e6', 'macs<=50%', 'size<=200MB', 'latency<=8ms', 2:4, 'encoder=80%,decoder=50%', vocabulary=16000 or vocabulary=used (the tokens that the text of --data uses)"
 LISTS = ("kinds", "keep", "only", "share")
 RECOVERY = Parameter(group=Group("Recovery", sort_key=3))
 
@@ -71,6 +74,13 @@ class PruneFile(Prune):
     """What is done to an .onnx or .pt2 file."""
 
     method: str = flag(METHOD_HELP, FILE_METHOD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneTokens(Prune):
+    """What is done where the vocabulary alone is cut."""
+
+    method: str = flag(METHOD_HELP, TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +143,7 @@ def prune(
     from secateur.method import make_method
     from secateur.pruning.prune import prune as run
     from secateur.pruning.request import read_request
+    from secateur.pruning.vocabulary import TokenFrequency
     from secateur.report.html import library_versions, write_report
     from secateur.report.summary import alarms
     from secateur.report.terminal import print_report
@@ -141,7 +152,7 @@ def prune(
     check_new_folder(output.out)
     check_file_model(model, output.out)
     check_new_file(output.report)
-    method = make_method(flags.method, **vars(settings))
+    method = TokenFrequency() if flags.method == TOKENS else make_method(flags.method, **vars(settings))
     lists = {name: listed(vars(options)[name]) or None for name in LISTS}
     for name, given in lists.items():  # an unset variable of the shell must not protect nothing
         require(given or vars(options)[name] is None, "it is empty", where=f"--{name}", fix="leave it out")
@@ -149,7 +160,12 @@ def prune(
     at_least("--steps", recovery.steps, 1)
     asked = drawn.asked
     check_target(flags.target)
-    read_request("prune", method, flags.target, common)
+    request = read_request("prune", method, flags.target, common)
+    tokens = "vocabulary" in (request.options.kinds or ())
+    fix = "leave --distill out, or cut the vocabulary afterwards"
+    require(
+        not (tokens and recovery.distill), "the dense model has another vocabulary", where="--distill", fix=fix
+    )
     measured.check()
     if flags.stream:
         report = _stream(model, flags, common | vars(settings), recovery, measured, where, output)
@@ -274,6 +290,15 @@ def _recover(pruned: Any, recovery: Recovery, dense: Any, data: Any, seed: int) 
     )
     pruned.report["recovery"] = {**dataclasses.asdict(recovery), "losses": losses}
     pruned.report["seconds"] += time.perf_counter() - start
+
+
+def cuts_tokens(argv: Sequence[str]) -> bool:
+    """Whether a command line asks for a cut of the vocabulary alone, in which no method has a part."""
+    values = [value for token in argv for value in (token, token.partition("=")[2])]
+    named = [b for a, b in zip(argv, argv[1:]) if a == "--kinds"]
+    named += [token.partition("=")[2] for token in argv if token.startswith("--kinds=")]
+    counted = any(re.fullmatch(r"\s*vocabulary\s*=.*", value) for value in values)
+    return counted or (bool(named) and all(name.strip() == "vocabulary" for name in named))
 
 
 def check_target(text: str) -> None:

@@ -336,7 +336,8 @@ def add_times(report: dict[str, Any], before: Any, after: Any, inputs: Any, seql
     """Times both models in turn, and puts what was found into the report of the two."""
     from secateur.measure import latencies, token_inputs
 
-    inputs = token_inputs(before, seqlen) if inputs is None else inputs
+    sizes = [getattr(getattr(model, "config", None), "vocab_size", None) or 0 for model in (before, after)]
+    inputs = token_inputs(after if sizes[1] < sizes[0] else before, seqlen) if inputs is None else inputs
     times, report["speed"], reasons = latencies([before, after], inputs)
     for side, found in zip(("before", "after"), times, strict=True):
         report[side]["latency"] = found

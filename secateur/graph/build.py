@@ -18,9 +18,10 @@ from secateur.graph.labels import ALONE, EXPERT, HEAD, INNER, MIXED, PICKED, RES
 from secateur.graph.resolve import link_sizes, query_rows, settle_experts, settle_splits
 from secateur.graph.sizes import Attribute, Extent, leaves
 from secateur.graph.tracer import Tracer
+from secateur.graph.vocabulary import join_tokens
 
 
-def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
+def build_graph(t: Tracer, outputs: Sequence[Axes], vocabulary: bool = False) -> Graph:
     """Resolve what tracing left open, and gather the classes of united labels into groups."""
     freeze_outputs(t, outputs)
     containers = settle_experts(t)
@@ -33,6 +34,8 @@ def build_graph(t: Tracer, outputs: Sequence[Axes]) -> Graph:
     for container, ids in containers.items():
         _own(t, container, classes.of[ids], groups)
     _name(groups)
+    if vocabulary:
+        groups = join_tokens(t.model, groups)
     return finish(t, in_order(t, groups), classes, queries)
 
 

@@ -17,7 +17,9 @@ from secateur.graph.notes import RuleError, Run
 from secateur.graph.sizes import Attribute, Extent, evaluate, leaves
 from secateur.utils.screen import Screen, counted, fit
 
-KINDS = ("channels", "heads", "kv_groups", "head_dim", "neurons", "experts", "hidden", "layers", "attentions")
+KINDS = (
+    "channels", "heads", "kv_groups", "head_dim", "neurons", "experts", "hidden", "layers", "attentions", "vocabulary",
+)  # fmt: skip
 WHOLE = ("layers", "attentions")
 """Kinds whose units are modules that leave whole: blocks, and the attention of blocks."""
 HOW = ("sum", "mean", "max", "prod")

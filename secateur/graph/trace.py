@@ -26,7 +26,13 @@ from secateur.utils.running import module_paths
 
 
 def trace(
-    model: nn.Module, inputs: Any, *, also: Sequence[Any] = (), inner: bool = False, values: bool = False
+    model: nn.Module,
+    inputs: Any,
+    *,
+    also: Sequence[Any] = (),
+    inner: bool = False,
+    values: bool = False,
+    vocabulary: bool = False,
 ) -> Graph:
     """The groups of coupled parameter slices of a model.
 
@@ -51,6 +57,9 @@ def trace(
         values: compute everything, and note a little of the outputs, which the checks of `prune` compare. Without it
             convolutions are left out as long as nothing that runs can tell: no branch, size or index hangs on them.
 
+        vocabulary: the tokens that a language model reads and writes are units too (kind `vocabulary`). What leaves with
+            one changes what ids mean and the shape of the logits; without it they are frozen for that reason.
+
     Returns:
         The graph; groups that can't be cut are in it with the reason, and parameters that no run reached are named in
         `graph.unreached`.
@@ -65,11 +74,11 @@ def trace(
     training: list[nn.Module] = []
     if missed := tracer.unreached():
         tracer, outputs, training = _in_training(model, [inputs, *also], inner, missed, tracer, outputs)
-    graph = build_graph(tracer, outputs)
+    graph = build_graph(tracer, outputs, vocabulary)
     stuck = collapsed(tracer, graph)
     if stuck:  # grouped convolutions that cannot lose the same channel of every group: let whole groups leave
         tracer, outputs = _ran(model, [inputs, *also], inner, stuck, training, spare)
-        graph = build_graph(tracer, outputs)
+        graph = build_graph(tracer, outputs, vocabulary)
     graph._runs = runs
     return graph
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import lcm, prod
+from math import inf, lcm, prod
 from typing import Any
 
 import torch
@@ -26,13 +26,14 @@ from secateur.pruning.protect import freeze_protected, protected
 from secateur.pruning.resume import Checkpoint
 from secateur.pruning.share import makers, read_shares, steer
 from secateur.pruning.target import Target, parse_schedule
+from secateur.pruning.tokens import KIND, Tokens
 from secateur.pruning.undo import Undo
 from secateur.repair.steps import step_size
 from secateur.stats.collect import collect
 from secateur.stats.layer import LayerStats
 from secateur.stats.stream import Block, Flow, stream
 from secateur.stats.windows import draw_windows
-from secateur.utils.inputs import Inputs, describe
+from secateur.utils.inputs import Inputs, describe, map_ids
 from secateur.utils.random import seeded
 from secateur.utils.running import call
 from secateur.utils.screen import Screen
@@ -91,6 +92,8 @@ class Context(Screen):
     """Further example inputs, which take other branches."""
     notes: dict[str, str] = field(default_factory=dict)
     """Lines for the plan and the report, by key."""
+    tokens: Tokens | None = None
+    """The order in which tokens stay, where the vocabulary is cut."""
 
     @cached_property
     def graph(self) -> Graph:
@@ -100,11 +103,27 @@ class Context(Screen):
             also=self.also,
             inner="head_dim" in (self.options.kinds or ()),
             values=True,
+            vocabulary=self.tokens is not None,
         )
         if "attentions" in (self.options.kinds or getattr(self.method, "kinds", None) or ()):
             graph.groups += attention_groups(self.model, graph, self.example)
         freeze_protected(graph, self.options.keep, self.options.only, [*self.parts.values()])
+        if self.tokens is not None:
+            for group in graph.prunable(KIND):
+                group.least = self.tokens.fixed
         return graph
+
+    @cached_property
+    def settled(self) -> dict[str, Tensor]:
+        """Kept tokens, where the vocabulary is cut beside what the method cuts; they count towards the target."""
+        if self.tokens is None or self.method.name == "token-frequency":
+            return {}
+        groups = self.graph.prunable(KIND)
+        if not groups:
+            reasons = [g.reason for g in self.graph.groups if g.kind == KIND]
+            why = f" ({reasons[0]})" if reasons else ""
+            raise SecateurError(f"the vocabulary can't be cut{why}", where="kinds", fix="leave vocabulary out")
+        return {group.name: self.tokens.first(inf) for group in groups}
 
     @cached_property
     def parts(self) -> dict[str, str]:
@@ -180,6 +199,8 @@ class Context(Screen):
         Raises `SecateurError` with the reasons when there are none.
         """
         kinds = self.options.kinds or getattr(self.method, "kinds", None)
+        if self.settled and kinds:
+            kinds = tuple(kind for kind in kinds if kind != KIND)
         groups = self.graph.prunable(kinds)
         if not groups:
             frozen = [g for g in self.graph.groups if g.reason and (not kinds or g.kind in kinds)]
@@ -448,21 +469,21 @@ class Context(Screen):
 
     def cost(self) -> tuple[Callable[[Mapping[str, Tensor]], float], float]:
         """(what the target bounds as a function of the kept units, its limit)."""
-        kind, graph = self.target.kind, self.graph
+        kind, graph, settled = self.target.kind, self.graph, self.settled
         if kind == "share":
             names = list(self.every_matrix)
             dense = graph.params({}, names=names)
             return lambda keep: graph.params(keep, names=names), self.target.limit(dense) + 1e-6
         if kind == "params":
-            return lambda keep: graph.params(keep), self.target.limit(graph.params({}))
+            return lambda keep: graph.params({**settled, **keep}), self.target.limit(graph.params({}))
         if kind == "macs":
-            return lambda keep: graph.macs(keep), self.target.limit(graph.macs({}))
+            return lambda keep: graph.macs({**settled, **keep}), self.target.limit(graph.macs({}))
         if kind == "size":
             from secateur.measure import size_bytes
 
             dense_bytes, dense = size_bytes(self.model), graph.params({})
             each = next(p.element_size() for p in self.model.parameters())
-            return lambda keep: dense_bytes - (dense - graph.params(keep)) * each, self.target.limit(
+            return lambda keep: dense_bytes - (dense - graph.params({**settled, **keep})) * each, self.target.limit(
                 dense_bytes
             )
         if kind == "latency":
@@ -487,10 +508,13 @@ class Context(Screen):
         from secateur.measure import latency
         from secateur.surgery import cut_units
 
-        model = deepcopy(self.model)
+        model, example = deepcopy(self.model), self.example
         if keep:
+            keep = {**self.settled, **keep}
             cut_units(model, self.graph, keep)
-        return latency(model, self.example)
+            for tokens in (units for name, units in keep.items() if self.graph[name].kind == KIND):
+                example = map_ids(example, lambda ids, count=len(tokens): ids % count)
+        return latency(model, example)
 
     def allocate(
         self, scores: Mapping[str, Tensor], allocation: str | None = None, *, keep_scores: bool = True
@@ -585,7 +609,14 @@ class Context(Screen):
     ) -> Plan:
         """The plan of this run. Groups that are kept whole aren't in it; `options` join those of the caller."""
         kept = {
-            name: units.cpu() for name, units in (keep or {}).items() if len(units) < self.graph[name].size
+            name: units.cpu()
+            for name, units in {**self.settled, **(keep or {})}.items()
+            if len(units) < self.graph[name].size
+        }
+        told = {
+            KIND: self.tokens.told(units)
+            for name, units in kept.items()
+            if self.tokens is not None and self.graph[name].kind == KIND
         }
         also = {"also": [describe(each) for each in self.also]} if self.also else {}
         return Plan(
@@ -601,7 +632,7 @@ class Context(Screen):
             beside={name: others for name in kept if (others := beside(self.model, self.graph[name]))},
             masks={name: mask.cpu() for name, mask in (masks or {}).items()},
             values={name: value.detach().cpu() for name, value in (values or {}).items()},
-            notes={**self.notes, **(notes or {})},
+            notes={**self.notes, **told, **(notes or {})},
             source=self.method.source,
         )
 

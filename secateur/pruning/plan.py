@@ -111,6 +111,11 @@ class Plan:
     def structured(self) -> bool:
         return bool(self.keep)
 
+    @property
+    def tokens(self) -> Tensor | None:
+        """The tokens that stay where the vocabulary is cut, by their old ids; None where it is whole."""
+        return next((units for name, units in self.keep.items() if self.kinds[name] == "vocabulary"), None)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
             return NotImplemented

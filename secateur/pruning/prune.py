@@ -32,12 +32,14 @@ from secateur.pruning.request import read_request
 from secateur.pruning.resume import Checkpoint, fingerprint, run_directory
 from secateur.pruning.share import read_shares
 from secateur.pruning.target import Target, parse_schedule, rounds
+from secateur.pruning.tokens import KIND, rank_tokens
 from secateur.pruning.undo import Undo
 from secateur.pruning.units import plan_units
 from secateur.pruning.weights import plan_weights, reads_data
 from secateur.surgery import cut_units
 from secateur.surgery.changes import set_values
-from secateur.utils.inputs import Inputs, default_inputs, from_description, map_tensors
+from secateur.surgery.tokenizer import trim_tokenizer
+from secateur.utils.inputs import Inputs, default_inputs, from_description, map_ids, map_tensors
 from secateur.utils.running import device_of
 from secateur.utils.screen import HEIGHT, fit
 from secateur.utils.types import Objective
@@ -123,7 +125,8 @@ def prune(
     ----------
     model: a module, or a pipeline of diffusers, whose text encoders and denoisers are cut; `result.model.pipeline` draws with them.
     inputs: example inputs of `model.forward`: a tensor, a tuple or a dict. Language models need none.
-    target: `50%` (share kept), `params<=100e6`, `macs<=50%`, `size<=200MB`, `latency<=8ms`, `2:4`.
+    target: `50%` (share kept), `params<=100e6`, `macs<=50%`, `size<=200MB`, `latency<=8ms`, `2:4`; `vocabulary=16000` keeps
+        so many tokens, `vocabulary=used` those that the text of `data` uses (`method` has no part in that).
     data: calibration data: token ids [samples, length], a list of model inputs, a text file, the name of a text, or
         None for English that every machine has. Vision models need a list of inputs where the method needs data.
     also: further example inputs that take other branches of the model: they are traced and proved, but not counted.
@@ -150,6 +153,7 @@ def prune(
     check_patterns(model, keep=options.keep, only=options.only, share=tuple(read_shares(options.share)))
     if inputs is None and (units or hasattr(getattr(model, "config", None), "vocab_size")):
         inputs = default_inputs(model, min(options.seqlen, TRACED))
+    tokens = rank_tokens(model, tokenizer, data) if KIND in (options.kinds or ()) else None
     batches = None
     if options.fits or reads_data(chosen, options.divides):
         batches = calibration_batches(data, tokenizer, model, options.samples, options.seqlen, seed)
@@ -202,6 +206,7 @@ def prune(
             undo=undo,
             lean=inplace and not rollback,
             also=tuple(also),
+            tokens=tokens,
         )
         if steady and inputs is not None:
             for each, first in zip((inputs, *also), seen):
@@ -213,6 +218,9 @@ def prune(
             undo.release()
             apply_plan(working, plan, graph=graph)
         buffers = Buffers(working)
+        if (kept := plan.tokens) is not None:
+            tokenizer = measured["tokenizer"] = cut_tokenizer(plan, tokenizer)
+            inputs = measured["inputs"] = map_ids(inputs, lambda ids: ids % len(kept)) if inputs is not None else None
         after = measure(working, **measured)
     except BaseException:
         if undo is not None:
@@ -251,6 +259,15 @@ def prune(
         scores=context.scores,
         _graph=graph or (lambda: trace(model, inputs, also=also)) if inputs is not None else graph,
     )
+
+
+def cut_tokenizer(plan: Plan, tokenizer: Any) -> Any:
+    """The tokenizer of a model whose vocabulary a plan cuts; the same where it doesn't, or there is none.
+
+    >>> tokenizer = cut_tokenizer(plan, tokenizer)  # doctest: +SKIP
+    """
+    kept = plan.tokens
+    return tokenizer if kept is None or tokenizer is None else trim_tokenizer(tokenizer, kept.tolist())
 
 
 def make_plan(context: Context) -> tuple[Plan, Graph | None]:
@@ -297,9 +314,10 @@ def apply_plan(
             stored = map_tensors(stored, lambda tensor: tensor.to(device))
             inputs = stored["inputs"] if inputs is None else inputs
             also = stored["also"] if also is None else also
-            graph = trace(model, inputs, also=also)
+            tokens = plan.tokens is not None
+            graph = trace(model, inputs, also=also, vocabulary=tokens)
             if "head_dim" in plan.kinds.values() and plan.keep.keys() - {g.name for g in graph.groups}:
-                graph = trace(model, inputs, also=also, inner=True)
+                graph = trace(model, inputs, also=also, inner=True, vocabulary=tokens)
             if "attentions" in plan.kinds.values():
                 graph.groups += attention_groups(model, graph, inputs)
             if also and graph.unreached:  # noise may take another branch than what was traced

@@ -152,6 +152,9 @@ def target_met(
             return kept_share
         sizes = [(int(mask.sum()), mask.numel()) for mask in plan.masks.values()]
         return sum(kept for kept, _ in sizes) <= target.value * sum(size for _, size in sizes) + 1e-6
+    if target.kind == "vocabulary":
+        kept = [len(units) for name, units in plan.keep.items() if plan.kinds[name] == "vocabulary"]
+        return all(number <= target.value for number in kept)
     key = {"params": "params", "macs": "macs", "size": "size_bytes"}[target.kind]
     figure = "params_nonzero" if key == "params" and plan.masks else key
     return after[figure] <= target.limit(before[key]) + 1e-6

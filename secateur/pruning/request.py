@@ -15,6 +15,8 @@ from secateur.pruning.allocate import ORDERS
 from secateur.pruning.method import UnitMethod, WeightMethod
 from secateur.pruning.options import Options
 from secateur.pruning.target import Target, parse_target
+from secateur.pruning.tokens import KIND
+from secateur.pruning.vocabulary import TokenFrequency
 from secateur.pruning.weights import ALLOCATIONS, TAKE_A_NUMBER
 
 OPTIONS = tuple(item.name for item in dataclasses.fields(Options))
@@ -61,11 +63,17 @@ def read_request(
         for name in sorted(meaningless - own):
             fix = f"leave it out; of the options it takes {', '.join(options)}"
             raise SecateurError(f"{verb} has no use for {name}", where=name, fix=fix)
-    chosen = make_method(method, **{key: value for key, value in settings.items() if key not in apart})
-    expect(chosen, verb)
     read = Options(**{key: value for key, value in settings.items() if key in options})
     read.check()
     goal = parse_target(target)
+    if goal.kind == KIND:
+        read = dataclasses.replace(read, kinds=read.kinds or (KIND,))
+    alone = verb == "prune" and isinstance(read.kinds, tuple) and set(read.kinds) == {KIND}
+    own = {key: value for key, value in settings.items() if key not in apart}
+    # how often a text uses a token is all that says which stay: no method scores tokens
+    chosen = TokenFrequency() if alone else make_method(method, **own)
+    expect(chosen, verb)
+    _check_vocabulary(verb, goal, read, alone)
     _check_pair(chosen, goal)
     if read.schedule != "once" and goal.kind != "share":
         raise SecateurError(
@@ -77,6 +85,26 @@ def read_request(
     _check_repair(chosen, goal, read)
     _check_kinds(chosen, read.kinds)
     return Request(chosen, goal, read, {key: value for key, value in settings.items() if key in others})
+
+
+def _check_vocabulary(verb: str, target: Target, options: Options, alone: bool) -> None:
+    """The vocabulary is cut before the method cuts other kinds, at once, and by `prune`."""
+    if target.kind == KIND and not alone:
+        raise SecateurError(
+            "it says nothing of other kinds",
+            where=f"target {target}",
+            fix="leave kinds and other verbs out, or give such as params<=50%",
+        )
+    if KIND not in (options.kinds or ()):
+        return
+    if verb != "prune":
+        raise SecateurError(f"{verb} cuts no vocabulary", where="kinds", fix="cut it with prune, then train")
+    if options.schedule != "once" or target.kind == "parts":
+        raise SecateurError(
+            "the vocabulary is cut at once, and from the whole model",
+            where="kinds",
+            fix="leave schedule and parts out, or vocabulary",
+        )
 
 
 def removes_units(method: Method) -> bool:
@@ -145,7 +173,7 @@ def _check_allocation(method: Method, allocation: str | None) -> None:
 def _check_kinds(method: Method, kinds: Sequence[str] | str | None) -> None:
     for kind in (kinds,) if isinstance(kinds, str) else kinds or ():
         choose(kind, KINDS, what="kind of unit", where="kinds", near=2)
-    if kinds and not removes_units(method):
+    if kinds and not removes_units(method) and set(kinds) != {KIND}:
         raise SecateurError(
             f"{method.name} sets single weights to zero and removes no {', '.join(kinds)}",
             where="kinds",

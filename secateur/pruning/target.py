@@ -1,13 +1,14 @@
-"""Targets and schedules as text: `50%`, `params<=100e6`, `2:4`, `iterative:3`."""
+"""Targets and schedules as text: `50%`, `params<=100e6`, `2:4`, `vocabulary=16000`, `iterative:3`."""
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
 from secateur.errors import SecateurError
 
-FORMS = "50%, params<=100e6, macs<=50%, size<=200MB, latency<=8ms, 2:4, tokens=64 or part=50%,other=65%"
+FORMS = "50%, params<=100e6, macs<=50%, size<=200MB, latency<=8ms, 2:4, vocabulary=16000, tokens=64 or part=50%,other=65%"
 _UNITS = {
     "size": {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30},
     "latency": {"": 1e-3, "us": 1e-6, "ms": 1e-3, "s": 1.0},
@@ -19,7 +20,7 @@ _NUMBER = r"\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?"
 
 @dataclass(frozen=True)
 class Target:
-    """A parsed target. `value` is a share in 0..1 where `relative`, else parameters, multiply-adds, bytes or seconds."""
+    """A parsed target. `value` is a share in 0..1 where `relative`, else parameters, multiply-adds, bytes, seconds or tokens."""
 
     kind: str
     value: float
@@ -103,6 +104,8 @@ def parse_target(text: str | float | Target) -> Target:
         return Target("n_m", n / m, True, raw, (n, m))
     if match := re.fullmatch(r"tokens=(\d+)", clean):
         return Target("tokens", float(match[1]), False, raw)
+    if match := re.fullmatch(r"vocabulary=(\d+|used)", clean):
+        return Target("vocabulary", math.inf if match[1] == "used" else float(match[1]), False, raw)
     if re.fullmatch(r"[^<>=,]+=[^<>=,]+(,[^<>=,]+=[^<>=,]+)*", raw):
         return _of_parts(raw)
     if match := re.fullmatch(rf"(params|macs|size|latency)<=({_NUMBER})([a-z%]*)", clean):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,9 +17,12 @@ from secateur.pruning.plan import Plan
 from secateur.pruning.protect import KEPT, OUTSIDE
 from secateur.pruning.share import ALONE
 from secateur.pruning.target import Target
+from secateur.pruning.tokens import KIND
 from secateur.pruning.undo import Undo, has_tensor
 from secateur.surgery import mask_units, prove
 from secateur.surgery.changes import set_values
+from secateur.surgery.vocabulary import prove_tokens
+from secateur.utils.inputs import Inputs
 
 
 def plan_units(method: UnitMethod, context: Context, targets: Sequence[Target]) -> tuple[Plan, Graph]:
@@ -49,14 +52,7 @@ def plan_units(method: UnitMethod, context: Context, targets: Sequence[Target]) 
             options, inputs = context.options, current.inputs
             failures = {}
             if options.prove and inputs is not None:
-                failures = prove(
-                    context.model,
-                    graph,
-                    proposal.keep,
-                    inputs,
-                    also=context.also,
-                    export=options.prove_export,
-                )
+                failures = _prove_all(context, graph, proposal.keep, inputs)
             if not failures:
                 break
             for name, reason in failures.items():
@@ -77,6 +73,20 @@ def plan_units(method: UnitMethod, context: Context, targets: Sequence[Target]) 
     if context.target.kind in ("share", "parts"):
         context.met = current.keeps_share(plan.keep)
     return plan, graph
+
+
+def _prove_all(context: Context, graph: Graph, keep: Mapping[str, Tensor], inputs: Inputs) -> dict[str, str]:
+    """Groups whose cut isn't provably right, and why; a cut of the vocabulary is proven on the tokens that stay."""
+    tokens = {name: units for name, units in keep.items() if graph[name].kind == KIND}
+    failures = {}
+    for name, units in tokens.items():
+        if why := prove_tokens(context.model, graph, name, units, inputs):
+            raise SecateurError(why, where=name, fix="leave vocabulary out of kinds")
+    others = {name: units for name, units in keep.items() if name not in tokens}
+    if others:
+        export = context.options.prove_export
+        failures = prove(context.model, graph, others, inputs, also=context.also, export=export)
+    return failures
 
 
 def _check_alike(context: Context, plan: Plan) -> None:

@@ -21,6 +21,7 @@ from secateur.surgery.absent import Absent
 from secateur.surgery.changes import Changes, Keep, _gone, _put, _refresh, _removed_blocks, _renumber, _tensor
 from secateur.surgery.config import fit_config
 from secateur.surgery.mask import unmask_units
+from secateur.surgery.vocabulary import check_named, renumber
 from secateur.utils.running import forget_caches
 
 
@@ -42,6 +43,9 @@ def cut_units(model: nn.Module, graph: Graph, keep: Keep) -> Changes:
 def _cut(model: nn.Module, graph: Graph, keep: Keep) -> Changes:
     """Everything but the config of a transformers model."""
     pairs = graph._kept(keep)
+    tokens = [(group, kept) for group, kept in pairs if group.kind == "vocabulary"]
+    for group, kept in tokens:
+        check_named(model, group.size, kept)
     attributes, _ = graph.assign(keep)
     changes = Changes()
     forget_caches(model)
@@ -70,6 +74,8 @@ def _cut(model: nn.Module, graph: Graph, keep: Keep) -> Changes:
     _set_transformers(modules, before, changes)
     _set_head_counts(graph, pairs, modules, changes)
     _set_expert_counts(graph, pairs, modules, changes)
+    for group, kept in tokens:
+        _set_vocabulary(model, modules, group.size, kept, changes)
     for group, kept in pairs:
         if group.kind == "attentions":
             _leave_absent(model, group, kept, changes)
@@ -172,7 +178,7 @@ def _standard_sizes(m: nn.Module, before: Mapping[str, int]) -> dict[str, Any]:
             groups = out.get("groups", m.groups)
             out |= {"in_channels": w.shape[1] * groups, "out_channels": w.shape[0]}
     elif isinstance(m, nn.Embedding):
-        out = {"embedding_dim": m.weight.shape[1]}
+        out = {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]}
     elif isinstance(m, (nn.LayerNorm, nn.RMSNorm)) and weight is not None:
         out = {"normalized_shape": tuple(weight.shape)}
     elif isinstance(m, nn.modules.batchnorm._NormBase):
@@ -259,6 +265,20 @@ def _set_expert_counts(
                     and (name, key) not in fixed
                 ):
                     _set(changes, name, module, key, value // group.size * len(kept))
+
+
+def _set_vocabulary(
+    model: nn.Module, modules: Mapping[str, nn.Module], size: int, kept: Tensor, changes: Changes
+) -> None:
+    """Sizes of the vocabulary that modules keep, and the tokens that modules and configs name."""
+    places = {old: place for place, old in enumerate(kept.tolist())}
+    for path, module in modules.items():
+        for name, value in _own_sizes(module).items():
+            if "vocab" in name and value == size:
+                _set(changes, path, module, name, len(kept))
+            elif name in ("padding_idx", "pad_token_id") and value in places:
+                _set(changes, path, module, name, places[value])
+    changes.config |= renumber(model, size, kept)
 
 
 def _drop_blocks(model: nn.Module, group: Group, kept: Tensor, changes: Changes) -> None:

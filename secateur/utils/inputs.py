@@ -43,6 +43,23 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Any]) -> Any:
     return value
 
 
+def map_ids(inputs: Inputs, fn: Callable[[Tensor], Tensor]) -> Any:
+    """`fn` over token ids alone: integers that are the first input, or whose name ends in `input_ids`.
+
+    >>> map_ids({"input_ids": torch.tensor([[7]]), "attention_mask": torch.tensor([[1]])}, lambda ids: ids % 4)
+    {'input_ids': tensor([[3]]), 'attention_mask': tensor([[1]])}
+    """
+
+    def one(value: Any) -> Any:
+        return fn(value) if isinstance(value, Tensor) and not value.dtype.is_floating_point else value
+
+    if isinstance(inputs, Tensor):
+        return one(inputs)
+    if isinstance(inputs, tuple | list):
+        return type(inputs)([one(value) if place == 0 else value for place, value in enumerate(inputs)])
+    return {k: one(v) if str(k).endswith("input_ids") else v for k, v in dict(inputs).items()}
+
+
 def describe(inputs: Inputs | None) -> Any:
     """A JSON-able description from which like inputs can be made: shapes, dtypes, no values."""
     return map_tensors(
