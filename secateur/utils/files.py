@@ -103,10 +103,14 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
 
 
-def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Writes `data` beside `path` and renames it: a reader sees the old file or the new one, never half.
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A name beside `path` to write a file to, which takes the name `path` only when the block ends well.
 
-    Makes missing parent folders. Raises SecateurError where the disk is full or the place is forbidden.
+    >>> with atomic_file("out.gguf") as partial:  # doctest: +SKIP
+    ...     writer.write(partial)
+
+    It is removed at any failure. Raises SecateurError as `atomic_write_bytes` does.
     """
     path = Path(path)
     with explain_oserror(path):
@@ -115,14 +119,22 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
             raise SecateurError("is a folder, not a file", where=str(path), fix="give the name of a file")
         partial = _beside(path)
         try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
+            yield partial
+            with open(partial, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes `data` beside `path` and renames it: a reader sees the old file or the new one, never half.
+
+    Makes missing parent folders. Raises SecateurError where the disk is full or the place is forbidden.
+    """
+    with atomic_file(path) as partial:
+        partial.write_bytes(data)
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
