@@ -1,16 +1,19 @@
-"""GGUF files against llama.cpp: the logits of what secateur wrote, as llama.cpp's own reader computes them, and its tokens.
+"""GGUF files against llama.cpp: what comes next by the files that secateur wrote, as llama.cpp computes it, and its tokens.
 
-    pip install llama-cpp-py-sync==0.11739
+    pip install xllamacpp==2026.10.11549  # llama.cpp
     python benchmarks/gguf_files.py --only llama qwen2      # tiny random models of each family
     python benchmarks/gguf_files.py --model small --data text.txt  # a folder, or smollm2
 
-Prints for each family the largest difference of logits over the largest logit, and whether the tokens of a text agree.
+Prints for each family the largest difference of log-probabilities of the next token, over all tokens and up to five prompts, as a
+share of the largest, and whether the tokens of a text agree.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,11 @@ import torch
 from secateur.families.gguf import FAMILIES
 from secateur.io.gguf import export_gguf
 
+PROMPTS = 5
 TEXT = "The cat saw 12,345 dogs; naïve Ωmega isn't 漢字.\n\n  Two  spaces, done!"
 SIZES: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
 }  # fmt: skip
 MORE: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None, "head_dim": 16},
@@ -37,70 +41,73 @@ MORE: dict[str, dict[str, Any]] = {
 ALSO = {"llama3": "llama", "linear": "llama"}
 
 
-def reader_logits(path: Path, ids: list[int]) -> np.ndarray:
-    """Logits [tokens, vocabulary] as llama.cpp computes them in float32."""
-    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+class Reader:
+    """llama.cpp's server over a file, on one thread, with float32 keys and values."""
 
-    ffi, lib = get_ffi(), get_lib()
-    quiet = ffi.callback("void(int, const char*, void*)", lambda level, text, _: None)
-    lib.llama_log_set(quiet, ffi.NULL)
-    lib.llama_backend_init()
-    settings = lib.llama_model_default_params()
-    model = lib.llama_model_load_from_file(str(path).encode(), settings)
-    if model == ffi.NULL:
-        raise SystemExit(f"{path}: llama.cpp can't read it")
-    context = lib.llama_context_default_params()
-    context.n_ctx, context.n_batch, context.n_threads = 512, 512, 1
-    if hasattr(context, "flash_attn_type"):
-        context.flash_attn_type = 0
-    context.type_k = context.type_v = 0  # float32 keys and values
-    state = lib.llama_init_from_model(model, context)
-    batch = lib.llama_batch_init(len(ids), 0, 1)
-    batch.n_tokens = len(ids)
-    for place, token in enumerate(ids):
-        batch.token[place], batch.pos[place], batch.n_seq_id[place] = token, place, 1
-        batch.seq_id[place][0], batch.logits[place] = 0, 1
-    if lib.llama_decode(state, batch):
-        raise SystemExit(f"{path}: llama.cpp can't run it")
-    size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-    rows = [np.frombuffer(ffi.buffer(lib.llama_get_logits_ith(state, k), 4 * size), np.float32).copy() for k in range(len(ids))]  # fmt: skip
-    lib.llama_batch_free(batch)
-    lib.llama_free(state)
-    lib.llama_model_free(model)
-    return np.stack(rows)
+    def __init__(self, path: Path):
+        import xllamacpp
 
+        settings = xllamacpp.CommonParams()
+        settings.model.path = str(path)
+        settings.n_ctx, settings.n_parallel, settings.warmup, settings.verbosity = 512, 1, False, -1
+        settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+        settings.endpoint_props, settings.port = True, 0
+        self.server = xllamacpp.Server(settings)
 
-def reader_tokens(path: Path, text: str) -> list[int]:
-    """The tokens of a text as llama.cpp splits it, with what it puts around a text."""
-    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+    def log_probabilities(self, ids: list[int], size: int) -> np.ndarray | None:
+        """Of every token that may come next, [size]; None where the server gives none, as after half a character."""
+        found = self.server.handle_completions({"prompt": ids, "n_predict": 1, "n_probs": size, "temperature": 0.0, "cache_prompt": False, "ignore_eos": True})  # fmt: skip
+        found = json.loads(found) if isinstance(found, str | bytes) else found
+        if not found["choices"][0]["logprobs"]:
+            return None
+        rows = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        values = np.full(size, np.nan)
+        for row in rows:
+            values[row["id"]] = row["logprob"]
+        return values
 
-    ffi, lib = get_ffi(), get_lib()
-    settings = lib.llama_model_default_params()
-    settings.vocab_only = True
-    model = lib.llama_model_load_from_file(str(path).encode(), settings)
-    raw = text.encode()
-    room = ffi.new("int32_t[]", len(raw) + 16)
-    count = lib.llama_tokenize(lib.llama_model_get_vocab(model), raw, len(raw), room, len(raw) + 16, True, True)
-    lib.llama_model_free(model)
-    return list(room[0:count])
+    def tokens(self, text: str) -> list[int]:
+        """Of a text, with what is put around it."""
+        body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
+        request = urllib.request.Request(f"{self.server.listening_address}/tokenize", body, {"Content-Type": "application/json"})  # fmt: skip
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)["tokens"]
 
 
 def compared(model: Any, tokenizer: Any, folder: Path, name: str, text: str) -> str:
+    """One row: the file, the largest difference of log-probabilities after some prompts, and whether tokens agree."""
     path = folder / f"{name}.gguf"
     told = export_gguf(model, path, tokenizer)
     size = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(0, size, (1, 48), generator=torch.Generator().manual_seed(0))
-    if tokenizer is not None:
-        ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids[:256]])
-    with torch.no_grad():
-        wanted = model.float()(ids).logits[0].numpy()
-    got = reader_logits(path, ids[0].tolist())
-    gap = float(np.abs(got - wanted).max() / np.abs(wanted).max())
-    line = f"{name:16s} {told['architecture']:8s} {told['bytes']:>12,} bytes  logits differ by {gap:.1e} of the largest"
-    if tokenizer is not None:
-        same = reader_tokens(path, text) == tokenizer(text).input_ids
-        line += f"  tokens {'agree' if same else 'DIFFER'}"
-    return line
+    reader, gaps = Reader(path), list[float]()
+    whole = tokenizer(text, add_special_tokens=False).input_ids
+    for length in range(3, len(whole), 5):
+        ids = whole[:length]
+        if len(gaps) == PROMPTS or (got := reader.log_probabilities(ids, size)) is None:
+            continue
+        with torch.no_grad():
+            wanted = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1).numpy()
+        assert np.isfinite(got).all(), f"{np.isnan(got).sum()} tokens weren't given"
+        gaps.append(float(np.abs(got - wanted).max() / np.abs(wanted).max()))
+    assert gaps, "no prompt was answered"
+    same = "agree" if reader.tokens(text) == tokenizer(text).input_ids else "DIFFER"
+    return f"{name:12s} {told['architecture']:8s} {told['bytes']:>12,} bytes  log-probabilities differ by {max(gaps):.1e} of the largest ({len(gaps)} prompts); tokens {same}"
+
+
+def byte_tokenizer() -> Any:
+    """Bytes, two special tokens and three merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<s>", "</s>", *letters, "th", "the", "Ġth"]
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "th")]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 def main() -> None:
@@ -130,7 +137,7 @@ def main() -> None:
                 for parameter in model.parameters():
                     if parameter.dim() < 2:
                         parameter += 0.1 * torch.randn_like(parameter)
-            print(compared(model, None, Path(folder), name, ""))
+            print(compared(model, byte_tokenizer(), Path(folder), name, TEXT), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import sys
 import time
@@ -164,7 +165,10 @@ def prune(
     tokens = "vocabulary" in (request.options.kinds or ())
     fix = "leave --distill out, or cut the vocabulary afterwards"
     require(
-        not (tokens and recovery.distill), "the dense model has another vocabulary", where="--distill", fix=fix
+        not (tokens and recovery.distill),
+        "the dense model has another vocabulary",
+        where="--distill",
+        fix=fix,
     )
     measured.check()
     if flags.stream:
@@ -295,7 +299,7 @@ def _recover(pruned: Any, recovery: Recovery, dense: Any, data: Any, seed: int) 
 def cuts_tokens(argv: Sequence[str]) -> bool:
     """Whether a command line asks for a cut of the vocabulary alone, in which no method has a part."""
     values = [value for token in argv for value in (token, token.partition("=")[2])]
-    named = [b for a, b in zip(argv, argv[1:]) if a == "--kinds"]
+    named = [b for a, b in itertools.pairwise(argv) if a == "--kinds"]
     named += [token.partition("=")[2] for token in argv if token.startswith("--kinds=")]
     counted = any(re.fullmatch(r"\s*vocabulary\s*=.*", value) for value in values)
     return counted or (bool(named) and all(name.strip() == "vocabulary" for name in named))

@@ -13,7 +13,11 @@ from typing import Any
 Rule = tuple[str, Callable[[Any], bool], str]
 """(field of the config, whether its value can be said, what can be)."""
 
-NO_WINDOW: Rule = ("sliding_window", lambda config: not getattr(config, "sliding_window", None), "no sliding window")
+NO_WINDOW: Rule = (
+    "sliding_window",
+    lambda config: not getattr(config, "sliding_window", None),
+    "no sliding window",
+)
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,10 @@ FAMILIES: dict[str, GgufFamily] = {
             NO_WINDOW,
             (
                 "no_rope_layers",
-                lambda config: list(config.no_rope_layers)
-                == [int((place + 1) % 4 != 0) for place in range(config.num_hidden_layers)],
+                lambda config: (
+                    list(config.no_rope_layers)
+                    == [int((place + 1) % 4 != 0) for place in range(config.num_hidden_layers)]
+                ),
                 "every fourth layer without positions",
             ),
         ),

@@ -48,7 +48,8 @@ def check_gguf(model: nn.Module, tokenizer: Any = None) -> GgufFamily:
         fix=f"{FOLDER}; what can be written: {', '.join(FAMILIES)}",
     )
     family = FAMILIES[kind]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find()
     if head is None:
         raise SecateurError(f"{type(model).__name__} writes no tokens", where=WHERE, fix=FOLDER)
     for name, holds, can in family.rules:
@@ -137,11 +138,11 @@ def _tensors(model: nn.Module, family: GgufFamily) -> Iterator[tuple[str, Tensor
     kind: MODEL_ARCH = kinds[family.architecture]
     names = get_tensor_name_map(kind, config.num_hidden_layers)
     width = _head_dim(model, config)
-    for own, value in model.named_parameters():
+    for own, parameter in model.named_parameters():
         name = names.get_name(own, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise SecateurError(f"there is no name for {own}", where=WHERE, fix=FOLDER)
-        value = value.detach()
+        value = parameter.detach()
         leaf = name.split(".")[-2]
         if family.pairs and leaf in ("attn_q", "attn_k"):
             value = rotary_to_pairs(value, value.shape[0] // width)
@@ -152,7 +153,7 @@ def _tensors(model: nn.Module, family: GgufFamily) -> Iterator[tuple[str, Tensor
     if rope.get("rope_type") == "llama3":
         rotary = next(m for m in model.modules() if hasattr(m, "inv_freq"))
         plain = 1 / rope["rope_theta"] ** (torch.arange(0, width, 2).float() / width)
-        yield "rope_freqs.weight", plain / rotary.inv_freq.float().cpu()  # type: ignore[operator]
+        yield "rope_freqs.weight", plain / rotary.inv_freq.float().cpu()
 
 
 def rotary_to_pairs(weight: Tensor, heads: int) -> Tensor:
@@ -167,7 +168,11 @@ def rotary_to_pairs(weight: Tensor, heads: int) -> Tensor:
 def _layer_sizes(tensors: Mapping[str, Tensor], width: int, config: Any) -> dict[str, int | list[int]]:
     """Numbers of heads, of key-value heads and of neurons: one where all layers agree, else a list."""
     sizes: dict[str, int | list[int]] = {}
-    for key, leaf, each in (("heads", "attn_q", width), ("kv_heads", "attn_k", width), ("neurons", "ffn_up", 1)):
+    for key, leaf, each in (
+        ("heads", "attn_q", width),
+        ("kv_heads", "attn_k", width),
+        ("neurons", "ffn_up", 1),
+    ):
         found = []
         for layer in range(config.num_hidden_layers):
             name = f"blk.{layer}.{leaf}.weight"

@@ -21,7 +21,9 @@ def check_tokenizer(tokenizer: Any, size: int) -> None:
     _kind(document)
     if len(tokenizer) > size:
         raise SecateurError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {size}", where=WHERE, fix="give the model's own"
+            f"the tokenizer has {len(tokenizer)} tokens, the model {size}",
+            where=WHERE,
+            fix="give the model's own",
         )
 
 
@@ -68,7 +70,9 @@ def _kind(document: Mapping[str, Any]) -> tuple[str, str]:
     """(tokenizer.ggml.model, tokenizer.ggml.pre)."""
     model = document["model"]
     if model["type"] != "BPE":
-        raise SecateurError(f"llama.cpp reads no {model['type']} tokenizer of such a model", where=WHERE, fix=FIX)
+        raise SecateurError(
+            f"llama.cpp reads no {model['type']} tokenizer of such a model", where=WHERE, fix=FIX
+        )
     if model.get("byte_fallback"):
         return "llama", "default"
     steps = document["pre_tokenizer"] or {}

@@ -122,7 +122,9 @@ class Context(Screen):
         if not groups:
             reasons = [g.reason for g in self.graph.groups if g.kind == KIND]
             why = f" ({reasons[0]})" if reasons else ""
-            raise SecateurError(f"the vocabulary can't be cut{why}", where="kinds", fix="leave vocabulary out")
+            raise SecateurError(
+                f"the vocabulary can't be cut{why}", where="kinds", fix="leave vocabulary out"
+            )
         return {group.name: self.tokens.first(inf) for group in groups}
 
     @cached_property
@@ -483,8 +485,9 @@ class Context(Screen):
 
             dense_bytes, dense = size_bytes(self.model), graph.params({})
             each = next(p.element_size() for p in self.model.parameters())
-            return lambda keep: dense_bytes - (dense - graph.params({**settled, **keep})) * each, self.target.limit(
-                dense_bytes
+            return (
+                lambda keep: dense_bytes - (dense - graph.params({**settled, **keep})) * each,
+                self.target.limit(dense_bytes),
             )
         if kind == "latency":
             self.limit = self.target.limit(self._latency({}))
@@ -512,8 +515,10 @@ class Context(Screen):
         if keep:
             keep = {**self.settled, **keep}
             cut_units(model, self.graph, keep)
-            for tokens in (units for name, units in keep.items() if self.graph[name].kind == KIND):
-                example = map_ids(example, lambda ids, count=len(tokens): ids % count)
+            for name, units in keep.items():
+                if self.graph[name].kind == KIND:
+                    size = len(units)
+                    example = map_ids(example, lambda ids: ids % size)  # noqa: B023  used here and now
         return latency(model, example)
 
     def allocate(
@@ -613,11 +618,10 @@ class Context(Screen):
             for name, units in {**self.settled, **(keep or {})}.items()
             if len(units) < self.graph[name].size
         }
-        told = {
-            KIND: self.tokens.told(units)
-            for name, units in kept.items()
-            if self.tokens is not None and self.graph[name].kind == KIND
-        }
+        told = {}
+        for name, units in kept.items():
+            if self.tokens is not None and self.graph[name].kind == KIND:
+                told[KIND] = self.tokens.told(units)
         also = {"also": [describe(each) for each in self.also]} if self.also else {}
         return Plan(
             method=self.method.name,

@@ -220,7 +220,9 @@ def prune(
         buffers = Buffers(working)
         if (kept := plan.tokens) is not None:
             tokenizer = measured["tokenizer"] = cut_tokenizer(plan, tokenizer)
-            inputs = measured["inputs"] = map_ids(inputs, lambda ids: ids % len(kept)) if inputs is not None else None
+            inputs = measured["inputs"] = (
+                map_ids(inputs, lambda ids: ids % len(kept)) if inputs is not None else None
+            )
         after = measure(working, **measured)
     except BaseException:
         if undo is not None:

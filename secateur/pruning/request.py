@@ -69,9 +69,9 @@ def read_request(
     if goal.kind == KIND:
         read = dataclasses.replace(read, kinds=read.kinds or (KIND,))
     alone = verb == "prune" and isinstance(read.kinds, tuple) and set(read.kinds) == {KIND}
-    own = {key: value for key, value in settings.items() if key not in apart}
+    given = {key: value for key, value in settings.items() if key not in apart}
     # how often a text uses a token is all that says which stay: no method scores tokens
-    chosen = TokenFrequency() if alone else make_method(method, **own)
+    chosen = TokenFrequency() if alone else make_method(method, **given)
     expect(chosen, verb)
     _check_vocabulary(verb, goal, read, alone)
     _check_pair(chosen, goal)
@@ -99,6 +99,12 @@ def _check_vocabulary(verb: str, target: Target, options: Options, alone: bool) 
         return
     if verb != "prune":
         raise SecateurError(f"{verb} cuts no vocabulary", where="kinds", fix="cut it with prune, then train")
+    if options.fits:
+        raise SecateurError(
+            f"the repair {options.repair} doesn't go with a cut of the vocabulary",
+            where="kinds",
+            fix="cut the vocabulary first, then the rest of the result",
+        )
     if options.schedule != "once" or target.kind == "parts":
         raise SecateurError(
             "the vocabulary is cut at once, and from the whole model",

@@ -83,7 +83,9 @@ def rank_tokens(model: nn.Module, tokenizer: Any, data: Any) -> Tokens:
     """
     size = _size(model)
     counts = _counts(data, tokenizer, size)
-    pieces = Pieces({}, {}, {"special": set(), "bytes": set()}) if tokenizer is None else read_pieces(tokenizer)
+    pieces = (
+        Pieces({}, {}, {"special": set(), "bytes": set()}) if tokenizer is None else read_pieces(tokenizer)
+    )
     named = [i for ids in named_tokens(model, size).values() for i in ids]
     must = {*named, *pieces.fixed["special"], *pieces.fixed["bytes"]}
     must |= pieces.characters([i for i in must | set(counts.nonzero().reshape(-1).tolist())])
@@ -136,12 +138,16 @@ def _counts(data: Any, tokenizer: Any, size: int) -> Tensor:
             )
         ids = encode(tokenizer, load_text(data))
     else:
-        ids = torch.cat([torch.zeros(0, dtype=torch.int64), *_ids([data] if isinstance(data, Tensor) else data)])
+        ids = torch.cat(
+            [torch.zeros(0, dtype=torch.int64), *_ids([data] if isinstance(data, Tensor) else data)]
+        )
     if not len(ids):
         raise SecateurError("it holds no token ids", where="data", fix="give a text file, or token ids")
     if int(ids.max()) >= size or int(ids.min()) < 0:
         raise SecateurError(
-            f"token {int(ids.max())} of a vocabulary of {size}", where="data", fix="give the model's own tokenizer"
+            f"token {int(ids.max())} of a vocabulary of {size}",
+            where="data",
+            fix="give the model's own tokenizer",
         )
     return torch.bincount(ids, minlength=size)
 
@@ -149,9 +155,15 @@ def _counts(data: Any, tokenizer: Any, size: int) -> Tensor:
 def _ids(batches: Iterable[Any]) -> Iterator[Tensor]:
     for batch in batches:
         named = isinstance(batch, dict) or hasattr(batch, "keys")
-        parts = [v for k, v in dict(batch).items() if str(k).endswith(("input_ids", "labels"))] if named else [batch]
+        parts = (
+            [v for k, v in dict(batch).items() if str(k).endswith(("input_ids", "labels"))]
+            if named
+            else [batch]
+        )
         for part in parts:
-            flat = part[0] if isinstance(part, Sequence) and len(part) and isinstance(part[0], Tensor) else part
+            flat = (
+                part[0] if isinstance(part, Sequence) and len(part) and isinstance(part[0], Tensor) else part
+            )
             if isinstance(flat, Tensor) and not flat.is_floating_point():
                 ids = flat.reshape(-1).long().cpu()
                 yield ids[ids >= 0]  # labels that don't count are -100

@@ -21,7 +21,7 @@ from secateur.pruning.tokens import KIND
 from secateur.pruning.undo import Undo, has_tensor
 from secateur.surgery import mask_units, prove
 from secateur.surgery.changes import set_values
-from secateur.surgery.vocabulary import prove_tokens
+from secateur.surgery.prove_tokens import prove_tokens
 from secateur.utils.inputs import Inputs
 
 

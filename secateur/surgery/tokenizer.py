@@ -6,6 +6,7 @@ Read and written as the JSON of the `tokenizers` library: BPE (byte-level or not
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def _merged_from(model: dict[str, Any], vocabulary: dict[str, int]) -> dict[int,
             symbols[-1] += suffix
         passed = list(symbols)
         while len(symbols) > 1:
-            best = min(zip(symbols, symbols[1:]), key=lambda pair: ranks.get(pair, len(ranks)))
+            best = min(itertools.pairwise(symbols), key=lambda pair: ranks.get(pair, len(ranks)))
             if best not in ranks:
                 break
             place, merged = 0, []
@@ -209,5 +210,7 @@ def _check(old: Any, small: Any, new: dict[int, int]) -> None:
         token = before.id_to_token(i)
         if token is not None and after.token_to_id(token) != place:
             raise SecateurError(
-                f"token {token!r} would be {after.token_to_id(token)}, not {place}", where="tokenizer", fix=FIX
+                f"token {token!r} would be {after.token_to_id(token)}, not {place}",
+                where="tokenizer",
+                fix=FIX,
             )

@@ -1,4 +1,4 @@
-"""What names tokens by number outside the tensors: configs, padding rows, example inputs. And the proof of a cut vocabulary."""
+"""What names tokens by number outside the tensors: configs and padding rows."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.graph.groups import Graph
-from secateur.utils.inputs import Inputs, map_ids
-from secateur.utils.running import call, evaluating, flat_tensors, without_cache
 
 NAMED = ("token_id", "token_ids", "token_index", "token_idx")
 """Endings of fields that hold the number of a token, or several."""
@@ -28,9 +24,8 @@ def named_tokens(model: nn.Module, size: int) -> dict[str, list[int]]:
 
     size: of the vocabulary. Raises `SecateurError` where parts of the model have vocabularies of their own.
     """
-    sizes = {
-        getattr(part, "vocab_size", None) for config in _configs(model) for part in _parts(config)
-    } - {None, 0}
+    every = (getattr(part, "vocab_size", None) for config in _configs(model) for part in _parts(config))
+    sizes = {int(found) for found in every if found}
     if len(sizes) > 1:
         raise SecateurError(
             f"its parts have vocabularies of their own ({', '.join(map(str, sorted(sizes)))} tokens)",
@@ -45,7 +40,11 @@ def named_tokens(model: nn.Module, size: int) -> dict[str, list[int]]:
                     ids = [i for i in _numbers(value) if 0 <= i < size]
                     found[name] = list(dict.fromkeys([*found.get(name, []), *ids]))
     for path, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and module.num_embeddings == size and module.padding_idx is not None:
+        if (
+            isinstance(module, nn.Embedding)
+            and module.num_embeddings == size
+            and module.padding_idx is not None
+        ):
             found.setdefault(f"{path}.padding_idx", [module.padding_idx])
     return {name: ids for name, ids in found.items() if ids}
 
@@ -123,32 +122,3 @@ def _mapped(value: Any, new: Mapping[int, int], size: int) -> Any:
         return type(value)(_mapped(item, new, size) for item in value)
     inside = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < size
     return new[value] if inside else value
-
-
-def prove_tokens(
-    model: nn.Module, graph: Graph, name: str, kept: Tensor, inputs: Inputs
-) -> str | None:
-    """Why a model whose vocabulary is cut isn't the dense one on the tokens that stay; None where it is.
-
-    Both read the same kept tokens, the cut one by their new numbers. What they give must be equal within rounding: the
-    logits of the kept tokens, and everything else.
-    """
-    from secateur.surgery.cut import _cut
-
-    size, kept = graph[name].size, kept.sort().values
-    places = map_ids(inputs, lambda ids: torch.arange(ids.numel(), device=ids.device).reshape(ids.shape) * 7 % len(kept))
-    with evaluating(model), without_cache(model), torch.no_grad():
-        old = map_ids(places, lambda ids: kept.to(ids.device)[ids])
-        wanted = list(flat_tensors(call(model, old)))
-        cut = copy.deepcopy(model)
-        _cut(cut, graph, {name: kept})
-        got = list(flat_tensors(call(cut, places)))
-    for a, b in zip(got, wanted, strict=True):
-        if b.dim() and b.shape[-1] == size:
-            b = b.index_select(-1, kept.to(b.device))
-        if a.shape != b.shape:
-            return f"an output is {list(a.shape)} where {list(b.shape)} was expected"
-        gap = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
-        if not gap <= 1e-4 * max(1.0, float(b.double().abs().max())):
-            return f"outputs on kept tokens differ by {gap:.2g}"
-    return None

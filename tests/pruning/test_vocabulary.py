@@ -19,8 +19,9 @@ from secateur.data.text import encode
 from secateur.graph import trace
 from secateur.pruning.tokens import rank_tokens
 from secateur.surgery import cut_units
+from secateur.surgery.prove_tokens import prove_tokens
 from secateur.surgery.tokenizer import read_pieces, trim_tokenizer
-from secateur.surgery.vocabulary import named_tokens, prove_tokens
+from secateur.surgery.vocabulary import named_tokens
 
 TEXT = "the cat saw the other cat and the catamaran"
 WORDS = ["th", "the", "ca", "cat", "at", "an", "and", "Ġth", "Ġthe", "Ġca", "Ġcat", "Ġs", "Ġsa", "Ġsaw", "zz"]
@@ -94,7 +95,9 @@ def test_text_of_kept_tokens_gives_the_same_tokens_by_their_new_numbers(make: An
         assert [kept[i] for i in encode(each, TEXT, special=True)] == whole.tolist()
         for name in ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token"):
             token = getattr(tokenizer, name)
-            assert token is None or kept[getattr(each, f"{name}_id")] == tokenizer.convert_tokens_to_ids(token)
+            assert token is None or kept[getattr(each, f"{name}_id")] == tokenizer.convert_tokens_to_ids(
+                token
+            )
     assert len(tokenizer) > len(small)  # the one that was given is as it was
 
 
@@ -117,7 +120,9 @@ def test_a_token_that_must_stay_is_not_dropped_in_silence() -> None:
         trim_tokenizer(object(), [0])
 
 
-def test_the_order_is_special_tokens_then_counts_and_parts_before_what_they_make(model: Any, text: Path) -> None:
+def test_the_order_is_special_tokens_then_counts_and_parts_before_what_they_make(
+    model: Any, text: Path
+) -> None:
     tokenizer = byte_level()
     ids = tokenizer.get_vocab()
     tokens = rank_tokens(model, tokenizer, text)
@@ -133,7 +138,9 @@ def test_the_order_is_special_tokens_then_counts_and_parts_before_what_they_make
     assert tokens.order[-7:].tolist() == list(range(273, 280))  # rows that no token has leave first
 
 
-def test_the_cut_model_gives_the_dense_models_logits_on_kept_tokens(model: Any, text: Path, tmp_path: Path) -> None:
+def test_the_cut_model_gives_the_dense_models_logits_on_kept_tokens(
+    model: Any, text: Path, tmp_path: Path
+) -> None:
     tokenizer = byte_level()
     pruned = secateur.prune(model, method="flap", target="vocabulary=used", data=text, tokenizer=tokenizer)
     kept = pruned.plan.tokens
@@ -219,7 +226,9 @@ def test_token_ids_do_in_place_of_text(model: Any) -> None:
         ({"target": "2:4", "kinds": ("vocabulary",)}, "makes no N:M pattern"),
     ],
 )
-def test_what_cannot_be_done_is_one_named_error(model: Any, text: Path, settings: dict[str, Any], match: str) -> None:
+def test_what_cannot_be_done_is_one_named_error(
+    model: Any, text: Path, settings: dict[str, Any], match: str
+) -> None:
     before = copy.deepcopy(model.state_dict())
     given = {"method": "flap", "data": text, "tokenizer": byte_level(), **settings}
     with pytest.raises(SecateurError, match=match):
@@ -235,7 +244,9 @@ def test_training_cuts_no_vocabulary(model: Any) -> None:
         read_request("train_prune", "lottery-ticket", "50%", {"kinds": ("vocabulary",)})
 
 
-def test_a_vocabulary_that_is_not_what_it_seems_is_caught_by_the_proof(tiny_llama: Callable[..., Any]) -> None:
+def test_a_vocabulary_that_is_not_what_it_seems_is_caught_by_the_proof(
+    tiny_llama: Callable[..., Any],
+) -> None:
     model = tiny_llama(vocab_size=32)
 
     class Odd(type(model)):  # type: ignore[misc]
