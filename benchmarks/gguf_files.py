@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import secateur
 from secateur.families.gguf import FAMILIES
 from secateur.io.gguf import export_gguf
 
@@ -28,6 +29,7 @@ TEXT = "The cat saw 12,345 dogs; naïve Ωmega isn't 漢字.\n\n  Two  spaces, d
 SIZES: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    "initializer_range": 0.15,
 }  # fmt: skip
 MORE: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None, "head_dim": 16},
@@ -38,7 +40,7 @@ MORE: dict[str, dict[str, Any]] = {
     "llama3": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
 }  # fmt: skip
-ALSO = {"llama3": "llama", "linear": "llama"}
+ALSO = {"llama3": "llama", "linear": "llama", "layers differ": "llama"}
 
 
 class Reader:
@@ -137,6 +139,9 @@ def main() -> None:
                 for parameter in model.parameters():
                     if parameter.dim() < 2:
                         parameter += 0.1 * torch.randn_like(parameter)
+            if name == "layers differ":
+                settings = {"kinds": ("neurons", "kv_groups"), "allocation": "global"}
+                model = secateur.prune(model, method="group-magnitude", target="60%", **settings).model
             print(compared(model, byte_tokenizer(), Path(folder), name, TEXT), flush=True)
 
 

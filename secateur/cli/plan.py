@@ -19,10 +19,13 @@ from secateur.cli.shared import (
     Where,
     check_file_model,
     check_new_folder,
+    check_written,
     further,
+    is_exchange_or_gguf,
     open_with_inputs,
     quiet_stdout,
     show,
+    write_file,
 )
 
 
@@ -80,13 +83,12 @@ def plan_apply(
     import copy
 
     from secateur.io.artefact import save_model
-    from secateur.io.exchange import export, is_exchange
     from secateur.measure import measure as run
     from secateur.pruning.plan import Plan
     from secateur.pruning.prune import apply_plan, cut_tokenizer
     from secateur.report.summary import alarms
     from secateur.report.terminal import print_report
-    from secateur.utils.inputs import default_inputs, map_ids
+    from secateur.utils.inputs import map_ids
 
     out = flags.out
     check_new_folder(out)
@@ -95,6 +97,7 @@ def plan_apply(
     decided = Plan.load(Path(plan).expanduser())
     with quiet_stdout():
         network, tokenizer, inputs = open_with_inputs(model, where)
+        check_written(network, tokenizer, out)
         before = run(network, tokenizer, inputs=inputs, **quality.asked)
         config = copy.deepcopy(getattr(network, "config", None))
         apply_plan(network, decided, also=further(network, flags.also) or None)
@@ -110,8 +113,8 @@ def plan_apply(
             "weights": [row for row in rows if row["kind"] == "weights"],
         }  # fmt: skip
         report["collapsed"] = alarms(report)
-        if is_exchange(out):
-            report["export"] = export(network, default_inputs(network) if inputs is None else inputs, out)
+        if is_exchange_or_gguf(out):
+            report["export"] = write_file(network, inputs, out, tokenizer)
         else:
             about = {"tokenizer": tokenizer, "plan": decided, "report": report, "dense_config": config}
             save_model(network, Path(out).expanduser(), **about)

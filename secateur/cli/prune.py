@@ -32,7 +32,9 @@ from secateur.cli.shared import (
     check_file_model,
     check_new_file,
     check_new_folder,
+    check_written,
     further,
+    is_exchange_or_gguf,
     open_model,
     open_with_inputs,
     quiet_stdout,
@@ -148,6 +150,7 @@ def prune(
     from secateur.report.html import library_versions, write_report
     from secateur.report.summary import alarms
     from secateur.report.terminal import print_report
+    from secateur.utils.inputs import map_ids
     from secateur.utils.progress import track
 
     check_new_folder(output.out)
@@ -171,6 +174,8 @@ def prune(
         fix=fix,
     )
     measured.check()
+    fix = "leave --stream out"
+    require(not (tokens and flags.stream), "the vocabulary is cut in memory", where="--stream", fix=fix)
     if flags.stream:
         report = _stream(model, flags, common | vars(settings), recovery, measured, where, output)
         report |= {"command": line, "versions": library_versions()}
@@ -178,6 +183,7 @@ def prune(
         return
     with quiet_stdout():
         network, tokenizer, inputs = open_with_inputs(model, where)
+        check_written(network, tokenizer, output.out)
         seqlen = common["seqlen"]
         pruned = run(
             network,
@@ -200,8 +206,10 @@ def prune(
         report = pruned.report
         if recovery.recover:
             _recover(pruned, recovery, network, flags.data, flags.seed)
+            if (kept := pruned.plan.tokens) is not None and inputs is not None:
+                inputs = map_ids(inputs, lambda ids: ids % len(kept))
             after = run_measure(
-                pruned.model, inputs=inputs, tokenizer=tokenizer, seqlen=seqlen, **measured.asked
+                pruned.model, inputs=inputs, tokenizer=pruned.tokenizer, seqlen=seqlen, **measured.asked
             )
             report["cut"], report["after"] = report["after"], after
         if measured.latency:
@@ -230,7 +238,6 @@ def _stream(
     output: Output,
 ) -> Any:
     """`prune_folder`; refuses what needs the model in memory."""
-    from secateur.io.exchange import is_exchange
     from secateur.io.folder import prune_folder
     from secateur.tasks.models import NAMES, model_folder, smollm2_folder
     from secateur.utils.progress import track
@@ -247,7 +254,7 @@ def _stream(
         require(not given, "it needs the model in memory", where=f"{name} with --stream", fix=fix)
     require(output.out, "the result is a folder", where="--stream", fix="give --out DIR")
     require(
-        not is_exchange(output.out or ""),
+        not is_exchange_or_gguf(output.out or ""),
         "the result is a folder",
         where=f"--out {output.out}",
         fix="give a folder",

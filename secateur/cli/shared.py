@@ -26,7 +26,7 @@ MODEL = Parameter(
     help="smollm2, aidreams, a task or its network (cifar10, resnet56, vdsr, espnet, ...), a folder that transformers,"
     " diffusers or secateur wrote, an .onnx or .pt2 file, or a hub name"
 )
-OUT_HELP = "a new folder for the result, or a new .onnx or .pt2 file"
+OUT_HELP = "a new folder for the result, or a new .onnx, .pt2 or (for llama.cpp) .gguf file"
 REPORT_HELP = "a self-contained HTML file with the report"
 DEVICE_HELP = "cpu, cuda, cuda:1, mps, ...; default: cpu"
 JSON_HELP = "print one JSON object, and nothing else, on stdout"
@@ -189,10 +189,12 @@ def check_new_folder(path: str | None, name: str = "--out") -> None:
     if path is None:
         return
     from secateur.io.exchange import check_packages, is_exchange
+    from secateur.io.gguf import is_gguf
 
     folder, where = Path(path).expanduser(), f"{name} {path}"
     if is_exchange(path):
         check_packages(folder)
+    if is_exchange(path) or is_gguf(path):
         require(not folder.exists(), "exists already", where=where, fix="give a new name, or remove it")
     is_file = folder.exists() and not folder.is_dir()
     require(not is_file, "is a file", where=where, fix="give a new folder")
@@ -238,15 +240,38 @@ def check_file_model(model: str, out: str | None) -> None:
 
 
 def write_model(pruned: Any, inputs: Any, out: str) -> None:
-    """Save a pruned model as a folder, or as an .onnx or .pt2 file; the report says how that was checked."""
-    from secateur.io.exchange import export, is_exchange
-    from secateur.utils.inputs import default_inputs
-
-    if is_exchange(out):
-        inputs = default_inputs(pruned.model) if inputs is None else inputs
-        pruned.report["export"] = export(pruned.model, inputs, out)
+    """Save a pruned model as a folder, or as an .onnx, .pt2 or .gguf file; the report says how that was checked."""
+    if is_exchange_or_gguf(out):
+        pruned.report["export"] = write_file(pruned.model, inputs, out, pruned.tokenizer)
     else:
         pruned.save(Path(out).expanduser())
+
+
+def is_exchange_or_gguf(out: str) -> bool:
+    """Whether the result is a file and not a folder."""
+    from secateur.io.exchange import is_exchange
+    from secateur.io.gguf import is_gguf
+
+    return is_exchange(out) or is_gguf(out)
+
+
+def write_file(model: Any, inputs: Any, out: str, tokenizer: Any) -> dict[str, Any]:
+    """Write a model as the kind of file that a name ends in; gives how that was checked."""
+    from secateur.io.exchange import export
+    from secateur.io.gguf import export_gguf, is_gguf
+    from secateur.utils.inputs import default_inputs
+
+    if is_gguf(out):
+        return export_gguf(model, out, tokenizer)
+    return export(model, default_inputs(model) if inputs is None else inputs, out)
+
+
+def check_written(model: Any, tokenizer: Any, out: str | None) -> None:
+    """Refuse a model that can't be written as --out asks, before it is pruned."""
+    from secateur.io.gguf import check_gguf, is_gguf
+
+    if is_gguf(out):
+        check_gguf(model, tokenizer)
 
 
 # ---------------------------------------------------------------- models

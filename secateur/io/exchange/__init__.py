@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from secateur.errors import SecateurError
 from secateur.graph.ties import ties
 from secateur.io.exchange.program import Program, largest_difference
+from secateur.io.gguf import export_gguf, is_gguf
 from secateur.utils.files import atomic_write_bytes
 from secateur.utils.inputs import Inputs, as_call
 from secateur.utils.running import call, evaluating, unchanged, without_cache
@@ -57,9 +58,14 @@ def load_file(path: str | Path) -> Program:
 
 
 def export(
-    model: nn.Module, inputs: Inputs, path: str | Path, *, tolerance: float | None = None
+    model: nn.Module,
+    inputs: Inputs | None,
+    path: str | Path,
+    *,
+    tolerance: float | None = None,
+    tokenizer: Any = None,
 ) -> dict[str, Any]:
-    """Write a model as `.onnx` or `.pt2`, after checking that what is written gives what the model gives.
+    """Write a model as `.onnx` or `.pt2`, after checking that what is written gives what the model gives; or as `.gguf`.
 
     >>> secateur.export(model, torch.randn(1, 3, 64, 64), "small.onnx")  # doctest: +SKIP
     {'path': 'small.onnx', 'bytes': 1034211, 'difference': 2.4e-07, 'open': {'x': [0]}}
@@ -70,12 +76,18 @@ def export(
     tolerance: of the outputs, relative to the largest (at least 1); default 1e-4, 1e-2 for half precision. ONNX is run
     in onnxruntime, `.pt2` is read again and run.
 
+    tokenizer: goes into a `.gguf` file, which needs no inputs and is compared bit by bit (`secateur.io.gguf`).
+
     Nothing is written unless the check passes. Raises `SecateurError` where the model can't be expressed or differs;
     where rounding decides a choice of the model (topk of equal scores, say), it names the line.
     """
     path = Path(path).expanduser()
+    if is_gguf(path):
+        return export_gguf(model, path, tokenizer)
     if not is_exchange(path):
         raise SecateurError("neither .onnx nor .pt2", where=str(path), fix="end the name in .onnx or .pt2")
+    if inputs is None:
+        raise SecateurError("it needs example inputs", where=str(path), fix="give inputs")
     with unchanged(model.modules()), evaluating(model):
         with torch.no_grad(), without_cache(model):
             expected = _tensors(call(model, inputs))
