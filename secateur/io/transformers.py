@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError, require
+from secateur.io.per_layer import FOLDER, write_per_layer
 from secateur.io.reshape import (
     BROKEN,
     CONFIG_KEYS,
@@ -286,10 +287,16 @@ def _save_custom(
     atomic_write_json(folder / "config.json", document)
     atomic_write_text(folder / "modeling_pruned.py", text)
     _verify(model, cls, folder / "config.json")
+    plain = cls.config_class.from_dict(
+        {k: v for k, v in model.config.to_dict().items() if k not in CONFIG_KEYS}
+    )
+    plain.dtype = model.config.dtype
+    unsaid = write_per_layer(model, cls, plain, folder)
     return {
         "form": "custom",
         "load": f"{autos[0]}.from_pretrained(folder, trust_remote_code=True)",
         "why": why,
+        "per_layer_config": unsaid or f"{FOLDER}/config.json",
     }
 
 
