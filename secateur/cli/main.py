@@ -62,6 +62,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "methods": catalogue.methods,
     "recommend": catalogue.recommend,
     "doctor": doctor.doctor,
+    "unpack": plan.unpack,
     "plan show": plan.plan_show,
     "plan diff": plan.plan_diff,
     "plan apply": plan.plan_apply,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -67,6 +68,24 @@ class Apply:
 
     out: str = flag(OUT_HELP)
     also: tuple[str, ...] | None = flag(ALSO_HELP, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unpack:
+    """What is written."""
+
+    out: str = flag("a new folder")
+
+
+def unpack(
+    folder: Annotated[str, Parameter(help="a folder that --packed wrote")], /, *, flags: Unpack
+) -> None:
+    """Make a folder with packed zeros a dense one, which plain libraries load."""
+    from secateur.io.packed import unpack as run
+
+    check_new_folder(flags.out)
+    run(folder, flags.out)
+    print(f"model: {flags.out}", file=sys.stderr)
 
 
 def plan_apply(

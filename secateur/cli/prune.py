@@ -115,6 +115,10 @@ class Output:
 
     out: Annotated[str | None, OUTPUT] = flag(OUT_HELP, None)
     report: Annotated[str | None, OUTPUT] = flag(REPORT_HELP, None)
+    packed: Annotated[bool, OUTPUT, SWITCH] = flag(
+        "store zeros as a bit each: a folder that secateur.load reads and `secateur unpack` makes dense",
+        False,
+    )
     inplace: Annotated[bool, OUTPUT] = flag(
         "cut the loaded model itself; a copy takes twice the memory", True
     )
@@ -156,6 +160,8 @@ def prune(
     check_new_folder(output.out)
     check_file_model(model, output.out)
     check_new_file(output.report)
+    folder = output.out is not None and not is_exchange_or_gguf(output.out)
+    require(folder or not output.packed, "it is for a folder", where="--packed", fix="give --out DIR")
     method = TokenFrequency() if flags.method == TOKENS else make_method(flags.method, **vars(settings))
     lists = {name: listed(vars(options)[name]) or None for name in LISTS}
     for name, given in lists.items():  # an unset variable of the shell must not protect nothing
@@ -219,7 +225,7 @@ def prune(
         report["collapsed"] = alarms(report)
         report |= {"model": model, "out": output.out, "command": line, "versions": library_versions()}
         if output.out:
-            write_model(pruned, inputs, output.out)
+            write_model(pruned, inputs, output.out, output.packed)
             print(f"model: {output.out}", file=sys.stderr)
         if output.report:
             scores = {name: values.tolist() for name, values in pruned.scores.items()}
@@ -243,7 +249,7 @@ def _stream(
     from secateur.utils.progress import track
 
     others = {"--recover": recovery.recover, "--latency": measured.latency, "--tasks": measured.tasks,
-              "--report": output.report, "--also": flags.also, "--input-shape": where.input_shape,
+              "--report": output.report, "--packed": output.packed, "--also": flags.also, "--input-shape": where.input_shape,
               "--dtype": where.dtype}  # fmt: skip
     for name, given in others.items():
         fix = (

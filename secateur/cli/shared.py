@@ -239,12 +239,12 @@ def check_file_model(model: str, out: str | None) -> None:
     require(alike, what, where=f"--out {out}", fix=fix)
 
 
-def write_model(pruned: Any, inputs: Any, out: str) -> None:
+def write_model(pruned: Any, inputs: Any, out: str, packed: bool = False) -> None:
     """Save a pruned model as a folder, or as an .onnx, .pt2 or .gguf file; the report says how that was checked."""
     if is_exchange_or_gguf(out):
         pruned.report["export"] = write_file(pruned.model, inputs, out, pruned.tokenizer)
     else:
-        pruned.save(Path(out).expanduser())
+        pruned.save(Path(out).expanduser(), packed=packed)
 
 
 def is_exchange_or_gguf(out: str) -> bool:

@@ -22,6 +22,7 @@ from torch import nn
 from secateur.errors import SecateurError
 from secateur.families.pipelines import Parts
 from secateur.io.module import _load_module, _save_module
+from secateur.io.packed import dense_folder, is_packed, pack_folder
 from secateur.io.pipelines import is_pipeline_folder, load_pipeline, save_pipeline
 from secateur.io.timm import is_plain, load_plain
 from secateur.io.transformers import (
@@ -44,6 +45,7 @@ def save_model(
     plan: Plan | None = None,
     report: Mapping[str, Any] | None = None,
     dense_config: Any = None,
+    packed: bool = False,
 ) -> dict[str, Any]:
     """Write a pruned model into a new or empty directory, all or nothing, in the simplest form that can hold it.
 
@@ -51,6 +53,7 @@ def save_model(
     {'form': 'plain', 'load': 'AutoModelForCausalLM.from_pretrained(folder)', 'why': None}
 
     dense_config: the transformers config before the cut; the model's own where it is None.
+    packed: zeros take a bit each; `secateur.load` reads such a folder, and `secateur.io.packed.unpack` makes it dense.
 
     Gives what it wrote: `form` (plain, custom, module), `load` (the line that loads it) and `why` (what the config
     can't express; None when plain). The same goes into `report.json` under `artefact`.
@@ -65,6 +68,8 @@ def save_model(
             about = _save_transformers(model, partial, plan, dense_config)
         else:
             about = _save_module(model, partial, plan)
+        if packed:
+            about |= {"load": "secateur.load(folder)", "packed": pack_folder(partial)}
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if plan is not None:
@@ -92,6 +97,9 @@ def load(
     Raises `SecateurError` where there is no model, or it is damaged.
     """
     path = Path(path).expanduser()
+    if is_packed(path):
+        with dense_folder(path) as folder:
+            return load(folder, model, dtype=dtype, device=device)
     if path.suffix.lower() in (".onnx", ".pt2") and not path.is_dir():
         from secateur.io.exchange import load_file
 

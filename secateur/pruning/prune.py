@@ -79,8 +79,10 @@ class Pruned:
             )
         return self._graph
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, *, packed: bool = False) -> None:
         """Weights, config, tokenizer, `plan.json` and `report.json` into a new directory, all or nothing.
+
+        packed: zeros take a bit each (`secateur.io.packed`).
 
         Raises `SecateurError` when the directory isn't empty or the disk is full.
         """
@@ -91,6 +93,7 @@ class Pruned:
             plan=self.plan,
             report=self.report,
             dense_config=self.dense_config,
+            packed=packed,
         )
 
 
