@@ -63,7 +63,9 @@ class LrpPruning(UnitMethod):
         default="none", metadata={"help": "over a layer's filters: none, or sum", "choices": NORMALISE}
     )
 
-    kinds: ClassVar[tuple[str, ...] | None] = tuple(kind for kind in KINDS if kind not in WHOLE)
+    kinds: ClassVar[tuple[str, ...] | None] = tuple(
+        kind for kind in KINDS if kind not in (*WHOLE, "vocabulary")
+    )
     needs: ClassVar[frozenset[str]] = frozenset({"relevance"})
     allocation: ClassVar[str] = "global"
     share_of: ClassVar[str] = "units"

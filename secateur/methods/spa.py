@@ -65,7 +65,9 @@ class Spa(UnitMethod):
         },
     )
 
-    kinds: ClassVar[tuple[str, ...] | None] = tuple(kind for kind in KINDS if kind not in WHOLE)
+    kinds: ClassVar[tuple[str, ...] | None] = tuple(
+        kind for kind in KINDS if kind not in (*WHOLE, "vocabulary")
+    )
     allocation: ClassVar[str] = "global"
     share_of: ClassVar[str] = "units"
     info = record("spa")
