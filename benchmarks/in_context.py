@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +58,33 @@ def batch_of(rows: list[list[Sample]]) -> dict[str, Tensor]:
     }
 
 
+def drawn(every: list[Sample], shots: int, generator: torch.Generator) -> list[list[Sample]]:
+    """Every sample behind some of the others."""
+    rows = []
+    for number, sample in enumerate(every):
+        others = torch.randperm(len(every) - 1, generator=generator)[:shots].tolist()
+        rows.append([every[i + (i >= number)] for i in others] + [sample])
+    return rows
+
+
 @torch.no_grad()
-def answered(model: Any, samples: dict[str, list[Sample]], shots: int, seed: int) -> dict[str, float]:
+def answered(
+    model: Any,
+    samples: dict[str, list[Sample]],
+    shots: int,
+    seed: int,
+    after: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Accuracy in percent by kind, each question behind `shots` drawn demonstrations."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for kind, every in samples.items():
-        rows = []
-        for number, sample in enumerate(every):
-            others = torch.randperm(len(every) - 1, generator=generator)[:shots].tolist()
-            rows.append([every[i + (i >= number)] for i in others] + [sample])
-        right = 0
+        rows, right = drawn(every, shots, generator), 0
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
             logits = model(**batch_of(part), logits_to_keep=1, use_cache=False).logits[:, -1]
             right += int((logits.argmax(-1) == torch.tensor([row[-1][2] for row in part])).sum())
+            after()
         found[kind] = 100 * right / len(rows)
     return found
 

@@ -12,7 +12,8 @@ gives every method the target at which it does the same work in place of the sam
 most, or a prefill that takes so much of the dense one's processor time (both run in turn, on seed 0, 64 questions at once). A
 method that can't do so little is listed with the least that it can. `--out` takes a JSON line for each target tried and each
 score, and a run goes on from there. Methods that must be trained come in by `--weights covipal=FOLDER,atp-llava=FOLDER`;
-`{seed}` in a folder is the model's seed.
+`{seed}` in a folder is the model's seed. `--data seg` judges by masks and `--data icl` by questions behind two demonstrations
+(`scenes_judges.py`), at the same budgets; with one seed there is no standard error.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scenes_judges import judge_of, prompts_of
 
 from secateur.errors import SecateurError
 from secateur.method import list_methods, method_class
 from secateur.tasks.scenes.evaluate import Score, above, deviation, evaluate, table, target_of_work
 from secateur.tasks.scenes.evaluate import settings_of as own_settings
-from secateur.tasks.scenes.models import inputs, load_scenes
-from secateur.tasks.scenes.questions import PART, test_set
+from secateur.tasks.scenes.models import load_scenes
 from secateur.tokens.attach import attach
 from secateur.tokens.method import TokenMethod
 from secateur.utils.files import atomic_write_json
@@ -54,7 +55,9 @@ def main() -> None:
     parser.add_argument("--targets", default="50,25,10")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--variant", default="llava", help="llava, qwen, or a folder that train scenes wrote")
-    parser.add_argument("--data", default="scenes", help="scenes, easy_vqa or nlvr")
+    parser.add_argument(
+        "--data", default="scenes", help="scenes, easy_vqa, nlvr; seg: masks; icl: demonstrations"
+    )
     parser.add_argument("--limit", type=int, default=256, help="test pictures, up to five questions each")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
@@ -101,6 +104,7 @@ def main() -> None:
 def one(method: str | None, target: str, seed: int, args: argparse.Namespace) -> Score:
     """The score of one seed's model; what went wrong is its `missing`."""
     extra = settings_of(method, seed, args) if method else {}
+    extra["judge"] = judge_of(args.data, args.variant, args.limit)
     where = (args.variant, [seed], args.limit, args.batch, args.device, args.data)
     try:
         return evaluate(method, target, *where, **extra)
@@ -186,7 +190,8 @@ def side_by_side(columns: dict[str, list[Score]]) -> str:
             else:
                 target, cost = f"{target}, {prefill}", f"{score.tokens_layers:.0f}"
             gaps = [a - b for a, b in zip(score.mean, base.mean)]
-            gap = "" if score is base else f"{sum(gaps) / len(gaps):+.1f} ± {deviation(gaps):.1f}"
+            error = "" if len(gaps) < 2 else f" ± {deviation(gaps):.1f}"
+            gap = "" if score is base else f"{sum(gaps) / len(gaps):+.1f}{error}"
             cells += [target, cost, f"{sum(score.mean) / len(score.mean):.1f}", gap]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -257,8 +262,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, notes: Notes) -> None:
         self.args, self.notes, self.model = args, notes, load_scenes(args.variant, 0).to(args.device)
-        groups = [group for group in test_set(2 * PART) if len(group.questions) >= PART]
-        self.given = inputs(self.model, groups[0].pictures[:PART], groups[0].questions[:PART])
+        self.given, self.pictures = prompts_of(args.data, self.model)
 
     def run(self, method: str | None = None, target: str = "100%") -> tuple[float, float]:
         """(processor seconds of a prefill, tokens x layers a picture)."""
@@ -271,7 +275,7 @@ class Bench:
                 raise SecateurError("it remembers steps of an episode, and questions are none")
             begun = time.process_time()
             self.prefill()
-            return time.process_time() - begun, attached.report["after"]["tokens_x_layers"] / PART
+            return time.process_time() - begun, attached.report["after"]["tokens_x_layers"] / self.pictures
 
     def prefill(self) -> None:
         with torch.no_grad():

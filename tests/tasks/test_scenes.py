@@ -222,6 +222,20 @@ def test_dropped_tokens_are_not_seen():
     assert packed["positions"][1, [1, 64, 65]].tolist() == [1, 64, 65]
 
 
+def test_the_side_that_is_asked_for_is_told_at_the_question_mark():
+    kinds = ("count", "relation", "where")
+    asked = draw(40, kinds, generator(14)).asked
+    packed = pack(
+        asked, kinds, torch.ones(40, 64, dtype=torch.bool), torch.zeros(40, dtype=torch.bool), "qwen"
+    )
+    start = 1 + 64 + 1 + LONGEST["count"] + 1
+    for row, told in enumerate(packed["side"]):
+        words = decode(asked[1].words[row]).split()
+        named = [n for n, side in enumerate(("left", "right", "above", "below")) if side in words]
+        assert told[told >= 0].tolist() == named
+        assert told[start + words.index("?")] == named[0] and len(named) == 1
+
+
 def test_shares_that_are_dropped():
     batch = draw(600, (), generator(11))
     kept, compact = drop(batch, Recipe(drop=0.5, least=0.1, bias=1.0, compact=0.25), generator(12))
@@ -251,6 +265,17 @@ def test_a_stopped_run_goes_on_to_the_same_weights(variant, tmp_path):
     other = Trainer(tiny(variant=variant, seed=1), compiled=False)
     with pytest.raises(SecateurError, match="another recipe"):
         other.load(tmp_path / "run.safetensors")
+
+
+def test_a_run_goes_on_from_a_model():
+    trainer = Trainer(tiny(start="llava", side=0.5), compiled=False)
+    for (name, a), b in zip(
+        trainer.model.state_dict().items(), load_scenes("llava", 0).state_dict().values()
+    ):
+        assert torch.equal(a, b), name
+    assert trainer.about()["before"]["recipe"]["joint"] == 1500
+    with pytest.raises(SecateurError, match="it is a llava, and a qwen is trained"):
+        Trainer(tiny(variant="qwen", start="llava"), compiled=False)
 
 
 def test_the_tower_learns(monkeypatch):

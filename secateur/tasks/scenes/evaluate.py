@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from secateur.tasks.scenes.draw import KINDS, decode
 from secateur.tasks.scenes.models import DEPTH, TOKENS, load_scenes, scenes_tokenizer
-from secateur.tasks.scenes.questions import PART, accuracy, test_set
+from secateur.tasks.scenes.questions import PART, Group, accuracy, test_set
 from secateur.tasks.scenes.real import real_test
 from secateur.tokens.attach import attach
 from secateur.tokens.state import Missing
 
+Judge = Callable[[Any, int, Callable[[], None]], dict[str, float]]
+"""(model, seed, what to call after each batch) -> numbers in percent by name."""
 OWN = {name: {"text": "embeddings"} for name in ("recoverable-compression", "cdpruner")}
 """Settings that a bench must give: there is no contrastive text tower, so likeness is taken in word embeddings."""
 
@@ -93,6 +96,12 @@ class Score:
         }
 
 
+def _answered(
+    groups: Sequence[Group], batch: int, model: Any, seed: int, after: Callable[[], None]
+) -> dict[str, float]:
+    return accuracy(model, groups, batch, after)
+
+
 def evaluate(
     method: str | None,
     target: str | float | None = None,
@@ -102,6 +111,7 @@ def evaluate(
     batch: int = 64,
     device: str | torch.device = "cpu",
     data: str = "scenes",
+    judge: Judge | None = None,
     **options: Any,
 ) -> Score:
     """Accuracy of the trained models of `seeds` under a token method, by kind of question.
@@ -110,17 +120,20 @@ def evaluate(
     {'presence': [93.7, ...], 'colour': [...], ...}
 
     method None: every token stays. variant: also a folder that `train scenes` wrote, for one seed. data: `scenes`, or
-    `easy_vqa` or `nlvr`, for a model that was tuned on it. limit: test pictures, each with up to five questions. options: what
+    `easy_vqa` or `nlvr`, for a model that was tuned on it. limit: test pictures, each with up to five questions. judge: gives
+    other numbers than those accuracies, (model, seed, what to call after each batch) -> {name: percent}. options: what
     `secateur.attach` takes. A method that needs what the models don't have gives a score with `missing` set.
     """
     score = Score(method or "all tokens", str(target or "100%"), variant)
     begun = time.process_time()
-    groups = test_set(limit) if data == "scenes" else real_test(data, limit)
+    if judge is None:
+        groups = test_set(limit) if data == "scenes" else real_test(data, limit)
+        judge = partial(_answered, groups, batch)
     work = [0, 0, 0]
     for seed in seeds:
         model = load_scenes(variant, seed).to(device)
         if method is None:
-            found = accuracy(model, groups, batch)
+            found = judge(model, seed, lambda: None)
         else:
             try:
                 with attach(model, method, target=target, seed=seed, **options) as attached:
@@ -132,7 +145,7 @@ def evaluate(
                         ):
                             work[place] += value
 
-                    found = accuracy(model, groups, batch, count)
+                    found = judge(model, seed, count)
             except Missing as error:
                 score.missing = str(error)
                 break

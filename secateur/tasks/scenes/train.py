@@ -44,16 +44,19 @@ from secateur.tasks.scenes.models import (
     build,
     eye_block,
     frame,
+    load_scenes,
     pixels,
     project,
     projector_of,
     see,
     tower_of,
+    variant_of,
 )
 from secateur.utils.files import atomic_write_bytes
 from secateur.utils.progress import bar
 from secateur.utils.screen import Screen
 
+SIDES = ("left", "right", "above", "below")
 STAGES = ("see", "align", "read", "joint", "polish")
 CHUNK = 8  # batches of data drawn at a time
 LOG_EVERY = 100
@@ -63,7 +66,7 @@ LICENCE = "Apache-2.0; trained from nothing on pictures drawn by this program"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training run depends on."""
+    """What a training run depends on. `start`: a folder that `train scenes` wrote, whose weights the run goes on from."""
 
     variant: str = "llava"
     seed: int = 0
@@ -95,9 +98,11 @@ class Recipe:
     bind: float = 0.3
     point: float = 0.3
     compare: float = 0.3
+    side: float = 0.0
     point_layer: int = 2
     compare_layer: int = 3
     decay: float = 0.01
+    start: str = ""
 
     def steps(self, stage: str) -> int:
         return getattr(self, stage)
@@ -118,10 +123,12 @@ def pack(
     start = torch.tensor([*before, *[0] * TOKENS, *after], device=device).expand(count, prefix)
     pieces, labels = [start], [torch.full_like(start, -100)]
     points, sides = [torch.full_like(start, -1)], [torch.full_like(start, -1)]
+    wide = [start]
     for question, kind in zip(asked, kinds):
         width = LONGEST[kind] + 1
         words = F.pad(question.words, (0, width - question.words.shape[1]))
         pieces.append(words.scatter(1, question.length[:, None], question.answer[:, None]))
+        wide.append(words)
         label = torch.full_like(words, -100)
         label = label.scatter(
             1, question.length[:, None] - 1, question.answer.where(question.asked, -100)[:, None]
@@ -155,7 +162,15 @@ def pack(
         "point": F.pad(torch.cat(points, 1), (0, padding), value=-1),
         "bind": _named(ids),
         "compare": F.pad(torch.cat(sides, 1), (0, padding), value=-1),
+        "side": F.pad(torch.cat([_side(question) for question in wide], 1), (0, padding), value=-1),
     }
+
+
+def _side(words: Tensor) -> Tensor:
+    """At the "?" of a question of a relation: which of `SIDES` it asks for; -1 elsewhere."""
+    named = (words[..., None] == _constant(SIDES, words.device)).any(1)
+    asks = (words == scenes.ID["?"]) & named.any(1, keepdim=True)
+    return named.long().argmax(1, keepdim=True).expand_as(words).where(asks, -1)
 
 
 def _named(ids: Tensor) -> Tensor:
@@ -276,6 +291,7 @@ class Heads(nn.Module):
         self.point = nn.Linear(WIDTH, CELLS**2 + 1)
         self.bind = nn.Linear(WIDTH, len(COLOURS) * len(SHAPES))
         self.compare = nn.Linear(WIDTH, 9)
+        self.side = nn.Linear(WIDTH, len(SIDES))
 
 
 def _of(owner: Tensor, values: Tensor) -> Tensor:
@@ -339,7 +355,10 @@ class Trainer:
         self.recipe = recipe
         self.device = torch.device(device)
         self.compiled = compiled
+        self.before = load_scenes(recipe.start, recipe.seed) if recipe.start else None
         self.model = build(recipe.variant, recipe.seed).to(self.device)
+        if self.before is not None:
+            self._go_on_from(self.before)
         pooled = recipe.variant == "llava"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -359,6 +378,7 @@ class Trainer:
             ("bind", 1),
             ("point", recipe.point_layer),
             ("compare", recipe.compare_layer),
+            ("side", recipe.point_layer),
         ):
             layers[number - 1].register_forward_hook(functools.partial(self._catch, name))
         self.log: list[dict[str, Any]] = []
@@ -370,6 +390,15 @@ class Trainer:
                 for block in self._blocks():
                     block.forward = torch.compile(block.forward)
                 self.eye_block = torch.compile(eye_block)
+
+    def _go_on_from(self, before: nn.Module) -> None:
+        if variant_of(before) != self.recipe.variant:
+            raise SecateurError(
+                f"it is a {variant_of(before)}, and a {self.recipe.variant} is trained",
+                where=f"start {self.recipe.start}",
+                fix=f"--variant {variant_of(before)}",
+            )
+        self.model.load_state_dict(before.state_dict())
 
     def _blocks(self) -> list[nn.Module]:
         inner = self.model.model
@@ -473,7 +502,10 @@ class Trainer:
             ("point", recipe.point, self.heads.point),
             ("bind", recipe.bind, self.heads.bind),
             ("compare", recipe.compare, self.heads.compare),
+            ("side", recipe.side, self.heads.side),
         ):
+            if not weight:
+                continue
             told = head(self.caught[name][:, start + TOKENS :]).float()
             wanted = packed[name][:, start + TOKENS :]
             losses = F.cross_entropy(told.flatten(0, 1), wanted.flatten(), ignore_index=-1, reduction="sum")
@@ -570,8 +602,11 @@ class Trainer:
 
     def about(self) -> dict[str, Any]:
         """What is written beside the weights."""
+        known = {} if self.before is None else self.before.scenes
+        before = {k: known[k] for k in ("recipe", "steps", "processor_seconds", "accuracy") if k in known}
         return {
             "recipe": dataclasses.asdict(self.recipe),
+            **({"before": before} if before else {}),
             "device": self.device.type,
             "steps": sum(self.recipe.steps(stage) for stage in STAGES),
             "seconds": round(self.spent, 1),
