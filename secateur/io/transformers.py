@@ -287,10 +287,8 @@ def _save_custom(
     atomic_write_json(folder / "config.json", document)
     atomic_write_text(folder / "modeling_pruned.py", text)
     _verify(model, cls, folder / "config.json")
-    plain = cls.config_class.from_dict(
-        {k: v for k, v in model.config.to_dict().items() if k not in CONFIG_KEYS}
-    )
-    plain.dtype = model.config.dtype
+    plain = copy.deepcopy(dense)
+    swap(plain, cut["config"])
     unsaid = write_per_layer(model, cls, plain, folder)
     return {
         "form": "custom",
