@@ -40,13 +40,13 @@ def test_the_page_is_what_the_shipped_comparisons_say() -> None:
 def test_a_table_is_ordered_by_mean_rank_and_says_what_is_missing_and_what_is_over() -> None:
     text = board.section(
         comparison(
-            line("a", "80%", 1), line("b", "80%", 2, quality=0.25, error=None), line("c", "80%", None, why="refused: no"),
+            line("a", "80%", 1, cost=0.76), line("b", "80%", 2, quality=0.25, error=None), line("c", "80%", None, why="refused: no"),
             line("b", "40%", 1, over=True), line("a", "40%", 3), line("d", "40%", 2), line("d", "80%", None, why="refused: less"), line("c", "40%", None, why="refused: no"),
         )
     )  # fmt: skip
     assert "Accuracy, 3 seeds, judged on 64; dense 90.0 %." in text
     assert [row for row in text.splitlines() if row.startswith("| `")] == [
-        "| `b` | 1.5 | 25.0 % | 50.0 ± 2.0 % (62.0%, more than asked) |",
+        "| `b` | 1.5 | 25.0 % (62.0% left) | 50.0 ± 2.0 % (62.0% left) |",
         "| `a` | 2.0 | 50.0 ± 2.0 % | 50.0 ± 2.0 % |",
         "| `d` | 2.0 |  | 50.0 ± 2.0 % |",
     ]
@@ -54,7 +54,7 @@ def test_a_table_is_ordered_by_mean_rank_and_says_what_is_missing_and_what_is_ov
 
 
 def test_perplexities_are_no_percentages() -> None:
-    one = comparison(line("a", "80%", 1, quality=12345.6, error=None), percent=False, sign=-1, metric="perplexity", seeds=1, test=None, dense=24.9, steps=10)  # fmt: skip
+    one = comparison(line("a", "80%", 1, quality=12345.6, error=None, cost=0.8), percent=False, sign=-1, metric="perplexity", seeds=1, test=None, dense=24.9, steps=10)  # fmt: skip
     text = board.section(one)
     assert "Perplexity (less is better), 1 seed, judged on all test data; dense 24.90." in text
     assert "| `a` | 1.0 | 12,346 |" in text and "trained on for 10 steps" in text
