@@ -73,7 +73,7 @@ class Repair:
     Memory: the hidden states, a copy of one block, and for `reconstruct` the dense model's states and four more copies.
     """
 
-    def __init__(self, model: nn.Module, how: str, *, passes: int = 2, rate: float = 0.07, seed: int = 0):
+    def __init__(self, model: nn.Module, how: str, *, passes: int = 2, rate: float = 0.012, seed: int = 0):
         self.model, self.how, self.passes, self.rate, self.seed = model, how, passes, rate, seed
         self.dense: Flow | None = None
         self.pruned: Flow | None = None

@@ -46,7 +46,7 @@ def fit_block(
 ) -> tuple[float, float]:
     """Fits parameters of a block to the states it should give, in place; its error before and after.
 
-    >>> before, after = fit_block(block, case, 8, [*block.parameters()], masks, passes=2, rate=0.07)  # doctest: +SKIP
+    >>> before, after = fit_block(block, case, 8, [*block.parameters()], masks, passes=2, rate=0.012)  # doctest: +SKIP
 
     case(number): batch `number`. masks: what may not be zero of a parameter. rate: of the steps, as a share of the root mean
     square of what a parameter has left. Adam, the batches in another order each pass; a token's error is counted relative to
