@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from secateur.io.folder import prune_folder
     from secateur.measure import measure
     from secateur.method import Method, list_methods, recommend, register
+    from secateur.pruning.auto import prune
     from secateur.pruning.method import UnitMethod, WeightMethod
     from secateur.pruning.options import Options
     from secateur.pruning.plan import Plan
-    from secateur.pruning.prune import Pruned, apply_plan, prune
+    from secateur.pruning.prune import Pruned, apply_plan
     from secateur.pruning.threshold import Threshold, threshold
     from secateur.saliency import saliency
     from secateur.taxonomy import MethodInfo
@@ -84,7 +85,8 @@ _HOME = {
     "pruning.method": "UnitMethod WeightMethod",
     "pruning.plan": "Plan",
     "pruning.options": "Options",
-    "pruning.prune": "Pruned apply_plan prune",
+    "pruning.auto": "prune",
+    "pruning.prune": "Pruned apply_plan",
     "pruning.threshold": "Threshold threshold",
     "saliency": "saliency",
     "taxonomy": "MethodInfo",

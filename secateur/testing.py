@@ -27,7 +27,7 @@ from secateur.errors import SecateurError
 from secateur.families.vlm import facts_of, family_of
 from secateur.method import Method, make_method
 from secateur.pruning.method import UnitMethod, WeightMethod
-from secateur.pruning.prune import Pruned, apply_plan, prune
+from secateur.pruning.prune import Pruned, apply_plan, prune_with
 from secateur.saliency import saliency
 from secateur.saliency.method import SaliencyMethod
 from secateur.tasks.tiny import inputs_for, tiny_cnn, tiny_llama, tiny_llava
@@ -143,7 +143,7 @@ def _llama() -> nn.Module:
 
 def _pruned(cls: type[Method], model: nn.Module, target: str = "50%", **settings: Any) -> Pruned:
     settings = {"data": _ids(model), "seqlen": 24, **settings}
-    return prune(model, method=_make(cls), target=target, **settings)
+    return prune_with(model, method=_make(cls), target=target, **settings)
 
 
 def keeps_everything(cls: type[Method]) -> None:

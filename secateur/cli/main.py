@@ -76,6 +76,7 @@ FOLDERS = {
 def kinds_of(verb: str, argv: Sequence[str]) -> dict[str, type]:
     """The flags of a verb that the catalogue knows: options, recipes, filters, and the hyperparameters of the method it names."""
     function, method, shared = VERBS[verb], named_method(argv), data.catalogue()["settings"]
+    method = None if method == prune.AUTO and verb == "prune" else method
     kinds: dict[str, type] = {}
     if verb == "prune":
         if method is None and any(token.lower().endswith((".onnx", ".pt2")) for token in argv[1:2]):

@@ -45,8 +45,10 @@ from secateur.errors import SecateurError, require
 
 FILE_METHOD = "group-magnitude"
 TOKENS = "token-frequency"
+AUTO = "auto"
 METHOD_HELP = (
-    f"the method: `secateur methods` lists them, or file.py:Class; default for .onnx and .pt2: {FILE_METHOD}"
+    "the method: `secateur methods` lists them, or file.py:Class; auto: the one that fits the model, the target, the hardware"
+    f" and the data; default for .onnx and .pt2: {FILE_METHOD}"
 )
 TARGET_HELP = "what holds at the end: 50% (share kept), 'params<=100e6', 'macs<=50%', 'size<=200MB', 'latency<=8ms', 2:4, 'encoder=80%,decoder=50%', vocabulary=16000 or vocabulary=used (the tokens that the text of --data uses)"
 LISTS = ("kinds", "keep", "only", "share")
@@ -57,8 +59,17 @@ RECOVERY = Parameter(group=Group("Recovery", sort_key=3))
 class Prune:
     """What is done."""
 
-    method: str = flag(METHOD_HELP)
     target: str = flag(TARGET_HELP)
+    method: str = flag(METHOD_HELP, AUTO)
+    effort: Literal[1, 2, 3] = flag(
+        "of auto: 1 the first candidate; 2 two are tried on held-out data; 3 three, and ways to divide the budget",
+        1,
+    )
+    hardware: str | None = flag(
+        "of auto: what the result runs on: cpu, gpu-dense (units leave), sparse, storage (single weights), gpu-2:4;"
+        " default: where the model is",
+        None,
+    )
     data: str | None = flag(
         "calibration text: a .txt or .jsonl file, wikitext2, ..., hf:NAME:SPLIT:FIELD (package datasets), - (what is piped in);"
         " default: some English",
@@ -93,13 +104,22 @@ class Recovery:
     recover: Annotated[Literal["lora", "full"] | None, RECOVERY] = flag(
         "train what is left: low-rank updates that are merged, or all weights", None
     )
-    steps: Annotated[int, RECOVERY] = flag("training steps, of 8 windows each", 100)
+    steps: Annotated[int | None, RECOVERY] = flag(
+        "training steps, of 8 windows each; default: 100 with --recover. Without it, steps mean --recover full --distill",
+        None,
+    )
     distill: Annotated[bool, RECOVERY, SWITCH] = flag(
         "learn from the dense model as well (keeps it in memory)", False
     )
     recover_lr: Annotated[float | None, RECOVERY] = flag(
         "learning rate; default: 3e-4 for lora, 3e-5 for full", None
     )
+
+    def settled(self) -> Recovery:
+        """With what follows from steps alone, and the default of steps."""
+        if self.recover is None and self.steps is not None:
+            return dataclasses.replace(self, recover="full", distill=True)
+        return dataclasses.replace(self, steps=100) if self.steps is None else self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +168,7 @@ def prune(
     """
     from secateur.measure import measure as run_measure
     from secateur.method import make_method
-    from secateur.pruning.prune import prune as run
+    from secateur.pruning.auto import prune as run
     from secateur.pruning.request import read_request
     from secateur.pruning.vocabulary import TokenFrequency
     from secateur.report.html import library_versions, write_report
@@ -162,7 +182,7 @@ def prune(
     check_new_file(output.report)
     folder = output.out is not None and not is_exchange_or_gguf(output.out)
     require(folder or not output.packed, "it is for a folder", where="--packed", fix="give --out DIR")
-    method = TokenFrequency() if flags.method == TOKENS else make_method(flags.method, **vars(settings))
+    recovery = recovery.settled()
     lists = {name: listed(vars(options)[name]) or None for name in LISTS}
     for name, given in lists.items():  # an unset variable of the shell must not protect nothing
         require(given or vars(options)[name] is None, "it is empty", where=f"--{name}", fix="leave it out")
@@ -170,15 +190,18 @@ def prune(
     at_least("--steps", recovery.steps, 1)
     asked = drawn.asked
     check_target(flags.target)
-    request = read_request("prune", method, flags.target, common)
-    tokens = "vocabulary" in (request.options.kinds or ())
+    chosen: dict[str, Any] = {"method": AUTO, "effort": flags.effort, "hardware": flags.hardware}
+    if flags.method != AUTO:
+        unused = flags.effort == 1 and flags.hardware is None
+        fix = "leave out --method"
+        require(unused, "they choose a method, and it is named", where="--effort, --hardware", fix=fix)
+        named = TokenFrequency() if flags.method == TOKENS else make_method(flags.method, **vars(settings))
+        chosen = {"method": named}
+        read_request("prune", named, flags.target, common)
+    tokens = flags.method == TOKENS or "vocabulary" in (common["kinds"] or ())
     fix = "leave --distill out, or cut the vocabulary afterwards"
-    require(
-        not (tokens and recovery.distill),
-        "the dense model has another vocabulary",
-        where="--distill",
-        fix=fix,
-    )
+    whole = not (tokens and recovery.distill)
+    require(whole, "the dense model has another vocabulary", where="--distill", fix=fix)
     measured.check()
     fix = "leave --stream out"
     require(not (tokens and flags.stream), "the vocabulary is cut in memory", where="--stream", fix=fix)
@@ -194,13 +217,13 @@ def prune(
         pruned = run(
             network,
             inputs,
-            method=method,
+            **chosen,
             target=flags.target,
             data=flags.data,
             also=further(network, flags.also),
             seed=flags.seed,
             tokenizer=tokenizer,
-            inplace=output.inplace and not (recovery.recover and recovery.distill),
+            inplace=output.inplace and flags.effort == 1 and not (recovery.recover and recovery.distill),
             rollback=False,
             resume=output.resume,
             progress=track,
@@ -258,6 +281,7 @@ def _stream(
             else "leave it out"
         )
         require(not given, "it needs the model in memory", where=f"{name} with --stream", fix=fix)
+    require(flags.method != AUTO, "it takes one method", where="--stream", fix="name it: --method wanda")
     require(output.out, "the result is a folder", where="--stream", fix="give --out DIR")
     require(
         not is_exchange_or_gguf(output.out or ""),
@@ -292,14 +316,15 @@ def _recover(pruned: Any, recovery: Recovery, dense: Any, data: Any, seed: int) 
     from secateur.training.recover import recover
 
     options = pruned.report["options"]
-    samples = max(options["samples"], min(8 * recovery.steps, 1024))
+    steps = recovery.steps or 100
+    samples = max(options["samples"], min(8 * steps, 1024))
     windows = calibration_batches(data, pruned.tokenizer, pruned.model, samples, options["seqlen"], seed)
     start = time.perf_counter()
     losses = recover(
         pruned.model,
         windows,
         how=recovery.recover or "lora",
-        steps=recovery.steps,
+        steps=steps,
         lr=recovery.recover_lr,
         teacher=dense if recovery.distill else None,
         masks=pruned.plan.masks,

@@ -14,7 +14,7 @@ from secateur.data.text import load_calibration
 from secateur.errors import SecateurError
 from secateur.measure import measure
 from secateur.method import method_class
-from secateur.pruning.prune import Pruned, prune
+from secateur.pruning.prune import Pruned, prune_with
 from secateur.tasks import load_model
 
 
@@ -38,7 +38,7 @@ class LanguageWork(Work):
 
     def run(self, run: Run) -> Figures:
         check_fit(self, method_class(run.method), run.method, self.setup)
-        done = prune(
+        done = prune_with(
             copy.deepcopy(self.model),
             self.inputs,
             method=run.method,

@@ -17,7 +17,7 @@ from secateur.comparison.work import SEQLEN, Figures, Work, by_chance, check_fit
 from secateur.errors import SecateurError
 from secateur.graph import trace
 from secateur.method import Method, method_class
-from secateur.pruning.prune import Pruned, prune
+from secateur.pruning.prune import Pruned, prune_with
 from secateur.tasks import load_task
 from secateur.training import fit
 from secateur.training.batches import length, take
@@ -89,7 +89,7 @@ class TaskWork(Work):
                 self.task, method=run.method, target=target, steps=self.setup.steps, seed=run.seed
             )
         else:
-            done = prune(
+            done = prune_with(
                 copy.deepcopy(self.network),
                 self.task.inputs,
                 method=run.method,

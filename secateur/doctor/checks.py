@@ -315,14 +315,14 @@ def saved_is_loaded(s: Subject) -> tuple[float, float]:
     Every tensor is the same to the bit; outputs may differ by the order of sums, since a cut tensor may lie otherwise in memory.
     """
     from secateur.io.artefact import load
-    from secateur.pruning.prune import prune
+    from secateur.pruning.prune import prune_with
     from secateur.utils.inputs import map_tensors
 
     model, ours = s.model.float(), hasattr(s.model, "save_pretrained")
     inputs = map_tensors(s.inputs, lambda t: t.float() if t.is_floating_point() else t)
     text = model.config.get_text_config() if ours else None
     kinds = ("neurons",) if getattr(text, "vocab_size", None) else None
-    pruned = prune(model, inputs, method="group-magnitude", target="50%", kinds=kinds)
+    pruned = prune_with(model, inputs, method="group-magnitude", target="50%", kinds=kinds)
     expected, tensors = outputs(pruned.model, inputs), pruned.model.state_dict()
     worst = 0.0
 

@@ -1,4 +1,4 @@
-"""`prune`: one call from a model and a target to a smaller model, the plan that made it, and a report."""
+"""`prune_with`: one call from a model and a target to a smaller model, the plan that made it, and a report."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TRACED = 128
 
 @dataclass(repr=False)
 class Pruned:
-    """What `prune` gives: the model, the plan that made it, the graph it was cut along, and a JSON-able report.
+    """What `secateur.prune` gives: the model, the plan that made it, the graph it was cut along, and a JSON-able report.
 
     `scores` are those that a structured method's budget was divided by, [units] per group.
     """
@@ -97,7 +97,7 @@ class Pruned:
         )
 
 
-def prune(
+def prune_with(
     model: nn.Module | Any,
     inputs: Inputs | None = None,
     *,
@@ -119,7 +119,7 @@ def prune(
     drawing: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Pruned:
-    """Cut `model` down to `target` with `method`.
+    """Cut `model` down to `target` with `method`; `secateur.prune` is this, or chooses the method.
 
     >>> pruned = secateur.prune(model, method="wanda", target="50%", data=token_ids)  # doctest: +SKIP
     >>> pruned.report["after"]["params_nonzero"]  # doctest: +SKIP
@@ -303,7 +303,7 @@ def apply_plan(
 ) -> None:
     """Do what a plan says, in place: repaired tensors, zeros, and cut units.
 
-    `inputs` and `also` are those of `prune`; without them noise of their shapes is traced.
+    `inputs` and `also` are those of `prune_with`; without them noise of their shapes is traced.
 
     >>> secateur.apply_plan(fresh_model, secateur.Plan.load("pruned/"))  # doctest: +SKIP
 

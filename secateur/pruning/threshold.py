@@ -11,7 +11,7 @@ from torch import nn
 
 from secateur.errors import SecateurError
 from secateur.graph.parts import resolve_parts
-from secateur.pruning.prune import prune
+from secateur.pruning.prune import prune_with
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def threshold(
         if removed not in tried:
             share = f"{(1 - removed) * 100:.10g}%"
             target = f"{part}={share}" if part else share
-            tried[removed] = float(quality(prune(model, method=method, target=target, **settings).model))
+            tried[removed] = float(quality(prune_with(model, method=method, target=target, **settings).model))
         return tried[removed]
 
     low, high = 0, math.ceil(1 / step - 1e-9)  # nothing is left at the end, which isn't tried

@@ -20,7 +20,7 @@ from secateur.graph import Graph, Group, trace
 from secateur.graph.network import Network, network
 from secateur.pruning.context import Context
 from secateur.pruning.method import UnitMethod
-from secateur.pruning.prune import Pruned, prune
+from secateur.pruning.prune import Pruned, prune_with
 from secateur.pruning.target import parse_target
 from secateur.training.batches import Draw, step_seed
 from secateur.training.job import Job
@@ -157,7 +157,7 @@ def cut_by(model: nn.Module, inputs: Any, factor: float, **options: Any) -> Prun
     """A smaller copy, with fewer multiply-adds by this factor; None where that is 1."""
     if factor == 1:
         return None
-    return prune(model, inputs, method=GroupNorm(), target=f"macs<={100 / factor}%", **options)
+    return prune_with(model, inputs, method=GroupNorm(), target=f"macs<={100 / factor}%", **options)
 
 
 def smaller(model: nn.Module, inputs: Any, factor: float) -> nn.Module:
