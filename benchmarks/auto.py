@@ -1,0 +1,106 @@
+"""`prune` without a method, on SmolLM2 beside methods as they are shipped, at equal multiply-adds and on the same calibration tokens.
+
+    python benchmarks/auto.py                                   # macs<=80% and 60%: auto's candidates and their rivals
+    python benchmarks/auto.py --targets 'macs<=80%' --runs auto flap nirvana --samples 16
+
+A run is a method, METHOD+reconstruct, or auto. Calibration: windows of 512 tokens of the Brown corpus; evaluation: the first
+windows of 512 of WikiText-2 valid. Needs SECATEUR_DATA. A line a run, also as JSON in --out, which a run that was stopped goes on from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+
+import torch
+
+import secateur
+from secateur.data.text import encode, load_calibration, load_text
+from secateur.errors import SecateurError
+from secateur.measure import macs, perplexity
+from secateur.measure import token_inputs as inputs_of
+from secateur.tasks import load_model
+
+RUNS = ("auto", "flap", "nirvana", "2ssp", "shortgpt", "tyr", "random-structured")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--targets", nargs="+", default=["macs<=80%", "macs<=60%"])
+    parser.add_argument("--runs", nargs="+", default=RUNS)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--effort", type=int, default=1)
+    parser.add_argument("--out", default=None)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    model, tokenizer = load_model(asked.model)
+    inputs = inputs_of(model, 128)
+    text = encode(tokenizer, load_text("wikitext2"))
+    whole = macs(model, inputs)
+    print(f"dense {perplexity(model, text, limit=asked.windows):.2f}", flush=True)
+    done = {}
+    if asked.out and Path(asked.out).exists():
+        lines = map(json.loads, Path(asked.out).read_text().splitlines())
+        done = {(line["run"], line["target"], line["seed"]): line for line in lines}
+    for seed in asked.seeds:
+        ids = load_calibration(model, tokenizer, "brown", asked.samples, 512, seed)
+        for target in asked.targets:
+            for name in asked.runs:
+                line = done.get((name, target, seed))
+                if line is None:
+                    line = {
+                        "run": name,
+                        "target": target,
+                        "seed": seed,
+                        **one(model, name, target, ids, seed, asked.effort),
+                    }
+                    if "error" not in line:
+                        network = line.pop("model")
+                        line["left"] = macs(network, inputs) / whole
+                        line["perplexity"] = perplexity(network, text, limit=asked.windows)
+                    if asked.out:
+                        with open(asked.out, "a") as file:
+                            file.write(json.dumps(line) + "\n")
+                told = (
+                    line.get("error")
+                    or f"perplexity {line['perplexity']:8.2f}  left {line['left']:.1%}  {line['cpu']:.0f} CPU s  {line['said']}"
+                )
+                print(f"{target:10} seed {seed}  {name:20} {told}", flush=True)
+
+
+def one(model: torch.nn.Module, name: str, target: str, ids: torch.Tensor, seed: int, effort: int) -> dict:
+    """A pruned copy, and what it took."""
+    method, _, repair = name.partition("+")
+    settings = {"repair": repair} if repair else {}
+    if method == "auto":
+        settings["effort"] = effort
+    start = time.process_time()
+    try:
+        pruned = secateur.prune(
+            copy.deepcopy(model),
+            method=method,
+            target=target,
+            data=ids,
+            seed=seed,
+            inplace=effort == 1,
+            **settings,
+        )
+    except SecateurError as error:
+        return {"error": str(error)}
+    said = pruned.report.get("auto", {}).get("why", "")[:60]
+    return {
+        "model": pruned.model,
+        "cpu": time.process_time() - start,
+        "said": said,
+        "met": pruned.report["met"],
+    }
+
+
+if __name__ == "__main__":
+    main()
