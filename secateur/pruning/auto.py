@@ -63,9 +63,9 @@ WEIGHTS = (
 )  # fmt: skip
 UNITS = {
     "llm": (
-        Candidate("flap", "units by how much they vary, then each block is fitted to the dense model's", FITTED),
-        Candidate("nirvana", "units by what the whole model's output loses, each kind with a budget of its own"),
-        Candidate("2ssp", "neurons by what they give, then attention by what the text loses without it"),
+        Candidate("2ssp", "neurons by what they give, then attentions by what the text loses without them"),
+        Candidate("nirvana", "units by what the model's output loses, each kind with a budget of its own"),
+        Candidate("flap", "units by how much they vary, with a bias for what left"),
     ),
     "other": (
         Candidate("obspa", "units by what their loss costs after the layers that read them are solved anew"),
