@@ -24,6 +24,8 @@ from secateur.pruning.options import Options
 from secateur.pruning.prune import Pruned, prune_with
 from secateur.pruning.request import OF_UNITS, OPTIONS
 from secateur.pruning.target import Target, parse_target
+from secateur.pruning.tokens import KIND
+from secateur.pruning.vocabulary import TokenFrequency
 from secateur.stats.collect import default_loss
 from secateur.taxonomy.axes import HARDWARE
 from secateur.taxonomy.measured import fitting, shipped, standings
@@ -117,28 +119,31 @@ def prune(
 
     Raises `SecateurError`: as a named method does; with "auto" also where no candidate fits, with the reason of each.
     """
-    common: dict[str, Any] = {
-        "target": target,
-        "seed": seed,
-        "tokenizer": tokenizer,
-        "loss": loss,
-        **settings,
-    }
+    goal, kinds = parse_target(target), set(settings.get("kinds") or ())
+    if method == AUTO and (goal.kind == KIND or kinds == {KIND}):  # no method scores tokens
+        method = TokenFrequency()
+    common: dict[str, Any] = {"target": target, "seed": seed, "tokenizer": tokenizer, "loss": loss}
+    common |= {name: value for name, value in settings.items() if value is not None}
     if method != AUTO:
         unused = effort == 1 and hardware is None
-        require(
-            unused, "they choose a method, and it is named", where="effort and hardware", fix="method=auto"
-        )
+        fix = "leave out method"
+        require(unused, "they choose a method, and it is named", where="effort and hardware", fix=fix)
         return prune_with(model, inputs, method=method, data=data, inplace=inplace, **common)
     choose(effort, EFFORTS, what="effort", where="effort")
     require(effort == 1 or not inplace, "trials run on copies", where="inplace", fix="effort=1")
+    require(
+        effort == 1 or KIND not in kinds,
+        "trials are judged on ids of one vocabulary",
+        where="effort",
+        fix="effort=1",
+    )
     own = [name for name in settings if name not in OPTIONS and name not in OF_PRUNE]
     require(not own, f"{', '.join(own)} belongs to a method", where="method=auto", fix="name the method too")
     module = as_module(model, settings.get("prompts"), settings.get("drawing"))
     place = hardware or ("cpu" if device_of(module).type == "cpu" else "gpu-dense")
     choose(place, HARDWARE, what="hardware", where="hardware")
     batches, held = _split(data, tokenizer, module, settings, seed, effort > 1)
-    found = candidates(module, parse_target(target), place, batches is not None, settings)
+    found = candidates(module, goal, place, batches is not None, settings)
     common |= {"data": batches, "inplace": inplace, "rollback": True}
     tried: list[dict[str, Any]] = []
     judge = judge_of(module, held, loss) if effort > 1 else None

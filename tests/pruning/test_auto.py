@@ -90,7 +90,9 @@ def test_the_third_effort_also_divides_the_budget_in_other_ways(
     tiny_llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(auto.UNITS, "llm", TWO)
-    tried = secateur.prune(tiny_llama(), target="60%", data=IDS, effort=3).report["auto"]["tried"]
+    tried = secateur.prune(tiny_llama(), target="60%", data=IDS, effort=3, allocation=None).report["auto"][
+        "tried"
+    ]
     assert [line["settings"].get("allocation") for line in tried] == [
         None,
         None,
