@@ -40,7 +40,8 @@ class LRSDIP(TokenMethod):
 
     >>> from secateur.tokens.pyramid import pyramid
     >>> views = pyramid(picture, 336)  # doctest: +SKIP
-    >>> inputs = processor(images=list(views.tiles), text=len(views.tiles) * "<image>" + question)  # doctest: +SKIP
+    >>> inputs = processor(images=views.tiles[0], text="<image>" + question)  # doctest: +SKIP
+    >>> inputs |= processor.image_processor(list(views.tiles), return_tensors="pt")  # doctest: +SKIP
     >>> with secateur.attach(vlm, "lrs-dip", target="25%", most=6, given={"pyramid": [views]}) as attached:  # doctest: +SKIP
     ...     vlm.generate(**inputs)
 

@@ -21,12 +21,13 @@ from secateur.families.vlm.facts import decoder_of, encoder_of, placeholder, slo
 from secateur.tokens.call import Call, Current
 from secateur.tokens.choose import run_stage
 from secateur.tokens.glimpse import look
-from secateur.tokens.pyramid import regroup
+from secateur.tokens.pyramid import levels_of, regroup
 from secateur.tokens.record import Recorder
+from secateur.tokens.room import room, widened
 from secateur.tokens.sets import make_table
 from secateur.tokens.setup import Placed, Setup
 from secateur.tokens.shorten import pack, window_of
-from secateur.tokens.tiles import check, crops_of, next_tiles, reading
+from secateur.tokens.tiles import check, crops_of, next_tiles, pictures_of, reading, together
 from secateur.utils.versions import cache_in, cache_name
 
 Places = dict[str, tuple[Tensor, Tensor]]
@@ -114,6 +115,10 @@ class Prompt:
     """[N] position among the features, kinds one after another, of each token of the table: it goes row by row."""
     encoded: dict[str, Any]
     """What the encoders gave, by kind."""
+    source: Tensor | None = None
+    """[B, L] the column as the caller gave it of each of these, -1 padding, where room was made for tiles."""
+    seen: int = 0
+    """Columns that the caller gave."""
 
     def features(self) -> Tensor:
         """[N, D] as the table goes."""
@@ -176,6 +181,12 @@ class InputDriver:
         assert ids is not None
         mask = _mask(model, kwargs, generating)  # [B, L]
         layouts = family.layout(model, kwargs) if family.layout else {}
+        source, seen = None, ids.shape[1]
+        if "pyramid" in setup.given and "image" in layouts:
+            source = self._room(ids, mask, layouts["image"])
+        if source is not None:
+            kwargs = widened({**kwargs, "attention_mask": mask}, source, ids.shape, setup.pad)
+            ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
         no_grad = generating or not torch.is_grad_enabled()
         for kind in [k for k in kinds if k not in layouts and family.measure is not None]:
             with torch.set_grad_enabled(not no_grad), self.current.running(None):
@@ -208,7 +219,7 @@ class InputDriver:
             call.answers = _answers(kwargs.get("labels"), ids)
         if call.session is not None:
             call.session.open(table, ids, call.mask)
-        prompt = Prompt(call, kwargs, mask, generating, layouts, _order(places), encoded)
+        prompt = Prompt(call, kwargs, mask, generating, layouts, _order(places), encoded, source, seen)
         climbs = setup.stages_at("tiles") and not setup.whole and bool((table.level > 0).any())
         with torch.set_grad_enabled(not no_grad):
             if climbs:
@@ -218,16 +229,23 @@ class InputDriver:
                     if encoded.get(kind) is None:
                         with self.current.running(call if kind in layouts else None):
                             encoded[kind] = encode(model, kind, kwargs)
-                features = prompt.features()
+                features = prompt.features()[call.table.alive]
         self.forms = {kind: getattr(output, slot_of(output)) for kind, output in encoded.items()}
         features, changed = self._choose(prompt, features)
         new = prompt.whole(self.setup.model)
-        if not changed and not self.shortens:
+        if not changed and not self.shortens and source is None:
             return new, call, None
-        return self._shorten(call, prompt.short(new, features), new, mask, generating)
+        return self._shorten(prompt, prompt.short(new, features), new)
+
+    def _room(self, ids: Tensor, mask: Tensor, layout: Layout) -> Tensor | None:
+        """The columns of a prompt with places for thumbnails alone, with room for all tiles; see `room`."""
+        count = len(layout.grid)
+        tiles = [sum(n.rows * n.cols for n in each) for each in levels_of(self.setup.given["pyramid"], count)]
+        here = ids == placeholder(self.setup.model, "image")
+        return room(here, mask, tiles, len(layout) // count) if sum(tiles) == count else None
 
     def _climb(self, prompt: Prompt, placed: Placed) -> Tensor:
-        """Features [N, D], level by level of the pyramids: those of the crops that the stage asks for, and 0."""
+        """Features [M, D] of the tokens on crops that the stage asks for, level by level of the pyramids; no others are made."""
         call, table = prompt.call, prompt.call.table
         if set(prompt.layouts) != {"image"} or prompt.encoded.get("image") is not None:
             raise SecateurError(
@@ -236,29 +254,42 @@ class InputDriver:
                 fix="give pixel_values alone",
             )
         check(self.setup, table)
-        count = len(prompt.layouts["image"].grid)
-        crop, level = table.crop_id[: table.visual], table.level[: table.visual]
-        wanted, read = (
-            crops_of(table, count)[0] == 0,
-            torch.zeros(count, dtype=torch.bool, device=table.device),
-        )
+        count, depth = len(prompt.layouts["image"].grid), int(table.level.max()) + 1
+        crop = table.crop_id[: table.visual]
+        wanted = crops_of(table, count)[0] == 0
+        read = torch.zeros_like(wanted)
         features: Tensor | None = None
-        for here in range(int(table.level.max()) + 1):
+        for here in range(depth):
             if bool(wanted.any()):
-                with self.current.running(call), reading(self.setup, wanted):
-                    prompt.encoded["image"] = encode(self.setup.model, "image", prompt.kwargs)
-                new, read = prompt.features(), read | wanted
-                features = new if features is None else torch.where(wanted[crop][:, None], new, features)
+                new = self._encode_some(prompt, wanted)
+                features = new if features is None else together(crop, read, wanted, features, new)
+                read = read | wanted
             assert features is not None
-            table.alive = table.slot = (read[crop] & (level >= 0)).nonzero()[:, 0]
-            if here < int(table.level.max()):
-                self._look(prompt, placed, features[table.alive])
-                wanted = next_tiles(
-                    call, self.recorder, placed, table.alive, features[table.alive], here, count
-                )
+            at = read[crop].nonzero()[:, 0]
+            inside = table.level[at] >= 0
+            table.alive = table.slot = at[inside]
+            if here < depth - 1:
+                shown = features[inside]
+                self._look(prompt, placed, shown)
+                wanted = next_tiles(call, self.recorder, placed, table.alive, shown, here, count)
         assert features is not None
         call.tiles = count, int(read.sum())
         self.current.note(placed, table)
+        return features[inside]
+
+    def _encode_some(self, prompt: Prompt, wanted: Tensor) -> Tensor:
+        """Features [M, D] of the tokens of the crops `wanted` [crops], in the order of the table; only these are encoded."""
+        table, model = prompt.call.table, self.setup.model
+        mine = wanted[table.crop_id[: table.visual]]
+        with self.current.running(prompt.call):
+            if "pyramid" not in self.setup.given:
+                with reading(self.setup, wanted):
+                    prompt.encoded["image"] = encode(model, "image", prompt.kwargs)
+                return prompt.features()[mine]
+            prompt.encoded["image"] = encode(model, "image", pictures_of(prompt.kwargs, wanted))
+        features = flat(prompt.encoded["image"])
+        if len(features) != int(mine.sum()):
+            raise SecateurError(f"{len(features)} features came for {int(mine.sum())} places", where="tiles")
         return features
 
     def _look(self, prompt: Prompt, placed: Placed, features: Tensor) -> None:
@@ -274,9 +305,7 @@ class InputDriver:
         table.alive, table.slot = table.alive[shown], table.slot[shown]
         try:
             new = prompt.whole(self.setup.model)
-            short = self._shorten(
-                call, prompt.short(new, features[shown]), new, prompt.mask, prompt.generating
-            )[0]
+            short = self._shorten(prompt, prompt.short(new, features[shown]), new)[0]
             forms = {kind: getattr(output, slot_of(output)) for kind, output in prompt.encoded.items()}
             short["mm_encoder_outputs"] = formed(short["mm_encoder_outputs"], forms)
             look(self.setup, self.current, self.recorder, call, short, placed.stage.glimpse)
@@ -284,10 +313,9 @@ class InputDriver:
             table.alive, table.slot = before
 
     def _choose(self, prompt: Prompt, features: Tensor) -> tuple[Tensor, bool]:
-        """Features [M, D] of the tokens that are left after the tower and the stages here, and whether any has gone."""
+        """Features [M, D] of the tokens that are left after the stages here, and whether any has gone, in the tower too."""
         call, table = prompt.call, prompt.call.table
         changed = len(table.alive) < table.visual
-        features = features[table.alive]
         for placed in self.setup.stages_at("input"):
             if not self.setup.whole:
                 self._look(prompt, placed, features)
@@ -300,9 +328,10 @@ class InputDriver:
         return features, changed
 
     def _shorten(
-        self, call: Call, kwargs: dict[str, Any], given: dict[str, Any], mask: Tensor, generating: bool
+        self, prompt: Prompt, kwargs: dict[str, Any], given: dict[str, Any]
     ) -> tuple[dict[str, Any], Call, Turn]:
         """Ids, mask, positions, types and labels of the columns that stay; `given`: the arguments with every token."""
+        call, mask, generating = prompt.call, prompt.mask, prompt.generating
         table, ids, compact = call.table, kwargs["input_ids"], self.setup.compact
         rows, length = ids.shape
         if len(table.alive) < table.visual:
@@ -340,7 +369,12 @@ class InputDriver:
         column_at[table.alive] = where[table.row[table.slot], stays]
         call.column_at = column_at
         call.columns = self.current.columns = torch.where(valid, index, -1)
-        return new, call, Turn(length, index, valid, short, mask.bool())
+        if prompt.source is None:
+            return new, call, Turn(length, index, valid, short, mask.bool())
+        # what comes later counts the columns as they were given
+        source = prompt.source.gather(1, index).clamp(min=0)
+        self.current.columns = torch.where(valid, source, -1)
+        return new, call, Turn(prompt.seen, source, valid, short, mask.bool())
 
     def step(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a later step. Some models' generate forgets the positions, and their forward would count the cache."""

@@ -150,6 +150,13 @@ def _check(height: int, width: int, block: int, base: int) -> None:
         )
 
 
+def levels_of(pyramids: Pyramid | Sequence[Pyramid | Sequence[Level]], count: int) -> list[list[Level]]:
+    """The levels of each of the pyramids that `count` tiles belong to; one pyramid alone is that of every picture."""
+    if isinstance(pyramids, Pyramid):
+        pyramids = [pyramids] * max(1, count // max(1, len(pyramids.tiles)))
+    return [list(each.levels if isinstance(each, Pyramid) else each) for each in pyramids]
+
+
 def regroup(layout: Layout, pyramids: Pyramid | Sequence[Pyramid | Sequence[Level]]) -> Layout:
     """A layout of pictures that are tiles of pyramids: each pyramid is an image, each tile a crop of it.
 
@@ -158,10 +165,7 @@ def regroup(layout: Layout, pyramids: Pyramid | Sequence[Pyramid | Sequence[Leve
     The tiles come in the order of the levels as given, row by row; level 0 is the one of fewest tiles. One pyramid alone is that
     of every picture. Raises `SecateurError` where the numbers don't match.
     """
-    count = len(layout.grid)
-    if isinstance(pyramids, Pyramid):
-        pyramids = [pyramids] * max(1, count // max(1, len(pyramids.tiles)))
-    every = [list(each.levels if isinstance(each, Pyramid) else each) for each in pyramids]
+    count, every = len(layout.grid), levels_of(pyramids, len(layout.grid))
     for levels in every:
         if not levels or any(min(level.rows, level.cols) < 1 for level in levels):
             raise SecateurError(

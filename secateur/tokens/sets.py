@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -75,18 +76,17 @@ class Table(Screen):
         number, row = self.number[self.alive], self.row[self.alive]
         return [number[row == r].sort().values.cpu() for r in range(self.rows)]
 
+    @cached_property
     def levels(self) -> tuple[Tensor, Tensor]:
         """Rows and columns of the tiles, and of the tokens, of each image's levels: [images, levels, 2] each, (0, 0) for none."""
         there = self.level[: self.visual] >= 0
         level, image = self.level[: self.visual][there], self.image_id[: self.visual][there]
         depth, images = int(self.level.max()) + 1, int(self.image_id.max()) + 1
-        key = (image * depth + level)[:, None].expand(-1, 2)
-        sizes = []
-        for place in (self.tile, self.whole):
-            empty = torch.zeros(images * depth, 2, dtype=torch.int64, device=self.device)
-            size = empty.scatter_reduce(0, key, place[: self.visual][there] + 1, "amax")
-            sizes.append(size.view(images, depth, 2))
-        return sizes[0], sizes[1]
+        none, sizes = torch.zeros(images * depth, dtype=torch.int64, device=self.device), []
+        for place in (*self.tile.T, *self.whole.T):
+            last = place[: self.visual][there] + 1
+            sizes.append(none.scatter_reduce(0, image * depth + level, last, "amax").view(images, depth))
+        return torch.stack(sizes[:2], 2), torch.stack(sizes[2:], 2)
 
     def keys(self, scope: str) -> Tensor:
         choose(scope, SCOPES, what="scope", where="tokens")
@@ -142,8 +142,8 @@ def make_table(layouts: dict[str, Layout], places: dict[str, tuple[Tensor, Tenso
     rest = torch.full((len(joined["row"]) - visual,), -1, device=device)
     values: dict[str, Any] = {**joined, "number": torch.cat([number, rest])}
     # ids go kind by kind, so those of a row's images and videos may lie apart
-    both = torch.stack([joined["row"], joined["image_id"]], 1)
-    near = both.unique(dim=0, return_inverse=True)[1] if len(both) else joined["image_id"]
+    near = joined["row"] * max(1, images) + joined["image_id"]
+    near = near.unique(return_inverse=True)[1] if len(near) else joined["image_id"]
     values["image"] = _within(near, joined["row"])
     values["crop"] = _within(joined["crop_id"], joined["image_id"])
     return Table(visual=visual, rows=rows, **values)
@@ -303,7 +303,7 @@ def _columns(table: Table, member: Tensor, valid: Tensor, apart: bool) -> dict[s
     crop = single(table.crop_id)
     pyramid: dict[str, Any] = {"level": token(table.level)}
     if bool((single(table.image_id) >= 0).all()) and bool((table.level > 0).any()):
-        tiles, maps = table.levels()
+        tiles, maps = table.levels
         pyramid |= {"tiles": tiles[table.image_id[first]], "maps": maps[table.image_id[first]]}
     return {
         **pyramid,

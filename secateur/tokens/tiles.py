@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,6 +85,31 @@ def next_tiles(
     own = which[image[asked]]
     wanted[asked] = answer.to(table.device)[own, tile[asked, 0] * grid[own, 1] + tile[asked, 1]]
     return wanted
+
+
+def pictures_of(kwargs: Mapping[str, Any], chosen: Tensor) -> dict[str, Any]:
+    """Arguments of a model, each crop a picture of its own, that hold `chosen` [crops] alone."""
+    pixels: Tensor = kwargs["pixel_values"]
+    # rows of pictures, in which pictures of zeros are padding
+    real = (pixels.flatten(2) != 0).any(-1) if pixels.dim() == 5 else None
+
+    def some(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim():
+            return value
+        if real is not None and value.dim() > 2 and value.shape[:2] == real.shape:
+            return value[real][chosen][:, None]
+        return value[chosen] if len(value) == len(chosen) else value
+
+    return {name: some(value) for name, value in kwargs.items()}
+
+
+def together(crop: Tensor, read: Tensor, wanted: Tensor, features: Tensor, new: Tensor) -> Tensor:
+    """[M, D] of the tokens on crops that were `read` and those `wanted` [crops], in order; `crop` [N] of every token."""
+    there = (read | wanted)[crop]
+    out = features.new_empty(int(there.sum()), features.shape[-1])
+    before = read[crop][there]
+    out[before], out[~before] = features, new
+    return out
 
 
 @contextmanager

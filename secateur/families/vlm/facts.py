@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -180,22 +181,27 @@ def grids(
     each grid that no patch belongs to (CLS taken for a visual token).
     """
     parts: dict[str, list[Tensor]] = {k: [] for k in ("image", "crop", "row", "col", "line", "patches")}
-    shapes, start = [], 0
-    for crop, (h, w) in enumerate(sizes):
+    shapes: list[tuple[int, int]] = []
+    start = 0
+    for (h, w), alike in groupby(sizes):
         index = patches(h, w)  # [n, m]
         n = len(index)
         # a token lies where its first patch does; merges are square
         row, col = torch.div(index, w, rounding_mode="floor").amin(1), (index % w).amin(1)
         scale = max(1, round((h * w / n) ** 0.5))
         fill = torch.full((lead,), 0)
-        parts["image"].append(torch.full((n + lead,), image[crop] if image is not None else crop))
-        parts["crop"].append(torch.full((n + lead,), crop))
-        parts["row"].append(torch.cat([fill, row // scale]))
-        parts["col"].append(torch.cat([fill, col // scale]))
-        parts["line"].append(torch.arange(n + lead) < lead)
-        parts["patches"].append(torch.cat([torch.full((lead, index.shape[1]), -1), index + start]))
-        shapes.append((h // scale, w // scale))
-        start += h * w
+        number = len(shapes) + torch.arange(len(list(alike)))  # [c] crops of one size behind one another
+        c, first = len(number), start + h * w * torch.arange(len(number))
+        owner = torch.tensor([image[i] for i in number.tolist()]) if image is not None else number
+        none = torch.full((c, lead, index.shape[1]), -1)
+        parts["image"].append(owner.repeat_interleave(n + lead))
+        parts["crop"].append(number.repeat_interleave(n + lead))
+        parts["row"].append(torch.cat([fill, row // scale]).repeat(c))
+        parts["col"].append(torch.cat([fill, col // scale]).repeat(c))
+        parts["line"].append((torch.arange(n + lead) < lead).repeat(c))
+        parts["patches"].append(torch.cat([none, index + first[:, None, None]], 1).flatten(0, 1))
+        shapes += c * [(h // scale, w // scale)]
+        start += c * h * w
     joined = {k: torch.cat(v) for k, v in parts.items()}
     return Layout(
         image=joined["image"],
