@@ -191,7 +191,7 @@ def one(model: Any, way: str, drawn: Mosaics, file: str, batch: int) -> dict[str
                 out = model(**given, logits_to_keep=1, use_cache=False)
                 seconds += time.process_time() - begun
                 after = attached.report["after"]
-            cost += after["flops"] + after["tower_flops"] + after.get("glimpse_flops", 0.0)
+            cost += after["flops"] + after["tower_flops"]
             tiles += after["tiles"]
             tokens += sum(attached.report["lengths"][0])
             for row, held in zip(attached.kept["tiles"], drawn.tiles[rows, 0].tolist()):

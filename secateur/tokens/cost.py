@@ -153,8 +153,8 @@ def report(setup: Setup, clock: Clock, run: Prefill | None, table: Table | None)
     """The last run's counts.
 
     `tokens_x_layers`: visual tokens summed over the decoder layers. `equivalent_tokens`: that over the depth. FLOPs are
-    multiply-adds of the prefill, summed over rows: 4nd^2 + 2n^2d + 2ndm, or 3ndm where gated. `glimpse_flops`: of looks at
-    the prompt before it. `tiles`: crops of pyramids that went through the tower, whose `tower_flops` count no others.
+    multiply-adds of the prefill, summed over rows: 4nd^2 + 2n^2d + 2ndm, or 3ndm where gated. Looks at the prompt count in all
+    three; `glimpse_tokens_x_layers` and `glimpse_flops` say how much of it they are. `tiles`: crops of pyramids that went through the tower, whose `tower_flops` count no others.
     """
     facts = setup.facts
     times = {
@@ -168,8 +168,12 @@ def report(setup: Setup, clock: Clock, run: Prefill | None, table: Table | None)
         return {"before": counts[0], "after": counts[1], **times}
     lengths = run.lengths()
     # text never leaves, so what a layer saw beyond it is visual
-    visual = (lengths - (run.dense - run.visual)[None]).clamp(min=0)
+    words = run.dense - run.visual  # [B]
+    visual = (lengths - words[None]).clamp(min=0)
     total = int(run.visual.sum())
+    looks = run.call.glimpses
+    looked = sum(layers * int((seen - words).clamp(min=0).sum()) for layers, seen in looks)
+    look_flops = sum(llm_flops([float(n)] * layers, facts) for layers, seen in looks for n in seen)
     before: dict[str, Any] = {
         "visual_tokens": total,
         "tokens_x_layers": total * facts.layers,
@@ -179,18 +183,16 @@ def report(setup: Setup, clock: Clock, run: Prefill | None, table: Table | None)
     }
     after: dict[str, Any] = {
         "visual_tokens": int(visual[-1].sum()) if len(visual) else 0,
-        "tokens_x_layers": int(visual.sum()),
-        "equivalent_tokens": float(visual.sum()) / max(1, facts.layers),
-        "flops": sum(llm_flops([float(n) for n in row], facts) for row in lengths.T),
+        "tokens_x_layers": int(visual.sum()) + looked,
+        "equivalent_tokens": (float(visual.sum()) + looked) / max(1, facts.layers),
+        "flops": sum(llm_flops([float(n) for n in row], facts) for row in lengths.T) + look_flops,
         "kv_bytes": run.kv_after,
     }
     if run.call.tiles is not None:
         before["tiles"], after["tiles"] = run.call.tiles
-    if run.call.glimpses:
-        before["glimpse_flops"] = 0.0
-        after["glimpse_flops"] = sum(
-            llm_flops([float(n)] * layers, facts) for layers, seen in run.call.glimpses for n in seen
-        )
+    if looks:
+        before["glimpse_tokens_x_layers"], after["glimpse_tokens_x_layers"] = 0, looked
+        before["glimpse_flops"], after["glimpse_flops"] = 0.0, look_flops
     tower = run.tower()
     if tower is not None:
         before["tower_flops"], after["tower_flops"] = tower

@@ -11,6 +11,7 @@ from secateur.errors import SecateurError
 from secateur.methods.lrs_dip import LRSDIP, standing_out
 from secateur.testing import token_sets
 from secateur.tokens.attach import attach
+from secateur.tokens.cost import llm_flops
 from secateur.tokens.pyramid import Level
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tokens"))
@@ -138,6 +139,12 @@ def test_in_a_model():
     assert (report["before"]["tiles"], report["after"]["tiles"]) == (21, 8)
     # one look at the thumbnail, which votes for nothing, one at 16 + 64 tokens and one at 16 + 48; each with 6 words
     assert [int(seen) for _, seen in attached._prefill.call.glimpses] == [22, 86, 70]
+    # two of the four layers look at the visual ones among them, and all four read the 28 that stay
+    assert report["after"]["glimpse_tokens_x_layers"] == 2 * (16 + 80 + 64)
+    assert report["after"]["tokens_x_layers"] == 2 * (16 + 80 + 64) + 4 * 28
+    looks = sum(llm_flops([float(n)] * 2, attached.facts) for n in (22, 86, 70))
+    assert report["after"]["glimpse_flops"] == looks
+    assert report["after"]["flops"] == pytest.approx(looks + llm_flops([34.0] * 4, attached.facts))
     position = attached.columns.shape[1]
     assert position == 28 + 6
 

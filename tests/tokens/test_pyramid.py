@@ -359,7 +359,10 @@ def test_a_look_with_all_layers_is_the_models_own():
         for row, ids in enumerate(inputs["input_ids"][:2]):
             wanted = maps[row, :, -1].mean(0)[ids == IMAGE]
             assert torch.allclose(method.seen[0][row, : len(wanted)], wanted, atol=1e-6)
-        assert attached.report["after"]["glimpse_flops"] == attached.report["before"]["flops"]
+        before, after = attached.report["before"], attached.report["after"]
+        assert after["glimpse_flops"] == before["flops"]
+        assert after["glimpse_tokens_x_layers"] == before["tokens_x_layers"] == 48 * 4
+        assert after["tokens_x_layers"] == 48 * 4 + 24 * 4 and after["equivalent_tokens"] == 48 + 24
 
 
 def test_layers_that_look_run_one_after_another_and_the_others_not():
