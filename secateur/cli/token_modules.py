@@ -19,7 +19,7 @@ from secateur.errors import SecateurError
 class TokenModules:
     """What is trained on, how long, and where it goes."""
 
-    method: str = flag("a method with modules: covipal, atp-llava, or file.py:Class")
+    method: str = flag("a method with modules: covipal, atp-llava, lrs-dip, or file.py:Class")
     target: str = flag("what stays of the visual tokens: 25%, or tokens=64 a picture", "25%")
     data: str | None = flag(
         'a .jsonl file with lines of {"image": "file", "question": "...", "answer": "..."}; default, for scenes: drawn pictures',

@@ -14,11 +14,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from secateur.errors import SecateurError
 from secateur.method import register
 from secateur.taxonomy import record
 from secateur.tokens.counts import floors
 from secateur.tokens.glimpse import read_weights
-from secateur.tokens.method import Facts, Glimpse, Stage, TokenMethod
+from secateur.tokens.method import Facts, Glimpse, Lesson, Stage, TokenMethod
 from secateur.tokens.pyramid import voted
 from secateur.tokens.select import top_per_row
 from secateur.tokens.state import TokenSets
@@ -31,6 +32,47 @@ def standing_out(
     spread = scores.masked_fill(~mine, torch.nan)
     bottom, top = (spread.nanquantile(q, dim=1, keepdim=True) for q in (low, high))
     return mine & ((scores - bottom) / (top - bottom).clamp(min=1e-12) > least)
+
+
+def distillation(look: Tensor, guide: Tensor, mine: Tensor, there: Tensor) -> Tensor:
+    """How far the logits of the layers that look are from the guide's, both [S, H, N]: a mean over sets, heads and three terms.
+
+    >>> logits = torch.randn(2, 4, 10)
+    >>> every = torch.ones(2, 10, dtype=torch.bool)
+    >>> distillation(logits, logits, every[:, :8], every).item()
+    0.0
+
+    `mine` [S, n]: of the first n keys those that tokens are chosen from; `there` [S, N]: keys that are no padding. The terms: divergence of
+    the guide's softmax over all keys; the same over `mine` at temperature 2, without its square; mean squared difference of
+    these logits at that temperature. No gradient reaches the guide.
+    """
+    guide = guide.detach()
+    local, some = (logits[..., : mine.shape[1]] / 2 for logits in (look, guide))
+    count = mine.sum(1)[:, None].clamp(min=1)
+    apart = ((local - some).square() * mine[:, None]).sum(2) / count
+    return (_divergence(look, guide, there) + _divergence(local, some, mine) + apart).mean() / 3
+
+
+def _divergence(said: Tensor, wanted: Tensor, there: Tensor) -> Tensor:
+    """[S, H] KL(softmax(wanted) || softmax(said)) over the keys that are `there` [S, N]."""
+    said, wanted = (x.masked_fill(~there[:, None], -torch.inf).log_softmax(2) for x in (said, wanted))
+    each = wanted.exp() * (wanted - said)
+    return each.masked_fill(~there[:, None], 0).sum(2)
+
+
+def _logits(sets: TokenSets, site: str) -> Tensor:
+    """[S, H, n + m] of the last token of the prompt: for the set's tokens, and for the words behind them."""
+    query, keys = sets.queries(site, cls=True), sets.keys(site)
+    words = sets.text(f"{site}:keys")[0].permute(0, 2, 1, 3)
+    keys = torch.cat([keys, words], 2)  # [S, H_kv, n + m, d]
+    keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], 1)
+    return (keys @ query[..., None])[..., 0] * query.shape[-1] ** -0.5
+
+
+def _mean(noted: Mapping[str, Tensor], own: Tensor) -> Tensor:
+    """The layers' losses, and the model's own where it is trained too."""
+    found = torch.stack([value for name, value in noted.items() if name.startswith("distilled")]).mean()
+    return found + own if own.requires_grad else found
 
 
 @register
@@ -96,7 +138,7 @@ class LRSDIP(TokenMethod):
     info = record("lrs-dip")
 
     def stages(self, facts: Facts) -> list[Stage]:
-        layers = self.layers or tuple(range((facts.layers + 1) // 2))
+        layers = self.copies(facts)
         glimpse = Glimpse(layers, read_weights(self.rfm) if self.rfm else None)
         site = f"layer:{layers[-1]}"
         return [
@@ -104,10 +146,50 @@ class LRSDIP(TokenMethod):
             Stage("input", partial(self.prune, site), (site,), glimpse=glimpse),
         ]
 
+    # -- training --
+
+    def copies(self, facts: Facts) -> tuple[int, ...]:
+        return self.layers or tuple(range((facts.layers + 1) // 2))
+
+    def lessons(self, facts: Facts) -> list[Lesson]:
+        if self.rfm or self.token != "last":
+            raise SecateurError(
+                "the look is trained from the model's own layers, for the prompt's last token",
+                where="lrs-dip",
+                fix="leave out rfm and token",
+            )
+        layers = self.copies(facts)
+        sites = [f"layer:{n}" for i, n in enumerate(layers) if i not in (1, 2) or n == layers[-1]]
+        watch = Stage("input", partial(self.watch, sites), tuple(sites), glimpse=Glimpse(layers))
+        deep = [f"{site}:peek" if site == f"layer:{layers[-1]}" else site for site in sites]
+        compare = Stage(f"layer:{layers[-1]}", partial(self.compare, deep), tuple(deep))
+        return [Lesson("distillation", [watch, compare], _mean)]
+
+    def watch(self, sites: list[str], sets: TokenSets) -> Tensor:
+        """Everything stays; what the look's last token attends to is noted."""
+        for number, site in enumerate(sites):
+            sets.noted[f"look {number}"] = _logits(sets, site)
+        return sets.valid
+
+    def compare(self, sites: list[str], sets: TokenSets) -> Tensor:
+        for number, site in enumerate(sites):
+            logits, there = _logits(sets, site), sets.text(f"{site}:keys")[1]
+            sets.noted[f"distilled {number}"] = distillation(
+                sets.noted[f"look {number}"], logits, self.finest(sets), torch.cat([sets.valid, there], 1)
+            )
+        return sets.valid
+
+    # -- choosing --
+
+    @staticmethod
+    def finest(sets: TokenSets) -> Tensor:
+        """bool [S, n]: the tokens of each picture's finest level."""
+        level = torch.zeros_like(sets.index) if sets.level is None else sets.level
+        return sets.valid & (level == level.masked_fill(~sets.valid, -1).amax(1, keepdim=True))
+
     def chosen(self, site: str, sets: TokenSets) -> tuple[Tensor, Tensor]:
         """bool [S, n], the best of the finest level and its separators, and the scores [S, n]."""
-        level = torch.zeros_like(sets.index) if sets.level is None else sets.level
-        mine = sets.valid & (level == level.masked_fill(~sets.valid, -1).amax(1, keepdim=True))
+        mine = self.finest(sets)
         asks: str | Tensor = "last" if self.token == "last" else sets.text("columns")[0][:, :1]
         attention = sets.attention(site, rows=asks, over="visual", heads=True).masked_fill(~mine[:, None], 0)
         # softmax over the level's own tokens, head by head

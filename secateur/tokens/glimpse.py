@@ -78,7 +78,8 @@ def look(
     last = layers[glimpse.layers[-1]].register_forward_hook(stop)
     try:
         driver.begin(given, call, mask)
-        with torch.no_grad(), current.running(call), _only(layers, glimpse):
+        learning = setup.lesson is not None and torch.is_grad_enabled()
+        with torch.set_grad_enabled(learning), current.running(call), _only(layers, glimpse):
             type(model).forward(model, **given)
     except _Seen:
         call.glimpses.append((len(glimpse.layers), mask.sum(1).cpu()))
@@ -94,17 +95,22 @@ def _only(layers: Any, glimpse: Glimpse) -> Iterator[None]:
     """Layers that aren't of the glimpse hand on what they are given, and those that are have its weights."""
     passed = [layer for n, layer in enumerate(layers) if n not in glimpse.layers]
     forwards = [layer.__dict__.get("forward") for layer in passed]
-    parameters = {f"{n}.{name}": p for n in glimpse.layers for name, p in layers[n].named_parameters()}
-    own = {name: parameters[name].data for name in glimpse.weights or ()}
+    # the parameters themselves change places, so that gradients reach those of the look
+    homes: dict[str, tuple[nn.Module, str]] = {}
+    for n in glimpse.layers if glimpse.weights is not None else ():
+        for path, module in layers[n].named_modules():
+            for name in module._parameters:
+                homes[".".join(filter(None, (str(n), path, name)))] = module, name
+    own = {name: module._parameters[key] for name, (module, key) in homes.items()}
     try:
         for layer in passed:
             layer.forward = _hand_on
-        for name in own:
-            parameters[name].data = glimpse.weights[name]  # type: ignore[index]
+        for name, (module, key) in homes.items():
+            module._parameters[key] = glimpse.weights.get(name)  # type: ignore[union-attr, assignment]
         yield
     finally:
-        for name, data in own.items():
-            parameters[name].data = data
+        for name, (module, key) in homes.items():
+            module._parameters[key] = own[name]
         for layer, forward in zip(passed, forwards):
             if forward is None:
                 layer.__dict__.pop("forward", None)

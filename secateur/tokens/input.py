@@ -234,6 +234,8 @@ class InputDriver:
         features, changed = self._choose(prompt, features)
         new = prompt.whole(self.setup.model)
         if not changed and not self.shortens and source is None:
+            # a look may have left the columns of what it saw
+            call.column_at, call.columns, self.current.columns = table.column, None, None
             return new, call, None
         return self._shorten(prompt, prompt.short(new, features), new)
 
@@ -256,7 +258,8 @@ class InputDriver:
         check(self.setup, table)
         count, depth = len(prompt.layouts["image"].grid), int(table.level.max()) + 1
         crop = table.crop_id[: table.visual]
-        wanted = crops_of(table, count)[0] == 0
+        crops = crops_of(table, count)
+        wanted = crops[0] == 0
         read = torch.zeros_like(wanted)
         features: Tensor | None = None
         for here in range(depth):
@@ -271,7 +274,7 @@ class InputDriver:
             if here < depth - 1:
                 shown = features[inside]
                 self._look(prompt, placed, shown)
-                wanted = next_tiles(call, self.recorder, placed, table.alive, shown, here, count)
+                wanted = next_tiles(call, self.recorder, placed, table.alive, shown, here, crops)
         assert features is not None
         call.tiles = count, int(read.sum())
         self.current.note(placed, table)
@@ -505,6 +508,8 @@ def _length(cache: Any) -> int:
 
 def _order(places: Places) -> Tensor:
     """[N] placeholder order -> position among the features, kinds one after another."""
+    if len(places) == 1:
+        return torch.arange(len(row := next(iter(places.values()))[0]), device=row.device)
     row, column = (torch.cat(parts) for parts in zip(*places.values()))
     return (row * (int(column.max()) + 1) + column).argsort()
 

@@ -158,6 +158,12 @@ class TokenMethod(Method):
         """
         return None
 
+    def copies(self, facts: Facts) -> tuple[int, ...]:
+        """Decoder layers of which trained copies may look at the prompt in place of the model's own (`Glimpse`); none: the
+        method has no copies. A method without `modules` owns them: `train_tokens` trains them, `attach(weights=...)` takes them.
+        """
+        return ()
+
     def lessons(self, facts: Facts) -> list[Lesson]:
         """How the modules are trained, one after the other."""
         return []

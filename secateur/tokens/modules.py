@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.families.vlm import Facts
+from secateur.families.vlm.facts import decoder_of
 from secateur.method import method_class
 from secateur.tokens.method import TokenMethod
 from secateur.utils.files import atomic_directory, atomic_write_json, check_path
+from secateur.utils.running import device_of
 from secateur.utils.schema import Count, Entry, Size, parse, read_object
 from secateur.utils.screen import Screen
 
@@ -132,6 +135,24 @@ class Trained(Screen):
         modules.load_state_dict(self.state)
 
 
+def made(method: TokenMethod, facts: Facts, model: Any) -> nn.Module | None:
+    """The modules of a method for a model before any training: its own, or copies of the model's layers; None: it has none.
+
+    >>> made(LRSDIP(layers=(0, 1)), facts, model)["1"]  # doctest: +SKIP
+    """
+    modules, layers = method.modules(facts), method.copies(facts)
+    if modules is not None or not layers:
+        return modules
+    own = decoder_of(model).layers
+    if max(layers) >= len(own):
+        raise SecateurError(
+            f"there is no layer {max(layers)} to copy",
+            where=method.name,
+            fix=f"layers from 0 to {len(own) - 1}",
+        )
+    return nn.ModuleDict({str(n): copy.deepcopy(own[n]) for n in layers}).requires_grad_(True)
+
+
 def _shape(state: Mapping[str, Tensor], name: str) -> list[int] | None:
     return list(state[name].shape) if name in state else None
 
@@ -141,15 +162,18 @@ def filled(
     facts: Facts,
     weights: Trained | None,
     target: float | None,
-    device: torch.device,
+    model: Any,
 ) -> nn.Module | None:
-    """The modules of a method with trained weights, in eval mode; None where it has none.
+    """The modules of a method with trained weights, in eval mode, on the model's device; None where it has none, or copies
+    of the model's layers and no weights for them: then these look themselves.
 
     Raises `SecateurError` for modules without weights, weights without modules, weights that don't fit, and another
     target than they were trained for where the method finds the counts itself.
     """
+    if weights is None and method.copies(facts):
+        return None
     with torch.random.fork_rng(devices=[]):
-        modules = method.modules(facts)
+        modules = made(method, facts, model)
     if modules is None:
         if weights is not None:
             raise SecateurError(f"{method.name} has no modules", where="weights", fix="leave weights out")
@@ -169,4 +193,4 @@ def filled(
             fix=f"leave it out, or {AGAIN}",
         )
     weights.fill(modules, facts)
-    return modules.to(device).requires_grad_(False).eval()
+    return modules.to(device_of(model)).requires_grad_(False).eval()

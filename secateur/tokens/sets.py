@@ -133,8 +133,11 @@ def make_table(layouts: dict[str, Layout], places: dict[str, tuple[Tensor, Tenso
     tokens = {key: torch.cat([part[key] for part in visible]) for key in visible[0]}
     # features come kind by kind; the table goes row by row
     visual = len(tokens["row"])
-    order = (tokens["row"] * (int(tokens["column"].max()) + 1 if visual else 1) + tokens["column"]).argsort()
-    tokens = {key: value[order] for key, value in tokens.items()}
+    if len(layouts) > 1:
+        order = (
+            tokens["row"] * (int(tokens["column"].max()) + 1 if visual else 1) + tokens["column"]
+        ).argsort()
+        tokens = {key: value[order] for key, value in tokens.items()}
     first = torch.searchsorted(tokens["row"], torch.arange(rows, device=device))
     number = torch.arange(visual, device=device) - first[tokens["row"]]
 
@@ -142,8 +145,9 @@ def make_table(layouts: dict[str, Layout], places: dict[str, tuple[Tensor, Tenso
     rest = torch.full((len(joined["row"]) - visual,), -1, device=device)
     values: dict[str, Any] = {**joined, "number": torch.cat([number, rest])}
     # ids go kind by kind, so those of a row's images and videos may lie apart
-    near = joined["row"] * max(1, images) + joined["image_id"]
-    near = near.unique(return_inverse=True)[1] if len(near) else joined["image_id"]
+    near = joined["image_id"]
+    if len(layouts) > 1 and len(near):
+        near = (joined["row"] * images + near).unique(return_inverse=True)[1]
     values["image"] = _within(near, joined["row"])
     values["crop"] = _within(joined["crop_id"], joined["image_id"])
     return Table(visual=visual, rows=rows, **values)

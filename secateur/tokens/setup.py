@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError, choose
 from secateur.families.vlm import Facts, Family, facts_of, family_of
 from secateur.families.vlm.facts import decoder_of
-from secateur.tokens.method import Lesson, Memory, Stage, TokenMethod
+from secateur.tokens.method import Glimpse, Lesson, Memory, Stage, TokenMethod
 from secateur.tokens.modules import Trained, filled
 from secateur.tokens.sets import BUDGETS, SCOPES
 from secateur.tokens.site import Site
-from secateur.utils.running import device_of
 from secateur.utils.screen import Screen
 
 OLDEST = (5, 21)
@@ -149,11 +148,12 @@ def make_setup(
         _check_budget(budget, method, target, plain)
     stages = method.stages(facts) if lesson is None else lesson.stages
     numbered = _numbered([_place(stage, method, facts, plain) for stage in stages])
-    numbered = tuple(_with_weights(placed, model, method) for placed in numbered)
+    if modules is None:
+        modules = filled(method, facts, weights, target, model)
+    copied = modules if method.copies(facts) else None
+    numbered = tuple(_with_weights(placed, model, method, copied) for placed in numbered)
     _check_tiles(numbered, method)
     _check_parking(numbered, method)
-    if modules is None:
-        modules = filled(method, facts, weights, target, device_of(model))
     memory = None if plain else method.memory(facts)
     layers = memory.layers if memory is not None else ()
     remembered = {f"layer:{n} over runs": Site.parse(f"layer:{n}", facts.layers, 0) for n in layers}
@@ -247,8 +247,8 @@ def _place(stage: Stage, method: TokenMethod, facts: Facts, plain: bool) -> Plac
     return Placed(stage, kind, site.number, f"{kind}:{site.number}")
 
 
-def _with_weights(placed: Placed, model: Any, method: TokenMethod) -> Placed:
-    """A stage whose look has layers of this model, and weights that fit them, on its device."""
+def _with_weights(placed: Placed, model: Any, method: TokenMethod, copied: nn.Module | None) -> Placed:
+    """A stage whose look has layers of this model, and weights that fit them, on its device; those of `copied` if there are any."""
     glimpse, where = placed.stage.glimpse, f"{method.name}, stage {placed.label}"
     if glimpse is None:
         return placed
@@ -261,6 +261,15 @@ def _with_weights(placed: Placed, model: Any, method: TokenMethod) -> Placed:
             where=where,
             fix=f"numbers from 0 to {len(layers) - 1}, each once",
         )
+    if copied is not None:
+        if glimpse.weights is not None:
+            raise SecateurError(
+                "weights came twice for the layers that look", where=where, fix="a file, or weights=DIR"
+            )
+        weights: dict[str, Tensor] = dict(copied.named_parameters())
+        return dataclasses.replace(
+            placed, stage=dataclasses.replace(placed.stage, glimpse=Glimpse(glimpse.layers, weights))
+        )
     if glimpse.weights is None:
         return placed
     own = {f"{n}.{name}": p for n in glimpse.layers for name, p in layers[n].named_parameters()}
@@ -272,8 +281,8 @@ def _with_weights(placed: Placed, model: Any, method: TokenMethod) -> Placed:
             where=where,
             fix="weights of every parameter of these layers, trained on this model",
         )
-    weights = {name: glimpse.weights[name].to(p) for name, p in own.items()}
-    stage = dataclasses.replace(placed.stage, glimpse=dataclasses.replace(glimpse, weights=weights))
+    moved = {name: glimpse.weights[name].to(p) for name, p in own.items()}
+    stage = dataclasses.replace(placed.stage, glimpse=dataclasses.replace(glimpse, weights=moved))
     return dataclasses.replace(placed, stage=stage)
 
 

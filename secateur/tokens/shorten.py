@@ -17,15 +17,14 @@ def pack(keep: Tensor, right: bool = False) -> tuple[Tensor, Tensor]:
     """
     count = keep.sum(1)
     width = int(count.max()) if len(count) else 0
-    order = keep.to(torch.uint8).argsort(dim=1, stable=True)
-    place = torch.arange(width, device=keep.device)
-    if right:
-        order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-        valid = place < count[:, None]
-    else:
-        order = order[:, keep.shape[1] - width :]
-        valid = place >= width - count[:, None]
-    return order.masked_fill(~valid, 0), valid
+    row, column = keep.nonzero(as_tuple=True)
+    place = torch.arange(len(row), device=keep.device) - (count.cumsum(0) - count)[row]
+    if not right:
+        place = place + (width - count)[row]
+    index = torch.zeros(len(keep), width, dtype=torch.int64, device=keep.device)
+    valid = torch.zeros_like(index, dtype=torch.bool)
+    index[row, place], valid[row, place] = column, True
+    return index, valid
 
 
 def gather_columns(values: Tensor, index: Tensor) -> Tensor:

@@ -52,15 +52,17 @@ def next_tiles(
     members: Tensor,
     features: Tensor,
     level: int,
-    count: int,
+    crops: tuple[Tensor, Tensor, Tensor],
 ) -> Tensor:
-    """bool [crops]: those of the next level that the stage asks for; `members` [M] of the table were read, up to `level`."""
-    table = call.table
-    levels, tile, image = crops_of(table, count)
+    """bool [crops]: those of the next level that the stage asks for; `members` [M] of the table were read, up to `level`.
+
+    `crops`: as `crops_of` gives them.
+    """
+    table, (levels, tile, image) = call.table, crops
     finer = levels == level + 1
     mine = torch.isin(table.image_id[members], image[finer])
     sets, _, _ = sets_of(call, recorder, placed, members[mine], features[mine], "tiles", 0)
-    wanted = torch.zeros(count, dtype=torch.bool, device=table.device)
+    wanted = torch.zeros_like(finer)
     if sets is None:
         return wanted
     assert sets.tiles is not None

@@ -17,7 +17,7 @@ from secateur.method import Method, expect, make_method
 from secateur.tokens.attach import Attached
 from secateur.tokens.counts import amount_of
 from secateur.tokens.method import Lesson, TokenMethod
-from secateur.tokens.modules import Trained
+from secateur.tokens.modules import Trained, made
 from secateur.tokens.setup import make_setup
 from secateur.training.batches import Augment, Draw, length
 from secateur.training.fit import fit
@@ -88,7 +88,7 @@ def train_tokens(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "modules"))
-        modules = chosen.modules(facts)
+        modules = made(chosen, facts, model)
     if modules is None:
         raise SecateurError(f"{chosen.name} has no modules to train", where="train_tokens", fix="attach it")
     if amount == 1.0:
