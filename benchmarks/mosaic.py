@@ -4,8 +4,8 @@
     python benchmarks/mosaic.py --time 9 [--sides 8,16]    # processor time of a question, and its ratio, alone
 
 The shipped `scenes:llava` models read pictures of 64 pixels. The layers that look are trained here, on mosaics, to attend to the
-tile of the object that is asked about (`--work` keeps them); the models stay as they are. "one step": from the base view to the finest
-tiles; "two steps": by way of a level of half their scale. Cost is in multiply-adds of tower, look and language model for a
+tile of the object that is asked about (`--work` keeps them); the models stay as they are. "one zoom": from the base view to the finest
+tiles; "two zooms": by way of a level of half their scale. Cost is in multiply-adds of tower, look and language model for a
 question, and in processor seconds, without those of cutting a picture into tiles.
 """
 
@@ -68,9 +68,9 @@ class RandomTiles(TokenMethod):
         return sets.valid & (~fine | (draw.argsort(1).argsort(1) < round(0.25 * MOST * TOKENS)))
 
 
-def views(picture: Tensor, steps: int = 1) -> Pyramid:
-    """Thumbnail, base view, with two steps the picture at half its scale, and the picture as it is."""
-    scales = (BASE * SIZE / picture.shape[1], *[0.5] * (steps == 2), 1)
+def views(picture: Tensor, zooms: int = 1) -> Pyramid:
+    """Thumbnail, base view, with two zooms the picture at half its scale, and the picture as it is."""
+    scales = (BASE * SIZE / picture.shape[1], *[0.5] * (zooms == 2), 1)
     return pyramid(picture, SIZE, base=BASE, scales_of=scales)
 
 
@@ -205,7 +205,7 @@ def method_of(way: str, file: str) -> tuple[Any, dict[str, Any]]:
         return RandomTiles(), {}
     if "lrs-dip" not in way:
         return None, {}
-    more: dict[str, Any] = {"most": MOST, "rank": "scores", "steps": steps_of(way)}
+    more: dict[str, Any] = {"most": MOST, "rank": "scores", "zooms": zooms_of(way)}
     if "distilled" in way:
         return "lrs-dip", {
             **more,
@@ -215,8 +215,8 @@ def method_of(way: str, file: str) -> tuple[Any, dict[str, Any]]:
     return "lrs-dip", more if "untrained" in way else {**more, "rfm": file}
 
 
-def steps_of(way: str) -> int:
-    return 2 if "two steps" in way else 1
+def zooms_of(way: str) -> int:
+    return 2 if "two zooms" in way else 1
 
 
 @torch.no_grad()
@@ -226,7 +226,7 @@ def one(model: Any, way: str, drawn: Mosaics, file: str, batch: int) -> dict[str
     right, cost, tiles, tokens, found, seconds = 0, 0.0, 0, 0, 0, 0.0
     for start in range(0, len(drawn.questions), batch):
         rows = slice(start, start + batch)
-        made = [views(picture, steps_of(way)) for picture in drawn.pictures[rows]]
+        made = [views(picture, zooms_of(way)) for picture in drawn.pictures[rows]]
         part = {
             "thumbnail": slice(0, 1),
             "base view": slice(0, 1 + BASE**2),
@@ -269,7 +269,7 @@ def one(model: Any, way: str, drawn: Mosaics, file: str, batch: int) -> dict[str
 
 def timed(model: Any, sides: list[int], rounds: int, batch: int) -> None:
     """Processor seconds of a question at each size, the sizes in turn, and their ratio to the first: medians and quartiles."""
-    ways = ("base view", "lrs-dip, untrained, one step", "lrs-dip, untrained, two steps")
+    ways = ("base view", "lrs-dip, untrained, one zoom", "lrs-dip, untrained, two zooms")
     drawn = {side: draw_mosaics(batch, side, torch.Generator().manual_seed(side)) for side in sides}
     seconds: dict[tuple[str, int], list[float]] = {(way, side): [] for way in ways for side in sides}
     for number in range(rounds + 1):  # the first warms up
@@ -292,11 +292,11 @@ WAYS = (
     "thumbnail",
     "base view",
     "random tiles",
-    "lrs-dip, untrained, one step",
-    "lrs-dip, untrained three layers, one step",
-    "lrs-dip, distilled, one step",
-    "lrs-dip, one step",
-    "lrs-dip, two steps",
+    "lrs-dip, untrained, one zoom",
+    "lrs-dip, untrained three layers, one zoom",
+    "lrs-dip, distilled, one zoom",
+    "lrs-dip, one zoom",
+    "lrs-dip, two zooms",
     "all tiles",
 )
 

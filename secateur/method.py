@@ -278,7 +278,10 @@ def _coerce(cls: type[Method], field: dataclasses.Field, value: Any) -> Any:
         if default is None:
             return None if value.lower() == "none" else float(value) if "." in value else int(value)
         if isinstance(default, tuple):
-            kind = type(default[0]) if default else str
+            entry = re.match(r"tuple\[(int|float)\b", str(field.type))
+            kind: Any = (
+                type(default[0]) if default else {"int": int, "float": float}[entry[1]] if entry else str
+            )
             return tuple(kind(part.strip()) for part in value.split(",") if part.strip())
         return type(default)(value)
     except (KeyError, ValueError, IndexError) as error:

@@ -92,10 +92,21 @@ class LRSDIP(TokenMethod):
     go through the tower. Models whose processor makes a thumbnail and tiles (LLaVA-NeXT) need no `pyramid`. Plain pictures lose
     tokens by the same look.
 
-    The paper trains the layers that look (`rfm`) to attend as deep layers do. Untrained, they are the model's own first half, which on
-    mosaics of scenes find hardly more than chance. Left out: the training, for which a bench has a lesson of its own
-    (`benchmarks/mosaic.py`); pooling of tiles to 12 x 12 tokens, which the authors' model is trained with. By this library:
-    `rank="scores"`. The levels and tiles equal the released code's to the bit (12 pictures; sizes alone: 20,000).
+    The prompt holds places for the thumbnail alone; room is made for the tiles that are read, and for no others, so time doesn't
+    grow with the picture. What the look costs is in `tokens_x_layers` and `flops` of the report.
+
+    >>> trained = secateur.train_tokens(vlm, "lrs-dip", data=batches, target="25%", layers=(12, 13, 14, 15))  # doctest: +SKIP
+    >>> with secateur.attach(vlm, "lrs-dip", target="25%", weights=trained) as attached: ...  # doctest: +SKIP
+
+    Untrained, the layers that look are the model's own. They are trained as copies of deeper ones, by the losses of the released code: of the
+    first and the last (of four; with more, of all but the second and third), in each head, for the prompt's last token: divergence
+    of the model's own attention over all tokens, divergence at temperature 2 and mean squared difference of logits over the
+    level's tokens. Left out: pooling of tiles to 12 x 12 tokens, which the authors' model is trained with.
+
+    Departs from the released code: the first divergence is over the picture's tokens and the words behind it, without what stands before the
+    picture and without the answer, of which that code shows the keys; one answer a sample; the layers' last norm, which nothing reads, isn't
+    trained. By this library: `rank="scores"`, `zooms` above one (that code stops after one). The levels and tiles equal the
+    released code's to the bit (12 pictures; sizes alone: 20,000).
     """
 
     layers: tuple[int, ...] = field(
@@ -122,7 +133,7 @@ class LRSDIP(TokenMethod):
             "choices": ("votes", "scores"),
         },
     )
-    steps: int = field(default=1, metadata={"help": "levels whose tiles are chosen", "min": 1})
+    zooms: int = field(default=1, metadata={"help": "levels whose tiles are chosen", "min": 1})
     concat_levels: bool = field(
         default=False, metadata={"help": "the voting tokens of coarser levels stay too"}
     )
@@ -216,7 +227,7 @@ class LRSDIP(TokenMethod):
         for i, (rows, cols) in enumerate(next_grid.tolist()):
             if here < int(base[i]):
                 out[i, : rows * cols] = True
-            elif here - int(base[i]) < self.steps:
+            elif here - int(base[i]) < self.zooms:
                 places = torch.stack([sets.grid_row[i], sets.grid_col[i]], 1)
                 size = tuple(sets.maps[i, here].tolist())
                 weights = scores[i] if self.rank == "scores" else None

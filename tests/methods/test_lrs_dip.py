@@ -105,7 +105,7 @@ def test_how_many_levels_are_chosen_from():
     grids, maps = [(1, 1), (2, 2), (4, 4), (8, 8)], [(2, 2), (4, 4), (8, 8), (16, 16)]
     level, scores = [0] * 4 + [2] * 64, [0.0] * 4 + [1.0] + [0.0] * 63
     assert zoomed(LRSDIP(), level, grids, maps, scores, target=1)[0] == []
-    assert zoomed(LRSDIP(steps=2), level, grids, maps, scores, target=1)[0] == [0]
+    assert zoomed(LRSDIP(zooms=2), level, grids, maps, scores, target=1)[0] == [0]
     # asked about the level after one of which nothing was read
     more = grids + [(16, 16)], maps + [(32, 32)]
     assert zoomed(LRSDIP(), level, *more, scores, target=1, reading=4)[0] == []

@@ -187,3 +187,11 @@ def test_the_models_layers_are_copied_not_shared():
     trained = train_tokens(copy.deepcopy(model), "lrs-dip", data=batches(1), steps=1, **QUICK)
     assert {name.split(".")[0] for name in trained.state} == {"0", "1"}
     assert secateur.method.make_method("covipal").copies(facts) == ()
+
+
+def test_layers_as_text_of_a_command_line():
+    """Also where there are none by default, so that their type is in the annotation alone."""
+    assert secateur.method.make_method("lrs-dip", layers="1, 2").layers == (1, 2)
+    assert secateur.method.make_method("adatoken-3d", later="5").later == (5,)
+    with pytest.raises(SecateurError, match="'one' is not a tuple"):
+        secateur.method.make_method("lrs-dip", layers="one")
