@@ -85,9 +85,9 @@ def over(tokens: int, tiles: int, held: int) -> Tensor:
 
 
 def examples(model: Any, drawn: Mosaics, level: str) -> tuple[Tensor, Tensor]:
-    """Visual tokens [B, n, 128], thumbnail first, and which of them lie on the tile that is asked about, bool [B, n].
+    """Visual tokens [B, n, 128], thumbnail first, and which of them lie on the tile that is asked about, bool [B, 1, n].
 
-    The others are the base view's, or (level "half" and "fine") those of the tiles with objects and some empty ones.
+    In the base view of 16 x 16 tiles no shape can be told, so there each of the tiles with objects is asked for: [B, 4, n]. The others are the base view's, or (level "half" and "fine") those of the tiles with objects and some empty ones.
     """
     side = drawn.pictures.shape[-1] // SIZE
     crops, right = [], []
@@ -95,8 +95,8 @@ def examples(model: Any, drawn: Mosaics, level: str) -> tuple[Tensor, Tensor]:
         first = pyramid(picture, SIZE, base=BASE, scales_of=(BASE / side,)).tiles
         if level == "base":
             crops.append(first)
-            whole = over(GRID, side, held[0]).view(BASE, 8, BASE, 8).transpose(1, 2)
-            right.append(whole.flatten())
+            whole = [over(GRID, side, tile) for tile in (held if side == 16 else held[:1])]
+            right.append(torch.stack([each.view(BASE, 8, BASE, 8).transpose(1, 2).flatten() for each in whole]))
             continue
         half = level == "half"
         wide = side // 2 if half else side
@@ -105,12 +105,12 @@ def examples(model: Any, drawn: Mosaics, level: str) -> tuple[Tensor, Tensor]:
         some = sorted({*owner, *[t for t in range(2 * MOST) if t not in owner][: MOST - len({*owner})]})
         crops.append(torch.cat([first[:1], made[some]]))
         on = over(8 * wide, side, held[0]).view(wide, 8, wide, 8).transpose(1, 2).reshape(-1, TOKENS)
-        right.append(on[some].flatten())
+        right.append(on[some].flatten()[None])
     with torch.no_grad():
         values = pixels(torch.stack(crops).flatten(0, 1), "llava")
         made = project(model, see(model, values)[0]).float().view(len(crops), -1, 128)
     marks = torch.stack(right)
-    return made, torch.cat([torch.zeros(len(marks), TOKENS, dtype=torch.bool), marks], 1)
+    return made, torch.cat([torch.zeros(*marks.shape[:2], TOKENS, dtype=torch.bool), marks], 2)
 
 
 def attended(model: Any, layers: torch.nn.ModuleList, visual: Tensor, questions: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def train_look(
     for step in range(steps):
         visual, right, asks = lessons[step % len(lessons)]
         found = attended(model, layers, visual, asks)
-        loss = -(found * right[:, TOKENS:]).sum(1).clamp(min=1e-9).log().mean()
+        loss = -(found[:, None] * right[..., TOKENS:]).sum(2).clamp(min=1e-9).log().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(layers.parameters(), 1.0)
@@ -315,7 +315,7 @@ def main() -> None:
     parser.add_argument("--ways", help="a part of the ways, by ;")
     parser.add_argument("--pictures", type=int, default=1536)
     parser.add_argument("--steps", type=int, default=480)
-    parser.add_argument("--distil", type=int, default=96, help="steps by the authors' losses")
+    parser.add_argument("--distil", type=int, default=64, help="steps by the authors' losses")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--work", type=Path, help="keeps the trained layers")
