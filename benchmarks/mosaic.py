@@ -96,7 +96,9 @@ def examples(model: Any, drawn: Mosaics, level: str) -> tuple[Tensor, Tensor]:
         if level == "base":
             crops.append(first)
             whole = [over(GRID, side, tile) for tile in (held if side == 16 else held[:1])]
-            right.append(torch.stack([each.view(BASE, 8, BASE, 8).transpose(1, 2).flatten() for each in whole]))
+            right.append(
+                torch.stack([each.view(BASE, 8, BASE, 8).transpose(1, 2).flatten() for each in whole])
+            )
             continue
         half = level == "half"
         wide = side // 2 if half else side
