@@ -35,6 +35,8 @@ OCCLUDED = 6
 """Pictures over which a patch is slid: those nearest to a boundary of the dense network."""
 SHOWN, THUMB = 1_300_000, 64
 """Pixels of corrupted pictures that are kept to be shown, and the longest side of one."""
+AT_ONCE = 2_000_000
+"""Pixels of a batch: 40 pictures of 224 x 224, 256 small ones."""
 HELD = 400_000_000
 """Bytes of corrupted pictures that are held from one run to the next; more are made anew."""
 Condition = tuple[str, int]
@@ -81,7 +83,8 @@ class Lens:
     def __init__(self, pictures: Pictures, names: Sequence[str], dense: nn.Module):
         self.pictures, self.names = pictures, tuple(names)
         self.conditions: list[Condition] = [CLEAN, *((name, s) for name in names for s in SEVERITIES)]
-        seen = of_model(dense, pictures.ready(pictures.pixels), pictures.labels)
+        self.batch = max(1, min(256, AT_ONCE // pictures.pixels[0, 0].numel()))
+        seen = of_model(dense, pictures.ready(pictures.pixels), pictures.labels, self.batch)
         self.order = seen.margin.abs().argsort(stable=True).tolist()
         classes = seen.angles.shape[1]
         self.axes = list(range(classes))
@@ -110,13 +113,14 @@ class Lens:
         labels = self.pictures.labels
         found: list[Geometry] = []
         for condition in self.conditions:
-            found.append(of_model(model, self.pictures.ready(self.under(condition)), labels))
+            found.append(of_model(model, self.pictures.ready(self.under(condition)), labels, self.batch))
         side = min(self.pictures.pixels.shape[2:])
         patch = side // 7 if side >= LARGE else max(2, side // 8)
         occluded, changes = self.order[:OCCLUDED], []
         for number in occluded:
             picture = self.pictures.ready(self.pictures.pixels[number])
-            moved = occlusion(model, picture, int(labels[number]), patch, patch // 2, self.fill)[1]
+            label = int(labels[number])
+            _, moved = occlusion(model, picture, label, patch, patch // 2, self.fill, self.batch)
             changes.append(torch.stack([moved[name] for name in METRICS]))
         return Cloud(
             conditions=self.conditions,
