@@ -102,9 +102,9 @@ def at_least(name: str, value: int | None, least: int) -> None:
 def entries() -> Mapping[str, dict[str, Any]]:
     """The catalogue's methods and those of installed packages; read off the code where a file was added since it was written."""
     folder = Path(__file__).parents[1] / "methods"
-    files = {path.stem.replace("_", "-") for path in folder.glob("[!_]*.py")}
     known = data.catalogue()["methods"]
-    if files != known.keys():
+    files = {entry.get("file", name.replace("-", "_")) for name, entry in known.items()}
+    if files != {path.stem for path in folder.glob("[!_]*.py")}:
         from secateur.report.catalogue import catalogue
 
         known = catalogue()["methods"]

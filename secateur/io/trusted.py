@@ -182,7 +182,9 @@ def check_folder(path: str | Path) -> None:
         document = read_object(file, fix="save the model again")
         check_config(document, str(file))
         if "pruned" in document:
-            parse(PrunedEntry, document["pruned"], f"{file}, pruned", fix="save the model again")
+            entry = parse(PrunedEntry, document["pruned"], f"{file}, pruned", fix="save the model again")
+            none = [n for n, shape in entry.shapes.items() if shape is None and n.endswith("weight")]
+            require(not none, f"{none} without a shape", where=f"{file}, pruned", fix="save the model again")
     there = (path / "adapter_config.json").exists()
     require(
         not there,

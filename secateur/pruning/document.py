@@ -13,11 +13,12 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from secateur.errors import SecateurError, require
-from secateur.graph.groups import WHOLE
 from secateur.utils.files import check_path
 from secateur.utils.schema import Count, Entry, Size, parse, read_object
 
 FORMAT = "secateur-plan"
+WHOLE = ("layers", "attentions")
+"""Kinds of unit of which a list may lose all: `graph.groups.WHOLE`, which can't be read without torch."""
 LARGEST_INPUT = 2**28
 DTYPES = Literal[
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"

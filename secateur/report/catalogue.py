@@ -69,7 +69,9 @@ def _verb(cls: type[Method]) -> str:
 def entry(cls: type[Method]) -> dict[str, Any]:
     """What the catalogue says of one method, this library's or not."""
     record = {item.name: getattr(cls.info, item.name) for item in dataclasses.fields(cls.info)}
+    file = cls.__module__.rpartition(".")[2]  # a name may begin with a digit, a module's may not
     return {
+        **({} if file == cls.name.replace("-", "_") else {"file": file}),
         "verb": _verb(cls),
         "info": record,
         "needs": sorted(cls.needs),

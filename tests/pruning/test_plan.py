@@ -101,3 +101,10 @@ def test_the_rows_of_a_plans_files_are_those_of_the_plan(tmp_path):
     plan.save(tmp_path)
     assert summarise(*read_document(tmp_path)) == {"rows": plan.summary(), "values": ["b"]}
     assert plan.summary()[1] == {"name": "w", "kind": "weights", "size": 6, "kept": 3}
+
+
+def test_the_kinds_of_which_a_list_may_lose_all_are_the_graphs() -> None:
+    from secateur.graph import groups
+    from secateur.pruning import document
+
+    assert document.WHOLE == groups.WHOLE
