@@ -30,7 +30,7 @@ from secateur.pruning.method import UnitMethod, WeightMethod
 from secateur.pruning.prune import Pruned, apply_plan, prune_with
 from secateur.saliency import saliency
 from secateur.saliency.method import SaliencyMethod
-from secateur.tasks.tiny import inputs_for, tiny_cnn, tiny_llama, tiny_llava
+from secateur.tasks.tiny import inputs_for, tiny_cnn, tiny_llama, tiny_llava, tiny_mixtral
 from secateur.tokens.attach import Attached, attach
 from secateur.tokens.counts import amount_of
 from secateur.tokens.method import TokenMethod
@@ -137,8 +137,9 @@ def _ids(model: nn.Module, rows: int = 6, length: int = 24) -> Tensor:
     return torch.randint(0, size, (rows, length), generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
 
 
-def _llama() -> nn.Module:
-    return tiny_llama().float()
+def _llama(cls: type[Method] | None = None) -> nn.Module:
+    """A small language model; a mixture for methods that cut nothing but experts."""
+    return (tiny_mixtral() if getattr(cls, "kinds", None) == ("experts",) else tiny_llama()).float()
 
 
 def _pruned(cls: type[Method], model: nn.Module, target: str = "50%", **settings: Any) -> Pruned:
@@ -148,14 +149,14 @@ def _pruned(cls: type[Method], model: nn.Module, target: str = "50%", **settings
 
 def keeps_everything(cls: type[Method]) -> None:
     """100 % changes nothing, bit for bit."""
-    model = _llama()
+    model = _llama(cls)
     _require(_same(_state(_pruned(cls, model, "100%").model), _state(model)), "100% changed a tensor")
 
 
 def meets_the_budget(cls: type[Method]) -> None:
     """The target is met and said to be met; the parameters that are left agree."""
     for target, share in (("params<=80%", 0.8), ("params<=60%", 0.6)):
-        model = _llama()
+        model = _llama(cls)
         if cls.info.members("objects") <= {"L"} and target == "params<=60%":
             continue  # whole layers come in large steps
         report = _pruned(cls, model, target).report
@@ -167,7 +168,7 @@ def meets_the_budget(cls: type[Method]) -> None:
 
 def same_seed_same_plan(cls: type[Method]) -> None:
     """The seed decides, the input model is untouched, and something changed."""
-    model = _llama()
+    model = _llama(cls)
     before = _state(model)
     first, second = (_pruned(cls, model, seed=3) for _ in range(2))
     _require(_same(_state(model), before), "the model that was given changed")
@@ -177,7 +178,7 @@ def same_seed_same_plan(cls: type[Method]) -> None:
 
 def plan_applies(cls: type[Method]) -> None:
     """The plan, applied to a fresh model, gives equal tensors."""
-    model = _llama()
+    model = _llama(cls)
     pruned = _pruned(cls, model)
     fresh = copy.deepcopy(model)
     apply_plan(fresh, pruned.plan)
@@ -186,7 +187,7 @@ def plan_applies(cls: type[Method]) -> None:
 
 def keeps_dtype_and_mode(cls: type[Method]) -> None:
     """bfloat16 and training mode are kept, and the outputs are finite."""
-    model = _llama().to(torch.bfloat16).train()
+    model = _llama(cls).to(torch.bfloat16).train()
     pruned = _pruned(cls, model)
     _require({p.dtype for p in pruned.model.parameters()} == {torch.bfloat16}, "the dtype changed")
     _require(pruned.model.training and model.training, "the mode changed")
@@ -196,13 +197,15 @@ def keeps_dtype_and_mode(cls: type[Method]) -> None:
 
 def refuses_nonsense(cls: type[Method]) -> None:
     """One named error for each mistake, and the model is left alone."""
-    model = _llama()
+    model = _llama(cls)
     before = _state(model)
     _refuses("outside 0..1", lambda: _pruned(cls, model, "150%"))
     _refuses("no hyperparameter", lambda: make_method(cls, shrubbery=3))
     with torch.no_grad():
         broken = copy.deepcopy(model)
-        broken.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan  # type: ignore[union-attr, index]
+        next(p for n, p in broken.named_parameters() if "layers.1." in n and "up_proj" in n).view(-1)[0] = (
+            torch.nan
+        )
     _refuses("NaN", lambda: _pruned(cls, broken))
     _require(_same(_state(model), before), "a refused call changed the model")
 
@@ -212,7 +215,7 @@ def cut_equals_masked(cls: type[Method]) -> None:
     from secateur.surgery import mask_units
     from secateur.surgery.changes import set_values
 
-    model = _llama()
+    model = _llama(cls)
     kinds = getattr(cls, "kinds", None)
     if kinds == ("hidden",):
         return  # a norm over fewer channels is another norm
@@ -230,7 +233,7 @@ def cut_equals_masked(cls: type[Method]) -> None:
 
 def n_of_m_holds(cls: type[Method]) -> None:
     """2:4 keeps two of every four inputs of every row."""
-    pruned = _pruned(cls, _llama(), "2:4")
+    pruned = _pruned(cls, _llama(cls), "2:4")
     for name, mask in pruned.plan.masks.items():
         _require((mask.reshape(-1, 4).sum(1) == 2).all(), f"{name} keeps other than 2 of 4")
         _require(not pruned.model.get_parameter(name)[~mask].any(), f"{name} isn't zero where it left")

@@ -276,6 +276,16 @@ def tiny_llama() -> nn.Module:
     return fill(transformers.LlamaForCausalLM(transformers.LlamaConfig(**_text(), tie_word_embeddings=False)))
 
 
+def tiny_mixtral() -> nn.Module:
+    """A Mixtral of eight experts, stacked in tensors, of which a token is sent to two."""
+    import transformers
+
+    config = transformers.MixtralConfig(
+        **_text(), num_local_experts=8, num_experts_per_tok=2, tie_word_embeddings=False
+    )
+    return fill(transformers.MixtralForCausalLM(config))
+
+
 def tiny_llava() -> nn.Module:
     """CLIP (4 x 4 patches and a CLS token) and Llama."""
     import transformers

@@ -19,7 +19,7 @@ from secateur.taxonomy import records as _tables
 from secateur.taxonomy.words import ALSO, ranked
 
 AXES: dict[str, tuple[str, ...]] = {
-    "objects": ("W", "N", "F", "C", "H", "L", "B", "E", "T", "A", "Win", "P", "S", "tool"),
+    "objects": ("W", "N", "F", "C", "H", "L", "B", "E", "X", "T", "A", "Win", "P", "S", "tool"),
     "granularity": ("unstr", "N:M", "struct", "token", "block", "none"),
     "speedup": ("univ", "spec", "mixed", "none"),
     "when": ("PBT", "PDT", "PAT", "PAT-PT", "RT", "none"),
@@ -66,6 +66,7 @@ MEANING: dict[str, str] = {
     "L": "layer",
     "B": "block",
     "E": "embedding dim",
+    "X": "expert",
     "T": "token",
     "A": "attention pattern",
     "Win": "window or tile",
@@ -122,7 +123,7 @@ MEANING: dict[str, str] = {
 }
 """What the short forms stand for; free-text search reads it too."""
 
-WEIGHT_LEVEL = frozenset({"W", "N", "F", "C", "H", "L", "B", "E"})
+WEIGHT_LEVEL = frozenset({"W", "N", "F", "C", "H", "L", "B", "E", "X"})
 _SETS = ("objects", "criteria", "fusion", "models")
 _EITHER = {
     "order": ("shot", "iter"),

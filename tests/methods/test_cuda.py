@@ -17,7 +17,8 @@ DEVICE = torch.device(os.environ.get("SECATEUR_TEST_DEVICE", "cuda"))
 pytestmark = pytest.mark.skipif(
     DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="no accelerator"
 )
-METHODS = [m for m in secateur.list_methods() if issubclass(method_class(m), WeightMethod | UnitMethod)]
+EVERY = [m for m in secateur.list_methods() if issubclass(method_class(m), WeightMethod | UnitMethod)]
+METHODS = [m for m in EVERY if getattr(method_class(m), "kinds", None) != ("experts",)]
 QUICK = {"tyr": {"generations": 2, "offspring": 4}}
 
 

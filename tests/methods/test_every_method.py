@@ -13,7 +13,9 @@ from secateur.method import method_class
 from secateur.pruning.method import UnitMethod, WeightMethod
 from secateur.pruning.target import parse_target
 
-METHODS = [m for m in secateur.list_methods() if issubclass(method_class(m), WeightMethod | UnitMethod)]
+EVERY = [m for m in secateur.list_methods() if issubclass(method_class(m), WeightMethod | UnitMethod)]
+METHODS = [m for m in EVERY if getattr(method_class(m), "kinds", None) != ("experts",)]
+"""Those that cut nothing but experts have tests of their own, and those of `secateur.testing` on a mixture."""
 WEIGHTS = [m for m in METHODS if issubclass(method_class(m), WeightMethod)]
 UNITS = [m for m in METHODS if issubclass(method_class(m), UnitMethod)]
 DEPTH = [m for m in UNITS if method_class(m).kinds == ("layers",)]
@@ -310,7 +312,7 @@ def test_better_than_random_at_equal_budget_on_a_trained_model(trained, by_chanc
     assert loss_after(trained, method, target=target, **settings) < by_chance(control, target, kinds)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_the_record_and_the_docstring_name_their_source(method):
     cls = method_class(method)
     assert cls.info.name == method and cls.info.title and cls.info.spec

@@ -17,7 +17,11 @@ IDS = torch.randint(0, 64, (16, 32), generator=torch.Generator().manual_seed(1))
 UNSEEN = torch.randint(0, 64, (16, 32), generator=torch.Generator().manual_seed(2))
 OF_UNITS = {"kinds": ("kv_groups", "neurons"), "prove": False}
 WEIGHTS = [n for n, c in own_methods().items() if issubclass(c, WeightMethod) and n != "sd-prune"]
-UNITS = [n for n, c in own_methods().items() if issubclass(c, UnitMethod) and not c.unrepaired]
+UNITS = [
+    n
+    for n, c in own_methods().items()
+    if issubclass(c, UnitMethod) and not c.unrepaired and c.kinds != ("experts",)
+]
 
 
 @pytest.fixture

@@ -1,0 +1,272 @@
+"""What a router sends to each expert and what the expert makes of it: counts, weights, norms and sums of outputs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.graph.blocks import plain_experts
+from secateur.graph.groups import Group
+from secateur.utils.batches import as_batches, token_mask
+from secateur.utils.inputs import map_tensors
+from secateur.utils.running import device_of, evaluating, flat_tensors, run
+from secateur.utils.screen import Screen
+
+LARGE = 4096.0
+"""What an expert answers in place of its output while its weight is read: large, so that little is lost beside shared experts."""
+
+
+@dataclass(repr=False, eq=False)
+class ExpertStats(Screen):
+    """Sums over the tokens that a layer's router sends to each of its experts; padding doesn't count.
+
+    tokens: [experts] how many there are. weights: [experts] of what the output is multiplied with, as the model does it: behind
+    renormalisation, scaling and correction. norms: [experts] of the output's L2 norm, before its weight. weighted:
+    [experts] of weight times norm. outputs: [experts, width] of the output. fp64, on the CPU.
+    """
+
+    tokens: Tensor
+    weights: Tensor
+    norms: Tensor
+    weighted: Tensor
+    outputs: Tensor
+
+
+def collect_experts(
+    model: nn.Module,
+    data: Any,
+    groups: Sequence[Group],
+    progress: Callable[..., Iterable] | None = None,
+) -> dict[str, ExpertStats]:
+    """Group name -> `ExpertStats` of the dense model, from one pass over `data`.
+
+    >>> found = collect_experts(model, ids, trace(model, ids).prunable("experts"))  # doctest: +SKIP
+    >>> found["model.layers.0.mlp:experts"].tokens
+    tensor([211., 87., 152., 62.])
+
+    groups: of experts, stacked in tensors or modules of a list. Stacked ones are given (states, numbers, weights), as
+    transformers does it. Of listed ones the weights are read off the layer: it runs once more with experts that answer a constant.
+    What either gives is compared with what the layer gave.
+
+    Raises `SecateurError` where routing isn't seen in these ways, an output is NaN or infinite, or no token came.
+    """
+    found: dict[str, ExpertStats] = {}
+    visible: list[Tensor | None] = [None]
+    device = device_of(model)
+    with contextlib.ExitStack() as stack:
+        for group in groups:
+            layer, hook = _watched(model, group, found, visible)
+            if not group.modules:
+                stack.enter_context(plain_experts(layer))
+            stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+        with torch.no_grad(), evaluating(model):
+            batches = as_batches(data)
+            for batch in progress(batches, "experts", len(batches)) if progress else batches:
+                batch = map_tensors(batch, lambda tensor: tensor.to(device))
+                mask = token_mask(batch)
+                visible[0] = None if mask is None else mask.flatten()
+                run(model, batch)
+    for group in groups:
+        if group.name not in found or not found[group.name].tokens.sum():
+            raise SecateurError("no token reached its experts", where=group.name, fix="give more data")
+    return found
+
+
+def members(model: nn.Module, group: Group) -> Tensor:
+    """[units, k] int64: the numbers of the experts that leave with each unit; k > 1 where a router chooses among groups.
+
+    >>> members(model, group).tolist()  # doctest: +SKIP
+    [[0, 1], [2, 3], [4, 5]]
+    """
+    return torch.arange(group.size)[:, None] if group.modules else _stacked(model, group)[1]
+
+
+def _stacked(model: nn.Module, group: Group) -> tuple[nn.Module, Tensor]:
+    """The module that holds stacked experts, and which of them each unit is."""
+    for s in group.slices:
+        path, _, own = s.name.rpartition(".")
+        holder = model.get_submodule(path)
+        if s.dim == 0 and getattr(getattr(holder, own, None), "ndim", 0) == 3:
+            return holder, s.index
+    raise SecateurError("its experts are neither stacked nor in a list", where=group.name)
+
+
+def _watched(
+    model: nn.Module, group: Group, found: dict[str, ExpertStats], visible: list[Tensor | None]
+) -> tuple[nn.Module, Callable[..., None]]:
+    """The module to hook, and the hook that adds what it sees to `found`."""
+    if group.modules:
+        path = group.modules[0].rpartition(".")[0]
+        experts = [model.get_submodule(name) for name in group.modules]
+        layer = model.get_submodule(path.rpartition(".")[0])
+    else:
+        layer, experts = _stacked(model, group)[0], []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        states = next((x for x in (*args, *kwargs.values()) if _is_states(x)), None)
+        given = next(flat_tensors(output), None)
+        if states is None or given is None or given.shape != states.shape:
+            raise _unseen(group.name)
+        rows, seen = states.flatten(0, -2), visible[0]
+        if experts:
+            gates, rest = _listed_gates(module, experts, args, kwargs, rows)
+            answer = [_answer_of(expert) for expert in experts]
+        else:
+            gates = _stacked_gates(module, args, kwargs, len(rows), group.name)
+            rest = torch.zeros_like(rows)
+            answer = [_answer_at(module, args, kwargs, number) for number in range(gates.shape[1])]
+        seen = seen if seen is not None and len(seen) == len(rows) else torch.ones_like(rows[:, 0]).bool()
+        total = rest.float()
+        stats = found.setdefault(group.name, _empty(gates.shape[1], rows.shape[1]))
+        for number, run_expert in enumerate(answer):
+            routed = gates[:, number].nonzero().squeeze(1)
+            if not len(routed):
+                continue
+            out, gate = run_expert(rows[routed]).float(), gates[routed, number].float()
+            total.index_add_(0, routed, out * gate[:, None])
+            _add(stats, number, out[seen[routed]].double().cpu(), gate[seen[routed]].double().cpu())
+        if not torch.isfinite(total).all():
+            raise SecateurError("its experts give NaN or infinite values", where=group.name)
+        exact = torch.finfo(given.dtype).eps ** 0.5
+        if (total - given.flatten(0, -2).float()).norm() > exact * (given.float().norm() + 1e-6):
+            raise _unseen(group.name)
+
+    return layer, hook
+
+
+def _is_states(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
+
+
+def _empty(count: int, width: int) -> ExpertStats:
+    zeros = [torch.zeros(count, dtype=torch.float64) for _ in range(4)]
+    return ExpertStats(*zeros, outputs=torch.zeros(count, width, dtype=torch.float64))
+
+
+def _add(stats: ExpertStats, number: int, out: Tensor, gate: Tensor) -> None:
+    norm = out.norm(dim=1)
+    stats.tokens[number] += len(out)
+    stats.weights[number] += gate.sum()
+    stats.norms[number] += norm.sum()
+    stats.weighted[number] += (gate * norm).sum()
+    stats.outputs[number] += out.sum(0)
+
+
+def _unseen(name: str) -> SecateurError:
+    return SecateurError(
+        "what its router gives each expert can't be seen",
+        where=name,
+        fix="take group-magnitude with kinds=('experts',), which needs no data",
+    )
+
+
+# ---------------------------------------------------------------- experts stacked in tensors
+
+
+def _routing(args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int) -> tuple[Tensor, Tensor] | None:
+    """(numbers, weights), both [rows, k], among what a module is given."""
+    given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    numbers = next((x for x in given if not x.is_floating_point() and x.dim() == 2 and len(x) == rows), None)
+    if numbers is None:
+        return None
+    weights = next((x for x in given[1:] if x.is_floating_point() and x.shape == numbers.shape), None)
+    return None if weights is None else (numbers, weights)
+
+
+def _stacked_gates(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int, name: str
+) -> Tensor:
+    """[rows, experts]: the weight of each expert's output, 0 where the token isn't sent to it."""
+    routing = _routing(args, kwargs, rows)
+    if routing is None:
+        raise _unseen(name)
+    numbers, weights = routing
+    count = max(p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3)
+    return weights.new_zeros(rows, count).scatter_add_(1, numbers, weights)
+
+
+def _answer_at(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], number: int
+) -> Callable[[Tensor], Tensor]:
+    """The output of one of the stacked experts, [n, width] -> [n, width], its weight being 1."""
+
+    def answer(rows: Tensor) -> Tensor:
+        def replaced(x: Any) -> Any:
+            if _is_states(x) and x.shape[-1] == rows.shape[1] and next(states, None):
+                return rows
+            if isinstance(x, Tensor) and x.dim() == 2:
+                value = 1 if x.is_floating_point() else number
+                return torch.full((len(rows), 1), value, dtype=x.dtype, device=x.device)
+            return x
+
+        states = iter(
+            [True]
+        )  # the first are the states, also where there are as many numbers as they are wide
+        positional = [replaced(x) for x in args]
+        return module.forward(*positional, **{key: replaced(x) for key, x in kwargs.items()})
+
+    return answer
+
+
+# ---------------------------------------------------------------- experts that are modules of a list
+
+
+def _answer_of(expert: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda rows: next(flat_tensors(expert.forward(rows)))
+
+
+def _listed_gates(
+    layer: nn.Module,
+    experts: Sequence[nn.Module],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rows: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """([rows, experts] the weight of each expert's output, [rows, width] what the layer adds to their sum).
+
+    An expert that answers the unit vector of its number leaves its weight in that column of what the layer gives.
+    """
+
+    def given(answers: Mapping[int, int]) -> Tensor:
+        with _answering(experts, answers):
+            return next(flat_tensors(layer.forward(*args, **kwargs))).flatten(0, -2)
+
+    width, rest = rows.shape[1], given({})
+    parts = []
+    for first in range(0, len(experts), width):
+        own = range(first, min(first + width, len(experts)))
+        out = given({number: number - first for number in own}) - rest
+        parts.append(out[:, : len(own)] / LARGE)
+    return torch.cat(parts, 1), rest
+
+
+@contextlib.contextmanager
+def _answering(experts: Sequence[nn.Module], answers: Mapping[int, int]) -> Iterator[None]:
+    """Within, expert `n` gives `LARGE` in column `answers[n]` and zeros elsewhere."""
+
+    def of(column: int | None) -> Callable[..., Tensor]:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            out = torch.zeros_like(x)
+            if column is not None:
+                out[..., column] = LARGE
+            return out
+
+        return forward
+
+    own = [expert.__dict__.get("forward") for expert in experts]
+    try:
+        for number, expert in enumerate(experts):
+            expert.__dict__["forward"] = of(answers.get(number))
+        yield
+    finally:
+        for expert, before in zip(experts, own):
+            if before is None:
+                expert.__dict__.pop("forward", None)
+            else:
+                expert.__dict__["forward"] = before
