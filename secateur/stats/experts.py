@@ -145,8 +145,8 @@ def _is_states(x: Any) -> bool:
 
 
 def _empty(count: int, width: int) -> ExpertStats:
-    zeros = [torch.zeros(count, dtype=torch.float64) for _ in range(4)]
-    return ExpertStats(*zeros, outputs=torch.zeros(count, width, dtype=torch.float64))
+    tokens, weights, norms, weighted = (torch.zeros(count, dtype=torch.float64) for _ in range(4))
+    return ExpertStats(tokens, weights, norms, weighted, torch.zeros(count, width, dtype=torch.float64))
 
 
 def _add(stats: ExpertStats, number: int, out: Tensor, gate: Tensor) -> None:

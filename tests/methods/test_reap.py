@@ -52,10 +52,9 @@ def test_a_model_without_experts_and_one_that_needs_them_all(tiny_llama):
 
 
 def test_a_target_below_the_floor_names_what_can_be_reached():
-    with pytest.raises(SecateurError, match=r"\d") as error:
+    with pytest.raises(SecateurError, match="8,848 params is left") as error:
         secateur.prune(build("mixtral"), method="reap", target="params<=5%", data=IDS, seqlen=16)
     assert error.value.where == "target"
-    print(error.value)
 
 
 def test_data_without_a_token_is_refused():
