@@ -137,7 +137,9 @@ def prune_folder(
     streamed.close()
     report = _report(context, streamed, plan, request)
     report |= {"model": str(folder), "out": str(out), "seconds": time.perf_counter() - started}
-    report["artefact"] = {"form": "plain", "load": "from_pretrained(folder)", "why": None}
+    custom = (Path(folder).expanduser() / "modeling_pruned.py").is_file()
+    load = f"from_pretrained(folder{', trust_remote_code=True' if custom else ''})"
+    report["artefact"] = {"form": "custom" if custom else "plain", "load": load, "why": None}
     _copy(Path(folder).expanduser(), work)
     atomic_write_json(work / "report.json", report)
     (work / RUN).unlink()

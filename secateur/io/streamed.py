@@ -16,10 +16,8 @@ from secateur.errors import SecateurError, require
 from secateur.graph.blocks import find_stacks
 from secateur.io.reshape import BROKEN
 from secateur.io.shards import Shards, copy_shard, read, shard_name, write_index, write_shard
-from secateur.io.transformers import _trusted_classes
-from secateur.io.trusted import auto_or_model_class, check_folder
+from secateur.io.transformers import class_of
 from secateur.utils.memory import give_back
-from secateur.utils.schema import read_object
 
 HELD = 2
 """Blocks in memory at once: the one in work, and the one before it, which gives it its inputs."""
@@ -40,14 +38,8 @@ def empty_model(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     path = Path(folder).expanduser()
     where = str(path / "config.json")
     try:
-        check_folder(path)
-        document = read_object(path / "config.json", fix="save the model again")
-        if "pruned" in document:
-            cls, kind = _trusted_classes(document, path)
-            config = kind.from_dict(kind._dict_from_json_file(path / "config.json"))
-        else:
-            cls = auto_or_model_class(document, where)
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        cls, config = class_of(path)
+        config = config or AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         build = cls.from_config if hasattr(cls, "from_config") and not issubclass(cls, nn.Module) else cls
         with init_empty_weights(include_buffers=False):
             model = build(copy.deepcopy(config))

@@ -352,20 +352,24 @@ def _pruned_classes(cls: Any, name: str, file: Path | None = None) -> tuple[Any,
     )
 
 
+def class_of(path: Path) -> tuple[Any, Any]:
+    """(class, config) of a folder of transformers; the config only where the class is one that `save_model` made.
+
+    Raises `SecateurError` for a folder that leads to other code or other files.
+    """
+    check_folder(path)
+    document = read_object(path / "config.json", fix="save the model again")
+    if "pruned" not in document:
+        return auto_or_model_class(document, str(path / "config.json")), None
+    cls, config = _trusted_classes(document, path)
+    return cls, config.from_dict(config._dict_from_json_file(path / "config.json"))  # with its infinities
+
+
 def _load_transformers(path: Path, dtype: torch.dtype | None) -> nn.Module:
     from safetensors import SafetensorError
 
-    where = str(path / "config.json")
     try:
-        check_folder(path)
-        document = read_object(path / "config.json", fix="save the model again")
-        if "pruned" in document:
-            cls, config = _trusted_classes(document, path)
-            config = config.from_dict(
-                config._dict_from_json_file(path / "config.json")
-            )  # with its infinities
-        else:
-            cls, config = auto_or_model_class(document, where), None
+        cls, config = class_of(path)
         with quiet():
             model, info = cls.from_pretrained(
                 path,
