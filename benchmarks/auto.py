@@ -3,7 +3,7 @@
     python benchmarks/auto.py                                   # macs<=80% and 60%: auto's candidates and their rivals
     python benchmarks/auto.py --targets 'macs<=80%' --runs auto flap nirvana --samples 16
 
-A run is a method, METHOD+reconstruct, or auto. Calibration: windows of 512 tokens of the Brown corpus; evaluation: the first
+A run is a method, METHOD+REPAIR (2ssp+obs), or auto. Calibration: windows of 512 tokens of the Brown corpus; evaluation: the first
 windows of 512 of WikiText-2 valid. Needs SECATEUR_DATA. A line a run, also as JSON in --out, which a run that was stopped goes on from.
 """
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
+import statistics
 import time
 from pathlib import Path
 
@@ -24,7 +26,8 @@ from secateur.measure import macs, perplexity
 from secateur.measure import token_inputs as inputs_of
 from secateur.tasks import load_model
 
-RUNS = ("auto", "flap", "nirvana", "2ssp", "shortgpt", "tyr", "random-structured")
+BASE = "2ssp"
+RUNS = (BASE, "auto", "flap", "nirvana", "shortgpt", "tyr", "random-structured")
 
 
 def main() -> None:
@@ -63,15 +66,33 @@ def main() -> None:
                     if "error" not in line:
                         network = line.pop("model")
                         line["left"] = macs(network, inputs) / whole
-                        line["perplexity"] = perplexity(network, text, limit=asked.windows)
+                        line["losses"] = losses(network, text, asked.windows)
+                        line["perplexity"] = math.exp(sum(line["losses"]) / len(line["losses"]))
+                    done[name, target, seed] = line
                     if asked.out:
                         with open(asked.out, "a") as file:
                             file.write(json.dumps(line) + "\n")
                 told = (
                     line.get("error")
-                    or f"perplexity {line['perplexity']:8.2f}  left {line['left']:.1%}  {line['cpu']:.0f} CPU s  {line['said']}"
+                    or f"perplexity {line['perplexity']:8.2f}{against(line, done.get((BASE, target, seed)))}  left {line['left']:.1%}"
+                    f"  {line['cpu']:.0f} CPU s  {line['said']}"
                 )
                 print(f"{target:10} seed {seed}  {name:20} {told}", flush=True)
+
+
+def losses(network: torch.nn.Module, text: torch.Tensor, windows: int) -> list[float]:
+    """The mean loss of each window of 512 tokens; each holds as many, so that perplexity is exp of their mean."""
+    each = text[: windows * 512].view(windows, 512)
+    return [math.log(perplexity(network, window)) for window in each]
+
+
+def against(line: dict, base: dict | None) -> str:
+    """The ratio of perplexities to 2SSP's, and over windows in pairs the mean difference of losses by its standard error."""
+    if base is None or base is line or "losses" not in base:
+        return ""
+    pairs = [a - b for a, b in zip(line["losses"], base["losses"], strict=True)]
+    mean, error = statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return f" ({math.exp(mean):.3f} of {BASE}, loss {mean:+.3f} ± {error:.3f})"
 
 
 def one(model: torch.nn.Module, name: str, target: str, ids: torch.Tensor, seed: int, effort: int) -> dict:

@@ -22,7 +22,7 @@ from torch import Tensor
 from secateur.errors import SecateurError
 from secateur.graph import Group, Slice
 from secateur.method import register
-from secateur.pruning.allocate import at_least, build_path, cut_at
+from secateur.pruning.allocate import at_least, cut_at
 from secateur.pruning.context import Context, Matrix
 from secateur.pruning.method import UnitMethod
 from secateur.pruning.plan import Plan
@@ -97,7 +97,7 @@ class Flap(UnitMethod):
         """Kept units of every group."""
         groups = context.competitors(scores)
         if self.rounding == "exact":
-            path = build_path(groups, context.allocation or self.allocation)
+            path = context.path(groups)
             return context.follow(groups, path, new=partial(self.new_biases, context))
         costs = {group.name: context.unit_weights(group) for group in context.groups}
         masks = cut_at([g.scores for g in groups], [costs[g.name] for g in groups], context.share)

@@ -23,7 +23,7 @@ from torch import Tensor
 from secateur.errors import SecateurError
 from secateur.graph import Group
 from secateur.method import register
-from secateur.pruning.allocate import Step, build_path
+from secateur.pruning.allocate import Step
 from secateur.pruning.context import Context
 from secateur.pruning.method import UnitMethod
 from secateur.pruning.plan import Plan
@@ -108,7 +108,7 @@ class TwoSSP(UnitMethod):
         parts = [group for group in context.groups if group.kind == "attentions"]
         neurons = context.competitors(scores)
         others = context.competitors({g.name: torch.zeros(g.size) for g in parts}, keep_scores=False)
-        path = build_path(neurons, context.allocation or self.allocation)
+        path = context.path(neurons)
         spare = [(other.name, unit) for other in others for unit in range(other.size - other.floor)]
         if (self.attentions or 0) > len(spare):
             raise SecateurError(

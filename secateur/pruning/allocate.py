@@ -151,6 +151,8 @@ class Competitor(Screen):
 
 Step = list[tuple[str, int]]
 Order = Callable[[Sequence[Competitor]], list[Step]]
+MEASURED = "measured"
+"""The allocation for units that runs the model: by what its predictions lose with each group cut alone."""
 ORDERS: dict[str, Order] = {}
 """Allocations of a budget over units, by name: the competing groups -> the order in which units leave."""
 

@@ -63,9 +63,19 @@ WEIGHTS = (
     Candidate("wanda", "weights by what arrives at them, then each block is fitted to the dense model's", FITTED),
     Candidate("ria", "weights by their share of row and column, then each block is fitted to the dense model's", FITTED),
 )  # fmt: skip
+CLOSED = {"repair": "obs"}
 UNITS = {
     "llm": (
-        Candidate("2ssp", "neurons by what they give, then attentions by what the text loses without them"),
+        Candidate(
+            "2ssp",
+            "neurons by what they give, from each layer as many as its predictions can spare, then what reads them is solved anew",
+            {"attentions": 0, "allocation": "measured", **CLOSED},
+        ),
+        Candidate(
+            "2ssp",
+            "neurons by what they give, then attentions by what the text loses without them, then what reads them is solved anew",
+            CLOSED,
+        ),
         Candidate("nirvana", "units by what the model's output loses, each kind with a budget of its own"),
         Candidate("flap", "units by how much they vary, with a bias for what left"),
     ),

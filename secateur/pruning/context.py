@@ -19,7 +19,8 @@ from secateur.graph.blocks import Blocks, Matrix, every_matrix, find_matrices, f
 from secateur.graph.groups import WHOLE
 from secateur.graph.parts import inside, parts_of, resolve_parts
 from secateur.method import Method
-from secateur.pruning.allocate import Competitor, Step, build_path, follow
+from secateur.pruning.allocate import MEASURED, Competitor, Step, build_path, follow
+from secateur.pruning.measured import by_what_is_lost, with_scores
 from secateur.pruning.options import Options
 from secateur.pruning.plan import Plan
 from secateur.pruning.protect import freeze_protected, protected
@@ -39,6 +40,8 @@ from secateur.utils.running import call
 from secateur.utils.screen import Screen
 from secateur.utils.types import Objective
 
+JUDGED = (2, 64)
+"""On how many windows of text, or other samples, predictions are compared where a budget is measured."""
 COARSE = ("heads", "kv_groups", "experts", *WHOLE)
 """Kinds whose units are few and large: `round_to` leaves them alone."""
 
@@ -534,8 +537,42 @@ class Context(Screen):
         groups, method = self.competitors(scores, keep_scores=keep_scores), self.method
         if self.target.kind == "share" and getattr(method, "share_of", None) == "units":
             return self._share_of_units(groups, allocation)
-        path = build_path(groups, allocation or self.allocation or method.allocation)
-        return self.follow(groups, path)
+        return self.follow(groups, self.path(groups, allocation))
+
+    def path(self, groups: Sequence[Competitor], allocation: str | None = None) -> list[Step]:
+        """The order in which units leave: as `allocation`, else the caller, else the method says (`allocate.build_path`).
+
+        Raises `SecateurError` where it is measured and no linear layer reads the units of a group.
+        """
+        how = allocation or self.allocation or self.method.allocation
+        if how != MEASURED:
+            return build_path(groups, how)
+        readers = {}
+        for group in groups:
+            pairs = self.coupled(self.graph[group.name], roles=("in",), kinds=("linear", "conv1d"))
+            if not pairs:
+                raise SecateurError(
+                    f"no linear layer reads the units of {group.name}",
+                    where=f"allocation {MEASURED}",
+                    fix="kinds=neurons, or another allocation",
+                )
+            readers[group.name] = pairs[0]
+        data, length = self.require_data(), self.options.seqlen
+        text = not isinstance(data, Tensor) or not data.is_floating_point()
+        scores = self.remember(
+            MEASURED,
+            lambda: by_what_is_lost(
+                self.model,
+                self.graph,
+                groups,
+                readers,
+                data,
+                draw_windows(data, JUDGED[0] if text else JUDGED[1], length, self.generator(MEASURED)),
+                {group.name: self.unit_weights(self.graph[group.name]) for group in groups},
+                self.progress,
+            ),
+        )
+        return build_path(with_scores(groups, scores), "global")
 
     def follow(
         self,
@@ -563,7 +600,7 @@ class Context(Screen):
         fixed = any(group.fixed for group in groups)
         if how == "uniform" and not fixed:
             return {group.name: group.down_to(int(self.target.value * group.size + 1e-9)) for group in groups}
-        path = build_path(groups, how)
+        path = self.path(groups, how)
         limit = int(self.target.value * sum(g.size for g in groups) + 1e-9)
         if not fixed:
             limit = max(limit, sum(map(self._smallest, groups)))

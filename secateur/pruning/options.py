@@ -27,7 +27,7 @@ class Options:
     allocation: str | None = field(
         default=None,
         metadata={
-            "help": "how the budget is divided: uniform, global, per-kind; for single weights also owl, coarse-to-fine, arithmetic[:STEP]; default: the method's"
+            "help": "how the budget is divided: uniform, global, per-kind, for units also measured (by what predictions lose without each layer's); for single weights owl, coarse-to-fine, arithmetic[:STEP]; default: the method's"
         },
     )
     floor: float = field(

@@ -11,7 +11,7 @@ from typing import Any
 from secateur.errors import SecateurError, choose
 from secateur.graph.groups import KINDS
 from secateur.method import Method, expect, make_method
-from secateur.pruning.allocate import ORDERS
+from secateur.pruning.allocate import MEASURED, ORDERS
 from secateur.pruning.method import UnitMethod, WeightMethod
 from secateur.pruning.options import Options
 from secateur.pruning.target import Target, parse_target
@@ -165,7 +165,7 @@ def _check_repair(method: Method, target: Target, options: Options) -> None:
 
 def _check_allocation(method: Method, allocation: str | None) -> None:
     if allocation is not None:
-        known, what = (ORDERS, "units") if removes_units(method) else (ALLOCATIONS, "weights")
+        known, what = ((*ORDERS, MEASURED), "units") if removes_units(method) else (ALLOCATIONS, "weights")
         name, colon, number = allocation.partition(":")
         choose(name, known, what=f"allocation for {what}", where="allocation")
         if colon and name not in TAKE_A_NUMBER:

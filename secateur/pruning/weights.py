@@ -12,7 +12,7 @@ from torch import Tensor
 from secateur.errors import SecateurError
 from secateur.graph.parts import inside, parts_of
 from secateur.method import Method, make_method
-from secateur.pruning.allocate import arithmetic_shares, arithmetic_steps, divide
+from secateur.pruning.allocate import MEASURED, arithmetic_shares, arithmetic_steps, divide
 from secateur.pruning.context import Context
 from secateur.pruning.fitted import Fitted, repair_bytes
 from secateur.pruning.method import WeightMethod
@@ -64,7 +64,7 @@ def allocation(
 def reads_data(method: Method, asked: str | None) -> bool:
     """Whether a run reads calibration data: for its method's statistics, or to divide its budget."""
     if method.statistics() or not isinstance(method, WeightMethod):
-        return bool(method.statistics())
+        return bool(method.statistics()) or asked == MEASURED
     name, _, number = (asked or method.allocation).partition(":")
     return name in READ_DATA and not number
 

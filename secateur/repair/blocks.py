@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph.blocks import Matrix
-from secateur.repair.readers import LAYERS, Moments, input_of, reading_order
+from secateur.repair.readers import LAYERS, Moments, beside_states, input_of, output_of, reading_order
 from secateur.repair.squares import masked_least_squares
 from secateur.repair.steps import Case, fit_block
 from secateur.stats.record import Recorder
-from secateur.stats.stream import Flow, Given
+from secateur.stats.stream import Flow, Given, states_of
 from secateur.utils.inputs import map_tensors
 from secateur.utils.running import evaluating, with_residual
 from secateur.utils.screen import Screen
@@ -68,7 +68,7 @@ class Repair:
     ...     values = repair.block(block.flow, PrunedBlock(i, block.path, block.module, whole, block.matrices, masks))
 
     `obs`: matrices are solved for in the order in which they read, on what the pruned block gives them, so that they give what
-    the dense weights give. `reconstruct`: the same, then `passes` of an optimiser towards the states of the dense model behind
+    the dense weights give; where units left, tokens weigh relative to their states. `reconstruct`: the same, then `passes` of an optimiser towards the states of the dense model behind
     the block. `bias`: what left is made up for on average.
     Memory: the hidden states, a copy of one block, and for `reconstruct` the dense model's states and four more copies.
     """
@@ -180,10 +180,13 @@ class _Work:
             rows, dense = self.recorder.rows(matrix, x), None
             if self.part.units:  # the inputs that left are still there in the whole block
                 given = self.given(self.pruned, number)
-                beside = input_of(self.whole, given, self.layer(self.whole, name))
-                if beside is None or beside.shape != x.shape:
+                seen = output_of(self.whole, given, self.layer(self.whole, name))
+                if seen is None or seen[0].shape != x.shape:
                     return None
-                dense = self.recorder.rows(matrix, beside)
+                beside, states = seen[0], states_of(seen[1])[0]
+                if self.repair.how != "bias" and states.shape[:-1] == x.shape[:-1]:
+                    x, beside = (each * beside_states(states) for each in (x, beside))
+                rows, dense = (self.recorder.rows(matrix, each) for each in (x, beside))
             sums.add(rows, dense)
         return sums
 

@@ -71,6 +71,31 @@ def input_of(block: nn.Module, given: Given, module: nn.Module) -> Tensor | None
     return found[0] if found else None
 
 
+def output_of(block: nn.Module, given: Given, module: nn.Module) -> tuple[Tensor, Any] | None:
+    """(what a module inside the block is given, what the block gives); None where it doesn't come by it."""
+    found: list[Tensor] = []
+
+    def see(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        found.append(_input(args, kwargs))
+
+    handle = module.register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        output = block(*given[0], **given[1])
+    finally:
+        handle.remove()
+    return (found[0], output) if found else None
+
+
+def beside_states(states: Tensor) -> Tensor:
+    """What a token's inputs [..., in] are multiplied by, [..., 1]: one over the length of its state [..., width], so that a few
+    tokens with massive states don't rule the sums.
+
+    >>> beside_states(torch.tensor([[3.0, 4.0]]))
+    tensor([[0.2000]])
+    """
+    return states.float().square().sum(-1, keepdim=True).clamp_min(1e-8).rsqrt()
+
+
 class Moments:
     """Sums over tokens, [parts, ...]: `inner` X Xᵀ of a pruned run, `cross` D Xᵀ with what a dense run gave, `total` of X and
     `dense_total` of D; without a dense run D is X, and `cross` None.
