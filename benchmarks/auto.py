@@ -1,9 +1,9 @@
 """`prune` without a method, on SmolLM2 beside methods as they are shipped, at equal multiply-adds and on the same calibration tokens.
 
     python benchmarks/auto.py                                   # macs<=80% and 60%: auto's candidates and their rivals
-    python benchmarks/auto.py --targets 'macs<=80%' --runs auto flap nirvana --samples 16
+    python benchmarks/auto.py --targets 'macs<=80%' --runs 2ssp auto '2ssp attentions=0 repair=obs' --samples 16 --windows 12
 
-A run is a method, METHOD+REPAIR (2ssp+obs), or auto. Calibration: windows of 512 tokens of the Brown corpus; evaluation: the first
+A run is auto, or a method with settings: '2ssp attentions=0 repair=obs'. Calibration: windows of 512 tokens of the Brown corpus; evaluation: the first
 windows of 512 of WikiText-2 valid. Needs SECATEUR_DATA. A line a run, also as JSON in --out, which a run that was stopped goes on from.
 """
 
@@ -77,7 +77,7 @@ def main() -> None:
                     or f"perplexity {line['perplexity']:8.2f}{against(line, done.get((BASE, target, seed)))}  left {line['left']:.1%}"
                     f"  {line['cpu']:.0f} CPU s  {line['said']}"
                 )
-                print(f"{target:10} seed {seed}  {name:20} {told}", flush=True)
+                print(f"{target:10} seed {seed}  {name:32} {told}", flush=True)
 
 
 def losses(network: torch.nn.Module, text: torch.Tensor, windows: int) -> list[float]:
@@ -97,8 +97,8 @@ def against(line: dict, base: dict | None) -> str:
 
 def one(model: torch.nn.Module, name: str, target: str, ids: torch.Tensor, seed: int, effort: int) -> dict:
     """A pruned copy, and what it took."""
-    method, _, repair = name.partition("+")
-    settings = {"repair": repair} if repair else {}
+    method, *said = name.split()
+    settings = {key: int(value) if value.isdigit() else value for key, value in (s.split("=") for s in said)}
     if method == "auto":
         settings["effort"] = effort
     start = time.process_time()

@@ -68,8 +68,8 @@ class Repair:
     ...     values = repair.block(block.flow, PrunedBlock(i, block.path, block.module, whole, block.matrices, masks))
 
     `obs`: matrices are solved for in the order in which they read, on what the pruned block gives them, so that they give what
-    the dense weights give; where units left, tokens weigh relative to their states. `reconstruct`: the same, then `passes` of an optimiser towards the states of the dense model behind
-    the block. `bias`: what left is made up for on average.
+    the dense weights give; where units left, tokens weigh relative to their states. `reconstruct`: the same, then `passes` of an
+    optimiser towards the states of the dense model behind the block. `bias`: what left is made up for on average.
     Memory: the hidden states, a copy of one block, and for `reconstruct` the dense model's states and four more copies.
     """
 

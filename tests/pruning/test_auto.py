@@ -65,6 +65,13 @@ def test_units_leave_where_zeros_bring_nothing(
     assert all("repair" not in candidate.settings for candidate in kept)
 
 
+def test_where_neurons_alone_cannot_reach_it_attentions_leave_too(tiny_llama: Any) -> None:
+    report = secateur.prune(tiny_llama(), target="macs<=45%", data=IDS).report
+    assert [line["method"] for line in report["auto"]["tried"]] == ["2ssp", "2ssp"] and report["met"]
+    assert "2ssp doesn't fit: " in report["auto"]["why"] and "can't be met" in report["auto"]["why"]
+    assert any("attentions leave, those that perplexity misses least" in note for note in report["notes"])
+
+
 def test_without_data_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     pruned = secateur.prune(conv_net(), PICTURES[:1], target="50%")
     assert pruned.report["method"] == "group-magnitude"
