@@ -78,7 +78,7 @@ class Prune:
     seed: int = flag("of everything that is drawn at random", 0)
     also: tuple[str, ...] | None = flag(ALSO_HELP, None)
     stream: Annotated[bool, SWITCH] = flag(
-        "read a model folder block by block and write the result so, in the memory of two blocks (single weights)",
+        "read a model folder block by block and write the result so, in the memory of two blocks",
         False,
     )
 

@@ -286,7 +286,7 @@ def cut_is_masked(s: Subject) -> tuple[float, float]:
     """Half of every group leaves; where no norm or softmax mixes the units, zeros give the same outputs as absence."""
     from secateur.graph import trace
     from secateur.surgery import mask_units, prove
-    from secateur.surgery.cut import _cut
+    from secateur.surgery.cut import cut_modules
 
     graph = trace(s.model, s.inputs)
     keep = {
@@ -303,7 +303,7 @@ def cut_is_masked(s: Subject) -> tuple[float, float]:
         raise SecateurError(f"nothing can be cut and proved ({why})", where=s.name)
     masked, cut = copy.deepcopy(s.model), copy.deepcopy(s.model)
     mask_units(masked, graph, exact)
-    _cut(cut, graph, exact)  # without looking for a config of the new sizes, which saving does
+    cut_modules(cut, graph, exact)  # without looking for a config of the new sizes, which saving does
     if sum(p.numel() for p in cut.parameters()) >= sum(p.numel() for p in s.model.parameters()):
         raise AssertionError("the cut model is no smaller")
     return gap(outputs(cut, s.inputs), outputs(masked, s.inputs)), s.tolerance

@@ -16,14 +16,18 @@ import torch
 from torch import Tensor
 
 from secateur.data import calibration_batches
-from secateur.errors import SecateurError, require
+from secateur.errors import require
+from secateur.io.by_block import Blocks, check_units, forget_steps
+from secateur.io.hollow import as_stored, empty_model
+from secateur.io.per_layer import FOLDER
 from secateur.io.shards import Shards
-from secateur.io.streamed import Streamed, empty_model
+from secateur.io.streamed import Streamed, tensors_of
 from secateur.io.transformers import load_tokenizer
 from secateur.method import Method
 from secateur.pruning.context import Context
-from secateur.pruning.method import WeightMethod
+from secateur.pruning.method import UnitMethod, WeightMethod
 from secateur.pruning.plan import Plan
+from secateur.pruning.prune import TRACED
 from secateur.pruning.report import Report, build_report
 from secateur.pruning.request import Request, read_request
 from secateur.pruning.resume import Checkpoint, fingerprint
@@ -32,9 +36,12 @@ from secateur.pruning.weights import plan_weights, reads_data
 from secateur.stats.layer import OF_GRADIENTS
 from secateur.stats.memory import estimate
 from secateur.utils.files import atomic_write_json, atomic_write_text, explain_oserror
+from secateur.utils.inputs import default_inputs
 
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "modeling_pruned.py")
 NOT_BESIDE = ("model.safetensors.index.json", "plan.json", "report.json", "recipe.yaml")
+BUILDS = ("config.json", "modeling_pruned.py")
+"""What says how a model is built; written anew where its shapes change."""
 ALL_AT_ONCE = ("global", "per-kind", "per-part", "owl", "coarse-to-fine", "own")
 """Allocations that look at all layers before the first is cut."""
 RUN = "run.txt"
@@ -73,18 +80,21 @@ def prune_folder(
     announce: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Report:
-    """Set single weights of a model folder to zero, in the memory of two blocks; gives the report that lies in `out`.
+    """Prune a model folder in the memory of two blocks; gives the report that lies in `out`.
 
     >>> secateur.prune_folder("llama-70b", "small", method="wanda", target="50%", data="brown")  # doctest: +SKIP
+    >>> secateur.prune_folder("llama-70b", "small", method="flap", target="80%", data="brown")  # doctest: +SKIP
 
-    Blocks are read from the folder's safetensors, computed in float32, and written in the dtypes they had; the result has the
-    same files, and no plan: its masks are the zeros. What is computed is what `prune` computes in float32. Finished blocks
-    lie in `OUT.run` until the end, so a run that was killed goes on where it was, to the same bits.
+    Blocks are read from the folder's safetensors, computed in float32, and written in the dtypes they had. What is computed is
+    what `prune` computes in float32. Where single weights are set to zero the result has the same files, and no plan: its masks
+    are the zeros. Where units leave it has what `Pruned.save` writes, and every block is read twice, to score and to cut it. Finished
+    blocks lie in `OUT.run` until the end, so a run that was killed goes on where it was, to the same bits.
 
     Parameters
     ----------
     folder, out: of transformers, with safetensors; a new folder.
-    method: one that removes single weights and looks at one block at a time: no gradients, no allocation over all layers.
+    method: one that looks at one block at a time: of those for single weights without gradients and without an allocation over all
+        layers; of those for units `flap`, `group-magnitude` and `random-structured`, with units that lie in one block.
     data: token ids [samples, length], a list of model inputs, a text file, or the name of a text.
     device: where blocks are computed.
     announce: called with a line about the memory that is needed, before anything is done.
@@ -99,48 +109,55 @@ def prune_folder(
     source, where = Shards(folder), Path(os.path.realpath(Path(out).expanduser()))
     require(not where.exists() or (where.is_dir() and not any(where.iterdir())), "the folder is not empty", where=str(out), fix="give a new folder")  # fmt: skip
     model, chosen, options = empty_model(folder, device), request.method, request.options
-    assert isinstance(chosen, WeightMethod)
     batches = None
     if options.fits or reads_data(chosen, options.divides):
         require(data != "self", "the model can't write text block by block", where="data", fix="give a text")
         tokenizer = load_tokenizer(Path(folder).expanduser())
         batches = calibration_batches(data, tokenizer, model, options.samples, options.seqlen, seed)
     work = where.with_name(f"{where.name}.run")
-    streamed = Streamed(model, source, work)
-    _check_room(work, source)
-    asked = (chosen.name, chosen.source, chosen.hyperparameters, str(request.target))
-    read_from = fingerprint(torch.nn.Module(), batches)
-    _begin(work, _digest(source, *asked, dataclasses.asdict(options), seed, read_from), resume)
+    units = isinstance(chosen, UnitMethod)
+    inputs = default_inputs(model, min(options.seqlen, TRACED)) if units else None
     context = Context(
         model,
         chosen,
         request.target,
-        None,
+        inputs,
         data=batches,
         seed=seed,
         options=options,
         progress=progress,
-        checkpoint=_Finished(streamed),
         lean=True,
         recorded=False,
-        ready=streamed.enter,
-        original=streamed.original,
     )
+    if units:  # on shapes alone; what the target counts is a matter of the files
+        tensors_of(model, source)
+        _ = context.graph, context.every_matrix
+        as_stored(model, source)
+    streamed = Streamed(model, source, work, dense=units)
+    context.ready, context.original = streamed.enter, streamed.original
+    context.checkpoint = Checkpoint(work) if units else _Finished(streamed)
+    _check_room(work, source)
+    asked = (chosen.name, chosen.source, chosen.hyperparameters, str(request.target))
+    read_from = fingerprint(torch.nn.Module(), batches)
+    _begin(work, _digest(source, *asked, dataclasses.asdict(options), seed, read_from), resume)
     with torch.no_grad():
         if announce is not None:
             announce(_memory(context, streamed, batches))
-        plan = plan_weights(chosen, context)
-        for number in range(len(streamed.modules)):  # blocks that hold nothing to prune
-            if not streamed.file(number).exists():
-                streamed.enter(number)
-                streamed.finish(number)
-    streamed.close()
+        if units:
+            plan, about = _cut(context, streamed)
+        else:
+            plan, about = _zero(context, streamed)
     report = _report(context, streamed, plan, request)
-    report |= {"model": str(folder), "out": str(out), "seconds": time.perf_counter() - started}
-    custom = (Path(folder).expanduser() / "modeling_pruned.py").is_file()
-    load = f"from_pretrained(folder{', trust_remote_code=True' if custom else ''})"
-    report["artefact"] = {"form": "custom" if custom else "plain", "load": load, "why": None}
-    _copy(Path(folder).expanduser(), work)
+    report |= {
+        "model": str(folder),
+        "out": str(out),
+        "seconds": time.perf_counter() - started,
+        "artefact": about,
+    }
+    _copy(Path(folder).expanduser(), work, anew=BUILDS if units else ())
+    if units:
+        forget_steps(work)
+        plan.save(work)
     atomic_write_json(work / "report.json", report)
     (work / RUN).unlink()
     with explain_oserror(where):
@@ -150,13 +167,39 @@ def prune_folder(
     return report
 
 
+def _zero(context: Context, streamed: Streamed) -> tuple[Plan, dict[str, Any]]:
+    """Single weights, block by block; the blocks that hold nothing to prune are written too."""
+    assert isinstance(context.method, WeightMethod)
+    plan = plan_weights(context.method, context)
+    for number in range(len(streamed.modules)):
+        if not streamed.file(number).exists():
+            streamed.enter(number)
+            streamed.finish(number)
+    streamed.close()
+    folder = streamed.source.folder
+    custom, layers = (folder / "modeling_pruned.py").is_file(), (folder / FOLDER).is_dir()
+    load = f"from_pretrained(folder{', trust_remote_code=True' if custom else ''})"
+    about = {"form": "custom" if custom else "plain", "load": load, "why": None}
+    return plan, about | ({"per_layer_config": f"{FOLDER}/config.json"} if layers else {})
+
+
+def _cut(context: Context, streamed: Streamed) -> tuple[Plan, dict[str, Any]]:
+    """Units, block by block."""
+    blocks = Blocks(context, streamed)
+    plan = blocks.plan()
+    return plan, blocks.cut(plan)
+
+
 def _check(request: Request) -> None:
     method, options, fix = request.method, request.options, "prune it without --stream"
     name = method.name
-    if not isinstance(method, WeightMethod):
-        raise SecateurError(
-            f"{name} removes units, and their groups are traced with the whole model in memory", where="stream", fix=fix
-        )  # fmt: skip
+    require(
+        options.schedule == "once", "rounds would read the model several times", where="schedule", fix="once"
+    )
+    if isinstance(method, UnitMethod):
+        check_units(method, request.target.kind, options.repair, options.prove_export)
+        return
+    assert isinstance(method, WeightMethod)
     gradients = method.statistics() & OF_GRADIENTS
     require(
         not gradients, f"{name} needs gradients, which run through the whole model", where="stream", fix=fix
@@ -173,9 +216,6 @@ def _check(request: Request) -> None:
     )
     require(
         options.repair != "bias", "the shards have no room for new biases", where="repair", fix="repair=obs"
-    )
-    require(
-        options.schedule == "once", "rounds would read the model several times", where="schedule", fix="once"
     )
     require(
         not options.everywhere, "the head isn't read block by block", where="everywhere", fix="leave it out"
@@ -229,41 +269,60 @@ def _memory(context: Context, streamed: Streamed, batches: Any) -> str:
 
 def _report(context: Context, streamed: Streamed, plan: Plan, request: Request) -> Report:
     """Counted in the files: zeros before and after."""
-    kept: dict[str, tuple[int, int]] = {}
-    total = before = after = 0
     written = Shards(streamed.folder)
-    for name in written.entries:
-        was, left = (int(shards.read([name])[name].count_nonzero()) for shards in (streamed.source, written))
-        size = math.prod(written.entries[name].shape)
-        total, before, after = total + size, before + was, after + left
-        if name in context.every_matrix:
-            kept[name] = (size, left)
-    figures: dict[str, Any] = {
-        "params": total,
-        "size_bytes": streamed.source.nbytes,
-        "macs": None,
-        "perplexity": {},
-        "accuracy": {},
-    }
-    figures |= {"psnr": {}, "latency": {}, "peak_memory_bytes": None, "seqlen": context.options.seqlen}
-    figures["not_measured"] = dict.fromkeys(("macs", "peak_memory_bytes"), "the model wasn't loaded")
-    sides = [{**figures, "params_nonzero": count} for count in (before, after)]
-    options = dataclasses.asdict(request.options)
+    left = {name: _nonzero(written, name) for name in written.entries}
+    kept = {n: (math.prod(e.shape), left[n]) for n, e in written.entries.items() if n in context.every_matrix}
+    was = {name: _nonzero(streamed.source, name) for name in streamed.source.entries}
+    units = isinstance(context.method, UnitMethod)
+    sides = [
+        _figures(context, shards, sum(found.values()), kept_units if units else None)
+        for shards, found, kept_units in ((streamed.source, was, {}), (written, left, plan.keep))
+    ]
     report = build_report(
-        context.method, request.target, plan, None, *sides, options=options, kinds=None, kept_share=True,
-        refused={}, skipped=context.skipped, parts=(),
+        context.method, request.target, plan, context.graph if units else None, *sides,
+        options=dataclasses.asdict(request.options), refused={}, skipped=context.skipped, parts=(),
+        kinds=request.options.kinds or getattr(context.method, "kinds", None) if units else None,
+        kept_share=context.keeps_share(plan.keep) if units and request.target.kind == "share" else True,
     )  # fmt: skip
+    if units:
+        return report
+    total = sum(math.prod(entry.shape) for entry in written.entries.values())
     report["weights"] += [{"name": n, "size": size, "kept": left} for n, (size, left) in kept.items()]
-    sizes, left = (sum(values) for values in zip(*kept.values()))
+    sizes, stays = (sum(values) for values in zip(*kept.values()))
     goal = request.target
     asked = goal.limit(total) - (total - sizes) if goal.kind == "params" else goal.value * sizes
-    report["met"] = not context.skipped and left <= asked + 1e-6
+    report["met"] = not context.skipped and stays <= asked + 1e-6
     return report
 
 
-def _copy(folder: Path, work: Path) -> None:
-    """Config, tokenizer and the like, as they are."""
+def _nonzero(shards: Shards, name: str) -> int:
+    return int(shards.read([name])[name].count_nonzero())
+
+
+def _figures(context: Context, shards: Shards, nonzero: int, keep: Any) -> dict[str, Any]:
+    """What the files tell of a model; multiply-adds where units leave, by the graph."""
+    unmeasured = ["peak_memory_bytes", *(["macs"] if keep is None else [])]
+    return {
+        "params": sum(math.prod(entry.shape) for entry in shards.entries.values()),
+        "params_nonzero": nonzero,
+        "size_bytes": shards.nbytes,
+        "macs": None if keep is None else context.graph.macs(keep),
+        "perplexity": {},
+        "accuracy": {},
+        "psnr": {},
+        "latency": {},
+        "peak_memory_bytes": None,
+        "seqlen": context.options.seqlen,
+        "not_measured": dict.fromkeys(unmeasured, "the model wasn't loaded"),
+    }
+
+
+def _copy(folder: Path, work: Path, anew: tuple[str, ...]) -> None:
+    """Config, tokenizer and the like, as they are, without what is written anew."""
     for pattern in BESIDE:
         for file in folder.glob(pattern):
-            if file.name not in NOT_BESIDE:
+            if file.name not in (*NOT_BESIDE, *anew):
                 shutil.copyfile(file, work / file.name)
+    if (layers := folder / FOLDER / "config.json").is_file() and not anew:
+        (work / FOLDER).mkdir(exist_ok=True)
+        shutil.copyfile(layers, work / FOLDER / "config.json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable
@@ -14,54 +13,12 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError, require
 from secateur.graph.blocks import find_stacks
-from secateur.io.reshape import BROKEN
+from secateur.io.hollow import hollow
 from secateur.io.shards import Shards, copy_shard, read, shard_name, write_index, write_shard
-from secateur.io.transformers import class_of
 from secateur.utils.memory import give_back
 
 HELD = 2
 """Blocks in memory at once: the one in work, and the one before it, which gives it its inputs."""
-
-
-def empty_model(folder: str | Path, device: str | torch.device = "cpu") -> Any:
-    """The model of a folder of transformers, with parameters that have shapes and no memory, in eval mode.
-
-    >>> model = empty_model("llama-70b")  # doctest: +SKIP
-    >>> model.num_parameters()  # doctest: +SKIP
-    70553706496
-
-    Raises SecateurError for a folder that transformers can't build a model from.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig
-
-    path = Path(folder).expanduser()
-    where = str(path / "config.json")
-    try:
-        cls, config = class_of(path)
-        config = config or AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        build = cls.from_config if hasattr(cls, "from_config") and not issubclass(cls, nn.Module) else cls
-        with init_empty_weights(include_buffers=False):
-            model = build(copy.deepcopy(config))
-        model.tie_weights()
-    except (*BROKEN, OSError, ImportError, AssertionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SecateurError(f"no model can be built from it ({reason})", where=where) from error
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                hollow = _hollow(parameter, torch.float32, torch.device(device))
-                hollow = nn.Parameter(hollow, requires_grad=False)
-                module._parameters[name] = made.setdefault(id(parameter), hollow)
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(device)
-    return model.eval()
-
-
-def _hollow(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of the same shape in the memory of one number."""
-    return torch.zeros((), dtype=dtype, device=device).expand(tensor.shape)
 
 
 class Streamed:
@@ -72,13 +29,15 @@ class Streamed:
 
     Numbers of blocks run through all stacks. A block's own forward enters it, so the model's forward can be run as it is as
     long as it stops before the output head. Everything outside the blocks but the head lies in memory, in `dtype`. A block
-    that is done is read from `folder`, in the dtype of its file, so a run that goes on sees the same numbers.
+    that is done is read from `folder`, in the dtype of its file, so a run that goes on sees the same numbers; where the run is
+    to see the `dense` model, from `source`.
 
     Raises SecateurError where the names or shapes of the shards aren't the model's.
     """
 
-    def __init__(self, model: nn.Module, source: Shards, folder: Path, dtype: torch.dtype = torch.float32):
-        self.model, self.source, self.folder, self.dtype = model, source, folder, dtype
+    def __init__(self, model: nn.Module, source: Shards, folder: Path, *, dense: bool = False):
+        self.model, self.source, self.folder, self.dense = model, source, folder, dense
+        self.dtype = torch.float32
         stacks = find_stacks(model)
         require(
             stacks[0].repeated,
@@ -86,11 +45,10 @@ class Streamed:
             where=type(model).__name__,
             fix="prune it without --stream",
         )
+        self.stacks = stacks
         self.modules = [module for stack in stacks for module in stack.modules]
-        paths = [stack.path_of(index) for stack in stacks for index in range(len(stack))]
-        self.targets: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        self.targets |= {n: b for n, b in model.named_buffers() if n in source.entries}
-        self._check()
+        self.paths = paths = [stack.path_of(index) for stack in stacks for index in range(len(stack))]
+        self.targets = tensors_of(model, source)
         owner = {name: next((i for i, p in enumerate(paths) if name.startswith(f"{p}.")), -1) for name in source.entries}  # fmt: skip
         self.own = [[n for n, i in owner.items() if i == number] for number in range(len(paths))]
         self.rest = [name for name, number in owner.items() if number < 0]
@@ -125,9 +83,10 @@ class Streamed:
             while len(self.entered) >= HELD:
                 for name in self.own[self.entered.pop(0)]:
                     target = self.targets[name]
-                    target.data = _hollow(target, self.dtype, target.device)
+                    target.data = hollow(target, self.dtype, target.device)
             done = self.file(number)
-            self._place(read(done) if done.exists() else self.source.read(self.own[number]))
+            again = done.exists() and not self.dense
+            self._place(read(done) if again else self.source.read(self.own[number]))
         self.entered.append(number)
 
     def file(self, number: int) -> Path:
@@ -146,10 +105,31 @@ class Streamed:
         self._place(tensors)
         give_back()
 
+    def finish_as(self, number: int, tensors: dict[str, Tensor]) -> None:
+        """Write other tensors in place of a block's, in the dtypes of the source; a new one in that of the block."""
+        entries = self.source.entries
+        usual = next(entries[name].dtype for name in self.own[number] if entries[name].dtype is not None)
+        kinds = {name: entries[name].dtype if name in entries else usual for name in tensors}
+        write_shard(self.file(number), {n: t.data.to("cpu", kinds[n]) for n, t in tensors.items()})
+        self.leave(number)
+
+    def leave(self, number: int) -> None:
+        """A block's tensors go, whatever they are by now; it isn't entered again."""
+        if number in self.entered:
+            self.entered.remove(number)
+        for tensor in (
+            *(self.targets[name] for name in self.own[number]),
+            *self.modules[number].parameters(),
+        ):
+            tensor.data = hollow(tensor, tensor.dtype, tensor.device)
+        give_back()
+
     def close(self) -> None:
         """Give up what is in memory, copy what lies outside the blocks, unchanged, and write the index."""
         for target in self.targets.values():
-            target.data = _hollow(target, self.dtype, target.device)
+            target.data = hollow(target, self.dtype, target.device)
+        for module in self.modules:
+            del module.forward
         copy_shard(self.file(self.count - 1), {name: self.source.entries[name] for name in self.rest})
         write_index(self.folder)
 
@@ -166,20 +146,23 @@ class Streamed:
 
         return entered
 
-    def _check(self) -> None:
-        where, found = str(self.source.folder), self.source.entries
-        held = {id(self.targets[name]) for name in found if name in self.targets}
-        missing = [name for name, target in self.targets.items() if id(target) not in held]
-        strange = [name for name in found if name not in self.targets]
-        if missing or strange:
-            name, what = (missing[0], "lacks") if missing else (strange[0], "has")
-            raise SecateurError(
-                f"the shards' names aren't the model's: the folder {what} {name}",
-                where=where,
-                fix="prune it without --stream, or load it with transformers and save it again",
-            )
-        for name, entry in found.items():
-            own = tuple(self.targets[name].shape)
-            require(
-                entry.shape == own, f"{name} is {list(entry.shape)}, the config says {list(own)}", where=where
-            )
+
+def tensors_of(model: nn.Module, source: Shards) -> dict[str, Tensor]:
+    """The model's tensors that lie in the shards, by all their names. Raises SecateurError where names or shapes aren't the same."""
+    targets: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    targets |= {n: b for n, b in model.named_buffers() if n in source.entries}
+    where, found = str(source.folder), source.entries
+    held = {id(targets[name]) for name in found if name in targets}
+    missing = [name for name, target in targets.items() if id(target) not in held]
+    strange = [name for name in found if name not in targets]
+    if missing or strange:
+        name, what = (missing[0], "lacks") if missing else (strange[0], "has")
+        raise SecateurError(
+            f"the shards' names aren't the model's: the folder {what} {name}",
+            where=where,
+            fix="prune it without --stream, or load it with transformers and save it again",
+        )
+    for name, entry in found.items():
+        own = tuple(targets[name].shape)
+        require(entry.shape == own, f"{name} is {list(entry.shape)}, the config says {list(own)}", where=where)  # fmt: skip
+    return targets

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import inspect
 import json
 import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,23 +120,39 @@ def _config_fields(config: Any, prefix: str = "") -> dict[str, Any]:
     return fields
 
 
-def _save_transformers(model: Any, folder: Path, plan: Plan | None, dense_config: Any) -> dict[str, Any]:
+def _save_transformers(
+    model: Any,
+    folder: Path,
+    plan: Plan | None,
+    dense_config: Any,
+    same: Callable[[Any, Any], bool] | None = None,
+) -> dict[str, Any]:
+    """same: of a model that holds no weights, whether another computes the same; the files beside the weights are written alone."""
     cls = _transformers_class(model)
     assert cls is not None
-    why = _inexpressible(model, cls, plan)
+    weights = same is None
+    why = _inexpressible(model, cls, same or functools.partial(_same_outputs, plan=plan))
     architectures = model.config.architectures
     try:
         if why is None:
             with quiet():
-                model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+                _save_pretrained(model, folder, None if weights else {})
             auto = _auto_classes(cls, model.config.model_type)[0]
             return {"form": "plain", "load": f"{auto}.from_pretrained(folder)", "why": None}
-        return _save_custom(model, cls, folder, plan, dense_config, why)
+        return _save_custom(model, cls, folder, plan, dense_config, why, weights)
     finally:
         model.config.architectures = architectures
 
 
-def _inexpressible(model: Any, cls: Any, plan: Plan | None) -> str | None:
+def _save_pretrained(model: Any, folder: Path, state: dict[str, Tensor] | None, **settings: Any) -> None:
+    """transformers' own; without a tensor of `state` it writes no weights."""
+    none = state is not None and not state
+    model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD_BYTES, **settings)
+    if none:
+        (folder / "model.safetensors").unlink(missing_ok=True)
+
+
+def _inexpressible(model: Any, cls: Any, same: Callable[[Any, Any], bool]) -> str | None:
     """Why the model's config doesn't describe it; None when building from the config gives these very modules."""
     if type(model) is not cls:
         return f"it was loaded as {type(model).__name__}"
@@ -160,14 +177,14 @@ def _inexpressible(model: Any, cls: Any, plan: Plan | None) -> str | None:
         says = "none" if old is None else str(list(old.shape))
         more = f", and {len(cut['shapes']) - 1} more" if len(cut["shapes"]) > 1 else ""
         return f"{name} is {shape}, the config says {says}{more}"
-    if cut["attributes"] and not _computes_the_same(model, cls, config, plan):
+    if cut["attributes"] and not _computes_the_same(model, cls, config, same):
         path, values = next(iter(cut["attributes"].items()))
         key, value = next(iter(values.items()))
         return f"{path}.{key} is {value}, the config says {getattr(built.get_submodule(path), key, None)}"
     return None
 
 
-def _computes_the_same(model: Any, cls: Any, config: Any, plan: Plan | None) -> bool:
+def _computes_the_same(model: Any, cls: Any, config: Any, same: Callable[[Any, Any], bool]) -> bool:
     """Whether what the config builds gives the model's outputs with the model's weights, whatever its attributes say.
 
     Many attributes are never read again after the modules were built. The weights are shared, not copied.
@@ -178,14 +195,17 @@ def _computes_the_same(model: Any, cls: Any, config: Any, plan: Plan | None) -> 
         twin = cls(copy.deepcopy(config))
     twin.load_state_dict(model.state_dict(), strict=False, assign=True)
     twin.tie_weights()
-    device = device_of(model)
     try:
-        inputs = map_tensors(_example(model, plan), lambda tensor: tensor.to(device))
         with evaluating(model), torch.no_grad():
-            ours = _floats(call(model, inputs))
-            theirs = _floats(call(twin.to(device).eval(), inputs))
+            return same(model, twin.to(device_of(model)).eval())
     except (SecateurError, *BROKEN):
         return False
+
+
+def _same_outputs(model: Any, twin: Any, plan: Plan | None) -> bool:
+    device = device_of(model)
+    inputs = map_tensors(_example(model, plan), lambda tensor: tensor.to(device))
+    ours, theirs = (_floats(call(each, inputs)) for each in (model, twin))
     return len(ours) == len(theirs) > 0 and all(
         a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
         for a, b in zip(ours, theirs)
@@ -245,6 +265,7 @@ def _save_custom(
     plan: Plan | None,
     dense_config: Any,
     why: str,
+    weights: bool = True,
 ) -> dict[str, Any]:
     before = getattr(model.config, "pruned", None) or {"blocks": {}}
     dense = _dense_config(dense_config if dense_config is not None else model.config)
@@ -258,15 +279,13 @@ def _save_custom(
     cut["config"] = _valid_fields(dense, {key: now[key] for key in cut["dense"]})
 
     text = _render(cls)
-    state = model.state_dict()
-    state |= {name: tensor for name, tensor in _tensors(model).items() if name in cut["shapes"]}
+    state = model.state_dict() if weights else {}
+    state |= {n: tensor for n, tensor in _tensors(model).items() if weights and n in cut["shapes"]}
     automatic = getattr(model.config, "auto_map", None)
     swap(model.config, cut["dense"])
     try:
         with quiet():
-            model.save_pretrained(
-                folder, state_dict=state, save_original_format=False, max_shard_size=SHARD_BYTES
-            )
+            _save_pretrained(model, folder, state, save_original_format=False)
     finally:
         swap(model.config, {key: now[key] for key in cut["dense"]})
         if automatic is not None:

@@ -72,6 +72,7 @@ class Flap(UnitMethod):
     needs: ClassVar[frozenset[str]] = frozenset({"input_mean", "input_var"})
     allocation: ClassVar[str] = "global"
     share_of: ClassVar[str] = "weights"
+    by_block: ClassVar[bool] = True
     info = record("flap")
 
     def plan(self, context: Context) -> Plan:

@@ -40,6 +40,7 @@ class GroupMagnitude(UnitMethod):
         "experts",
     )
     share_of: ClassVar[str] = "units"
+    by_block: ClassVar[bool] = True
     info = record("group-magnitude")
 
     def score(self, group: Group, context: Context) -> Tensor:

@@ -28,6 +28,7 @@ class RandomStructured(UnitMethod):
 
     kinds: ClassVar[tuple[str, ...] | None] = ("heads", "kv_groups", "neurons")
     share_of: ClassVar[str] = "weights"
+    by_block: ClassVar[bool] = True
     info = record("random-structured")
 
     def score(self, group: Group, context: Context) -> Tensor:

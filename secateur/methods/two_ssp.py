@@ -78,7 +78,7 @@ class TwoSSP(UnitMethod):
             raise SecateurError(
                 "no linear layer reads their units", where=f"2ssp, {context.groups[0].name}, ..."
             )
-        keep, count = self.divide(context, scores)
+        keep, count = self.divide_both(context, scores)
         neurons = {name: keep[name] for name in scores}
         found = context.remember("attentions", lambda: self.search(context, neurons, count)) if count else {}
         parts = [group for group in context.groups if group.kind == "attentions"]
@@ -103,7 +103,7 @@ class TwoSSP(UnitMethod):
                 found[name].append(norm[s.index.to(norm.device)].norm(dim=1))
         return {name: torch.stack(norms).mean(0) for name, norms in found.items() if norms}
 
-    def divide(self, context: Context, scores: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    def divide_both(self, context: Context, scores: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
         """(kept units of every group, of attentions any; how many attentions leave)."""
         parts = [group for group in context.groups if group.kind == "attentions"]
         neurons = context.competitors(scores)

@@ -96,6 +96,9 @@ class UnitMethod(Method):
     """The kinds of unit it cuts; None: every kind the graph has."""
     share_of: ClassVar[str] = "units"
     """What a bare percentage counts: "units" of every prunable group, or the "weights" inside a language model's blocks."""
+    by_block: ClassVar[bool] = False
+    """Whether a block's tensors and its inputs' statistics are all that scores and repairs its groups, and the plan is `divide` of
+    the scores: a folder can then be cut with one block in memory (`prune_folder`)."""
 
     @classmethod
     def usual(cls) -> dict[str, Any]:
@@ -114,11 +117,15 @@ class UnitMethod(Method):
         """What a group's units are ranked among where `allocation` is per-kind: all groups of which this says the same."""
         return group.kind
 
+    def divide(self, context: Context, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Kept units of every group."""
+        return context.allocate(scores)
+
     def repair(self, context: Context, keep: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Tensors (at their dense shape, by name) that replace the model's before the cut."""
         return {}
 
     def plan(self, context: Context) -> Plan:
         """Scores -> budget -> kept units -> repaired tensors."""
-        keep = context.allocate(self.scores(context))
+        keep = self.divide(context, self.scores(context))
         return context.make_plan(keep=keep, values=self.repair(context, keep))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from secateur.errors import SecateurError
 OF_INPUTS = frozenset({"input_norm", "hessian", "input_mean", "input_var", "input_abs"})
 OF_GRADIENTS = frozenset({"gradient", "fisher"})
 NEEDS = OF_INPUTS | OF_GRADIENTS
+SUMS = ("outer", "square", "mean", "deviation", "absolute")
 CHUNK = 1 << 23
 """Numbers cast to fp32 at a time."""
 
@@ -144,6 +145,20 @@ class InputStats:
         if not self.tokens[part]:
             return torch.zeros(self.size, dtype=torch.bool, device=self.outer.device)
         return self.outer[part].diagonal() == 0
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums and counts as tensors, to be kept on disk; `with_state` puts them back."""
+        sums = {name: getattr(self, name) for name in SUMS}
+        counts = {"sequences": torch.tensor(self.sequences), "tokens": torch.tensor(self.tokens)}
+        return {name: tensor.clone() for name, tensor in sums.items() if tensor is not None} | counts
+
+    def with_state(self, state: Mapping[str, Tensor]) -> InputStats:
+        """This, holding what `state` gave of another of the same size and needs."""
+        for name in SUMS:
+            if (mine := getattr(self, name)) is not None:
+                mine.copy_(state[name])
+        self.sequences, self.tokens = int(state["sequences"]), state["tokens"].tolist()
+        return self
 
     def release(self) -> None:
         """Drops the cached factors."""

@@ -66,6 +66,14 @@ class Changes(Screen):
     layers: dict[str, list[int]] = field(default_factory=dict)
     uniform: bool = False
 
+    def join(self, other: Changes) -> None:
+        """Take in what a further cut, of other modules, changed."""
+        self.shapes |= other.shapes
+        self.config |= other.config
+        self.layers |= other.layers
+        for path, values in other.attributes.items():
+            self.attributes.setdefault(path, {}).update(values)
+
 
 # --- tensors
 

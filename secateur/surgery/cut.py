@@ -35,13 +35,16 @@ def cut_units(model: nn.Module, graph: Graph, keep: Keep) -> Changes:
     Tied parameters stay tied, dtype, device and requires_grad stay. Raises SecateurError for unknown or frozen groups
     and for unit numbers out of range; the model is then untouched.
     """
-    changes = _cut(model, graph, keep)
+    changes = cut_modules(model, graph, keep)
     fit_config(model, graph, graph._kept(keep), changes)
     return changes
 
 
-def _cut(model: nn.Module, graph: Graph, keep: Keep) -> Changes:
-    """Everything but the config of a transformers model."""
+def cut_modules(model: nn.Module, graph: Graph, keep: Keep) -> Changes:
+    """`cut_units` without the config of a transformers model, which `fit_config` then makes of what all cuts changed.
+
+    >>> changes = cut_modules(model, graph, {"model.layers.0.mlp:neurons": torch.arange(12)})  # doctest: +SKIP
+    """
     pairs = graph._kept(keep)
     tokens = [(group, kept) for group, kept in pairs if group.kind == "vocabulary"]
     for group, kept in tokens:

@@ -18,7 +18,7 @@ from secateur.errors import SecateurError
 from secateur.graph.groups import Graph
 from secateur.graph.notes import Run
 from secateur.surgery.changes import Keep, _tensor
-from secateur.surgery.cut import _cut
+from secateur.surgery.cut import cut_modules
 from secateur.surgery.mask import leave_out, mask_units, zeros
 from secateur.surgery.stand_in import Edit, StandIns, loosened, sharing, zeroed
 from secateur.utils.inputs import as_call, describe, map_tensors
@@ -110,7 +110,7 @@ def _holds(
         moved = sharing(model, noise) if any(graph[name].modules for name in mixed) else twin
         moves = shuffled(moved, graph, mixed, torch.Generator().manual_seed(0))
         edits: dict[str, Edit] = {n: lambda t, m=m: _moved(m, t.clone()) for n, m in moves.items()}  # type: ignore[misc]
-        if _gap(_stood_in(moved, graph, edits, fed)[0], wanted) is not None:
+        if largest_gap(_stood_in(moved, graph, edits, fed)[0], wanted) is not None:
             return False
     masked = wanted
     if exact and (mixed or _beside_zeros(graph, exact)):
@@ -141,7 +141,7 @@ def _holds(
     del loss, cut
     if exact and mixed:
         got = _forward(_cut_twin(model, graph, exact, noise), fed)
-    return not exact or _gap(got, masked) is None
+    return not exact or largest_gap(got, masked) is None
 
 
 def _beside_zeros(graph: Graph, keep: Keep) -> bool:
@@ -152,7 +152,7 @@ def _cut_twin(model: nn.Module, graph: Graph, keep: Keep, noise: Mapping[str, Te
     rescaled = {name for _, rows in graph._rescaled for name, _, _ in rows}
     own = {name: noise.get(name, _tensor(model, name).detach()).clone() for name in rescaled}
     twin = sharing(model, {**noise, **own})
-    _cut(twin, graph, keep)
+    cut_modules(twin, graph, keep)
     return twin
 
 
@@ -281,7 +281,7 @@ def _check(
     predicted = graph.params(keep)
     try:
         cut = copy.deepcopy(model)
-        _cut(cut, graph, keep)
+        cut_modules(cut, graph, keep)
         got = sum(p.numel() for p in cut.parameters())
         if got != predicted:
             return f"{got} parameters where {predicted} were predicted"
@@ -366,7 +366,7 @@ def _differs(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> str | N
 
     def both(double: bool, elastic: bool) -> tuple[list[Tensor], list[Tensor]]:
         out = []
-        for change in (_cut, mask_units):
+        for change in (cut_modules, mask_units):
             clone, fed = _double(model, inputs) if double else (_copied(model), inputs)
             change(clone, graph, keep)
             with _Elastic() if elastic else contextlib.nullcontext():
@@ -381,7 +381,7 @@ def _differs(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> str | N
         except RuntimeError:
             if n == len(ways) - 1:
                 raise
-    gap = _gap(a, b)
+    gap = largest_gap(a, b)
     return None if gap is None else f"slicing and masking differ by {gap:.2g}"
 
 
@@ -399,7 +399,7 @@ def _order_matters(model: nn.Module, graph: Graph, names: Sequence[str], inputs:
             out = [_forward(_copied(model), inputs)] if permuted else out
             clone = _copied(model)
             out.append(_forward(_shuffled(clone, graph, names, generator) if permuted else clone, inputs))
-    gap = _gap(out[1], out[0])
+    gap = largest_gap(out[1], out[0])
     return None if gap is None else f"the order of its units matters: outputs differ by {gap:.2g}"
 
 
@@ -439,7 +439,7 @@ def _moved(moves: Sequence[Move], tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _gap(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
+def largest_gap(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
     """The largest difference, if it is more than rounding."""
     if _shapes(got) != _shapes(expected):
         return float("inf")

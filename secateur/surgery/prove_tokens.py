@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph.groups import Graph
-from secateur.surgery.cut import _cut
+from secateur.surgery.cut import cut_modules
 from secateur.utils.inputs import Inputs, map_ids
 from secateur.utils.running import call, evaluating, flat_tensors, without_cache
 
@@ -27,7 +27,7 @@ def prove_tokens(model: nn.Module, graph: Graph, name: str, kept: Tensor, inputs
         old = map_ids(places, lambda ids: kept.to(ids.device)[ids])
         wanted = list(flat_tensors(call(model, old)))
         cut = copy.deepcopy(model)
-        _cut(cut, graph, {name: kept})
+        cut_modules(cut, graph, {name: kept})
         got = list(flat_tensors(call(cut, places)))
     for a, b in zip(got, wanted, strict=True):
         if b.dim() and b.shape[-1] == size:

@@ -10,7 +10,7 @@ from secateur.graph import Graph
 from secateur.graph.smaller import left, smaller
 from secateur.surgery.changes import Changes, Keep, _put, _refresh, _tensor
 from secateur.surgery.config import fit_config
-from secateur.surgery.cut import _cut
+from secateur.surgery.cut import cut_modules
 from secateur.utils.screen import Screen
 
 
@@ -55,7 +55,7 @@ class Shrinking(Screen):
         own = self.relative(keep)
         after, stays = smaller(self.graph, own), left(self.graph, own)
         before = {name: _tensor(self.model, name) for name in self.graph.shapes}
-        made = _cut(self.model, self.graph, own)
+        made = cut_modules(self.model, self.graph, own)
         for name in made.shapes:
             old, new = before[name], _tensor(self.model, name)
             if new is not old:

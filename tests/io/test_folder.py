@@ -187,7 +187,6 @@ def test_damaged_folders_are_named(tiny_llama: Any, save: Any, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"method": "flap"}, "flap removes units"),
         ({"method": "owl"}, r"owl divides its budget \(owl\) by a look at all layers first"),
         ({"method": "magnitude", "scope": "global"}, "by a look at all layers first"),
         ({"method": "magnitude", "schedule": "iterative:2"}, "rounds would read the model several times"),

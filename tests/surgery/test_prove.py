@@ -11,7 +11,7 @@ from torch import nn
 import secateur
 from secateur.graph import trace
 from secateur.surgery import cut_units, prove
-from secateur.surgery.prove import _gap, _rebatched, _smaller
+from secateur.surgery.prove import _rebatched, _smaller, largest_gap
 
 
 class Net(nn.Module):
@@ -96,13 +96,13 @@ def test_without_the_proof_anything_goes():
     ],
 )
 def test_the_gap_is_the_largest_difference(got, expected, gap):
-    found = _gap([torch.tensor(got)], [torch.tensor(expected)])
+    found = largest_gap([torch.tensor(got)], [torch.tensor(expected)])
     assert found is None if gap is None else found == pytest.approx(gap, rel=1e-2, nan_ok=True)
 
 
 def test_whole_numbers_are_equal_or_not():
-    assert _gap([torch.tensor([1, 2])], [torch.tensor([1, 2])]) is None
-    assert _gap([torch.tensor([1, 2])], [torch.tensor([1, 3])]) == math.inf
+    assert largest_gap([torch.tensor([1, 2])], [torch.tensor([1, 2])]) is None
+    assert largest_gap([torch.tensor([1, 2])], [torch.tensor([1, 3])]) == math.inf
 
 
 def test_another_batch_is_the_first_example_or_one_twice():
