@@ -29,6 +29,7 @@ from secateur.cli import (
     plan,
     prune,
     recipe,
+    recover,
     saliency,
     scenes,
     token_modules,
@@ -48,6 +49,7 @@ HELP = """Find what is redundant in a neural network, cut it out, and see what t
 Exit codes: 0; 1 where a check of doctor failed; 2 for a mistake that you can mend; 130 after Ctrl-C."""
 VERBS: dict[str, Callable[..., Any]] = {
     "prune": prune.prune,
+    "recover": recover.recover,
     "train-prune": train.train_prune,
     "tokens": tokens.tokens,
     "train scenes": scenes.train_scenes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import re
 import sys
 import time
@@ -203,6 +204,8 @@ def prune(
     whole = not (tokens and recovery.distill)
     require(whole, "the dense model has another vocabulary", where="--distill", fix=fix)
     measured.check()
+    alone = int(os.environ.get("WORLD_SIZE", "1")) < 2
+    require(alone, "it is one process's work", where="prune under torchrun", fix="start it without, and train the result: torchrun ... -m secateur recover")  # fmt: skip
     fix = "leave --stream out"
     require(not (tokens and flags.stream), "the vocabulary is cut in memory", where="--stream", fix=fix)
     if flags.stream:

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.training.sharded import full, share_of
 from secateur.utils.files import atomic_write_bytes
 
 if TYPE_CHECKING:
@@ -28,8 +29,10 @@ def write_checkpoint(
     trained: Sequence[Tensor],
     settings: Mapping[str, Any],
     hooks: Sequence[Any] = (),
+    write: bool = True,
 ) -> None:
-    """One file, whole or not at all. hooks: those that have `state_dict()`."""
+    """One file, whole or not at all. hooks: those that have `state_dict()`. Where weights are shared out over processes all of them
+    call it, and one is to `write`; the file is that of one process."""
     tensors = {f"parameter/{i}": p.detach() for i, p in enumerate(trained)}
     tensors |= {f"buffer/{name}": b for name, b in state.model.named_buffers()}
     plain: dict[str, Any] = {}
@@ -40,7 +43,11 @@ def write_checkpoint(
         for key, value in hook.state_dict().items():
             _put(f"hook/{i}/{key}", value, tensors, plain)
     about = {"step": state.step, "losses": state.losses, "settings": settings, "plain": plain}
-    tensors = {key: t.cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+    for key, tensor in tensors.items():
+        whole = full(tensor)
+        tensors[key] = whole.cpu().clone(memory_format=torch.contiguous_format) if write else torch.empty(0)
+    if not write:
+        return
     atomic_write_bytes(file, save(tensors, metadata={"secateur": json.dumps(about)}))
 
 
@@ -97,7 +104,7 @@ def read_checkpoint(
         if hasattr(hooks[i], "resize"):
             hooks[i].resize(state, values)
     for i, parameter in enumerate(trained):
-        parameter.copy_(tensors[f"parameter/{i}"])
+        parameter.copy_(share_of(tensors[f"parameter/{i}"], parameter))
     for name, buffer in state.model.named_buffers():
         buffer.copy_(tensors[f"buffer/{name}"])
     load_moments(state.optimizer, moments)
@@ -111,11 +118,17 @@ def load_moments(optimizer: torch.optim.Optimizer, moments: Moments) -> None:
 
     Raises `SecateurError` where they are those of parameters of other shapes.
     """
-    check_moments(moments, [p for group in optimizer.param_groups for p in group["params"]])
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    check_moments(moments, trained)
     copies = {
-        i: {k: v.clone() if isinstance(v, Tensor) else v for k, v in m.items()} for i, m in moments.items()
+        i: {k: _own(v, trained[i]) if isinstance(v, Tensor) else v for k, v in m.items()}
+        for i, m in moments.items()
     }
     optimizer.load_state_dict({"state": copies, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _own(moment: Tensor, parameter: Tensor) -> Tensor:
+    return share_of(moment.clone(), parameter) if moment.shape == parameter.shape else moment.clone()
 
 
 def check_moments(moments: Moments, trained: Sequence[Tensor]) -> None:

@@ -17,6 +17,7 @@ from secateur.training.checkpoint import Moments, load_moments, read_checkpoint,
 from secateur.training.finite import Watch
 from secateur.training.losses import checked_loss, default_loss, next_token_loss
 from secateur.training.recipe import RECIPE, Recipe, autocast, schedule
+from secateur.training.sharded import full
 from secateur.training.state import Hook, State
 from secateur.utils.inputs import map_tensors
 from secateur.utils.progress import bar
@@ -72,7 +73,7 @@ def fit(
     a finished run was read.
 
     Under `torchrun` every process takes its share of each batch and gradients are averaged: the result is that of one
-    process to float tolerance. BatchNorm then normalises over each process's share, and dropout differs.
+    process to float tolerance; so it is where the model is one of `secateur.training.sharded.shard`. BatchNorm then normalises over each process's share, and dropout differs.
 
     Raises `SecateurError`: a loss or gradient that isn't finite (naming the step and the layer; the weights are those
     of the step before, the last checkpoint stays), nothing to train, no data, labels that the model has no output
@@ -125,7 +126,7 @@ def fit(
                 total.backward()
                 for hook in after_backward:
                     hook(state)
-                norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+                norm = full(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
                 watch.gradient(norm.item(), trained)
                 if recipe.clip:
                     torch.nn.utils.clip_grads_with_norm_(trained, recipe.clip, norm)
@@ -135,8 +136,7 @@ def fit(
                 state.losses.append(state.loss)
                 state.step += 1
                 if file and ((state.step - start) % every == 0 or state.step == until):
-                    if rank == 0:
-                        write_checkpoint(file, state, trained, settings, hooks)
+                    write_checkpoint(file, state, trained, settings, hooks, write=rank == 0)
                     parallel.barrier(size)
                 advance(1)
             if at_end is not None:

@@ -96,6 +96,10 @@ def wrap(
     model: nn.Module, terms: Sequence[Callable[..., Tensor]], trained: Sequence[Tensor], size: int
 ) -> nn.Module:
     """The loss of a batch as a module; with several processes, `backward` averages its gradients over them."""
+    if any(
+        hasattr(p, "full_tensor") for p in trained
+    ):  # shared out already, and averaged as they are reduced
+        return Total(model, terms)
     own = {id(p) for p in model.parameters()}
     total = Total(model, terms, [p for p in trained if id(p) not in own] if size > 1 else ())
     return DistributedDataParallel(total) if size > 1 else total

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, require
 from secateur.pruning.checks import check_tensors
 from secateur.training.distill import distillation
 from secateur.training.fit import fit
+from secateur.training.sharded import gather, share_of
+from secateur.training.sharded import shard as shard_model
 from secateur.training.state import State
 from secateur.utils.types import Objective
 
@@ -38,6 +40,7 @@ def recover(
     alpha: int = 16,
     targets: Sequence[str] | None = None,
     loss: Objective | None = None,
+    shard: bool | str = False,
     **settings: Any,
 ) -> list[float]:
     """Train a pruned model for a while, in place; gives the loss of each step.
@@ -54,14 +57,21 @@ def recover(
     masks: kept weights by parameter name, such as `plan.masks`; what is zero stays zero, and a LoRA update is masked
     as it is trained, so that merging loses nothing (at the time of full training, with the small optimizer of LoRA).
     rank, alpha, targets: LoRA's rank, its scale (alpha / rank), and the modules to adapt; None: every Linear but the
-    output embedding. settings: passed to `fit` (seed, warmup, clip, checkpoint, ...).
+    output embedding. shard: each of the processes that `torchrun` started holds its share of the weights, moments and gradients, and of
+    the teacher's weights (FSDP), on the device that it names, or where the model is; for "full". Checkpoints are those of one process. settings: passed to `fit` (seed, warmup, clip, checkpoint, ...).
 
     Raises `SecateurError`: a diverging loss, masks of another model, nothing to adapt. LoRA then leaves the model as it
-    was; full training leaves it at the last good step.
+    was; full training leaves it at the last good step, or with `shard` as it was.
     """
     if how not in ("lora", "full"):
         raise SecateurError(f"there is no recovery {how!r}", where="how", fix="lora or full")
     masks = _check_masks(model, masks or {})
+    trained = model
+    if shard:
+        require(how == "full", "low-rank updates are small, and are not shared out", where="shard", fix="how='full', or leave it out")  # fmt: skip
+        device = torch.device(shard) if isinstance(shard, str) else None
+        trained = shard_model(model, device)
+        teacher = None if teacher is None else shard_model(teacher, device)
     if teacher is not None:
         if loss is not None:
             raise SecateurError(
@@ -70,7 +80,10 @@ def recover(
         loss = distillation(teacher, weight=distill, temperature=temperature, hidden=hidden)
     common = dict(steps=steps, batch=batch, loss=loss, description=f"recovering ({how})", **settings)
     if how == "full":
-        return _full(model, data, masks, lr=lr or 3e-5, **common)
+        losses = _full(trained, data, masks, lr=lr or 3e-5, **common)
+        if shard:
+            gather(trained, model)
+        return losses
     return _lora(model, data, masks, rank, alpha, targets, lr=lr or 3e-4, **common)
 
 
@@ -89,7 +102,8 @@ def _check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def _full(model: nn.Module, data: Any, masks: Mapping[str, Tensor], **settings: Any) -> list[float]:
-    masked = [(model.get_parameter(name), mask) for name, mask in masks.items()]
+    named = dict(model.named_parameters())
+    masked = [(named[name], share_of(mask, named[name])) for name, mask in masks.items()]
 
     def mask_gradients(state: State) -> None:
         for parameter, mask in masked:
