@@ -96,6 +96,7 @@ class Group:
         """
         choose(how, HOW, what="reduction", where="Group.reduce")
         parts: list[Tensor] = []
+        device = next((value.device for value in values.values()), None)  # blocks may lie on several
         if self.modules:
             blocks = [
                 [
@@ -109,9 +110,9 @@ class Group:
                 if not flat and not self.slices:
                     raise SecateurError("no value for this block", where=path, fix="score its parameters")
             if not self.slices:
-                return torch.cat([_fold(torch.cat(flat)[None], how) for flat in blocks])
+                return torch.cat([_fold(torch.cat(flat)[None], how).to(device) for flat in blocks])
             if all(blocks):
-                parts.append(torch.stack([torch.cat(flat) for flat in blocks]))
+                parts.append(torch.stack([torch.cat(flat).to(device) for flat in blocks]))
         for s in self.slices:
             if s.name not in values or (roles is not None and s.role not in roles):
                 continue
@@ -132,7 +133,7 @@ class Group:
             raise SecateurError(
                 "no value for any slice of this group", where=self.name, fix="check the names"
             )
-        return _fold(torch.cat(parts, 1), how)
+        return _fold(torch.cat([part.to(device) for part in parts], 1), how)
 
 
 def _fold(rows: Tensor, how: str) -> Tensor:

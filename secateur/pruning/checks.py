@@ -173,7 +173,7 @@ def check_tensors(
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse what isn't a module, has no parameters, or holds weights that aren't finite."""
+    """Refuse what isn't a module, has no parameters, or holds weights that aren't in memory or not finite."""
     if not isinstance(model, nn.Module):
         raise SecateurError(
             f"got a {type(model).__name__}",
@@ -183,6 +183,12 @@ def check_model(model: nn.Module) -> None:
     count = 0
     for name, parameter in model.named_parameters():
         count += parameter.numel()
+        if parameter.is_meta:
+            raise SecateurError(
+                "its weights aren't in memory (a device_map that offloads to cpu or disk, or the meta device)",
+                where=name,
+                fix="load it with a device_map of devices that hold all of it, or prune its folder block by block: prune_folder, --stream",
+            )
         if parameter.is_floating_point() and not _finite(parameter.detach()):
             raise SecateurError(
                 "its weights hold NaN or infinite values", where=name, fix="load or train the model again"

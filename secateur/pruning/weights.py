@@ -367,7 +367,8 @@ def _ranked(
     patterns: dict[str, Pattern] = {}
     for names, keep in zip(pools, keeps):
         floors = {name: max(1, int(context.options.floor * scores[name].numel())) for name in names}
-        joined = torch.cat([scores[name].flatten().float() for name in names])
+        device = scores[names[0]].device  # blocks may lie on several
+        joined = torch.cat([scores[name].flatten().float().to(device) for name in names])
         chosen = top_k(joined.flip(0), keep).flip(0) if method.later_stays else top_k(joined, keep)
         masks = chosen.split([scores[name].numel() for name in names])
         counts = [max(int(mask.sum()), floors[name]) for name, mask in zip(names, masks)]
