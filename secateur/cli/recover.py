@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from secateur.cli.flags import SWITCH, flag
+from secateur.cli.flags import OUTPUT, SWITCH, flag
 from secateur.cli.shared import (
     DEVICE_HELP,
     MODEL,
@@ -46,7 +46,7 @@ class Recover:
         False,
     )
     every: int = flag("steps between checkpoints", 100)
-    resume: Annotated[bool, SWITCH] = flag("go on with a run that was stopped", True)
+    resume: Annotated[bool, OUTPUT] = flag("go on with a run that was stopped", True)
     device: str | None = flag(DEVICE_HELP, None)
 
 
@@ -74,6 +74,8 @@ def recover(
     with quiet_stdout():
         device = str(local_device(flags.device or "cpu"))
         network, tokenizer = open_model(model, "cpu" if flags.shard else device, None)
+        words = getattr(getattr(network, "config", None), "vocab_size", None)
+        require(words is not None, f"{type(network).__name__} is no language model", where="recover", fix="train it in Python: secateur.training.recover")  # fmt: skip
         teacher = None if flags.teacher is None else open_model(flags.teacher, "cpu" if flags.shard else device, None)[0]  # fmt: skip
         data = calibration_batches(flags.data, tokenizer, network, flags.samples, flags.seqlen, flags.seed)
         zeros = {n: m.parameter.detach() != 0 for n, m in find_matrices(network).items()}

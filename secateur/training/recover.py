@@ -60,12 +60,14 @@ def recover(
     output embedding. shard: each of the processes that `torchrun` started holds its share of the weights, moments and gradients, and of
     the teacher's weights (FSDP), on the device that it names, or where the model is; for "full". Checkpoints are those of one process. settings: passed to `fit` (seed, warmup, clip, checkpoint, ...).
 
-    Raises `SecateurError`: a diverging loss, masks of another model, nothing to adapt. LoRA then leaves the model as it
+    Raises `SecateurError`: a diverging loss, masks of another model, a teacher of another vocabulary, nothing to adapt. LoRA then leaves the model as it
     was; full training leaves it at the last good step, or with `shard` as it was.
     """
     if how not in ("lora", "full"):
         raise SecateurError(f"there is no recovery {how!r}", where="how", fix="lora or full")
     masks = _check_masks(model, masks or {})
+    words = [getattr(getattr(each, "config", None), "vocab_size", None) for each in (model, teacher or model)]
+    require(words[0] == words[1], f"the teacher reads {words[1]} tokens, the model {words[0]}", where="teacher", fix="take the dense model of this one")  # fmt: skip
     trained = model
     if shard:
         require(how == "full", "low-rank updates are small, and are not shared out", where="shard", fix="how='full', or leave it out")  # fmt: skip
