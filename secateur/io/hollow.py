@@ -99,7 +99,8 @@ def _on_noise(model: Any, inputs: Any) -> list[Tensor]:
         if head is not None:  # nothing looks at what it gives
             head.data = hollow(head, torch.float32, head.device)
             if head is getattr(model.get_input_embeddings(), "weight", None):
-                _draw({"embeddings": head})
+                shared: dict[str, Any] = {"embeddings": head}
+                _draw(shared)
         call(model, inputs)
     finally:
         for hook in hooks:

@@ -67,7 +67,7 @@ def full(tensor: Tensor) -> Tensor:
     >>> full(torch.ones(2))
     tensor([1., 1.])
     """
-    return tensor.full_tensor() if sharded(tensor) else tensor  # type: ignore[operator]
+    return tensor.full_tensor() if sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def share_of(tensor: Tensor, like: Tensor) -> Tensor:
