@@ -20,8 +20,10 @@ from secateur.io.shards import Shards
 from secateur.io.streamed import Streamed
 from secateur.io.transformers import _save_transformers
 from secateur.method import list_methods, method_class
+from secateur.pruning.allocate import MEASURED
 from secateur.pruning.context import Context
 from secateur.pruning.method import UnitMethod
+from secateur.pruning.options import Options
 from secateur.pruning.plan import Plan
 from secateur.pruning.units import check_shares
 from secateur.stats.layer import InputStats, LayerStats
@@ -36,14 +38,17 @@ from secateur.utils.running import evaluating
 Tensors = dict[str, Tensor]
 
 
-def check_units(method: UnitMethod, target: str, repair: str | None, export: bool) -> None:
+def check_units(method: UnitMethod, target: str, options: Options) -> None:
     """Refuse what can't be cut block by block. Raises `SecateurError` with the methods that can."""
     able = [n for n in list_methods() if getattr(method_class(n), "by_block", False)]
     fix = f"take {', '.join(able[:-1])} or {able[-1]}, or prune it without --stream"
     require(method.by_block, f"{method.name} reads more than a block at a time to score its units", where="stream", fix=fix)  # fmt: skip
     require(target != "latency", "a cut copy of the whole model would be timed", where="target", fix="give a share, params, macs or size")  # fmt: skip
-    require(repair in (None, "none"), f"units are repaired ({repair}) with the whole model in memory", where="repair", fix="leave it out")  # fmt: skip
-    require(not export, "torch.export takes whole models", where="prove_export", fix="leave it out")
+    require(options.divides != MEASURED, "predictions of the whole model would be compared", where=f"allocation {MEASURED}", fix="take another")  # fmt: skip
+    require(options.repair in (None, "none"), f"units are repaired ({options.repair}) with the whole model in memory", where="repair", fix="leave it out")  # fmt: skip
+    require(
+        not options.prove_export, "torch.export takes whole models", where="prove_export", fix="leave it out"
+    )
 
 
 class Blocks:

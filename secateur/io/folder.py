@@ -197,7 +197,7 @@ def _check(request: Request) -> None:
         options.schedule == "once", "rounds would read the model several times", where="schedule", fix="once"
     )
     if isinstance(method, UnitMethod):
-        check_units(method, request.target.kind, options.repair, options.prove_export)
+        check_units(method, request.target.kind, options)
         return
     assert isinstance(method, WeightMethod)
     gradients = method.statistics() & OF_GRADIENTS

@@ -191,6 +191,10 @@ def test_a_cut_that_is_wrong_is_found(
         ({"method": "group-magnitude"}, r"the hidden of stem:hidden reach.*kinds=kv_groups,neurons"),
         ({"method": "flap", "data": IDS, "repair": "obs"}, r"units are repaired \(obs\) with the whole"),
         ({"method": "flap", "data": IDS, "schedule": "iterative:2"}, "rounds would read the model several"),
+        (
+            {"method": "flap", "data": IDS, "allocation": "measured"},
+            "predictions of the whole model would be",
+        ),
         ({"method": "flap", "data": IDS, "prove_export": True}, "torch.export takes whole models"),
         ({"method": "flap", "data": IDS, "target": "latency<=50%"}, "a cut copy of the whole model would"),
         ({"method": "flap", "data": IDS, "target": "1%"}, "can't be met"),
