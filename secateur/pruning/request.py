@@ -70,8 +70,7 @@ def read_request(
         read = dataclasses.replace(read, kinds=read.kinds or (KIND,))
     alone = verb == "prune" and isinstance(read.kinds, tuple) and set(read.kinds) == {KIND}
     given = {key: value for key, value in settings.items() if key not in apart}
-    # how often a text uses a token is all that says which stay: no method scores tokens
-    chosen = TokenFrequency() if alone else make_method(method, **given)
+    chosen = make_method(_of_tokens(method) if alone else method, **given)
     expect(chosen, verb)
     _check_vocabulary(verb, goal, read, alone)
     _check_pair(chosen, goal)
@@ -85,6 +84,17 @@ def read_request(
     _check_repair(chosen, goal, read)
     _check_kinds(chosen, read.kinds)
     return Request(chosen, goal, read, {key: value for key, value in settings.items() if key in others})
+
+
+def _of_tokens(method: str | Method) -> Method:
+    """What ranks tokens: how often a text uses them. No other method scores a token."""
+    if isinstance(method, TokenFrequency) or method == TokenFrequency.name:
+        return TokenFrequency()
+    raise SecateurError(
+        f"{method if isinstance(method, str) else method.name} scores no tokens",
+        where="method",
+        fix="leave it out where the vocabulary alone is cut, or add kinds that it cuts: vocabulary,neurons",
+    )
 
 
 def _check_vocabulary(verb: str, target: Target, options: Options, alone: bool) -> None:

@@ -142,7 +142,7 @@ def test_the_cut_model_gives_the_dense_models_logits_on_kept_tokens(
     model: Any, text: Path, tmp_path: Path
 ) -> None:
     tokenizer = byte_level()
-    pruned = secateur.prune(model, method="flap", target="vocabulary=used", data=text, tokenizer=tokenizer)
+    pruned = secateur.prune(model, target="vocabulary=used", data=text, tokenizer=tokenizer)
     kept = pruned.plan.tokens
     assert kept is not None
     old = encode(tokenizer, TEXT)[None]
@@ -167,7 +167,7 @@ def test_the_cut_model_gives_the_dense_models_logits_on_kept_tokens(
 
 
 def test_a_plan_is_applied_to_a_fresh_model(model: Any, text: Path, tmp_path: Path) -> None:
-    pruned = secateur.prune(model, method="flap", target="vocabulary=265", data=text, tokenizer=byte_level())
+    pruned = secateur.prune(model, target="vocabulary=265", data=text, tokenizer=byte_level())
     pruned.plan.save(tmp_path)
     plan, fresh = secateur.Plan.load(tmp_path), copy.deepcopy(model)
     assert plan == pruned.plan and plan.method == "token-frequency"
@@ -188,7 +188,7 @@ def test_with_a_target_the_rarest_leave_first_and_with_other_kinds_the_method_cu
     model: Any, text: Path
 ) -> None:
     dense = sum(p.numel() for p in model.parameters())
-    alone = secateur.prune(model, method="flap", kinds=("vocabulary",), target="params<=98%", data=text, tokenizer=byte_level())  # fmt: skip
+    alone = secateur.prune(model, kinds=("vocabulary",), target="params<=98%", data=text, tokenizer=byte_level())  # fmt: skip
     each = 32 * (1 if model.config.tie_word_embeddings else 2)
     left = sum(p.numel() for p in alone.model.parameters())
     assert 0.98 * dense - each < left <= 0.98 * dense and alone.report["met"] is True
@@ -196,7 +196,7 @@ def test_with_a_target_the_rarest_leave_first_and_with_other_kinds_the_method_cu
     both = secateur.prune(
         model, method="group-magnitude", kinds=("vocabulary", "neurons"), target="params<=80%", **settings
     )
-    used = secateur.prune(model, method="flap", target="vocabulary=used", **settings)
+    used = secateur.prune(model, target="vocabulary=used", **settings)
     assert torch.equal(both.plan.tokens, used.plan.tokens)
     assert {both.plan.kinds[name] for name in both.plan.keep} == {"vocabulary", "neurons"}
     assert sum(p.numel() for p in both.model.parameters()) <= 0.8 * dense
@@ -224,13 +224,15 @@ def test_token_ids_do_in_place_of_text(model: Any) -> None:
         ({"target": "50%", "kinds": ("vocabulary",), "schedule": "iterative:2"}, "cut at once"),
         ({"target": "vocabulary=used", "keep": ("*embed_tokens*",)}, "nothing can be cut"),
         ({"target": "2:4", "kinds": ("vocabulary",)}, "makes no N:M pattern"),
+        ({"target": "vocabulary=used", "method": "flap"}, "flap scores no tokens"),
+        ({"target": "params<=90%", "kinds": ("vocabulary",), "method": "wanda"}, "wanda scores no tokens"),
     ],
 )
 def test_what_cannot_be_done_is_one_named_error(
     model: Any, text: Path, settings: dict[str, Any], match: str
 ) -> None:
     before = copy.deepcopy(model.state_dict())
-    given = {"method": "flap", "data": text, "tokenizer": byte_level(), **settings}
+    given = {"data": text, "tokenizer": byte_level(), **settings}
     with pytest.raises(SecateurError, match=match):
         secateur.prune(model, inplace=True, **given)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -301,7 +303,7 @@ def test_without_being_asked_the_vocabulary_is_frozen(model: Any) -> None:
 
 
 def test_a_full_disk_leaves_nothing(model: Any, text: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    pruned = secateur.prune(model, method="flap", target="vocabulary=used", data=text, tokenizer=byte_level())
+    pruned = secateur.prune(model, target="vocabulary=used", data=text, tokenizer=byte_level())
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
