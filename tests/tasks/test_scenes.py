@@ -278,6 +278,18 @@ def test_a_run_goes_on_from_a_model():
         Trainer(tiny(variant="qwen", start="llava"), compiled=False)
 
 
+def test_words_have_a_rate_of_their_own():
+    trainer = Trainer(tiny(words=5.0, read_lr=1e-3, joint_lr=4e-4), compiled=False)
+    words = trainer.model.get_input_embeddings().weight
+    for stage, rate in ((2, 5e-3), (3, 2e-3)):
+        trainer.stage = stage
+        groups = trainer.groups()
+        assert [group["lr"] for group in groups if any(p is words for p in group["params"])] == [rate]
+        every = [id(p) for group in groups for p in group["params"]]
+        text = trainer.model.model.language_model.parameters()
+        assert len(every) == len(set(every)) and {id(p) for p in text} <= set(every)
+
+
 def test_the_tower_learns(monkeypatch):
     monkeypatch.setattr(scenes_train, "LOG_EVERY", 10)
     trainer = Trainer(tiny(batch=8, see=50, align=0, read=0, joint=0, polish=0), compiled=False)

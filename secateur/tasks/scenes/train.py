@@ -66,7 +66,11 @@ LICENCE = "Apache-2.0; trained from nothing on pictures drawn by this program"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training run depends on. `start`: a folder that `train scenes` wrote, whose weights the run goes on from."""
+    """What a training run depends on.
+
+    start: a folder that `train scenes` wrote, whose weights the run goes on from. words: the rate of the word embeddings, in
+    rates of the language model's other weights.
+    """
 
     variant: str = "llava"
     seed: int = 0
@@ -99,6 +103,7 @@ class Recipe:
     point: float = 0.3
     compare: float = 0.3
     side: float = 0.0
+    words: float = 1.0
     point_layer: int = 2
     compare_layer: int = 3
     decay: float = 0.01
@@ -411,19 +416,19 @@ class Trainer:
     def groups(self) -> list[dict[str, Any]]:
         recipe, model = self.recipe, self.model
         stage = STAGES[self.stage]
-        text = [*model.model.language_model.parameters()]
+        words = model.get_input_embeddings().weight
+        text = [p for p in model.model.language_model.parameters() if p is not words]
         heads = list(self.heads.parameters())
         if stage == "see":
             return [{"params": tower_of(model) + heads, "lr": recipe.see_lr}]
         if stage == "align":
             return [{"params": projector_of(model), "lr": recipe.see_lr}]
-        if stage == "read":
-            return [{"params": projector_of(model) + text + heads, "lr": recipe.read_lr}]
-        rate = recipe.joint_lr if stage == "joint" else recipe.polish_lr
-        return [
+        rate = {"read": recipe.read_lr, "joint": recipe.joint_lr, "polish": recipe.polish_lr}[stage]
+        found = [
             {"params": projector_of(model) + text + heads, "lr": rate},
-            {"params": tower_of(model), "lr": recipe.tower_lr},
+            {"params": [words], "lr": rate * recipe.words},
         ]
+        return found if stage == "read" else [*found, {"params": tower_of(model), "lr": recipe.tower_lr}]
 
     def begin(self) -> None:
         """Freezes what the stage does not train, and starts its optimizer."""
