@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,15 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
 
 
+def _open_to(mode: int, *files: Path) -> None:
+    """Files as readable as any other that is made here: safetensors (0.8) makes them for their owner alone."""
+    for file in files:
+        now = file.lstat().st_mode
+        if stat.S_ISREG(now) and mode & ~now:
+            with contextlib.suppress(PermissionError):  # a file system without modes
+                file.chmod(now | mode)
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """A name beside `path` to write a file to, which takes the name `path` only when the block ends well.
@@ -119,7 +129,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
             raise SecateurError("is a folder, not a file", where=str(path), fix="give the name of a file")
         partial = _beside(path)
         try:
+            partial.touch()
+            mode = partial.stat().st_mode & 0o666
             yield partial
+            _open_to(mode, partial)
             with open(partial, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -173,7 +186,9 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     with explain_oserror(path):
         try:
             partial.mkdir(parents=True)
+            mode = partial.stat().st_mode & 0o666
             yield partial
+            _open_to(mode, *partial.rglob("*"))
             if path.is_dir():
                 with contextlib.suppress(OSError):  # someone filled it: the rename below says so
                     path.rmdir()

@@ -3,11 +3,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from secateur.errors import SecateurError
 from secateur.utils import files
 from secateur.utils.files import (
     atomic_directory,
+    atomic_file,
     atomic_write_bytes,
     atomic_write_json,
     atomic_write_text,
@@ -42,6 +45,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert str(target) in str(error.value)
     assert target.read_bytes() == b"old"
     assert names(tmp_path) == ["x"]
+
+
+def test_whoever_may_read_other_files_may_read_these(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    with atomic_file(tmp_path / "one.safetensors") as partial:
+        save_file({"a": torch.ones(2)}, partial)
+    with atomic_directory(tmp_path / "folder") as folder:
+        (folder / "inner").mkdir()
+        save_file({"a": torch.ones(2)}, folder / "inner" / "two.safetensors")
+        (folder / "run.sh").touch(0o700)
+    for name in ("one.safetensors", "folder/inner/two.safetensors"):
+        assert (tmp_path / name).stat().st_mode == plain.stat().st_mode
+    assert (tmp_path / "folder" / "run.sh").stat().st_mode & 0o100
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}])
