@@ -608,7 +608,9 @@ class Trainer:
     def about(self) -> dict[str, Any]:
         """What is written beside the weights."""
         known = {} if self.before is None else self.before.scenes
-        before = {k: known[k] for k in ("recipe", "steps", "processor_seconds", "accuracy", "before") if k in known}
+        before = {
+            k: known[k] for k in ("recipe", "steps", "processor_seconds", "accuracy", "before") if k in known
+        }
         return {
             "recipe": dataclasses.asdict(self.recipe),
             **({"before": before} if before else {}),
