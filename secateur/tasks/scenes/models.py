@@ -264,7 +264,9 @@ def load_scenes(name: str | Path = "llava", seed: int = 0, dtype: torch.dtype = 
     if not (folder / "scenes.json").is_file():
         there = ", ".join(sorted(path.name for path in WEIGHTS.glob("scenes-*")))
         raise SecateurError(
-            "no model of the scenes is here", where=str(folder), fix=f"one of {there}; or secateur train scenes --out FOLDER, and load that"
+            "no model of the scenes is here",
+            where=str(folder),
+            fix=f"one of {there}; or secateur train scenes --out FOLDER, and load that",
         )
     from transformers import AutoModelForImageTextToText
 
