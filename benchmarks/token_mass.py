@@ -2,7 +2,7 @@
 
     python benchmarks/token_mass.py [--limit 256] [--targets 50,25,10] [--layer 1] [--out FILE]
 
-The first table is of every layer of the four models: what the least looked-at 60 % of the tokens hold of the attention that the
+The first table is of every layer of the six models: what the least looked-at 60 % of the tokens hold of the attention that the
 last word gives to the picture, and how many hold 95 %. The second: `adatoken-3d` behind one layer (`--layer`) of the three LLaVAs,
 at 95 % and at shares of the attention that bring its mean count to the targets, beside the same number for every picture
 (`fastv` behind the same layer, which ranks alike), a random choice there, and random tokens before the language model.
@@ -30,7 +30,7 @@ from secateur.tokens.select import top_per_row
 from secateur.tokens.state import TokenSets
 from secateur.utils.files import atomic_write_json
 
-MODELS = (("llava", 0), ("llava", 1), ("llava", 2), ("qwen", 0))
+MODELS = tuple((variant, seed) for variant in ("llava", "qwen") for seed in (0, 1, 2))
 BATCH = 64
 
 
