@@ -42,6 +42,7 @@ VERBS = {
         "secateur.train_prune, or `secateur train-prune`",
     ),
     "attach": ("removes visual tokens while a model runs", "secateur.attach, or `secateur tokens`"),
+    "attend": ("reads fewer keys while a model runs", "secateur.attach"),
     "saliency": ("draws where a network looks", "secateur.saliency, or `secateur saliency`"),
 }
 """What a method of each verb does, and where it is used."""

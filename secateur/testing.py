@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.attention.layout import LEVELS, Layout
+from secateur.attention.method import AttentionMethod
 from secateur.errors import SecateurError
 from secateur.families.vlm import facts_of, family_of
 from secateur.method import Method, make_method
@@ -73,7 +75,7 @@ def checks_for(cls: type[Method]) -> list[str]:
     raise SecateurError(
         f"{cls.__name__} is of no kind that can be checked",
         where="testing",
-        fix="derive it from WeightMethod, UnitMethod, TrainMethod, TokenMethod or SaliencyMethod",
+        fix="derive it from WeightMethod, UnitMethod, TrainMethod, TokenMethod, AttentionMethod or SaliencyMethod",
     )
 
 
@@ -396,6 +398,42 @@ def tokens_refuse_nonsense(cls: type[Method]) -> None:
     _require(torch.equal(_plain(model), before), "a refused call changed the model")
 
 
+# ---------------------------------------------------------------- attention
+
+
+def _levels(cls: type[Method], causal: bool) -> tuple[Tensor, Tensor]:
+    method = _make(cls)
+    assert isinstance(method, AttentionMethod)
+    q, k = torch.randn(2, 2, 4, 70, 8, generator=torch.Generator().manual_seed(3)).unbind(0)
+    layout = Layout(70, 70, method.block_q, method.block_k, causal)
+    return method.levels(q, k[:, :2], layout, torch.Generator().manual_seed(0)), layout.visible()
+
+
+def levels_are_levels(cls: type[Method]) -> None:
+    """A level for each pair of blocks of each head; no row of blocks reads nothing; the same seed gives the same."""
+    for causal in (False, True):
+        levels, visible = _levels(cls, causal)
+        _require(levels.shape == (2, 4, *visible.shape), f"levels {tuple(levels.shape)}")
+        _require(set(levels.unique().tolist()) <= {0, *LEVELS}, "a level that there is not")
+        _require(((levels > 0) & visible).any(-1).all(), "a block of queries reads nothing")
+        _require(torch.equal(levels, _levels(cls, causal)[0]), "the same seed gives other levels")
+
+
+def attention_comes_off(cls: type[Method]) -> None:
+    """On the outputs differ, off they are those of before bit for bit; a method is attached once."""
+    model = _llama().eval()
+    model.set_attn_implementation("sdpa")  # type: ignore[operator]
+    ids = _ids(model, 2, 70)
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits
+        with attach(model, _make(cls)) as attached:
+            read = model(ids, use_cache=False).logits
+            _refuses("attached already", lambda: attach(model, _make(cls)))
+        _require(attached.report["density"] < 1 and not torch.equal(read, before), "nothing was read less")
+        _require(torch.equal(model(ids, use_cache=False).logits, before), "taken off, the outputs differ")
+    _refuses("no hyperparameter", lambda: make_method(cls, shrubbery=1))
+
+
 # ---------------------------------------------------------------- maps
 
 
@@ -452,6 +490,11 @@ CHECKS: dict[type[Method], dict[str, Check]] = {
         "fewer tokens stay": tokens_fewer,
         "the same seed keeps the same tokens": tokens_repeat,
         "nonsense is refused": tokens_refuse_nonsense,
+        **SOURCE,
+    },
+    AttentionMethod: {
+        "levels are levels": levels_are_levels,
+        "taken off, nothing is left": attention_comes_off,
         **SOURCE,
     },
     SaliencyMethod: {

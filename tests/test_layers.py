@@ -17,7 +17,7 @@ FLOORS = [
     {"utils", "taxonomy"},
     {"method"},
     {"data"},
-    {"families"},
+    {"families", "attention"},
     {"graph"},
     {"surgery", "gates"},
     {"measure"},

@@ -10,6 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from secateur.attention.method import AttentionMethod
 from secateur.method import Method, own_methods
 from secateur.pruning.options import Options
 from secateur.saliency.method import SaliencyMethod
@@ -62,7 +63,12 @@ def settings(cls: type) -> list[dict[str, Any]]:
 
 
 def _verb(cls: type[Method]) -> str:
-    verbs = {TrainMethod: "train-prune", TokenMethod: "tokens", SaliencyMethod: "saliency"}
+    verbs = {
+        TrainMethod: "train-prune",
+        TokenMethod: "tokens",
+        SaliencyMethod: "saliency",
+        AttentionMethod: "attach",
+    }
     return next((verb for kind, verb in verbs.items() if issubclass(cls, kind)), "prune")
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from secateur.attention.method import AttentionMethod
 from secateur.errors import SecateurError
 from secateur.method import Method, own_methods
 from secateur.pruning.method import UnitMethod, WeightMethod
@@ -62,6 +63,8 @@ def kind_of(cls: type[Method]) -> str:
         return cls.removes
     if issubclass(cls, TokenMethod):
         return "tokens"
+    if issubclass(cls, AttentionMethod):
+        return "nothing: keys are read less"
     return "units" if issubclass(cls, UnitMethod) else "other"
 
 
@@ -167,6 +170,8 @@ def _examples(cls: type[Method]) -> list[str]:
         return _token_examples(cls)
     if issubclass(cls, SaliencyMethod):
         return _map_examples(name)
+    if issubclass(cls, AttentionMethod):
+        return _attention_examples(name)
     given = "model, " if "llm" in info.models else "model, inputs, "
     data = ", data=samples" if cls.needs else ""
     lines = [
@@ -247,6 +252,19 @@ def _map_examples(name: str) -> list[str]:
     ]
 
 
+def _attention_examples(name: str) -> list[str]:
+    return [
+        "```python",
+        "import secateur",
+        "",
+        f'with secateur.attach(model, "{name}", density="25%") as attached:',
+        "    model(input_ids)",
+        "attached.report",
+        "```",
+        "",
+    ]
+
+
 def _budgets(cls: type[TokenMethod]) -> str:
     """What `attach(budget=...)` can't ask of a token method."""
     refused: dict[str, list[str]] = {}
@@ -268,6 +286,8 @@ def _facts(cls: type[Method]) -> str:
             f"position ids are {'counted anew' if cls.positions == 'compact' else 'kept'}; newline tokens {newlines}."
             + _budgets(cls)
         )
+    if issubclass(cls, AttentionMethod):
+        return "Reads fewer keys while the model runs and removes nothing; needs no training and no data."
     if issubclass(cls, SaliencyMethod):
         return "Draws a map and removes nothing; one forward and one backward of the model as it is; needs no training."
     facts = [f"Removes {kind_of(cls)}" if kind_of(cls) != "other" else "Neither removes weights nor units"]

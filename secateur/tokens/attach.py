@@ -10,15 +10,17 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import torch
 from torch import Tensor, nn
 
+from secateur.attention.attend import Attending
+from secateur.attention.method import AttentionMethod
 from secateur.errors import SecateurError
 from secateur.families.vlm import Facts
 from secateur.families.vlm.facts import decoder_of
-from secateur.method import Method, make_method
+from secateur.method import Method, make_method, method_class
 from secateur.tokens import cost, static
 from secateur.tokens.call import Call, Current
 from secateur.tokens.counts import amount_of
@@ -519,6 +521,27 @@ def _method(
     return chosen
 
 
+def reads_less(method: Any) -> bool:
+    """Whether it is an attention method, or the name of one."""
+    if isinstance(method, str):
+        method = method_class(method)
+    return isinstance(method, AttentionMethod) or (
+        isinstance(method, type) and issubclass(method, AttentionMethod)
+    )
+
+
+@overload
+def attach(
+    model: nn.Module, method: TokenMethod | type[TokenMethod] | Select, **settings: Any
+) -> Attached: ...
+@overload
+def attach(
+    model: nn.Module, method: AttentionMethod | type[AttentionMethod], **settings: Any
+) -> Attending: ...
+@overload
+def attach(model: nn.Module, method: str | Method | type[Method], **settings: Any) -> Any: ...
+
+
 def attach(
     model: nn.Module,
     method: str | Method | type[Method] | Select,
@@ -535,9 +558,10 @@ def attach(
     text_encoder: Any = None,
     tokenizer: Any = None,
     weights: str | Path | Trained | None = None,
+    part: str = "",
     **hyperparameters: Any,
-) -> Attached:
-    """Lets visual tokens leave a model while it runs, until `detach` or the end of the `with` block.
+) -> Attached | Attending:
+    """Lets visual tokens leave a model while it runs, or its attention read less, until `detach` or the end of the `with` block.
 
     >>> with secateur.attach(model, "random-tokens", target="50%", seed=0) as attached:  # doctest: +SKIP
     ...     written = model.generate(**inputs, max_new_tokens=8)
@@ -562,12 +586,14 @@ def attach(
         question: one, or a list by batch row.
         text_encoder: for methods that compare pictures with text.
         tokenizer: of the model.
+        part: of an attention method (such as psa): the module whose attention reads less, by name; the whole model where it is
+            left out. Such methods take seed and hyperparameters beside it, and nothing else of the above.
         weights: of a method with modules: the folder that `train_tokens` was saved in, or what it gave. Hyperparameters are
             then those of the training, where they aren't given.
         **hyperparameters: fields of the method.
 
     Returns:
-        The attached model: what stayed, where it lies, what it cost, and `detach`.
+        `Attached`: what stayed, where it lies, what it cost, and `detach`; `Attending` for an attention method.
 
     Raises:
         SecateurError: a model or a combination that can't work, with the reason; the model is then untouched.
@@ -575,6 +601,24 @@ def attach(
     if not isinstance(model, nn.Module):
         raise SecateurError(f"{type(model).__name__} isn't a model", where="attach")
     warn_outside_tested("timm" if type(model).__module__.startswith("timm.") else "transformers")
+    if reads_less(method):
+        taken = {
+            "target": target,
+            "positions": positions,
+            "budget": budget,
+            "given": given,
+            "question": question,
+        }
+        taken |= {"text_encoder": text_encoder, "tokenizer": tokenizer, "weights": weights}
+        for name in (name for name, value in taken.items() if value is not None):
+            raise SecateurError(
+                "an attention method has no use for it",
+                where=name,
+                fix="leave it out; density= says how much is read",
+            )
+        return Attending(model, make_method(method, **hyperparameters), part, seed)  # type: ignore[arg-type]
+    if part:
+        raise SecateurError("a token method has places of its own", where="part", fix="leave it out")
     trained = Trained.load(weights) if isinstance(weights, str | Path) else weights
     if trained is not None and not isinstance(method, Method):
         hyperparameters = {**trained.hyperparameters(method), **hyperparameters}

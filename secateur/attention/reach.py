@@ -1,0 +1,137 @@
+"""Where a model calls the library's attention, and what its mask says.
+
+`scaled_dot_product_attention` is watched while a module runs, so that one way serves transformers, timm and diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from secateur.errors import SecateurError
+from secateur.utils.screen import Screen
+
+
+@dataclass(frozen=True, repr=False)
+class Call(Screen):
+    """One self-attention: q [B, H, N, d], k and v [B, G, M, d]; real bool [B, M] or None; causal; scale."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    real: Tensor | None
+    causal: bool
+    scale: float | None
+
+
+Answer = Callable[[Call], "Tensor | None"]
+"""What a call gives instead; None: as it was."""
+
+
+class Watch(TorchFunctionMode):
+    """Hands every self-attention over more than one query to `answer`; all else runs as it was."""
+
+    def __init__(self, answer: Answer):
+        super().__init__()
+        self.answer = answer
+        self.calls = 0
+        self._read: dict[int, tuple[Tensor, tuple[Tensor | None, bool]]] = {}
+        """Masks that were read in this run, by identity: layers share them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return self._attention(func, *args, **(kwargs or {}))
+
+    def _attention(
+        self,
+        function: Callable[..., Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        self.calls += 1
+
+        def plain() -> Tensor:
+            return function(
+                query,
+                key,
+                value,
+                attn_mask=attn_mask,
+                dropout_p=dropout_p,
+                is_causal=is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
+
+        if query.dim() != 4 or query.shape[2] == 1:
+            return plain()
+        if dropout_p:
+            raise SecateurError(
+                f"attention drops {dropout_p:g} of its weights at random",
+                where="attention",
+                fix="model.eval()",
+            )
+        if attn_mask is None:
+            if query.shape[2] != key.shape[2]:
+                return plain()  # attention across: other keys than its own
+            real, causal = None, is_causal
+        else:
+            if id(attn_mask) not in self._read:
+                self._read[id(attn_mask)] = attn_mask, read_mask(attn_mask, query.shape[2], key.shape[2])
+            real, causal = self._read[id(attn_mask)][1]
+            if not causal and query.shape[2] != key.shape[2]:
+                return plain()
+        if real is not None:
+            held = int(real.any(0).nonzero()[-1]) + 1  # a static cache is longer than what it holds
+            key, value, real = key[:, :, :held], value[:, :, :held], real[:, :held].expand(len(query), -1)
+            real = None if bool(real.all()) else real
+        found = self.answer(Call(query, key, value, real, causal, scale))
+        return plain() if found is None else found
+
+
+def read_mask(mask: Tensor, queries: int, keys: int) -> tuple[Tensor | None, bool]:
+    """(which keys are real, bool [B, keys]; whether a query sees only keys up to its own place).
+
+    >>> read_mask(torch.ones(3, 3, dtype=torch.bool).tril(), 3, 3)
+    (tensor([[True, True, True]]), True)
+
+    mask: bool, or float that is 0 or a large negative number, [.., queries, keys]. Rows of queries that are padding may hold anything.
+    Raises `SecateurError` for one that is anything else: a bias, a window, blocks.
+    """
+    may = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and bool((mask[~may] > -1e4).any()):
+        raise SecateurError(
+            "its mask adds a bias to the logits", where="attention", fix="leave this module out: part="
+        )
+    may = may.expand(*[1] * (4 - may.dim()), *may.shape[:-2], queries, keys) if may.dim() < 4 else may
+    if may.shape[1] > 1 and not bool((may == may[:, :1]).all()):
+        raise SecateurError(
+            "its mask isn't the same for all heads", where="attention", fix="leave this module out: part="
+        )
+    may = may[:, 0].expand(-1, queries, keys)
+    places = torch.arange(keys, device=mask.device)
+    for real in (may[:, -1], may.any(1)):
+        held = int(real.any(0).nonzero()[-1]) + 1 if bool(real.any()) else keys
+        own = held - queries + torch.arange(queries, device=mask.device)
+        asks = real[:, own] if held >= queries else torch.ones_like(may[..., 0])
+        for causal in (True, False):
+            wanted = real[:, None] & (places <= own[:, None]) if causal else real[:, None].expand_as(may)
+            if bool(asks.any(1).all()) and bool(((may == wanted).all(-1) | ~asks).all()):
+                return real, causal
+    raise SecateurError(
+        "its mask is neither causal nor whole: windows and blocks of their own aren't known",
+        where="attention",
+        fix="leave this module out: part=",
+    )

@@ -1,0 +1,128 @@
+"""PSA: key blocks at several resolutions, by how much a block of queries looks at them.
+
+"PSA: Pyramid Sparse Attention for Efficient Video Understanding and Generation", 2025, https://arxiv.org/abs/2512.04025. Spec: psa.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.attention.estimate import antidiagonal, sampled
+from secateur.attention.layout import LEVELS, Layout
+from secateur.attention.levels import (
+    by_energy,
+    by_rank,
+    by_threshold,
+    cap_by_likeness,
+    capped,
+    check_ends,
+    forced,
+)
+from secateur.attention.method import AttentionMethod
+from secateur.errors import SecateurError
+from secateur.method import register
+from secateur.pruning.target import parse_target
+from secateur.taxonomy import record
+
+ENDS = {
+    "topk": (0.10, 0.15, 0.15, 0.35),
+    "thresholdbound": (0.5, 0.6, 0.7, 0.8),
+    "energybound": (0.7, 0.8, 0.9, 0.9),
+}
+"""Where levels 1, 2, 4, 8 end, as released: the library's default, Wan2.1-1.3B, Qwen2.5-VL."""
+
+
+@register
+@dataclass
+class PSA(AttentionMethod):
+    """Keys are pooled by 2, 4 and 8; each block of queries reads each block of keys at the level that its importance earns.
+
+    >>> with secateur.attach(model, "psa", density="25%") as attached:  # doctest: +SKIP
+    ...     model(input_ids)
+    >>> attached.report["density"]  # doctest: +SKIP
+
+    mask: topk gives levels by rank, so that `density` can be asked for; thresholdbound and energybound by the share of the row that
+    blocks hold. ends: where levels 1, 2, 4, 8 end; equal neighbours leave a level out, (d, d, d, d) is a binary mask. estimate:
+    antidiagonal sums (causal models, as released) or sampled positions. alike: mean cosines of neighbours 2, 4, 8 apart above
+    which a block may be pooled so far; () pools any. Blocks on the diagonal and the first one are read whole where attention is causal.
+
+    Reconstruction: topk under a causal mask, which was released for whole attention alone: blocks that must be read come
+    first in rank; `density`, which stretches the ends.
+    """
+
+    density: str | float = ""
+    mask: str = field(default="topk", metadata={"choices": tuple(ENDS)})
+    ends: tuple[float, ...] | None = None
+    estimate: str = field(default="auto", metadata={"choices": ("auto", "antidiagonal", "sampled")})
+    alike: tuple[float, ...] = ()
+    stride: int = 16
+    normalise: bool = False
+    block_k: int = 128
+
+    info = record("psa")
+    quick: ClassVar[dict[str, Any]] = {"block_q": 16, "block_k": 16, "stride": 4, "density": 0.5}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.density != "" and self.mask != "topk":
+            raise SecateurError(
+                f"{self.mask} reads as much as the scores ask for",
+                where="density",
+                fix="leave it out and give ends=, or mask=topk",
+            )
+        check_ends(stretched(self.ends or ENDS[self.mask], self.density))
+
+    def levels(self, q: Tensor, k: Tensor, layout: Layout, generator: torch.Generator) -> Tensor:
+        visible = layout.visible(q.device)
+        must = layout.crossed(q.device)
+        if layout.causal:
+            must = must | (torch.arange(layout.columns, device=q.device) == 0)
+        ends = self.ends if self.ends is not None else ENDS[self.mask]
+        scores = self.importance(q, k, layout, generator)
+        if self.mask == "topk":
+            scores = torch.where(must, scores + scores.amax() + 1, scores)
+            levels = by_rank(scores, visible, stretched(ends, self.density))
+        else:
+            levels = (by_threshold if self.mask == "thresholdbound" else by_energy)(scores, visible, ends)
+        levels = forced(levels, must, visible)
+        if self.alike:
+            cap = cap_by_likeness(k, layout.block_k, self.alike).repeat_interleave(
+                q.shape[1] // k.shape[1], 1
+            )
+            levels = capped(levels, cap)
+        return levels
+
+    def importance(self, q: Tensor, k: Tensor, layout: Layout, generator: torch.Generator) -> Tensor:
+        kind = self.estimate
+        if kind == "auto":
+            kind = "antidiagonal" if layout.causal else "sampled"
+        if kind == "antidiagonal":
+            return antidiagonal(q, k, layout, stride=self.stride)
+        return sampled(q, k, layout, normalise=self.normalise, generator=generator)
+
+
+def stretched(ends: tuple[float, ...], density: str | float) -> tuple[float, ...]:
+    """The ends times one number, at most 1 each, so that they read `density` of the keys.
+
+    >>> stretched((0.1, 0.15, 0.15, 0.35), "30%")
+    (0.2, 0.3, 0.3, 0.7)
+    """
+    if density == "":
+        return ends
+    wanted = parse_target(density).share("density")
+    low, high = 0.0, 1 / max(min(end for end in ends if end > 0), 1e-6)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (
+            (middle, high) if read_by([min(1, end * middle) for end in ends]) < wanted else (low, middle)
+        )
+    return tuple(round(min(1.0, end * high), 12) for end in ends)
+
+
+def read_by(ends: list[float]) -> float:
+    """The share of the keys that blocks of these ends read."""
+    return sum((end - start) / level for level, start, end in zip(LEVELS, [0, *ends], ends))
