@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -16,6 +17,8 @@ from secateur.attention.pyramid import gathered
 from secateur.attention.reach import Call, Watch
 from secateur.errors import SecateurError
 from secateur.utils.screen import fit
+
+_ATTENDED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class Attending:
@@ -32,7 +35,7 @@ class Attending:
     def __init__(self, model: nn.Module, method: AttentionMethod, part: str = "", seed: int = 0):
         self.model, self.method, self.part = model, method, part
         self.module = _module(model, part)
-        if "_secateur_attending" in self.module.__dict__:
+        if self.module in _ATTENDED:
             raise SecateurError(
                 "an attention method is attached already", where=part or type(model).__name__, fix="detach it"
             )
@@ -46,14 +49,14 @@ class Attending:
             return self._run(forward, args, kwargs)
 
         def restore() -> None:
-            del self.module._secateur_attending
+            _ATTENDED.discard(self.module)
             if own is None:
                 del self.module.forward
             else:
                 self.module.forward = own
 
         self.module.forward = attending
-        self.module._secateur_attending = True
+        _ATTENDED.add(self.module)
         self._undo: Callable[[], None] | None = restore
 
     def _run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -316,7 +316,7 @@ def method_page(cls: type[Method]) -> str:
     if info.description:
         lines += [info.description, ""]
     lines += [_facts(cls), ""]
-    if info.kernel_needed:
+    if info.kernel_needed and not issubclass(cls, AttentionMethod):
         lines += [
             "The result is zeros in dense tensors: same size and speed without sparse kernels.",
             "",
