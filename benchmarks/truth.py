@@ -20,7 +20,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, require
 from secateur.taxonomy.axes import RECORDS
 from secateur.taxonomy.catalogue import catalogue
 from secateur.utils.files import atomic_write_text
@@ -33,6 +33,7 @@ KINDS = {
     "prune": "Weights and units, nothing trained",
     "train-prune": "Pruning that trains",
     "tokens": "Visual tokens",
+    "attach": "Attention that reads less",
     "saliency": "Maps",
 }
 """Verb of a method -> heading of its table."""
@@ -337,6 +338,13 @@ def page(rows: list[Row]) -> str:
         *(map(sentence, against) if against else ["None."]),
         "",
     ]
+    verbs = {catalogue()["methods"][row.system]["verb"] for row in rows}
+    require(
+        verbs <= KINDS.keys(),
+        f"no heading for {', '.join(sorted(verbs - KINDS.keys()))}",
+        where="KINDS",
+        fix="add one",
+    )
     for verb, title in KINDS.items():
         mine = [row for row in rows if catalogue()["methods"][row.system]["verb"] == verb]
         lines += [f"## {title}", "", *table(mine)] if mine else []
