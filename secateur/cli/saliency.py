@@ -58,7 +58,7 @@ class Saliency:
 
 def map_method(name: str) -> dict[str, Any]:
     """The catalogue's entry of a method that draws maps."""
-    return method_entry(name, "saliency", "removes something; it draws no map")
+    return method_entry(name, "saliency", "draws no map")
 
 
 def saliency(

@@ -60,7 +60,7 @@ class Tokens:
 
 def token_method(name: str) -> dict[str, Any]:
     """The catalogue's entry of a method that drops tokens."""
-    return method_entry(name, "tokens", "removes weights, not tokens")
+    return method_entry(name, "tokens", "removes no visual tokens")
 
 
 @dataclass

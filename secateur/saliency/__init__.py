@@ -88,7 +88,7 @@ def as_saliency_method(method: str | SaliencyMethod, **settings: Any) -> Salienc
     chosen = make_method(method, **settings)
     if not isinstance(chosen, SaliencyMethod):
         raise SecateurError(
-            f"{chosen.name} removes something; it draws no map",
+            f"{chosen.name} draws no map",
             where="saliency",
             fix=f"one of {', '.join(saliency_methods())}",
         )

@@ -514,7 +514,7 @@ def _method(
     chosen = make_method(method, **hyperparameters)
     if not isinstance(chosen, TokenMethod):
         raise SecateurError(
-            f"{chosen.name} removes weights, not tokens",
+            f"{chosen.name} removes no visual tokens",
             where="attach",
             fix="use secateur.prune, or a token method",
         )
