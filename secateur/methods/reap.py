@@ -28,7 +28,7 @@ def saliency(stats: ExpertStats) -> Tensor:
     """[experts]: the mean of weight times norm over an expert's tokens; 0 where none came.
 
     >>> two = torch.tensor([2.0, 0.0])
-    >>> saliency(ExpertStats(two, two, two, torch.tensor([3.0, 0.0]), torch.zeros(2, 4)))
+    >>> saliency(ExpertStats(two, two, two, torch.tensor([3.0, 0.0]), torch.zeros(2, 4), two))
     tensor([1.5000, 0.0000])
     """
     return stats.weighted / stats.tokens.clamp_min(1)

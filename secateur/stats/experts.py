@@ -28,7 +28,8 @@ class ExpertStats(Screen):
 
     tokens: [experts] how many there are. weights: [experts] of what the output is multiplied with, as the model does it: behind
     renormalisation, scaling and correction. norms: [experts] of the output's L2 norm, before its weight. weighted:
-    [experts] of weight times norm. outputs: [experts, width] of the output. fp64, on the CPU.
+    [experts] of weight times norm. outputs: [experts, width] of the output. squares: [experts] of the squared norm. fp64, on
+    the CPU.
     """
 
     tokens: Tensor
@@ -36,6 +37,75 @@ class ExpertStats(Screen):
     norms: Tensor
     weighted: Tensor
     outputs: Tensor
+    squares: Tensor
+
+    @classmethod
+    def empty(cls, experts: int, width: int) -> ExpertStats:
+        tokens, weights, norms, weighted, squares = (
+            torch.zeros(experts, dtype=torch.float64) for _ in range(5)
+        )
+        return cls(
+            tokens, weights, norms, weighted, torch.zeros(experts, width, dtype=torch.float64), squares
+        )
+
+    def add(self, number: int, outputs: Tensor, weights: Tensor) -> None:
+        """One expert's tokens: what it makes of them [n, width], and what that is multiplied with [n]."""
+        outputs, weights = outputs.double().cpu(), weights.double().cpu()
+        norm = outputs.norm(dim=1)
+        self.tokens[number] += len(outputs)
+        self.weights[number] += weights.sum()
+        self.norms[number] += norm.sum()
+        self.weighted[number] += (weights * norm).sum()
+        self.outputs[number] += outputs.sum(0)
+        self.squares[number] += norm.square().sum()
+
+
+Answer = Callable[[Tensor], Tensor]
+"""An expert: [n, width] -> [n, width], before the router's weight."""
+
+
+@dataclass(repr=False, eq=False)
+class Watch(Screen):
+    """Layers of experts while a model runs: what each of them adds is in `stats`, by the group's name.
+
+    whole: called with a group's name, the states [n, width] of all tokens that count, and an `Answer` for each expert, after
+    the layer ran.
+    """
+
+    stats: dict[str, ExpertStats]
+    whole: Callable[[str, Tensor, Sequence[Answer]], None] | None = None
+    visible: Tensor | None = None
+
+    def begin(self, batch: Any) -> None:
+        """A batch comes: its padding doesn't count."""
+        mask = token_mask(batch)
+        self.visible = None if mask is None else mask.flatten()
+
+
+@contextlib.contextmanager
+def watched(
+    model: nn.Module,
+    groups: Sequence[Group],
+    whole: Callable[[str, Tensor, Sequence[Answer]], None] | None = None,
+) -> Iterator[Watch]:
+    """A `Watch` over these groups; the caller runs the model, or the blocks around them.
+
+    >>> with watched(model, groups) as watch:  # doctest: +SKIP
+    ...     watch.begin(batch)
+    ...     model(**batch)
+
+    groups: of experts, stacked in tensors or modules of a list. Raises as `collect_experts` does.
+    """
+    watch = Watch({}, whole)
+    with contextlib.ExitStack() as stack:
+        for group in groups:
+            layer, hook = _watched(model, group, watch)
+            if not group.modules:
+                stack.enter_context(plain_experts(layer))
+            stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluating(model))
+        yield watch
 
 
 def collect_experts(
@@ -56,26 +126,17 @@ def collect_experts(
 
     Raises `SecateurError` where routing isn't seen in these ways, an output is NaN or infinite, or no token came.
     """
-    found: dict[str, ExpertStats] = {}
-    visible: list[Tensor | None] = [None]
     device = device_of(model)
-    with contextlib.ExitStack() as stack:
-        for group in groups:
-            layer, hook = _watched(model, group, found, visible)
-            if not group.modules:
-                stack.enter_context(plain_experts(layer))
-            stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
-        with torch.no_grad(), evaluating(model):
-            batches = as_batches(data)
-            for batch in progress(batches, "experts", len(batches)) if progress else batches:
-                batch = map_tensors(batch, lambda tensor: tensor.to(device))
-                mask = token_mask(batch)
-                visible[0] = None if mask is None else mask.flatten()
-                run(model, batch)
+    with watched(model, groups) as watch:
+        batches = as_batches(data)
+        for batch in progress(batches, "experts", len(batches)) if progress else batches:
+            batch = map_tensors(batch, lambda tensor: tensor.to(device))
+            watch.begin(batch)
+            run(model, batch)
     for group in groups:
-        if group.name not in found or not found[group.name].tokens.sum():
+        if group.name not in watch.stats or not watch.stats[group.name].tokens.sum():
             raise SecateurError("no token reached its experts", where=group.name, fix="give more data")
-    return found
+    return watch.stats
 
 
 def members(model: nn.Module, group: Group) -> Tensor:
@@ -84,11 +145,11 @@ def members(model: nn.Module, group: Group) -> Tensor:
     >>> members(model, group).tolist()  # doctest: +SKIP
     [[0, 1], [2, 3], [4, 5]]
     """
-    return torch.arange(group.size)[:, None] if group.modules else _stacked(model, group)[1]
+    return torch.arange(group.size)[:, None] if group.modules else stacked_in(model, group)[1]
 
 
-def _stacked(model: nn.Module, group: Group) -> tuple[nn.Module, Tensor]:
-    """The module that holds stacked experts, and which of them each unit is."""
+def stacked_in(model: nn.Module, group: Group) -> tuple[nn.Module, Tensor]:
+    """The module that holds stacked experts, and which of them each unit is, [units, k]."""
     for s in group.slices:
         path, _, own = s.name.rpartition(".")
         holder = model.get_submodule(path)
@@ -97,65 +158,51 @@ def _stacked(model: nn.Module, group: Group) -> tuple[nn.Module, Tensor]:
     raise SecateurError("its experts are neither stacked nor in a list", where=group.name)
 
 
-def _watched(
-    model: nn.Module, group: Group, found: dict[str, ExpertStats], visible: list[Tensor | None]
-) -> tuple[nn.Module, Callable[..., None]]:
-    """The module to hook, and the hook that adds what it sees to `found`."""
+def _watched(model: nn.Module, group: Group, watch: Watch) -> tuple[nn.Module, Callable[..., None]]:
+    """The module to hook, and the hook that adds what it sees to the watch."""
     if group.modules:
         path = group.modules[0].rpartition(".")[0]
         experts = [model.get_submodule(name) for name in group.modules]
         layer = model.get_submodule(path.rpartition(".")[0])
     else:
-        layer, experts = _stacked(model, group)[0], []
+        layer, experts = stacked_in(model, group)[0], []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         states = next((x for x in (*args, *kwargs.values()) if _is_states(x)), None)
         given = next(flat_tensors(output), None)
         if states is None or given is None or given.shape != states.shape:
             raise _unseen(group.name)
-        rows, seen = states.flatten(0, -2), visible[0]
+        rows, seen = states.flatten(0, -2), watch.visible
         if experts:
             gates, rest = _listed_gates(module, experts, args, kwargs, rows)
-            answer = [_answer_of(expert) for expert in experts]
+            answers = [_answer_of(expert) for expert in experts]
         else:
             gates = _stacked_gates(module, args, kwargs, len(rows), group.name)
             rest = torch.zeros_like(rows)
-            answer = [_answer_at(module, args, kwargs, number) for number in range(gates.shape[1])]
+            answers = [_answer_at(module, args, kwargs, number) for number in range(gates.shape[1])]
         seen = seen if seen is not None and len(seen) == len(rows) else torch.ones_like(rows[:, 0]).bool()
         total = rest.float()
-        stats = found.setdefault(group.name, _empty(gates.shape[1], rows.shape[1]))
-        for number, run_expert in enumerate(answer):
+        stats = watch.stats.setdefault(group.name, ExpertStats.empty(gates.shape[1], rows.shape[1]))
+        for number, answer in enumerate(answers):
             routed = gates[:, number].nonzero().squeeze(1)
             if not len(routed):
                 continue
-            out, gate = run_expert(rows[routed]).float(), gates[routed, number].float()
+            out, gate = answer(rows[routed]).float(), gates[routed, number].float()
             total.index_add_(0, routed, out * gate[:, None])
-            _add(stats, number, out[seen[routed]].double().cpu(), gate[seen[routed]].double().cpu())
+            stats.add(number, out[seen[routed]], gate[seen[routed]])
         if not torch.isfinite(total).all():
             raise SecateurError("its experts give NaN or infinite values", where=group.name)
         exact = torch.finfo(given.dtype).eps ** 0.5
         if (total - given.flatten(0, -2).float()).norm() > exact * (given.float().norm() + 1e-6):
             raise _unseen(group.name)
+        if watch.whole is not None and seen.any():
+            watch.whole(group.name, rows[seen], answers)
 
     return layer, hook
 
 
 def _is_states(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
-
-
-def _empty(count: int, width: int) -> ExpertStats:
-    tokens, weights, norms, weighted = (torch.zeros(count, dtype=torch.float64) for _ in range(4))
-    return ExpertStats(tokens, weights, norms, weighted, torch.zeros(count, width, dtype=torch.float64))
-
-
-def _add(stats: ExpertStats, number: int, out: Tensor, gate: Tensor) -> None:
-    norm = out.norm(dim=1)
-    stats.tokens[number] += len(out)
-    stats.weights[number] += gate.sum()
-    stats.norms[number] += norm.sum()
-    stats.weighted[number] += (gate * norm).sum()
-    stats.outputs[number] += out.sum(0)
 
 
 def _unseen(name: str) -> SecateurError:
@@ -191,9 +238,7 @@ def _stacked_gates(
     return weights.new_zeros(rows, count).scatter_add_(1, numbers, weights)
 
 
-def _answer_at(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], number: int
-) -> Callable[[Tensor], Tensor]:
+def _answer_at(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], number: int) -> Answer:
     """The output of one of the stacked experts, [n, width] -> [n, width], its weight being 1."""
 
     def answer(rows: Tensor) -> Tensor:
@@ -217,7 +262,7 @@ def _answer_at(
 # ---------------------------------------------------------------- experts that are modules of a list
 
 
-def _answer_of(expert: nn.Module) -> Callable[[Tensor], Tensor]:
+def _answer_of(expert: nn.Module) -> Answer:
     return lambda rows: next(flat_tensors(expert.forward(rows)))
 
 

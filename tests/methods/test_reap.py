@@ -14,7 +14,7 @@ from secateur.stats.experts import ExpertStats
 def test_the_mean_over_the_tokens_that_come():
     """Eq. 9: not the sum, by which the busy expert would stay; an expert without tokens is worth nothing."""
     tokens, weighted = torch.tensor([2.0, 10.0, 0.0]), torch.tensor([3.0, 5.0, 0.0])
-    found = saliency(ExpertStats(tokens, tokens, tokens, weighted, torch.zeros(3, 2)))
+    found = saliency(ExpertStats(tokens, tokens, tokens, weighted, torch.zeros(3, 2), tokens))
     assert found.tolist() == [1.5, 0.5, 0.0]
 
 
