@@ -1,4 +1,4 @@
-"""Experts of a small mixture leave, by method: perplexity of held-out text, over seeds of the training.
+"""Experts of a small mixture leave, are merged or become vectors, by method: perplexity of held-out text, over seeds of the training.
 
     python benchmarks/experts.py --seeds 3 --steps 800
     python benchmarks/experts.py --official DIR
@@ -25,7 +25,7 @@ from secateur.data.text import load_text
 from secateur.graph import trace
 
 LENGTH = 128
-METHODS = ("reap", "group-magnitude", "random-structured")
+METHODS = ("reap", "ream", "mone", "group-magnitude", "random-structured")
 
 
 def build(seed: int) -> nn.Module:
@@ -72,7 +72,7 @@ def pruned_perplexity(model: nn.Module, method: str, share: float, data: Tensor,
             model,
             method=method,
             target=f"{share:.0%}",
-            kinds=("experts",),
+            kinds=None if method == "mone" else ("experts",),
             data=data,
             seqlen=LENGTH,
             seed=seed,

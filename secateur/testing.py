@@ -141,7 +141,9 @@ def _ids(model: nn.Module, rows: int = 6, length: int = 24) -> Tensor:
 
 def _llama(cls: type[Method] | None = None) -> nn.Module:
     """A small language model; a mixture for methods that cut nothing but experts."""
-    return (tiny_mixtral() if getattr(cls, "kinds", None) == ("experts",) else tiny_llama()).float()
+    return (
+        tiny_mixtral() if getattr(cls, "kinds", None) in (("experts",), ("novices",)) else tiny_llama()
+    ).float()
 
 
 def _pruned(cls: type[Method], model: nn.Module, target: str = "50%", **settings: Any) -> Pruned:

@@ -18,10 +18,11 @@ from secateur.graph.sizes import Attribute, Extent, evaluate, leaves
 from secateur.utils.screen import Screen, counted, fit
 
 KINDS = (
-    "channels", "heads", "kv_groups", "head_dim", "neurons", "experts", "hidden", "layers", "attentions", "vocabulary",
+    "channels", "heads", "kv_groups", "head_dim", "neurons", "experts", "hidden", "layers", "attentions", "novices",
+    "vocabulary",
 )  # fmt: skip
-WHOLE = ("layers", "attentions")
-"""Kinds whose units are modules that leave whole: blocks, and the attention of blocks."""
+WHOLE = ("layers", "attentions", "novices")
+"""Kinds whose units leave whole, and nothing beside them: blocks, the attention of blocks, experts that leave a vector behind."""
 HOW = ("sum", "mean", "max", "prod")
 
 
@@ -72,7 +73,7 @@ class Group:
 
     @property
     def whole(self) -> bool:
-        """Whether its units are modules that leave whole."""
+        """Whether its units leave whole, and nothing beside them."""
         return self.kind in WHOLE
 
     def __repr__(self) -> str:

@@ -58,7 +58,12 @@ def save_pipeline(parts: Parts, folder: Path, plan: Plan | None) -> dict[str, An
     save_file(tables, folder / TABLES)
     name, cut = next(iter(cuts.items()))
     key = next(
-        (key for kind in ("shapes", "blocks", "attributes", "identity", "absent") for key in cut[kind]), None
+        (
+            key
+            for kind in ("shapes", "blocks", "attributes", "identity", "absent", "constants", "novices")
+            for key in cut[kind]
+        ),
+        None,
     )
     key = key or next(iter(tables)).removeprefix(f"{name}.")
     return {"form": "pipeline", "load": LOADER, "why": f"no field of {name}'s config says what {key} is"}
@@ -115,7 +120,8 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def _much(cut: Mapping[str, Any]) -> int:
     """How many things a table changes."""
     attributes = sum(map(len, cut["attributes"].values()))
-    return len(cut["blocks"]) + len(cut["identity"]) + len(cut["absent"]) + len(cut["shapes"]) + attributes
+    tables = ("blocks", "identity", "absent", "constants", "novices", "shapes")
+    return sum(len(cut[table]) for table in tables) + attributes
 
 
 def _changed(built: nn.Module, cut: Mapping[str, Any]) -> Iterator[tuple[int, int]]:

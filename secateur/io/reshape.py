@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.surgery.absent import Absent
+from secateur.surgery.constant import Constant, Novices
 
 if TYPE_CHECKING:
     from secateur.pruning.plan import Plan
@@ -72,6 +73,14 @@ def reshape(model: nn.Module, cut: dict[str, Any]) -> None:
     for path, returns in cut.get("absent", {}).items():
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, Absent(returns))
+    for path in cut.get("constants", []):
+        parent, _, leaf = path.rpartition(".")
+        shape = cut["shapes"].get(f"{path}.constant")
+        like = next(model.get_submodule(path).parameters())
+        setattr(model.get_submodule(parent), leaf, Constant(None if shape is None else like.new_empty(shape)))
+    for path in cut.get("novices", []):
+        experts = model.get_submodule(path)
+        experts.__class__ = type(type(experts).__name__, (Novices, type(experts)), {})
     for name, shape in cut["shapes"].items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
@@ -132,12 +141,15 @@ def compare(
 
     Raises `SecateurError` when no table can do it.
     """
-    cut: dict[str, Any] = {"blocks": {}, "identity": [], "absent": {}, "shapes": {}, "attributes": {}}
+    cut: dict[str, Any] = {"blocks": {}, "identity": [], "absent": {}, "constants": [], "novices": []}
+    cut |= {"shapes": {}, "attributes": {}}
     modules = dict(model.named_modules(remove_duplicate=False))
     if dense is None:
         cut["blocks"] = {path: list(kept) for path, kept in (blocks or {}).items()}
         cut["identity"] = [path for path, module in modules.items() if type(module) is nn.Identity]
         cut["absent"] = {path: module.returns for path, module in modules.items() if type(module) is Absent}
+        cut["constants"] = [path for path, module in modules.items() if type(module) is Constant]
+        cut["novices"] = [path for path, module in modules.items() if isinstance(module, Novices)]
         cut["shapes"] = {name: list(tensor.shape) for name, tensor in _tensors(model).items()}
         cut["shapes"] |= {f"{p}.{k}".lstrip("."): None for p, m in modules.items() for k in _absent(m)}
         for path, module in modules.items():
@@ -151,6 +163,10 @@ def compare(
                 cut["identity"].append(path)
             if type(module) is Absent and path in wanted and type(wanted[path]) is not Absent:
                 cut["absent"][path] = module.returns
+            if type(module) is Constant and path in wanted and type(wanted[path]) is not Constant:
+                cut["constants"].append(path)
+            if isinstance(module, Novices) and path in wanted and not isinstance(wanted[path], Novices):
+                cut["novices"].append(path)
         reshape(dense, {**cut, "blocks": {}})
         wanted = dict(dense.named_modules(remove_duplicate=False))
         if strange := sorted(modules.keys() ^ wanted.keys()):
@@ -214,7 +230,7 @@ def _removed_blocks(
 ) -> dict[str, list[int]]:
     removed: dict[str, list[int]] = {}
     for path, left in model.named_modules():
-        if type(left) is Absent:
+        if type(left) in (Absent, Constant):
             continue
         try:
             whole = dense.get_submodule(path)

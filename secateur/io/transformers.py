@@ -33,6 +33,7 @@ from secateur.io.reshape import (
 )
 from secateur.io.trusted import auto_or_model_class, check_folder, pruned_from
 from secateur.surgery.absent import Absent
+from secateur.surgery.constant import Constant, Novices
 from secateur.utils.files import atomic_write_json, atomic_write_text
 from secateur.utils.inputs import default_inputs, from_description, map_tensors
 from secateur.utils.running import call, device_of, evaluating
@@ -66,6 +67,8 @@ class PrunedConfig({config}):
 {swap}
 
 {absent}
+
+{constants}
 
 {reshape}
 
@@ -168,6 +171,8 @@ def _inexpressible(model: Any, cls: Any, same: Callable[[Any, Any], bool]) -> st
         return error.what
     if cut["absent"]:
         return f"{next(iter(cut['absent']))} has left, which no config says"
+    if constant := [*cut["constants"], *cut["novices"]]:
+        return f"{constant[0]} gives vectors that no config says"
     if cut["blocks"] or cut["identity"]:
         return (
             f"{next(iter(cut['blocks']), None) or cut['identity'][0]} has fewer blocks than the config says"
@@ -254,6 +259,7 @@ def _render(cls: Any) -> str:
         **names,
         swap=inspect.getsource(swap),
         absent=inspect.getsource(Absent),
+        constants=f"{inspect.getsource(Constant)}\n\n{inspect.getsource(Novices)}",
         reshape=inspect.getsource(reshape),
     )
 
@@ -336,7 +342,14 @@ def _verify(model: nn.Module, cls: type, config_file: Path) -> None:
     config, built = _pruned_classes(cls, "verify")
     again = _build(lambda: built(config.from_dict(config._dict_from_json_file(config_file))))
     left = compare(model, again)
-    if wrong := [*left["blocks"], *left["identity"], *left["absent"], *left["shapes"]]:
+    if wrong := [
+        *left["blocks"],
+        *left["identity"],
+        *left["absent"],
+        *left["shapes"],
+        *left["constants"],
+        *left["novices"],
+    ]:
         raise SecateurError(
             f"the saved model would differ in {wrong[0]}",
             where=type(model).__name__,

@@ -40,6 +40,8 @@ class CutEntry(Entry):
     blocks: dict[Path_, list[Count]]
     identity: list[Path_]
     absent: dict[Path_, Count] = Field(default_factory=dict)
+    constants: list[Path_] = Field(default_factory=list)
+    novices: list[Path_] = Field(default_factory=list)
     shapes: dict[Path_, list[Count] | None]
     attributes: dict[Path_, dict[Path_, bool | int | float | str | list[int]]]
 

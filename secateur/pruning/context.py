@@ -17,6 +17,7 @@ from secateur.graph import Graph, Group, Slice, trace
 from secateur.graph.attentions import attention_groups
 from secateur.graph.blocks import Blocks, Matrix, every_matrix, find_matrices, find_stacks
 from secateur.graph.groups import WHOLE
+from secateur.graph.novices import novice_groups
 from secateur.graph.parts import inside, parts_of, resolve_parts
 from secateur.method import Method
 from secateur.pruning.allocate import MEASURED, Competitor, Step, build_path, follow
@@ -110,6 +111,15 @@ class Context(Screen):
         )
         if "attentions" in (self.options.kinds or getattr(self.method, "kinds", None) or ()):
             graph.groups += attention_groups(self.model, graph, self.example)
+        kinds = self.options.kinds or getattr(self.method, "kinds", None) or ()
+        if {"experts", "novices"} <= {*kinds}:
+            raise SecateurError(
+                "experts leave either the router too, or nothing but their place",
+                where="kinds",
+                fix="take one of them",
+            )
+        if "novices" in kinds:
+            graph.groups += novice_groups(self.model, graph)
         freeze_protected(graph, self.options.keep, self.options.only, [*self.parts.values()])
         if self.tokens is not None:
             for group in graph.prunable(KIND):

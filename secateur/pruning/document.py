@@ -17,7 +17,7 @@ from secateur.utils.files import check_path
 from secateur.utils.schema import Count, Entry, Size, parse, read_object
 
 FORMAT = "secateur-plan"
-WHOLE = ("layers", "attentions")
+WHOLE = ("layers", "attentions", "novices")
 """Kinds of unit of which a list may lose all: `graph.groups.WHOLE`, which can't be read without torch."""
 LARGEST_INPUT = 2**28
 DTYPES = Literal[

@@ -18,6 +18,7 @@ from secateur.errors import SecateurError
 from secateur.families.pipelines import as_module
 from secateur.graph import Graph, trace
 from secateur.graph.attentions import attention_groups
+from secateur.graph.novices import novice_groups
 from secateur.io.artefact import save_model
 from secateur.measure import latency, measure
 from secateur.measure.cost import counting
@@ -325,6 +326,8 @@ def apply_plan(
                 graph = trace(model, inputs, also=also, inner=True, vocabulary=tokens)
             if "attentions" in plan.kinds.values():
                 graph.groups += attention_groups(model, graph, inputs)
+            if "novices" in plan.kinds.values():
+                graph.groups += novice_groups(model, graph)
             if also and graph.unreached:  # noise may take another branch than what was traced
                 raise SecateurError(
                     f"these inputs don't reach {graph.unreached[0]}",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.graph.blocks import plain_experts
 from secateur.graph.groups import Group
+from secateur.graph.novices import holder_of
 from secateur.utils.batches import as_batches, token_mask
 from secateur.utils.inputs import map_tensors
 from secateur.utils.running import device_of, evaluating, flat_tensors, run
@@ -145,17 +146,16 @@ def members(model: nn.Module, group: Group) -> Tensor:
     >>> members(model, group).tolist()  # doctest: +SKIP
     [[0, 1], [2, 3], [4, 5]]
     """
-    return torch.arange(group.size)[:, None] if group.modules else stacked_in(model, group)[1]
+    return torch.arange(group.size)[:, None] if group.modules else _stacked(model, group)[1]
 
 
-def stacked_in(model: nn.Module, group: Group) -> tuple[nn.Module, Tensor]:
+def _stacked(model: nn.Module, group: Group) -> tuple[nn.Module, Tensor]:
     """The module that holds stacked experts, and which of them each unit is, [units, k]."""
-    for s in group.slices:
-        path, _, own = s.name.rpartition(".")
-        holder = model.get_submodule(path)
-        if s.dim == 0 and getattr(getattr(holder, own, None), "ndim", 0) == 3:
-            return holder, s.index
-    raise SecateurError("its experts are neither stacked nor in a list", where=group.name)
+    path = holder_of(model, group)
+    if path is None:
+        raise SecateurError("its experts are neither stacked nor in a list", where=group.name)
+    own = next(s for s in group.slices if s.dim == 0 and s.name.rpartition(".")[0] == path)
+    return model.get_submodule(path), own.index
 
 
 def _watched(model: nn.Module, group: Group, watch: Watch) -> tuple[nn.Module, Callable[..., None]]:
@@ -165,7 +165,7 @@ def _watched(model: nn.Module, group: Group, watch: Watch) -> tuple[nn.Module, C
         experts = [model.get_submodule(name) for name in group.modules]
         layer = model.get_submodule(path.rpartition(".")[0])
     else:
-        layer, experts = stacked_in(model, group)[0], []
+        layer, experts = _stacked(model, group)[0], []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         states = next((x for x in (*args, *kwargs.values()) if _is_states(x)), None)
@@ -231,7 +231,7 @@ def _stacked_gates(
 ) -> Tensor:
     """[rows, experts]: the weight of each expert's output, 0 where the token isn't sent to it."""
     routing = _routing(args, kwargs, rows)
-    if routing is None:
+    if routing is None or hasattr(module, "novices"):
         raise _unseen(name)
     numbers, weights = routing
     count = max(p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3)

@@ -15,7 +15,8 @@ from secateur.errors import SecateurError
 from secateur.graph import Graph
 from secateur.graph.blocks import plain_experts
 from secateur.graph.groups import Group, Slice
-from secateur.stats.experts import Answer, ExpertStats, members, stacked_in, watched
+from secateur.graph.novices import holder_of
+from secateur.stats.experts import Answer, ExpertStats, members, watched
 from secateur.utils.running import evaluating
 from secateur.utils.screen import Screen
 
@@ -90,7 +91,7 @@ def router_of(model: nn.Module, group: Group) -> tuple[Tensor, Tensor | None]:
     >>> router_of(model, group)[0].shape  # doctest: +SKIP
     torch.Size([8, 64])
     """
-    inside = group.modules or (_holder(model, group),)
+    inside = group.modules or (holder_of(model, group),)
     makers = [
         s
         for s in group.slices
@@ -109,11 +110,6 @@ def router_of(model: nn.Module, group: Group) -> tuple[Tensor, Tensor | None]:
     bias = tensors.get(f"{makers[0].name.rpartition('.')[0]}.bias")
     own = tensors[makers[0].name].detach()
     return own[order], None if bias is None or len(bias) != len(own) else bias.detach()[order]
-
-
-def _holder(model: nn.Module, group: Group) -> str:
-    module = stacked_in(model, group)[0]
-    return next(name for name, each in model.named_modules() if each is module)
 
 
 # ---------------------------------------------------------------- one expert as tensors
@@ -141,7 +137,7 @@ def experts_of(model: nn.Module, graph: Graph, group: Group) -> list[Expert]:
     Raises `SecateurError` where the neurons inside can't be told apart.
     """
     stacked = not group.modules
-    holders = [_holder(model, group)] if stacked else list(group.modules)
+    holders = group.modules or (holder_of(model, group),)
     parameters = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
     count = members(model, group).numel()
     owned = {s.name for s in group.slices if s.dim == 0} if stacked else set(parameters)
@@ -206,7 +202,7 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         weight = args[1] if len(args) > 1 else None
-        if isinstance(weight, Tensor) and getattr(func, "__name__", "") in ("linear", "matmul", "__matmul__"):
-            if weight.untyped_storage().data_ptr() == self.storage:
-                self.rows = args[0].reshape(-1, args[0].shape[-1])
+        product = getattr(func, "__name__", "") in ("linear", "matmul", "__matmul__")
+        if product and isinstance(weight, Tensor) and weight.untyped_storage().data_ptr() == self.storage:
+            self.rows = args[0].reshape(-1, args[0].shape[-1])
         return func(*args, **(kwargs or {}))

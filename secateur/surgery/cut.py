@@ -20,6 +20,7 @@ from secateur.graph.groups import Graph, Group
 from secateur.surgery.absent import Absent
 from secateur.surgery.changes import Changes, Keep, _gone, _put, _refresh, _removed_blocks, _renumber, _tensor
 from secateur.surgery.config import fit_config
+from secateur.surgery.constant import Constant, Novices
 from secateur.surgery.mask import unmask_units
 from secateur.surgery.vocabulary import check_named, renumber
 from secateur.utils.running import forget_caches
@@ -82,8 +83,10 @@ def cut_modules(model: nn.Module, graph: Graph, keep: Keep) -> Changes:
     for group, kept in pairs:
         if group.kind == "attentions":
             _leave_absent(model, group, kept, changes)
+        if group.kind == "novices":
+            _leave_constants(model, group, kept, changes)
     for group, kept in pairs:
-        if group.modules and group.kind != "attentions":
+        if group.modules and group.kind not in ("attentions", "novices"):
             _drop_blocks(model, group, kept, changes)
     return changes
 
@@ -323,6 +326,44 @@ def _leave_absent(model: nn.Module, group: Group, kept: Tensor, changes: Changes
             for lost in [key for key in known if key == name or key.startswith(f"{name}.")]:
                 del known[lost]
     _count_anew(container, path, counters, changes)
+
+
+def _leave_constants(model: nn.Module, group: Group, kept: Tensor, changes: Changes) -> None:
+    """Experts that leave give a vector, where the model holds one for them: `constant`, or a row of `constants`."""
+    gone = _gone(group, kept)
+    if not gone.any():
+        return
+    if group.modules:
+        for path in _removed_blocks(group, kept):
+            parent, _, leaf = path.rpartition(".")
+            constant = getattr(model.get_submodule(path), "constant", None)
+            setattr(
+                model.get_submodule(parent), leaf, Constant(None if constant is None else constant.detach())
+            )
+            for known in (changes.shapes, changes.attributes):
+                for lost in [key for key in known if key == path or key.startswith(f"{path}.")]:
+                    del known[lost]
+            if constant is not None:
+                changes.shapes[f"{path}.constant"] = tuple(constant.shape)
+        return
+    path = group.slices[0].name.rpartition(".")[0]
+    holder = model.get_submodule(path)
+    for s in group.slices:
+        old = _tensor(model, s.name)
+        new = nn.Parameter(_without(old, {0: gone.nonzero().flatten()}), requires_grad=old.requires_grad)
+        _put(model, s.name, new)
+        changes.shapes[s.name] = tuple(new.shape)
+    if getattr(holder, "constants", None) is not None:
+        rows = _without(_tensor(model, f"{path}.constants"), {0: kept})
+        _put(model, f"{path}.constants", nn.Parameter(rows))
+        changes.shapes[f"{path}.constants"] = tuple(rows.shape)
+    for name, value in _own_sizes(holder).items():
+        if "expert" in name and value == group.size:
+            _set(changes, path, holder, name, len(kept))
+    holder.__dict__["novices"] = changes.attributes.setdefault(path, {})["novices"] = (
+        gone.nonzero().flatten().tolist()
+    )
+    holder.__class__ = type(type(holder).__name__, (Novices, type(holder)), {})
 
 
 def _count_anew(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from secateur.graph.groups import Graph
+from secateur.graph.groups import Graph, Group
 from secateur.graph.run import Functions
 from secateur.surgery.changes import Keep, _gone, _removed_blocks, _tensor
 from secateur.utils.running import with_residual
@@ -62,9 +62,12 @@ def unit_masks(model: nn.Module, graph: Graph, keep: Keep) -> dict[str, Tensor]:
 
 
 def leave_out(model: nn.Module, graph: Graph, keep: Keep) -> None:
-    """What `mask_units` does beside zeros: blocks pass their input on, attentions say nothing, and routers don't pick
-    removed units."""
+    """What `mask_units` does beside zeros: blocks pass their input on, attentions say nothing, novices give their vector,
+    and routers don't pick removed units."""
     for group, kept in graph._kept(keep):
+        if group.kind == "novices":
+            _stand_in(model, group, kept)
+            continue
         for path in _removed_blocks(group, kept) if group.whole else ():
             hook = _pass_through if group.kind == "layers" else _silent
             model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
@@ -79,8 +82,10 @@ def unmask_units(model: nn.Module) -> None:
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(hook, _Enter | _Leave) or hook in (_pass_through, _silent):
+                ours = isinstance(hook, _Enter | _Leave | _Weigh | _Add)
+                if ours or hook in (_pass_through, _silent, _constant):
                     module._forward_hooks_with_kwargs.pop(key, None)
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
                     module._forward_hooks_always_called.pop(key, None)
                     del hooks[key]
 
@@ -160,3 +165,54 @@ def _silent(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     if isinstance(output, Tensor):
         return torch.zeros_like(output)
     return (torch.zeros_like(output[0]), *output[1:])
+
+
+# --- experts that leave a vector behind
+
+
+def _stand_in(model: nn.Module, group: Group, kept: Tensor) -> None:
+    if group.modules:
+        for path in _removed_blocks(group, kept):
+            model.get_submodule(path).register_forward_hook(_constant)
+        return
+    holder = model.get_submodule(group.slices[0].name.rpartition(".")[0])
+    weigh = _Weigh(_gone(group, kept))
+    holder.register_forward_pre_hook(weigh, with_kwargs=True)
+    holder.register_forward_hook(_Add(weigh))
+
+
+def _constant(module: nn.Module, args: Any, output: Any) -> Any:
+    constant = getattr(module, "constant", None)
+    return torch.zeros_like(output) if constant is None else constant.to(output.dtype).expand_as(output)
+
+
+class _Weigh:
+    """Stacked experts are told that those that left weigh nothing; their weights are kept for what is added."""
+
+    def __init__(self, gone: Tensor):
+        self.gone = gone
+        self.gates: list[Tensor] = []
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        numbers = next(x for x in given if not x.is_floating_point())
+        weights = next(x for x in given[1:] if x.is_floating_point() and x.shape == numbers.shape)
+        gone = self.gone.to(numbers.device)[numbers]
+        gates = weights.new_zeros(len(numbers), len(self.gone))
+        self.gates.append(gates.scatter_add(1, numbers, weights * gone))
+
+        def weighed(x: Any) -> Any:
+            return x.masked_fill(gone, 0) if x is weights else x
+
+        return tuple(map(weighed, args)), {key: weighed(x) for key, x in kwargs.items()}
+
+
+class _Add:
+    def __init__(self, weigh: _Weigh):
+        self.weigh = weigh
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        gates, constants = self.weigh.gates.pop(), getattr(module, "constants", None)
+        if constants is None:
+            return output
+        return output + (gates.to(constants.dtype) @ constants).to(output.dtype).view_as(output)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
     DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="no accelerator"
 )
 EVERY = [m for m in secateur.list_methods() if issubclass(method_class(m), WeightMethod | UnitMethod)]
-METHODS = [m for m in EVERY if getattr(method_class(m), "kinds", None) != ("experts",)]
+METHODS = [m for m in EVERY if getattr(method_class(m), "kinds", None) not in (("experts",), ("novices",))]
 QUICK = {"tyr": {"generations": 2, "offspring": 4}}
 
 

@@ -14,7 +14,7 @@ from secateur.pruning.method import UnitMethod, WeightMethod
 from secateur.pruning.target import parse_target
 
 EVERY = [m for m in secateur.list_methods() if issubclass(method_class(m), WeightMethod | UnitMethod)]
-METHODS = [m for m in EVERY if getattr(method_class(m), "kinds", None) != ("experts",)]
+METHODS = [m for m in EVERY if getattr(method_class(m), "kinds", None) not in (("experts",), ("novices",))]
 """Those that cut nothing but experts have tests of their own, and those of `secateur.testing` on a mixture."""
 WEIGHTS = [m for m in METHODS if issubclass(method_class(m), WeightMethod)]
 UNITS = [m for m in METHODS if issubclass(method_class(m), UnitMethod)]

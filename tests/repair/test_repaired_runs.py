@@ -20,7 +20,7 @@ WEIGHTS = [n for n, c in own_methods().items() if issubclass(c, WeightMethod) an
 UNITS = [
     n
     for n, c in own_methods().items()
-    if issubclass(c, UnitMethod) and not c.unrepaired and c.kinds != ("experts",)
+    if issubclass(c, UnitMethod) and not c.unrepaired and c.kinds not in (("experts",), ("novices",))
 ]
 
 
