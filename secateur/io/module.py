@@ -27,7 +27,7 @@ from secateur.io.reshape import (
 from secateur.io.timm import LOAD, build, save_plain
 from secateur.io.trusted import ModuleEntry
 from secateur.surgery.absent import Absent
-from secateur.surgery.constant import Constant, Novices
+from secateur.surgery.constant import sources
 from secateur.utils.files import atomic_write_json, atomic_write_text
 from secateur.utils.inputs import default_inputs, from_description
 from secateur.utils.schema import parse, read_object
@@ -53,9 +53,7 @@ from torch import nn
 
 {absent}
 
-{constants}
-
-{reshape}
+{constants}{reshape}
 
 {assemble}
 
@@ -127,7 +125,7 @@ def _save_module(model: nn.Module, folder: Path, plan: Plan | None) -> dict[str,
         folder / "load_pruned.py",
         LOADER.format(
             absent=inspect.getsource(Absent),
-            constants=f"{inspect.getsource(Constant)}\n\n{inspect.getsource(Novices)}",
+            constants=sources(cut),
             reshape=inspect.getsource(reshape),
             assemble=inspect.getsource(assemble),
             timm=", and timm" if timm_kwargs else "",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.surgery.absent import Absent
-from secateur.surgery.constant import Constant, Novices
+from secateur.surgery.constant import Constant, Novices, leave_constants
 
 if TYPE_CHECKING:
     from secateur.pruning.plan import Plan
@@ -73,14 +73,8 @@ def reshape(model: nn.Module, cut: dict[str, Any]) -> None:
     for path, returns in cut.get("absent", {}).items():
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, Absent(returns))
-    for path in cut.get("constants", []):
-        parent, _, leaf = path.rpartition(".")
-        shape = cut["shapes"].get(f"{path}.constant")
-        like = next(model.get_submodule(path).parameters())
-        setattr(model.get_submodule(parent), leaf, Constant(None if shape is None else like.new_empty(shape)))
-    for path in cut.get("novices", []):
-        experts = model.get_submodule(path)
-        experts.__class__ = type(type(experts).__name__, (Novices, type(experts)), {})
+    if cut.get("constants") or cut.get("novices"):
+        leave_constants(model, cut)
     for name, shape in cut["shapes"].items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ from secateur.io.reshape import (
 )
 from secateur.io.trusted import auto_or_model_class, check_folder, pruned_from
 from secateur.surgery.absent import Absent
-from secateur.surgery.constant import Constant, Novices
+from secateur.surgery.constant import sources
 from secateur.utils.files import atomic_write_json, atomic_write_text
 from secateur.utils.inputs import default_inputs, from_description, map_tensors
 from secateur.utils.running import call, device_of, evaluating
@@ -68,9 +68,7 @@ class PrunedConfig({config}):
 
 {absent}
 
-{constants}
-
-{reshape}
+{constants}{reshape}
 
 class Pruned{name}({name}):
     config_class = PrunedConfig
@@ -249,7 +247,7 @@ def _auto_classes(cls: type, model_type: str) -> list[str]:
     return sorted(names, key=lambda name: (name != "AutoModelForCausalLM", len(name))) or ["AutoModel"]
 
 
-def _render(cls: Any) -> str:
+def _render(cls: Any, cut: Mapping[str, Any]) -> str:
     config = cls.config_class
     names = {"name": cls.__name__, "module": cls.__module__, "config": config.__name__}
     names |= {"config_module": config.__module__, "model_type": f"pruned_{config.model_type}"}
@@ -259,7 +257,7 @@ def _render(cls: Any) -> str:
         **names,
         swap=inspect.getsource(swap),
         absent=inspect.getsource(Absent),
-        constants=f"{inspect.getsource(Constant)}\n\n{inspect.getsource(Novices)}",
+        constants=sources(cut),
         reshape=inspect.getsource(reshape),
     )
 
@@ -284,7 +282,7 @@ def _save_custom(
     cut["dense"] = {key: value for key, value in was.items() if key in now and now[key] != value}
     cut["config"] = _valid_fields(dense, {key: now[key] for key in cut["dense"]})
 
-    text = _render(cls)
+    text = _render(cls, cut)
     state = model.state_dict() if weights else {}
     state |= {n: tensor for n, tensor in _tensors(model).items() if weights and n in cut["shapes"]}
     automatic = getattr(model.config, "auto_map", None)
@@ -430,7 +428,9 @@ def _trusted_classes(document: dict[str, Any], path: Path) -> tuple[Any, Any]:
     name = hashlib.sha256(str(path).encode()).hexdigest()[:16]
     file = path / "modeling_pruned.py"
     # transformers copies the file when it saves the model again: only one that says what these classes do
-    ours = file.is_file() and file.read_text(encoding="utf-8", errors="replace") == _render(cls)
+    ours = file.is_file() and file.read_text(encoding="utf-8", errors="replace") == _render(
+        cls, document["pruned"]
+    )
     config, pruned = _pruned_classes(cls, name, file if ours else None)
     if ours:
         config.register_for_auto_class("AutoConfig")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,3 +52,22 @@ class Novices(nn.Module):
             gates = weights.new_zeros(len(rows), total).scatter_add(1, numbers, weights)[:, left:]
             out = out + (gates.to(constants.dtype) @ constants).to(out.dtype)
         return out.view_as(states)
+
+
+def leave_constants(model: nn.Module, cut: dict[str, Any]) -> None:
+    """Experts of a dense model give vectors: those in lists at `cut["constants"]`, stacked ones at `cut["novices"]`."""
+    for path in cut["constants"]:
+        parent, _, leaf = path.rpartition(".")
+        shape, like = cut["shapes"].get(f"{path}.constant"), next(model.get_submodule(path).parameters())
+        vector = None if shape is None else like.new_empty(shape)
+        setattr(model.get_submodule(parent), leaf, Constant(vector))
+    for path in cut["novices"]:
+        experts = model.get_submodule(path)
+        experts.__class__ = type(type(experts).__name__, (Novices, type(experts)), {})
+
+
+def sources(cut: Mapping[str, Any]) -> str:
+    """What a written loader needs of this file: nothing where no expert is a vector."""
+    if not cut.get("constants") and not cut.get("novices"):
+        return ""
+    return "".join(f"{inspect.getsource(own)}\n\n" for own in (Constant, Novices, leave_constants))

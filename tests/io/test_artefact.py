@@ -538,7 +538,15 @@ def test_blocks_and_identities_of_a_plain_module(tmp_path: Path) -> None:
         return nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(4)])
 
     model = build()
-    table = {"blocks": {"": [0, 2, 3]}, "identity": ["1.1"], "absent": {}, "shapes": {}, "attributes": {}}
+    table = {
+        "blocks": {"": [0, 2, 3]},
+        "identity": ["1.1"],
+        "absent": {},
+        "constants": [],
+        "novices": [],
+        "shapes": {},
+        "attributes": {},
+    }
     reshape(model, table)
     assert len(model) == 3 and torch.equal(model[1][0].weight, build()[2][0].weight)
     found = compare(model, build(), {"": [0, 2, 3]})
