@@ -60,7 +60,7 @@ def test_a_wrong_index_a_wrong_norm_and_a_missed_consumer(name, monkeypatch):
     assert {role for role, _ in slices} >= {"out", "in"}
     for tensor, dim in sorted(slices.values())[:: max(1, len(slices) // 5)]:
         with monkeypatch.context() as patch:
-            patch.setattr(proof, "_cut", shifted(proof._cut, tensor, dim))
+            patch.setattr(proof, "cut_modules", shifted(proof.cut_modules, tensor, dim))
             assert not proof.holds(model, graph, keep, inputs, (), True), (tensor, dim)
 
 
@@ -86,7 +86,7 @@ def test_what_equal_entries_hide_is_reported(monkeypatch):
     assert prove(model, graph, keep, x) == {}
     for tensor in ("1.weight", "1.running_var"):  # all ones
         with monkeypatch.context() as patch:
-            patch.setattr(proof, "_cut", shifted(proof._cut, tensor, 0))
+            patch.setattr(proof, "cut_modules", shifted(proof.cut_modules, tensor, 0))
             assert "differ" in prove(model, graph, keep, x)[group.name]
 
 
