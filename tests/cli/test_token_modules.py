@@ -89,7 +89,7 @@ def test_labels_are_the_answers_and_the_end(tmp_path):
     ("flags", "says"),
     [
         (["--method", "fastv"], "no modules to train"),
-        (["--method", "wanda"], "not tokens"),
+        (["--method", "wanda"], "no visual tokens"),
         ([*SCORER, "--data", "x.jsonl"], "scenes are drawn"),
         ([*SCORER, "--steps", "0"], "too few"),
         ([*SCORER, "--target", "100%"], "no token leaves"),

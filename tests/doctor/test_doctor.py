@@ -136,7 +136,7 @@ def perturbed(load: Callable[..., Any]) -> Callable[..., Any]:
         ),
         ("drop at the input", "secateur.tokens.input:positions_of", shifted),
         ("attention read at a layer", "secateur.tokens.state:TokenSets.attention", None),
-        ("cut equals masked", "secateur.surgery.cut:_cut", None),
+        ("cut equals masked", "secateur.surgery.cut:cut_modules", None),
         ("saved and loaded", "secateur.io.artefact:load", perturbed),
     ],
 )

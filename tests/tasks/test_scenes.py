@@ -472,7 +472,7 @@ def test_tokens_command_on_any_model(tmp_path, capsys):
         (["scenes", "--image", "99999"], "no test picture"),
         (["scenes", "--prompt", "is there a wombat ?"], "wombat"),
         (["scenes:mamba"], "no model is called"),
-        (["scenes", "--method", "wanda"], "not tokens"),
+        (["scenes", "--method", "wanda"], "no visual tokens"),
         (["scenes", "--target", "0%"], "target"),
         (["scenes", "--out", "kept.jpg"], ".png"),
         (["scenes", "nowhere.png"], "nowhere.png"),

@@ -617,7 +617,7 @@ def test_models_and_places_that_cannot_work(llava: Any, inputs: dict[str, Any], 
         attach(llava, half, target="50%", records=("layer:x",))
     with pytest.raises(SecateurError, match="scope"):
         attach(llava, half, target="50%", scope="planet")
-    with pytest.raises(SecateurError, match="removes weights"):
+    with pytest.raises(SecateurError, match="removes no visual tokens"):
         attach(llava, "wanda", target="50%")
     with pytest.raises(SecateurError, match="first 2 layers"):
         attach(make("qwen3-vl"), half, at="layer:1", target="50%")
