@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,18 @@ def trained(checkpoint: Path, shard: bool, stop: int | None = None) -> dict[str,
     return {**model.state_dict(), "losses": torch.tensor(losses)}
 
 
+def torchrun(words: list[str], made: list[Path]) -> subprocess.CompletedProcess[str]:
+    """Two processes to their end. Torch's abort now and then as they leave (seen once in some thirty runs): then anew, without what they made."""
+    for _ in range(3):
+        run = [*TORCHRUN, *words]
+        done = subprocess.run(run, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=300, check=False)  # fmt: skip
+        if not done.returncode or "terminate called without an active exception" not in done.stderr:
+            break
+        for path in made:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    return done
+
+
 def test_two_processes_end_where_one_does_and_a_stopped_run_goes_on(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(
@@ -85,7 +98,8 @@ def test_two_processes_end_where_one_does_and_a_stopped_run_goes_on(tmp_path: Pa
         "if torch.distributed.get_rank() == 0:\n    torch.save(found, out / 'two.pt')\n"
     )
     here = str(Path(__file__).parent)
-    subprocess.run([*TORCHRUN, str(script), here, str(tmp_path)], check=True, env=ENVIRONMENT, cwd=ROOT, timeout=300)  # fmt: skip
+    done = torchrun([str(script), here, str(tmp_path)], [tmp_path / "run.safetensors"])
+    assert done.returncode == 0, done.stderr
     two, one = torch.load(tmp_path / "two.pt", weights_only=True), trained(tmp_path / "one.safetensors", False)  # fmt: skip
     assert two.keys() == one.keys() and len(one["losses"]) == 7 and one["losses"][-1] < one["losses"][0]
     for name, tensor in one.items():
@@ -115,8 +129,8 @@ def test_the_verb_under_torchrun_writes_one_plain_folder(
     capsys.readouterr()
     assert cli.main([*words, "--out", str(tmp_path / "one")]) == 0
     one = json.loads(capsys.readouterr().out)["losses"]
-    run = [*TORCHRUN, "-m", "secateur", *words, "--shard", "--out", str(tmp_path / "two")]
-    done = subprocess.run(run, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=300, check=False)  # fmt: skip
+    run = ["-m", "secateur", *words, "--shard", "--out", str(tmp_path / "two")]
+    done = torchrun(run, [tmp_path / "two", tmp_path / "two.run"])
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["losses"] == pytest.approx(one, rel=1e-4)  # said once
     from transformers import AutoModelForCausalLM
