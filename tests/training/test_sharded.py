@@ -132,7 +132,8 @@ def test_the_verb_under_torchrun_writes_one_plain_folder(
     run = ["-m", "secateur", *words, "--shard", "--out", str(tmp_path / "two")]
     done = torchrun(run, [tmp_path / "two", tmp_path / "two.run"])
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["losses"] == pytest.approx(one, rel=1e-4)  # said once
+    said = done.stdout[done.stdout.index("{") :]  # torch before 2.10: gloo speaks first
+    assert json.loads(said)["losses"] == pytest.approx(one, rel=1e-4)  # said once
     from transformers import AutoModelForCausalLM
 
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two")]
