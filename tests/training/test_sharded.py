@@ -79,7 +79,7 @@ def trained(checkpoint: Path, shard: bool, stop: int | None = None) -> dict[str,
 
 
 def torchrun(words: list[str], made: list[Path]) -> subprocess.CompletedProcess[str]:
-    """Two processes to their end. Torch's abort now and then as they leave (seen once in some thirty runs): then anew, without what they made."""
+    """Two processes to their end. One of them was aborted by the runtime once in some thirty runs, for a reason not found: then anew, without what they made."""
     for _ in range(3):
         run = [*TORCHRUN, *words]
         done = subprocess.run(run, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=300, check=False)  # fmt: skip
