@@ -33,9 +33,9 @@ from secateur.methods.reap import Reap, saliency
 from secateur.pruning.context import Context
 from secateur.pruning.plan import Plan
 from secateur.pruning.undo import Undo
-from secateur.solvers.merging import directions, distances, join, order, shares, unused
+from secateur.solvers.merging import average, distances, join, shortened, unused
 from secateur.stats.experts import members
-from secateur.stats.likeness import Expert, activations, collect_likeness, experts_of
+from secateur.stats.likeness import activations, collect_likeness, experts_of
 from secateur.stats.stream import Flow, stream
 from secateur.surgery import mask_units
 from secateur.surgery.changes import set_values
@@ -138,7 +138,7 @@ class Ream(Reap):
         centres: list[int] = sorted(units[kept].flatten().tolist(), key=lambda e: -float(scores[e]))
         joined = join(distances(found.outputs, found.ratings), centres, self.group_size)
         experts = experts_of(context.model, context.graph, group)
-        features = self._features(experts)
+        features = shortened(experts, self.rank)
         merged = {"keep": kept}
         for centre, others in joined.items():
             if not others:
@@ -158,50 +158,6 @@ class Ream(Reap):
                 whole[centre] = tensor
                 merged[name] = whole
         return merged
-
-    def _features(self, experts: list[Expert]) -> list[list[Tensor]]:
-        """For each expert and each kind of its neurons [neurons, rank]: their weights, made shorter."""
-        found: list[list[Tensor]] = [[] for _ in experts]
-        for kind in range(len(experts[0].neurons)):
-            rows = [
-                torch.cat(
-                    [
-                        e.tensors[s.name].movedim(s.dim, 0)[s.index.to(e.tensors[s.name].device)].flatten(1)
-                        for s in e.neurons[kind]
-                    ],
-                    1,
-                )
-                for e in experts
-            ]
-            for own, short in zip(found, directions(rows, self.rank), strict=True):
-                own.append(short)
-        return found
-
-
-def average(experts: list[Expert], features: list[list[Tensor]], weights: Tensor) -> dict[str, Tensor]:
-    """The first expert and the others as one, by name: neurons in the first's order, then the mean by `weights`.
-
-    features: for each expert what its neurons are told by, once for each kind of them and then again: [neurons, n].
-
-    >>> average([first, second], [[given, short], [given, short]], torch.tensor([3.0, 1.0]))  # doctest: +SKIP
-    """
-    first, kinds = experts[0], len(experts[0].neurons)
-    parts = shares(weights.double()).tolist()
-    total = {name: tensor.float() * parts[0] for name, tensor in first.tensors.items()}
-    for expert, own, part in zip(experts[1:], features[1:], parts[1:], strict=True):
-        tensors = {name: tensor.float() for name, tensor in expert.tensors.items()}
-        for kind in range(kinds):
-            moved = order(features[0][kind::kinds], own[kind::kinds])
-            for here, there in zip(first.neurons[kind], expert.neurons[kind], strict=True):
-                before = tensors[there.name]
-                places, sources = here.index.flatten(), there.index[moved].flatten()
-                device = before.device
-                tensors[there.name] = before.index_copy(
-                    here.dim, places.to(device), before.index_select(there.dim, sources.to(device))
-                )
-        for (name, sum_), tensor in zip(list(total.items()), tensors.values(), strict=True):
-            total[name] = sum_ + part * tensor
-    return {name: sum_.to(first.tensors[name].dtype) for name, sum_ in total.items()}
 
 
 def _through(flow: Flow, index: int, number: int) -> None:

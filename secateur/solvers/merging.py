@@ -10,6 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from secateur.errors import SecateurError
+from secateur.stats.likeness import Expert
 
 
 def distances(outputs: Tensor, ratings: Tensor) -> Tensor:
@@ -108,3 +109,48 @@ def unused(saliency: Tensor) -> Tensor:
 
 def _unit(rows: Tensor) -> Tensor:
     return F.normalize(rows.float(), dim=-1, eps=1e-8)
+
+
+def shortened(experts: list[Expert], rank: int) -> list[list[Tensor]]:
+    """For each expert and each kind of its neurons [neurons, rank]: their weights, made shorter."""
+    found: list[list[Tensor]] = [[] for _ in experts]
+    for kind in range(len(experts[0].neurons)):
+        rows = [
+            torch.cat(
+                [
+                    e.tensors[s.name].movedim(s.dim, 0)[s.index.to(e.tensors[s.name].device)].flatten(1)
+                    for s in e.neurons[kind]
+                ],
+                1,
+            )
+            for e in experts
+        ]
+        for own, short in zip(found, directions(rows, rank), strict=True):
+            own.append(short)
+    return found
+
+
+def average(experts: list[Expert], features: list[list[Tensor]], weights: Tensor) -> dict[str, Tensor]:
+    """The first expert and the others as one, by name: neurons in the first's order, then the mean by `weights`.
+
+    features: for each expert what its neurons are told by, once for each kind of them and then again: [neurons, n].
+
+    >>> average([first, second], [[given, short], [given, short]], torch.tensor([3.0, 1.0]))  # doctest: +SKIP
+    """
+    first, kinds = experts[0], len(experts[0].neurons)
+    parts = shares(weights.double()).tolist()
+    total = {name: tensor.float() * parts[0] for name, tensor in first.tensors.items()}
+    for expert, own, part in zip(experts[1:], features[1:], parts[1:], strict=True):
+        tensors = {name: tensor.float() for name, tensor in expert.tensors.items()}
+        for kind in range(kinds):
+            moved = order(features[0][kind::kinds], own[kind::kinds])
+            for here, there in zip(first.neurons[kind], expert.neurons[kind], strict=True):
+                before = tensors[there.name]
+                places, sources = here.index.flatten(), there.index[moved].flatten()
+                device = before.device
+                tensors[there.name] = before.index_copy(
+                    here.dim, places.to(device), before.index_select(there.dim, sources.to(device))
+                )
+        for (name, sum_), tensor in zip(list(total.items()), tensors.values(), strict=True):
+            total[name] = sum_ + part * tensor
+    return {name: sum_.to(first.tensors[name].dtype) for name, sum_ in total.items()}
