@@ -26,6 +26,11 @@ def test_the_sheets_level_maps() -> None:
     assert by_threshold(S, ALL, (0.7, 0.8, 0.9, 0.9)).tolist() == [[0, 1, 4, 0, 1, 2, 0, 1, 1, 0]]
 
 
+def test_a_block_that_just_meets_a_bound_is_within_it() -> None:
+    scores = torch.tensor([[0.25, 0.5, 0.25]])
+    assert by_energy(scores, ALL[:, :3], (0.5, 0.75, 0.75, 1.0)).tolist() == [[2, 1, 8]]
+
+
 def test_the_sheets_caps() -> None:
     a, b = [1.0, 0.0], [0.0, 1.0]
     keys = torch.tensor([a, a, b, b, a, a, b, b])

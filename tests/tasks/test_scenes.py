@@ -290,6 +290,12 @@ def test_words_have_a_rate_of_their_own():
         assert len(every) == len(set(every)) and {id(p) for p in text} <= set(every)
 
 
+@pytest.mark.parametrize("name", ["read_lr", "words"])
+def test_rates_are_above_nothing(name):
+    with pytest.raises(SecateurError, match=f"{name} is -1.0, and a rate is above 0"):
+        scenes_train.train_scenes(tiny(**{name: -1.0}))
+
+
 def test_the_tower_learns(monkeypatch):
     monkeypatch.setattr(scenes_train, "LOG_EVERY", 10)
     trainer = Trainer(tiny(batch=8, see=50, align=0, read=0, joint=0, polish=0), compiled=False)

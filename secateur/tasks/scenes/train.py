@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, require
 from secateur.tasks.scenes import draw as scenes
 from secateur.tasks.scenes.draw import (
     CELLS,
@@ -710,13 +710,21 @@ def train_scenes(
     >>> model, about = train_scenes(Recipe(variant="llava", seed=0), device="cuda")  # doctest: +SKIP
 
     work: a folder for a checkpoint, written every `every` steps; a run that finds one goes on there if `resume`. Raises
-    `SecateurError` for a kind of question that there is not, a loss that isn't finite, a checkpoint of another recipe.
+    `SecateurError` for a kind of question that there is not, a rate that isn't above 0, a loss that isn't finite, a checkpoint of another recipe.
     """
     for slot in recipe.slots:
         if slot not in KINDS:
             raise SecateurError(
                 f"no question is of kind {slot!r}", where="slots", fix=f"some of {', '.join(KINDS)}"
             )
+    for name in ("see_lr", "read_lr", "joint_lr", "polish_lr", "tower_lr", "words"):
+        rate = getattr(recipe, name)
+        require(
+            rate > 0,
+            f"{name} is {rate}, and a rate is above 0",
+            where="train scenes",
+            fix=f"leave {name} out",
+        )
     trainer = Trainer(recipe, device)
     file = Path(work) / "checkpoint.safetensors" if work else None
     if file and file.exists() and resume:
