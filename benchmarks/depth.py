@@ -1,7 +1,7 @@
 """Depth and width of a language model side by side at one cost, before training and after a short distillation.
 
     python benchmarks/depth.py --out depth.json                                   # a minute or two of one core a method
-    python benchmarks/depth.py --only minitron flap --steps 40 --out distilled.json
+    python benchmarks/depth.py --only auto 2ssp flap --steps 200 --out distilled.json
 
 SmolLM2; 32 windows of 512 tokens of the Brown corpus to calibrate on, perplexity of 24 windows of 512 tokens of WikiText-2 valid in
 bfloat16. Every method meets the same target, in multiply-adds unless said: a bare share counts other things for each. With
@@ -27,6 +27,8 @@ from secateur.tasks import load_model
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "random-structured": ("random-structured", {}),
+    "auto": ("auto", {}),
+    "nirvana": ("nirvana", {}),
     "shortgpt": ("shortgpt", {}),
     "flap": ("flap", {}),
     "2ssp": ("2ssp", {}),
