@@ -1,6 +1,6 @@
 """Pages about the registered methods, written from their code: docstring, taxonomy record, hyperparameters.
 
-python -m secateur.report.pages docs/methods --readme README.md
+python -m secateur.report.pages docs/methods
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from secateur.attention.method import AttentionMethod
-from secateur.errors import SecateurError
 from secateur.method import Method, own_methods
 from secateur.pruning.method import UnitMethod, WeightMethod
 from secateur.report.catalogue import write_catalogue
+from secateur.report.markdown import prose
 from secateur.saliency.method import SaliencyMethod
 from secateur.taxonomy import MethodInfo
 from secateur.taxonomy.axes import AXES, MEANING, RECORDS, notation
@@ -29,7 +29,6 @@ from secateur.utils.files import atomic_write_text
 GENERATED = (
     "<!-- written by `python -m secateur.report.pages docs/methods`; edit the method's file instead -->"
 )
-START, END = "<!-- methods: start -->", "<!-- methods: end -->"
 
 LABELS = {
     "objects": "objects",
@@ -86,41 +85,6 @@ def _spelled(info: MethodInfo, axis: str) -> str:
     return ", ".join(
         MEANING[member] for member in AXES[axis] if member in info.members(axis) and member in MEANING
     )
-
-
-def prose(text: str) -> str:
-    """A docstring as markdown: doctests and indented blocks become code, stray markup is escaped.
-
-    >>> print(prose("scores a_i * b_i, as `a_b`"))
-    scores a\\_i \\* b\\_i, as `a_b`
-    """
-    out: list[str] = []
-    code: str | None = None
-    for line in [*re.sub(r" *# doctest: .*", "", inspect.cleandoc(text)).splitlines(), ""]:
-        stripped = line.strip()
-        after_blank = not out or not out[-1]
-        if code is None and stripped.startswith(">>>"):
-            code = "doctest"
-            out.append("```python")
-        elif code is None and line.startswith("    ") and after_blank:
-            code = "indented"
-            out.append("```")
-        elif code and (not stripped if code == "doctest" else stripped and not line.startswith("    ")):
-            while not out[-1]:
-                out.pop()
-            out += ["```", ""]
-            code = None
-        if code:
-            out.append(line.removeprefix("    ") if code == "indented" else line)
-        else:
-            parts = re.split(r"(`[^`]*`|https?://\S+)", line)
-            out.append(
-                "".join(part if i % 2 else re.sub(r"([*_<])", r"\\\1", part) for i, part in enumerate(parts))
-            )
-    if code:
-        out += ["```", ""]
-    joined = re.sub(r"\n{3,}", "\n\n", "\n".join(out)).strip()
-    return re.sub(r"(?<!/)(?<!\w)arXiv:? (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", joined)
 
 
 def _docs(cls: type[Method]) -> tuple[str, str]:
@@ -343,14 +307,14 @@ def method_page(cls: type[Method]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def methods_table(classes: Mapping[str, type[Method]], prefix: str = "") -> str:
-    """One row a method, with links to the pages under `prefix`."""
+def methods_table(classes: Mapping[str, type[Method]]) -> str:
+    """One row a method, with links to the pages."""
     rows = []
     for name, cls in classes.items():
         info = cls.info
         paper = f"[{info.arxiv}](https://arxiv.org/abs/{info.arxiv})" if info.arxiv else "-"
         shown = [
-            f"[{name}]({prefix}{name}.md)",
+            f"[{name}]({name}.md)",
             _title(info.title),
             kind_of(cls),
             notation(info, "granularity"),
@@ -457,38 +421,15 @@ def write_pages(folder: str | Path) -> list[Path]:
     return touched
 
 
-def with_methods(text: str, classes: Mapping[str, type[Method]]) -> str:
-    """`text` with the table of methods between its two markers renewed.
-
-    Raises `SecateurError` where the markers are missing.
-    """
-    if START not in text or END not in text:
-        raise SecateurError(
-            "the markers of the method table are missing", where="readme", fix=f"add {START} and {END}"
-        )
-    before, rest = text.split(START, 1)
-    return f"{before}{START}\n{methods_table(classes, 'docs/methods/')}{END}{rest.split(END, 1)[1]}"
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m secateur.report.pages", description="Write the pages of all methods."
     )
     parser.add_argument("folder", help="where the pages go, such as docs/methods")
-    parser.add_argument(
-        "--readme", default="README.md", help="its table of methods is renewed too (default: README.md)"
-    )
     given = parser.parse_args(argv)
     touched = write_pages(given.folder)
     if write_catalogue():
         touched.append(FILE)
-    path = Path(given.readme)
-    if path.exists():
-        old = path.read_text(encoding="utf-8")
-        new = with_methods(old, own_methods())
-        if new != old:
-            atomic_write_text(path, new)
-            touched.append(path)
     print("\n".join(map(str, touched)) if touched else "nothing to change")
     return 0
 

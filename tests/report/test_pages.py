@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from secateur.errors import SecateurError
-from secateur.method import list_methods, own_methods
+from secateur.method import list_methods
 from secateur.pruning.method import WeightMethod
 from secateur.report import pages
 from secateur.taxonomy import MethodInfo
@@ -88,8 +87,6 @@ def test_the_committed_pages_are_up_to_date() -> None:
     )
     for name, text in wanted.items():
         assert (folder / name).read_text(encoding="utf-8") == text, f"{name} is stale"
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert pages.with_methods(readme, own_methods()) == readme, "the README's table is stale"
 
 
 def test_every_method_has_a_page_and_every_link_leads_somewhere() -> None:
@@ -111,22 +108,8 @@ def test_writing_touches_only_what_changed(tmp_path: Path) -> None:
     assert (tmp_path / "mine.md").exists() and not (tmp_path / "gone.md").exists()
 
 
-def test_the_readme_table_is_renewed_between_its_markers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{pages.START}\nstale\n{pages.END}\nafter\n")
-    arguments = [str(tmp_path / "methods"), "--readme", str(readme)]
-    assert pages.main(arguments) == 0
-    text = readme.read_text()
-    assert (
-        text.startswith("before\n")
-        and text.endswith("after\n")
-        and "stale" not in text
-        and "| method |" in text
-    )
-    assert "README.md" in capsys.readouterr().out
-    pages.main(arguments)
+def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pages.main([str(tmp_path / "methods")]) == 0
+    assert "methods/wanda.md" in capsys.readouterr().out
+    pages.main([str(tmp_path / "methods")])
     assert "nothing to change" in capsys.readouterr().out
-    with pytest.raises(SecateurError, match="markers"):
-        pages.with_methods("no table", {})
