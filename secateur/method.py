@@ -31,6 +31,7 @@ KINDS = {
     "WeightMethod": "secateur.pruning.method",
     "UnitMethod": "secateur.pruning.method",
     "TrainMethod": "secateur.training.method",
+    "SkipMethod": "secateur.training.skip",
     "TokenMethod": "secateur.tokens.method",
     "SaliencyMethod": "secateur.saliency.method",
 }

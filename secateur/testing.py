@@ -40,6 +40,7 @@ from secateur.tokens.modules import Trained
 from secateur.tokens.state import Missing, TokenSets
 from secateur.training.method import TrainMethod
 from secateur.training.sampling import Sampler
+from secateur.training.skip import SkipMethod
 from secateur.training.task import Task
 from secateur.training.train_prune import train_prune
 
@@ -75,7 +76,7 @@ def checks_for(cls: type[Method]) -> list[str]:
     raise SecateurError(
         f"{cls.__name__} is of no kind that can be checked",
         where="testing",
-        fix="derive it from WeightMethod, UnitMethod, TrainMethod, TokenMethod, AttentionMethod or SaliencyMethod",
+        fix="derive it from WeightMethod, UnitMethod, TrainMethod, SkipMethod, TokenMethod, AttentionMethod or SaliencyMethod",
     )
 
 
@@ -318,6 +319,90 @@ def training_refuses_nonsense(cls: type[Method]) -> None:
     _refuses("no hyperparameter", lambda: make_method(cls, shrubbery=3))
 
 
+# ---------------------------------------------------------------- networks that skip
+
+
+def _skipping(cls: type[Method], **more: Any) -> tuple[nn.Module, Tensor, SkipMethod]:
+    """A network of the method's example, pictures for it, and the method."""
+    method = _make(cls, **more)
+    assert isinstance(method, SkipMethod)
+    task = method.example()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return task.build().eval(), task.train[0][:4], method
+
+
+@torch.no_grad()
+def _ran(model: nn.Module, x: Tensor, method: SkipMethod, masked: bool = False) -> tuple[Tensor, Tensor]:
+    """What it gives, and [B] the share of the work that it took."""
+    with method.attach(model, masked) as attached:
+        return model(x), attached.work.share.clone()
+
+
+def skips_nothing(cls: type[Method]) -> None:
+    """With the settings that skip nothing the network gives what it gives without the method, bit for bit; detached too."""
+    model, x, method = _skipping(cls, **getattr(cls, "everything", {}))
+    with torch.no_grad():
+        plain = model(x)
+    made, share = _ran(model, x, method)
+    _require(
+        torch.equal(made, plain) and bool((share == 1).all()), "something changed though nothing is skipped"
+    )
+    _ran(*_skipping(cls))
+    with torch.no_grad():
+        _require(torch.equal(model(x), plain), "the detached network isn't as it was")
+
+
+def skips_as_masked(cls: type[Method]) -> None:
+    """The masked pass, which trains, and the gathered one, which runs, give the same to 1e-5; something is skipped."""
+    model, x, method = _skipping(cls)
+    (made, share), (masked, _) = _ran(model, x, method), _ran(model, x, method, masked=True)
+    _require(bool((share < 1).any()), "nothing is skipped")
+    _require(
+        torch.allclose(made, masked, rtol=1e-5, atol=1e-5),
+        f"they differ by {(made - masked).abs().max():.2g}",
+    )
+
+
+def skips_by_picture(cls: type[Method]) -> None:
+    """A batch gives what its pictures give one by one, and costs what they cost."""
+    model, x, method = _skipping(cls)
+    made, share = _ran(model, x, method)
+    for number in range(len(x)):
+        alone, cost = _ran(model, x[number : number + 1], method)
+        _require(
+            torch.allclose(made[number], alone[0], rtol=1e-5, atol=1e-5), f"picture {number} differs alone"
+        )
+        _require(torch.equal(share[number], cost[0]), f"picture {number} costs other work alone")
+
+
+def skips_repeat(cls: type[Method]) -> None:
+    """Training with the same seed gives the same bits, another one other bits; no weight leaves."""
+
+    def trained(seed: int) -> Pruned:
+        method = _make(cls)
+        assert isinstance(method, SkipMethod)
+        return train_prune(method.example(), method=method, steps=3, seed=seed)
+
+    first, second, other = trained(3), trained(3), trained(4)
+    _require(_same(_state(first.model), _state(second.model)), "two runs with one seed differ")
+    _require(not _same(_state(first.model), _state(other.model)), "the seed changes nothing")
+    counts = [first.report[when]["params"] for when in ("before", "after")]
+    _require(counts[0] == counts[1], f"{counts[0]} parameters became {counts[1]}")
+
+
+def skips_refuse_nonsense(cls: type[Method]) -> None:
+    """One named error for each mistake, and the network is left alone."""
+    model, _, method = _skipping(cls)
+    _refuses(
+        "removes no weights", lambda: train_prune(method.example(), method=method, target="50%", steps=1)
+    )
+    _refuses("no hyperparameter", lambda: make_method(cls, shrubbery=3))
+    _refuses("attach", lambda: method.attach(nn.Linear(3, 3)))
+    with method.attach(model):
+        _refuses("attached to this model already", lambda: method.attach(model))
+
+
 # ---------------------------------------------------------------- visual tokens
 
 
@@ -481,6 +566,14 @@ BOTH: dict[str, Check] = {
 CHECKS: dict[type[Method], dict[str, Check]] = {
     WeightMethod: {**BOTH, "N:M holds in every row": n_of_m_holds},
     UnitMethod: {**BOTH, "the cut model is the masked one": cut_equals_masked},
+    SkipMethod: {
+        "nothing skipped changes nothing": skips_nothing,
+        "the masked pass is the gathered one": skips_as_masked,
+        "a batch is its pictures": skips_by_picture,
+        "the same seed gives the same bits": skips_repeat,
+        "nonsense is refused": skips_refuse_nonsense,
+        **SOURCE,
+    },
     TrainMethod: {
         "the budget is met": training_meets_the_budget,
         "the same seed gives the same bits": training_repeats,

@@ -16,7 +16,7 @@ FLOORS = [
     {"errors"},
     {"utils", "taxonomy"},
     {"method"},
-    {"data"},
+    {"data", "skipping"},
     {"families", "attention"},
     {"graph"},
     {"surgery", "gates"},

@@ -38,7 +38,10 @@ class Train:
     method: str = flag(
         "a method that prunes while it trains: `secateur methods` lists them, or file.py:Class"
     )
-    target: str = flag("what holds at the end: 20% (share kept), 'params<=100e6', 'macs<=50%', 2:4")
+    target: str | None = flag(
+        "what holds at the end: 20% (share kept), 'params<=100e6', 'macs<=50%', 2:4; none for methods that skip work while the network runs",
+        None,
+    )
     epochs: float | None = flag("length of one training; default: the task's", None)
     steps: int | None = flag("the length in steps instead", None)
     seed: int = flag("of the initial weights, the order of the data, and all else that is drawn at random", 0)

@@ -73,6 +73,12 @@ def check_fit(work: Work | type[Work], kind: type[Method], name: str, setup: Set
             where=f"{name} on {setup.task}",
             fix="compare it where that is done",
         )
+    if getattr(kind, "removes", "") == "work":
+        raise SecateurError(
+            "it removes no weights: what it skips depends on the picture",
+            where=f"{name} on {setup.task}",
+            fix="its figures are in docs/results.md",
+        )
     if kind.verb == "train_prune" and not setup.steps:
         raise SecateurError("it trains, and no steps were given", where=name, fix="--steps")
     if setup.cost == "macs" and not removes_units(kind):

@@ -10,7 +10,7 @@ from typing import Any
 
 from secateur.errors import SecateurError, choose
 from secateur.graph.groups import KINDS
-from secateur.method import Method, expect, make_method
+from secateur.method import Method, expect, make_method, method_class
 from secateur.pruning.allocate import MEASURED, ORDERS
 from secateur.pruning.method import UnitMethod, WeightMethod
 from secateur.pruning.options import Options
@@ -37,7 +37,7 @@ class Request:
 def read_request(
     verb: str,
     method: str | Method,
-    target: str | float | Target,
+    target: str | float | Target | None,
     settings: Mapping[str, Any],
     *,
     options: Collection[str] = OPTIONS,
@@ -65,7 +65,7 @@ def read_request(
             raise SecateurError(f"{verb} has no use for {name}", where=name, fix=fix)
     read = Options(**{key: value for key, value in settings.items() if key in options})
     read.check()
-    goal = parse_target(target)
+    goal = parse_target(_target_of(method, target))
     if goal.kind == KIND:
         read = dataclasses.replace(read, kinds=read.kinds or (KIND,))
     alone = verb == "prune" and isinstance(read.kinds, tuple) and set(read.kinds) == {KIND}
@@ -84,6 +84,22 @@ def read_request(
     _check_repair(chosen, goal, read)
     _check_kinds(chosen, read.kinds)
     return Request(chosen, goal, read, {key: value for key, value in settings.items() if key in others})
+
+
+def _target_of(method: str | Method, target: str | float | Target | None) -> str | float | Target:
+    """100 % for methods that remove work instead of weights, which take no other target."""
+    kind = method_class(method) if isinstance(method, str) else method
+    if getattr(kind, "removes", "") == "work":
+        if target is not None and parse_target(target).value != 1:
+            raise SecateurError(
+                f"{kind.name} removes no weights: it skips work while the network runs",
+                where=f"target {target}",
+                fix="leave the target out; the method's own settings say how much is skipped",
+            )
+        return "100%"
+    if target is None:
+        raise SecateurError("nothing says how much stays", where="target", fix="give a target, such as 50%")
+    return target
 
 
 def _of_tokens(method: str | Method) -> Method:

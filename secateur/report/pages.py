@@ -24,6 +24,7 @@ from secateur.taxonomy.axes import AXES, MEANING, RECORDS, notation
 from secateur.taxonomy.catalogue import FILE
 from secateur.tokens.method import TokenMethod
 from secateur.training.method import TrainMethod
+from secateur.training.skip import SkipMethod
 from secateur.utils.files import atomic_write_text
 
 GENERATED = (
@@ -128,6 +129,8 @@ def _target(info: MethodInfo) -> str:
 
 def _examples(cls: type[Method]) -> list[str]:
     name, target, info = cls.name, _target(cls.info), cls.info
+    if issubclass(cls, SkipMethod):
+        return _skip_examples(cls)
     if issubclass(cls, TrainMethod):
         return _train_examples(name)
     if issubclass(cls, TokenMethod):
@@ -159,6 +162,26 @@ def _examples(cls: type[Method]) -> list[str]:
     if {"unstr", "N:M"} <= info.members("granularity"):
         lines += ["The target `2:4` keeps 2 of every 4 weights along the input.", ""]
     return lines
+
+
+def _skip_examples(cls: type[SkipMethod]) -> list[str]:
+    name, task = cls.name, cls.shown_on
+    return [
+        "```sh",
+        f"secateur train-prune {task} --method {name} --out out/{name}",
+        "```",
+        "",
+        "```python",
+        "import secateur",
+        "from secateur.tasks import load_task",
+        "",
+        f'pruned = secateur.train_prune(load_task("{task}"), method="{name}")',
+        f'with secateur.attach(pruned.model, "{name}") as attached:',
+        "    out = pruned.model(pictures)",
+        "print(attached.work.share)  # of the multiply-adds, for each picture",
+        "```",
+        "",
+    ]
 
 
 def _train_examples(name: str) -> list[str]:

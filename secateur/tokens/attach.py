@@ -21,6 +21,7 @@ from secateur.errors import SecateurError
 from secateur.families.vlm import Facts
 from secateur.families.vlm.facts import decoder_of
 from secateur.method import Method, make_method, method_class
+from secateur.skipping.attached import Skipping
 from secateur.tokens import cost, static
 from secateur.tokens.call import Call, Current
 from secateur.tokens.counts import amount_of
@@ -34,6 +35,7 @@ from secateur.tokens.session import Session
 from secateur.tokens.sets import Table
 from secateur.tokens.setup import Kept, Setup, make_setup, tower_of
 from secateur.tokens.tower import TowerDriver
+from secateur.training.skip import SkipMethod
 from secateur.utils.screen import fit
 from secateur.utils.tested import warn_outside_tested
 from secateur.utils.versions import cache_in, cache_of
@@ -530,6 +532,15 @@ def reads_less(method: Any) -> bool:
     )
 
 
+def skips_work(method: Any) -> bool:
+    """Whether it trains networks that skip while they work, or is the name of such a method."""
+    if isinstance(method, str):
+        method = method_class(method)
+    return isinstance(method, SkipMethod) or (isinstance(method, type) and issubclass(method, SkipMethod))
+
+
+@overload
+def attach(model: nn.Module, method: SkipMethod | type[SkipMethod], **settings: Any) -> Skipping: ...
 @overload
 def attach(
     model: nn.Module, method: TokenMethod | type[TokenMethod] | Select, **settings: Any
@@ -560,7 +571,7 @@ def attach(
     weights: str | Path | Trained | None = None,
     part: str = "",
     **hyperparameters: Any,
-) -> Attached | Attending:
+) -> Attached | Attending | Skipping:
     """Lets visual tokens leave a model while it runs, or its attention read less, until `detach` or the end of the `with` block.
 
     >>> with secateur.attach(model, "random-tokens", target="50%", seed=0) as attached:  # doctest: +SKIP
@@ -593,7 +604,8 @@ def attach(
         **hyperparameters: fields of the method.
 
     Returns:
-        `Attached`: what stayed, where it lies, what it cost, and `detach`; `Attending` for an attention method.
+        `Attached`: what stayed, where it lies, what it cost, and `detach`; `Attending` for an attention method; `Skipping` for one
+        that trains networks to skip (such as dtop), which takes its hyperparameters and `masked`, and nothing else of the above.
 
     Raises:
         SecateurError: a model or a combination that can't work, with the reason; the model is then untouched.
@@ -617,6 +629,17 @@ def attach(
                 fix="leave it out; density= says how much is read",
             )
         return Attending(model, make_method(method, **hyperparameters), part, seed)  # type: ignore[arg-type]
+    if skips_work(method):
+        taken = {"target": target, "positions": positions, "budget": budget, "question": question}
+        taken |= {"given": given, "text_encoder": text_encoder, "tokenizer": tokenizer, "weights": weights}
+        for name in (name for name, value in {**taken, "part": part or None}.items() if value is not None):
+            raise SecateurError(
+                "a network that skips while it works has no use for it",
+                where=name,
+                fix="leave it out; the method's own settings say how much is skipped",
+            )
+        masked = bool(hyperparameters.pop("masked", False))
+        return make_method(method, **hyperparameters).attach(model, masked)  # type: ignore[arg-type, attr-defined]
     if part:
         raise SecateurError("a token method has places of its own", where="part", fix="leave it out")
     trained = Trained.load(weights) if isinstance(weights, str | Path) else weights

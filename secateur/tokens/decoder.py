@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.families.vlm.facts import decoder_of
+from secateur.skipping.alive import gather_columns, pack
 from secateur.tokens import static
 from secateur.tokens.call import Call, Current
 from secateur.tokens.choose import run_stage
 from secateur.tokens.record import Key, Note, Recorder, attention_of
 from secateur.tokens.sets import Outcome
 from secateur.tokens.setup import Setup
-from secateur.tokens.shorten import additive, gather_columns, gather_mask, pack, window_of
+from secateur.tokens.shorten import additive, gather_mask, window_of
 from secateur.utils.versions import cache_in
 
 KEYED = {"full_attention", "sliding_attention", "chunked_attention"}

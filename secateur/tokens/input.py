@@ -18,6 +18,7 @@ from torch import Tensor
 from secateur.errors import SecateurError
 from secateur.families.vlm import Layout
 from secateur.families.vlm.facts import decoder_of, encoder_of, placeholder, slot_of
+from secateur.skipping.alive import pack
 from secateur.tokens.call import Call, Current
 from secateur.tokens.choose import run_stage
 from secateur.tokens.glimpse import look
@@ -26,7 +27,7 @@ from secateur.tokens.record import Recorder
 from secateur.tokens.room import room, widened
 from secateur.tokens.sets import make_table
 from secateur.tokens.setup import Placed, Setup
-from secateur.tokens.shorten import pack, window_of
+from secateur.tokens.shorten import window_of
 from secateur.tokens.tiles import check, crops_of, next_tiles, pictures_of, reading, together
 from secateur.utils.versions import cache_in, cache_name
 

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.families.vlm.facts import each_patch, grids
+from secateur.skipping.alive import gather_columns, pack
 from secateur.tokens.call import Call, Current
 from secateur.tokens.choose import run_stage
 from secateur.tokens.record import Key, Note, Recorder, attention_of, part
 from secateur.tokens.sets import Outcome, make_table
 from secateur.tokens.setup import Placed, Setup
-from secateur.tokens.shorten import additive, gather_columns, gather_mask, pack
+from secateur.tokens.shorten import additive, gather_mask
 
 MASKS = ("attention_mask", "attn_mask")
 TABLES = ("position_embeddings", "rotary_pos_emb", "rope")

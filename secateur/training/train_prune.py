@@ -50,7 +50,7 @@ def train_prune(
     inputs: Inputs | None = None,
     *,
     method: str | Method,
-    target: str | float | Target,
+    target: str | float | Target | None = None,
     data: Any = None,
     epochs: float | None = None,
     steps: int | None = None,
@@ -75,7 +75,7 @@ def train_prune(
     task: a `Task` (`secateur.tasks.load_task`), or a network as it is now (a copy is trained) with `data` as for `fit`;
         or a pipeline of diffusers, for methods that learn from what it draws.
     target: `20%` is the share kept, of the weights of linear and convolution layers, or of units for methods that
-        remove those; further as in `prune`.
+        remove those; further as in `prune`. Methods that skip work while the network runs remove nothing and take none.
     epochs, steps: the length of one training; None: the task's. A method may train several times.
     seed: of the untrained weights, the order of the data, its augmentation, and all else that is drawn at random.
     quality: what is measured before and after, where the task is a network.

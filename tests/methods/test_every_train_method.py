@@ -18,8 +18,8 @@ from secateur.training.masks import Masked, shuffled
 from secateur.training.method import TrainMethod
 
 EVERY = [m for m in secateur.list_methods() if issubclass(method_class(m), TrainMethod)]
-TRAINED = [m for m in EVERY if not method_class(m).draws]
-"""Those that draw in steps have these checks in a test file of their own."""
+TRAINED = [m for m in EVERY if not method_class(m).draws and method_class(m).removes != "work"]
+"""Those that draw in steps, and those that skip work while the network runs, have these checks in a test file of their own."""
 WEIGHTS = [m for m in TRAINED if method_class(m).removes == "weights"]
 UNITS = [m for m in TRAINED if method_class(m).removes == "units"]
 QUICK: dict[str, dict] = {
