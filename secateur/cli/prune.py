@@ -73,7 +73,7 @@ class Prune:
     )
     data: str | None = flag(
         "calibration text: a .txt or .jsonl file, wikitext2, ..., hf:NAME:SPLIT:FIELD (package datasets), - (what is piped in);"
-        " default: some English",
+        " pictures with labels: cifar10, imagenet-sample, digits, camvid; default: a task's training data, or some English",
         None,
     )
     seed: int = flag("of everything that is drawn at random", 0)
@@ -175,6 +175,7 @@ def prune(
     from secateur.report.html import library_versions, write_report
     from secateur.report.summary import alarms
     from secateur.report.terminal import print_report
+    from secateur.tasks.registry import calibration_set
     from secateur.utils.inputs import map_ids
     from secateur.utils.progress import track
 
@@ -217,12 +218,13 @@ def prune(
         network, tokenizer, inputs = open_with_inputs(model, where)
         check_written(network, tokenizer, output.out)
         seqlen = common["seqlen"]
+        data = flags.data or calibration_set(model)
         pruned = run(
             network,
             inputs,
             **chosen,
             target=flags.target,
-            data=flags.data,
+            data=data,
             also=further(network, flags.also),
             seed=flags.seed,
             tokenizer=tokenizer,
@@ -237,7 +239,7 @@ def prune(
         )
         report = pruned.report
         if recovery.recover:
-            _recover(pruned, recovery, network, flags.data, flags.seed)
+            _recover(pruned, recovery, network, data, flags.seed)
             if (kept := pruned.plan.tokens) is not None and inputs is not None:
                 inputs = map_ids(inputs, lambda ids: ids % len(kept))
             after = run_measure(

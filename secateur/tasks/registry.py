@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from secateur.errors import SecateurError, choose
+from secateur.utils.files import data_dir
 
 if TYPE_CHECKING:
     from secateur.training.task import Task
@@ -31,6 +33,12 @@ MODULES = {
 }
 TASKS = tuple(NETWORKS)
 OWNERS = {network: task for task, names in NETWORKS.items() for network in names}
+LABELLED = {
+    "cifar10": "cifar10/train_0.npz",
+    "imagenet-sample": "imagenet_sample/part_a.tar",
+    "camvid": "camvid/camvid_test_subset.tar",
+}
+"""Tasks whose training pictures and labels calibrate their networks, and where they lie."""
 SPLITS = ("test", "val", "all")
 
 
@@ -81,6 +89,20 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a task's network; None where it reads no text."""
     found = getattr(_module(OWNERS.get(name, name)), "load_tokenizer", None)
     return found() if found else None
+
+
+def calibration_set(name: str) -> str | None:
+    """The labelled set that a task's network is calibrated on where no data are named; None where there is none, or it isn't there.
+
+    >>> calibration_set("smollm2")
+    """
+    task = OWNERS.get(name, name)
+    if name == "digits-heads":  # three labels a picture
+        return None
+    if task == "digits":
+        return task if importlib.util.find_spec("sklearn") else None
+    root = data_dir()
+    return task if root and task in LABELLED and (root / LABELLED[task]).is_file() else None
 
 
 def _module(name: str) -> Any:

@@ -1,6 +1,8 @@
 """The tasks: what they hold, the published figures of their networks, and what goes wrong."""
 
+import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 
 from secateur import SecateurError
+from secateur.cli.main import main
 from secateur.data import camvid, digits, pictures, super_resolution
 from secateur.measure import measure
 from secateur.measure.vision import psnr, segmentation
@@ -15,7 +18,7 @@ from secateur.tasks import TASKS, load_model, load_task
 from secateur.tasks.augment import mirror, shift, turn
 from secateur.tasks.networks.espnet import EspNet
 from secateur.tasks.networks.super_resolution import CarnM, Rfdn, Vdsr
-from secateur.tasks.registry import NETWORKS
+from secateur.tasks.registry import NETWORKS, calibration_set
 from secateur.training import fit
 
 
@@ -333,3 +336,22 @@ def test_a_task_is_named_by_itself_its_network_or_both():
 def test_camvid_parts_do_not_overlap():
     parts = [range(*camvid.SPLITS[name].indices(30)) for name in ("train", "val", "test")]
     assert sorted(i for part in parts for i in part) == list(range(30))
+
+
+def test_networks_with_labelled_pictures_are_calibrated_on_those(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECATEUR_DATA", str(tmp_path))
+    assert calibration_set("digits-cnn") == calibration_set("digits") == "digits"
+    assert calibration_set("digits-heads") is None, "it has three labels a picture"
+    assert calibration_set("resnet56") is None, "its data aren't there"
+    assert calibration_set("smollm2") is None and calibration_set("vdsr") is None
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "cifar10" / "train_0.npz").touch()
+    assert calibration_set("resnet56") == "cifar10"
+
+
+def test_prune_takes_a_tasks_own_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", "digits", "--target", "macs<=60%", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["method"] == "obspa", "group-magnitude is what is left without data"
