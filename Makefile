@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 VERSIONED := tests/utils tests/doctor tests/tokens tests/io tests/measure $(wildcard tests/methods/test_tokens_*.py) tests/cli tests/report \
     tests/saliency tests/training/test_recover.py tests/tasks/test_gguf.py tests/test_hostile.py
 
-.PHONY: demo test test-versions update lint docs clean
+.PHONY: demo test test-versions update lint docs docs-site clean
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "secateur needs Python 3.11 or newer, this is " + sys.version.split()[0])'
@@ -49,5 +49,10 @@ docs: $(VENV)/.installed
 	$(BIN)/python -m secateur.report.pages docs/methods
 	$(BIN)/python benchmarks/truth.py
 
+# The site, in site/; a link that leads nowhere stops it.
+docs-site: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --site-dir site
+	@echo "site/index.html"
+
 clean:
-	rm -rf $(VENV) .update demo build *.egg-info
+	rm -rf $(VENV) .update demo build site *.egg-info
