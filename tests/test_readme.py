@@ -1,6 +1,8 @@
-"""The snippets of the README run as they stand, on tiny models under the names that it uses."""
+"""What the README shows runs as it stands, on tiny models under the names that it uses, and its links lead somewhere."""
 
 import re
+import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from secateur.cli.main import main
 from secateur.tasks.tiny import inputs_for, tiny_cnn, tiny_llama, tiny_llava
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = re.findall(r"^(?:\$ )?secateur (.*)$", TEXT, re.MULTILINE)
+SOURCE = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Source"]
 
 
 def names(block: str) -> dict[str, Any]:
@@ -42,4 +49,34 @@ def test_a_snippet_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_all_snippets_were_found() -> None:
-    assert len(BLOCKS) >= 4
+    assert len(BLOCKS) == 3 and len(COMMANDS) == 3
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_runs(
+    command: str,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if ".onnx" in command:
+        pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    words = [{"smollm2": str(tiny_folder)}.get(word, word) for word in shlex.split(command)]
+    assert main(words) == 0, capsys.readouterr().err
+
+
+def test_links_are_whole_and_lead_somewhere() -> None:
+    """A package index shows the README without the repository."""
+    links = re.findall(r"\]\(([^)\s]+)\)", TEXT)
+    assert len(links) > 20
+    for link in links:
+        where = re.fullmatch(rf"{re.escape(SOURCE)}/(?:blob|raw)/main/([^#]+)(#.*)?", link)
+        assert where, f"{link} isn't a whole link into the repository"
+        file = ROOT / where[1]
+        assert file.is_file(), link
+        if where[2]:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert where[2][1:] in slugs, link
