@@ -17,7 +17,17 @@ OLDEST, NEWEST = (
     for name in ("constraints-oldest.txt", "constraints.txt")
 )
 TESTED = json.loads((ROOT / "secateur/utils/tested.json").read_text())
-DEVELOPMENT = {"pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "zennit", "captum", "mkdocs-material", "mkdocstrings"}
+DEVELOPMENT = {
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "ruff",
+    "mypy",
+    "zennit",
+    "captum",
+    "mkdocs-material",
+    "mkdocstrings",
+}
 
 
 def test_the_oldest_constraints_are_the_declared_lower_bounds() -> None:

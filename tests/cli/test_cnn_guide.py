@@ -18,7 +18,9 @@ def test_the_commands_run(
 ) -> None:
     pytest.importorskip("onnxscript")
     monkeypatch.chdir(tmp_path)
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL) for line in block.splitlines()]
+    lines = [
+        line for block in re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL) for line in block.splitlines()
+    ]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("secateur ")]
     assert len(commands) == 3 and len(lines) == 4
     for words in commands:
@@ -33,5 +35,5 @@ def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     torch.manual_seed(0)
     space = {"images": torch.randn(16, 3, 32, 32), "labels": torch.arange(16) % 10}
     for block in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL):
-        exec(block.replace("steps=20", "steps=1").replace("\"resnet18\"", "\"resnet10t\""), space)  # noqa: S102  our own document
+        exec(block.replace("steps=20", "steps=1").replace('"resnet18"', '"resnet10t"'), space)  # noqa: S102  our own document
     assert space["pruned"].report["met"] and (tmp_path / "resnet18-trained.onnx").is_file()
