@@ -33,6 +33,7 @@ KINDS = {
     "TrainMethod": "secateur.training.method",
     "SkipMethod": "secateur.training.skip",
     "TokenMethod": "secateur.tokens.method",
+    "WorkMethod": "secateur.tokens.method",
     "SaliencyMethod": "secateur.saliency.method",
 }
 """Where the kinds of method stand: each beside its engine. This file knows none of them."""
@@ -43,6 +44,10 @@ VERBS = {
         "secateur.train_prune, or `secateur train-prune`",
     ),
     "attach": ("removes visual tokens while a model runs", "secateur.attach, or `secateur tokens`"),
+    "work": (
+        "excuses visual tokens from work while a model runs",
+        "secateur.attach, or `secateur tokens`",
+    ),
     "attend": ("reads fewer keys while a model runs", "secateur.attach"),
     "saliency": ("draws where a network looks", "secateur.saliency, or `secateur saliency`"),
 }

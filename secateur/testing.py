@@ -35,7 +35,8 @@ from secateur.saliency.method import SaliencyMethod
 from secateur.tasks.tiny import inputs_for, tiny_cnn, tiny_llama, tiny_llava, tiny_mixtral
 from secateur.tokens.attach import Attached, attach
 from secateur.tokens.counts import amount_of
-from secateur.tokens.method import TokenMethod
+from secateur.tokens.heads import head_ratios
+from secateur.tokens.method import TokenMethod, WorkMethod
 from secateur.tokens.modules import Trained
 from secateur.tokens.state import Missing, TokenSets
 from secateur.training.method import TrainMethod
@@ -76,7 +77,7 @@ def checks_for(cls: type[Method]) -> list[str]:
     raise SecateurError(
         f"{cls.__name__} is of no kind that can be checked",
         where="testing",
-        fix="derive it from WeightMethod, UnitMethod, TrainMethod, SkipMethod, TokenMethod, AttentionMethod or SaliencyMethod",
+        fix="derive it from WeightMethod, UnitMethod, TrainMethod, SkipMethod, TokenMethod, WorkMethod, AttentionMethod or SaliencyMethod",
     )
 
 
@@ -521,6 +522,44 @@ def attention_comes_off(cls: type[Method]) -> None:
     _refuses("no hyperparameter", lambda: make_method(cls, shrubbery=1))
 
 
+# ---------------------------------------------------------------- visual work
+
+
+def _worked(cls: type[Method], model: nn.Module, target: str) -> tuple[Attached, Tensor]:
+    ratios = head_ratios(model, [inputs_for(model)])
+    with torch.no_grad(), attach(model, _make(cls), target=target, given={"ratios": ratios}) as attached:
+        return attached, model(**inputs_for(model)).logits
+
+
+def all_work_changes_nothing(cls: type[Method]) -> None:
+    """100 % changes nothing, bit for bit, and a detached model is as it was."""
+    model = tiny_llava().float()
+    before = _plain(model)
+    _require(torch.equal(_worked(cls, model, "100%")[1], before), "100% changed the output")
+    after = _worked(cls, model, "25%")[1]
+    _require(after.isfinite().all() and not torch.equal(after[:, -1], before[:, -1]), "25% changed nothing")
+    _require(torch.equal(_plain(model), before), "the detached model isn't as it was")
+
+
+def work_meets_its_target(cls: type[Method]) -> None:
+    """Visual tokens are left with about the share of the multiply-adds that was asked for; the same prompts give the same plan."""
+    model = tiny_llava().float()
+    for share in (0.5, 0.25):
+        attached, _ = _worked(cls, model, f"{share:.0%}")
+        parts = attached.report["visual_flops"]
+        left = parts["left"] / parts["dense"]
+        _require(left <= share * 1.1, f"{left:.3f} of the work is left, and {share} was asked for")
+        again, _ = _worked(cls, model, f"{share:.0%}")
+        _require(again.setup.work == attached.setup.work, "two plans differ")
+
+
+def work_refuses_nonsense(cls: type[Method]) -> None:
+    """Another target than a share, and a hyperparameter that there is not."""
+    model = tiny_llava().float()
+    _refuses("a share", lambda: attach(model, _make(cls), target="tokens=3"))
+    _refuses("no hyperparameter", lambda: make_method(cls, shrubbery=1))
+
+
 # ---------------------------------------------------------------- maps
 
 
@@ -585,6 +624,12 @@ CHECKS: dict[type[Method], dict[str, Check]] = {
         "fewer tokens stay": tokens_fewer,
         "the same seed keeps the same tokens": tokens_repeat,
         "nonsense is refused": tokens_refuse_nonsense,
+        **SOURCE,
+    },
+    WorkMethod: {
+        "100 % changes nothing": all_work_changes_nothing,
+        "the target is met": work_meets_its_target,
+        "nonsense is refused": work_refuses_nonsense,
         **SOURCE,
     },
     AttentionMethod: {

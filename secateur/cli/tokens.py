@@ -46,6 +46,10 @@ class Tokens:
     weights: str | None = flag(
         "the folder that `secateur train tokens` wrote, for a method with modules", None
     )
+    work: str | None = flag(
+        "a file of what visual tokens take part in, beside a method or, with yopo, in place of its own plan",
+        None,
+    )
     positions: str | None = flag("original or compact; default: the method's", None)
     seed: int = flag("of what the method draws at random", 0)
     max_new_tokens: int = flag("length of the answer", 16)
@@ -314,7 +318,9 @@ def tokens(
         images = pictures or (() if flags.image is None else (flags.image,))
         asked = (open_scene if is_scene(model) else open_any)(model, images, flags)
         given = vars(settings)
-        if flags.weights is not None:  # what isn't said is as it was trained
+        if (
+            flags.weights is not None or flags.work is not None
+        ):  # what isn't said is as it was trained, or planned
             default = {item.name: item.default for item in dataclasses.fields(settings)}  # type: ignore[arg-type]
             given = {name: value for name, value in given.items() if value != default[name]}
         report = compare(asked, method, given, model, flags)
@@ -327,10 +333,18 @@ def compare(
     """The answers and figures of both runs; draws the kept tokens where --out says."""
     from secateur.measure.load import Others
     from secateur.measure.timing import summed
+    from secateur.method import method_class
     from secateur.report.tokens import kept_sheet, parts_kept, token_alarms
     from secateur.saliency.picture import save_png
     from secateur.tokens.attach import attach
+    from secateur.tokens.method import WorkMethod
 
+    cls = method_class(flags.method)
+    planned = (
+        issubclass(cls, WorkMethod)
+        and flags.target == Tokens.target
+        and (flags.work is not None or any(settings.get(name) != getattr(cls, name) for name in cls.instead))
+    )
     runs: dict[str, list[tuple[str, float, float | None]]] = {"before": [], "after": []}
     others = Others()
     for _ in range(flags.repeats + (flags.repeats > 1)):  # in turn; the first pair warms up
@@ -338,13 +352,14 @@ def compare(
         with attach(
             asked.model,
             flags.method,
-            target=flags.target,
+            target=None if planned else flags.target,
             seed=flags.seed,
             positions=flags.positions,
             budget=flags.budget,
             tokenizer=asked.tokenizer,
             question=asked.prompt,
             weights=flags.weights,
+            work=flags.work,
             **settings,
         ) as attached:
             runs["after"].append(timed(asked, flags.max_new_tokens))
@@ -362,6 +377,7 @@ def compare(
         "expected": asked.expected,
         "convention": report.get("convention"),
         "budget": flags.budget,
+        "visual_flops": report.get("visual_flops"),
         "kept": kept,
         "pictures": counts,
         "out": flags.out,

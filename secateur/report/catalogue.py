@@ -17,7 +17,7 @@ from secateur.saliency.method import SaliencyMethod
 from secateur.tasks.minigrid.train import Recipe as RoomsRecipe
 from secateur.tasks.scenes.train import Recipe as ScenesRecipe
 from secateur.taxonomy.catalogue import FILE
-from secateur.tokens.method import TokenMethod
+from secateur.tokens.method import TokenMethod, WorkMethod
 from secateur.training.method import TrainMethod
 from secateur.training.recipe import Recipe
 from secateur.training.train_prune import MEANT
@@ -66,6 +66,7 @@ def _verb(cls: type[Method]) -> str:
     verbs = {
         TrainMethod: "train-prune",
         TokenMethod: "tokens",
+        WorkMethod: "tokens",
         SaliencyMethod: "saliency",
         AttentionMethod: "attach",
     }

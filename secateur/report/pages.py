@@ -22,7 +22,7 @@ from secateur.saliency.method import SaliencyMethod
 from secateur.taxonomy import MethodInfo
 from secateur.taxonomy.axes import AXES, MEANING, RECORDS, notation
 from secateur.taxonomy.catalogue import FILE
-from secateur.tokens.method import TokenMethod
+from secateur.tokens.method import TokenMethod, WorkMethod
 from secateur.training.method import TrainMethod
 from secateur.training.skip import SkipMethod
 from secateur.utils.files import atomic_write_text
@@ -65,6 +65,8 @@ def kind_of(cls: type[Method]) -> str:
         return "tokens"
     if issubclass(cls, AttentionMethod):
         return "nothing: keys are read less"
+    if issubclass(cls, WorkMethod):
+        return "nothing: visual tokens do less"
     return "units" if issubclass(cls, UnitMethod) else "other"
 
 
@@ -139,6 +141,8 @@ def _examples(cls: type[Method]) -> list[str]:
         return _map_examples(name)
     if issubclass(cls, AttentionMethod):
         return _attention_examples(name)
+    if issubclass(cls, WorkMethod):
+        return _work_examples(name)
     given = "model, " if "llm" in info.models else "model, inputs, "
     data = ", data=samples" if cls.needs else ""
     lines = [
@@ -239,6 +243,25 @@ def _map_examples(name: str) -> list[str]:
     ]
 
 
+def _work_examples(name: str) -> list[str]:
+    return [
+        "```sh",
+        f"secateur tokens scenes --image 3 --method {name} --target 25%",
+        "```",
+        "",
+        "```python",
+        "import secateur",
+        "from secateur.tokens.heads import head_ratios",
+        "",
+        'given = {"ratios": head_ratios(model, prompts)}',
+        f'with secateur.attach(model, "{name}", target="25%", given=given) as attached:',
+        "    model.generate(**inputs)",
+        'attached.setup.work.save("work.json")',
+        "```",
+        "",
+    ]
+
+
 def _attention_examples(name: str) -> list[str]:
     return [
         "```python",
@@ -275,6 +298,8 @@ def _facts(cls: type[Method]) -> str:
         )
     if issubclass(cls, AttentionMethod):
         return "Reads fewer keys while the model runs and removes nothing; needs no training and no data."
+    if issubclass(cls, WorkMethod):
+        return "Spares visual tokens work while the model runs and removes none before the cut; needs no training; heads are ranked on prompts."
     if issubclass(cls, SaliencyMethod):
         return "Draws a map and removes nothing; one forward and one backward of the model as it is; needs no training."
     facts = [f"Removes {kind_of(cls)}" if kind_of(cls) != "other" else "Neither removes weights nor units"]

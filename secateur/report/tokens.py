@@ -267,6 +267,14 @@ def print_tokens(found: Mapping[str, Any], console: Console) -> None:
         console.print(f"note: {warning}", style="yellow", markup=False)
     if not found.get("collapsed") and found["before"]["answer"] != found["after"]["answer"]:
         console.print("note: the answer is another one than with all tokens", style="yellow")
+    if work := found.get("visual_flops"):
+        parts = ", ".join(
+            f"{work[name] / work['dense']:.0%} {name}" for name in ("layers", "heads", "neurons")
+        )
+        console.print(
+            f"visual tokens' own multiply-adds: {work['left'] / work['dense']:.0%} left; saved by {parts}",
+            markup=False,
+        )
     for stage, count in found["kept"].items():
         parts = found["pictures"][stage]
         each = f": {', '.join(kept_of(part, parts) for part in parts)}" if len(parts) > 1 else ""

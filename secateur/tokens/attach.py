@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from secateur.attention.attend import Attending
 from secateur.attention.method import AttentionMethod
+from secateur.attention.work import VisualWork
 from secateur.errors import SecateurError
-from secateur.families.vlm import Facts
+from secateur.families.vlm import Facts, facts_of, family_of
 from secateur.families.vlm.facts import decoder_of
 from secateur.method import Method, make_method, method_class
 from secateur.skipping.attached import Skipping
@@ -27,7 +28,7 @@ from secateur.tokens.call import Call, Current
 from secateur.tokens.counts import amount_of
 from secateur.tokens.decoder import DecoderDriver
 from secateur.tokens.input import KINDS, InputDriver, Turn, formed
-from secateur.tokens.method import Chosen, Select, TokenMethod
+from secateur.tokens.method import Chosen, Excused, Select, TokenMethod, WorkMethod
 from secateur.tokens.modules import Trained
 from secateur.tokens.proof import prove
 from secateur.tokens.record import Recorder
@@ -35,6 +36,7 @@ from secateur.tokens.session import Session
 from secateur.tokens.sets import Table
 from secateur.tokens.setup import Kept, Setup, make_setup, tower_of
 from secateur.tokens.tower import TowerDriver
+from secateur.tokens.work import WorkDriver
 from secateur.training.skip import SkipMethod
 from secateur.utils.screen import fit
 from secateur.utils.tested import warn_outside_tested
@@ -156,6 +158,8 @@ class Attached:
         if setup.in_decoder:
             self.decoder = DecoderDriver(setup, self._current, self.recorder, layers)
             self._undo.append(self.decoder.remove)
+            if setup.work is not None and not setup.work.dense:
+                self._undo.append(WorkDriver(setup, self.decoder, layers).remove)
         self.input = InputDriver(setup, self._current, self.recorder)
         self._wrap("forward", self._plain_forward if setup.plain else self._forward)
         if not setup.plain:
@@ -373,7 +377,7 @@ class Attached:
                 where="generate",
                 fix="call the model itself, with use_cache=False",
             )
-        if not self.setup.between_layers and self.session is None:
+        if not self.setup.exact and self.session is None:
             return
         configs = (kwargs.get("generation_config"), self.model.generation_config)
 
@@ -405,7 +409,7 @@ class Attached:
     def _refuse_guesses(self, kwargs: Mapping[str, Any], call: Call) -> None:
         """Refuses a first forward that is longer than its prompt, whatever way of generating it comes from."""
         ids = kwargs.get("input_ids")
-        exact = self.setup.between_layers or self.session is not None
+        exact = self.setup.exact or self.session is not None
         if exact and ids is not None and ids.shape[1] > self._prompt:
             raise _guesses("guessing")
 
@@ -523,20 +527,11 @@ def _method(
     return chosen
 
 
-def reads_less(method: Any) -> bool:
-    """Whether it is an attention method, or the name of one."""
+def is_kind(method: Any, kind: type[Method]) -> bool:
+    """Whether it is a method of a kind, or the name or class of one."""
     if isinstance(method, str):
         method = method_class(method)
-    return isinstance(method, AttentionMethod) or (
-        isinstance(method, type) and issubclass(method, AttentionMethod)
-    )
-
-
-def skips_work(method: Any) -> bool:
-    """Whether it trains networks that skip while they work, or is the name of such a method."""
-    if isinstance(method, str):
-        method = method_class(method)
-    return isinstance(method, SkipMethod) or (isinstance(method, type) and issubclass(method, SkipMethod))
+    return isinstance(method, kind) or (isinstance(method, type) and issubclass(method, kind))
 
 
 @overload
@@ -549,6 +544,8 @@ def attach(
 def attach(
     model: nn.Module, method: AttentionMethod | type[AttentionMethod], **settings: Any
 ) -> Attending: ...
+@overload
+def attach(model: nn.Module, method: WorkMethod | type[WorkMethod], **settings: Any) -> Attached: ...
 @overload
 def attach(model: nn.Module, method: str | Method | type[Method], **settings: Any) -> Any: ...
 
@@ -569,6 +566,7 @@ def attach(
     text_encoder: Any = None,
     tokenizer: Any = None,
     weights: str | Path | Trained | None = None,
+    work: str | Path | Mapping[str, Any] | VisualWork | None = None,
     part: str = "",
     **hyperparameters: Any,
 ) -> Attached | Attending | Skipping:
@@ -597,6 +595,7 @@ def attach(
         question: one, or a list by batch row.
         text_encoder: for methods that compare pictures with text.
         tokenizer: of the model.
+        work: what visual tokens take part in, beside a token method, or for yopo in place of its own plan: a `VisualWork` or its file.
         part: of an attention method (such as psa): the module whose attention reads less, by name; the whole model where it is
             left out. Such methods take seed and hyperparameters beside it, and nothing else of the above.
         weights: of a method with modules: the folder that `train_tokens` was saved in, or what it gave. Hyperparameters are
@@ -613,7 +612,7 @@ def attach(
     if not isinstance(model, nn.Module):
         raise SecateurError(f"{type(model).__name__} isn't a model", where="attach")
     warn_outside_tested("timm" if type(model).__module__.startswith("timm.") else "transformers")
-    if reads_less(method):
+    if is_kind(method, AttentionMethod):
         taken = {
             "target": target,
             "positions": positions,
@@ -622,6 +621,7 @@ def attach(
             "question": question,
         }
         taken |= {"text_encoder": text_encoder, "tokenizer": tokenizer, "weights": weights}
+        taken |= {"work": work}
         for name in (name for name, value in taken.items() if value is not None):
             raise SecateurError(
                 "an attention method has no use for it",
@@ -629,9 +629,10 @@ def attach(
                 fix="leave it out; density= says how much is read",
             )
         return Attending(model, make_method(method, **hyperparameters), part, seed)  # type: ignore[arg-type]
-    if skips_work(method):
+    if is_kind(method, SkipMethod):
         taken = {"target": target, "positions": positions, "budget": budget, "question": question}
         taken |= {"given": given, "text_encoder": text_encoder, "tokenizer": tokenizer, "weights": weights}
+        taken |= {"work": work}
         for name in (name for name, value in {**taken, "part": part or None}.items() if value is not None):
             raise SecateurError(
                 "a network that skips while it works has no use for it",
@@ -642,12 +643,22 @@ def attach(
         return make_method(method, **hyperparameters).attach(model, masked)  # type: ignore[arg-type, attr-defined]
     if part:
         raise SecateurError("a token method has places of its own", where="part", fix="leave it out")
+    plan = None if work is None else VisualWork.load(work)
+    named = {"question": question, "text_encoder": text_encoder, "tokenizer": tokenizer}
+    extra = dict(given or {}) | {name: value for name, value in named.items() if value is not None}
+    if is_kind(method, WorkMethod):
+        for name, value in {"positions": positions, "budget": budget, "weights": weights}.items():
+            if value is not None:
+                raise SecateurError(
+                    "no visual token leaves by choice, so there is no use for it",
+                    where=name,
+                    fix="leave it out",
+                )
+        return _working(model, method, plan, target, seed, extra, hyperparameters)
     trained = Trained.load(weights) if isinstance(weights, str | Path) else weights
     if trained is not None and not isinstance(method, Method):
         hyperparameters = {**trained.hyperparameters(method), **hyperparameters}
     chosen = _method(method, at, records, scope, hyperparameters)
-    named = {"question": question, "text_encoder": text_encoder, "tokenizer": tokenizer}
-    extra = dict(given or {}) | {name: value for name, value in named.items() if value is not None}
     if target is None and not chosen.adaptive:
         raise SecateurError(
             f"{chosen.name} must be told how many tokens stay",
@@ -664,5 +675,45 @@ def attach(
         given=extra,
         budget=budget,
         weights=trained,
+        work=plan,
     )
     return Attached(setup)
+
+
+def _working(
+    model: nn.Module,
+    method: Any,
+    plan: VisualWork | None,
+    target: Any,
+    seed: int,
+    given: dict[str, Any],
+    hyperparameters: dict[str, Any],
+) -> Attached:
+    """A model on which a method, or the plan in its place, says what visual tokens take part in."""
+    chosen = make_method(method, **hyperparameters)
+    assert isinstance(chosen, WorkMethod)
+    if plan is not None and (target is not None or hyperparameters):
+        said = next(iter(hyperparameters), "target")
+        raise SecateurError(
+            "the plan says what is done",
+            where=said,
+            fix="leave it out, or leave work out and let the method plan",
+        )
+    if plan is None:
+        facts, amount = facts_of(model, family_of(model)), 1.0 if target is None else amount_of(target)
+        if not isinstance(amount, float):
+            raise SecateurError(
+                f"{chosen.name} keeps all tokens and spares them work",
+                where="target",
+                fix="a share such as 25%",
+            )
+        if not facts.layers:
+            raise SecateurError(
+                "a vision transformer on its own has no words that visual tokens stand beside",
+                where="attach",
+                fix="a vision-language model",
+            )
+        plan = chosen.work(facts, None if target is None else amount, given, seed)
+    stays = Excused()
+    stays.name = chosen.name  # type: ignore[misc]
+    return Attached(make_setup(model, stays, target=None, seed=seed, given=given, work=plan))

@@ -30,6 +30,9 @@ def run_stage(
     `kind` and `number` say where in the model: "input" 0, "layer" K, "encoder" K.
     """
     setup, table, stage = call.setup, call.table, placed.stage
+    if stage.clears:
+        nothing = torch.zeros(len(members), dtype=torch.bool, device=members.device)
+        return Outcome(nothing, members[:0], None) if len(members) else None
     if setup.whole:
         return None
     sets, competing, candidates = sets_of(call, recorder, placed, members, features, kind, number, peek)

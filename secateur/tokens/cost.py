@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.attention.work import VisualWork
 from secateur.families.vlm import Facts
 from secateur.tokens.call import Call
 from secateur.tokens.sets import Table
@@ -27,6 +28,34 @@ def layer_flops(tokens: float, width: int, inner: int, gated: bool, kv_share: fl
     """
     projections = (2 + 2 * kv_share) * tokens * width**2
     return projections + 2 * tokens**2 * width + (3 if gated else 2) * tokens * width * inner
+
+
+def visual_flops(work: VisualWork, facts: Facts, tokens: list[list[float]]) -> dict[str, float]:
+    """Multiply-adds of visual tokens in the language model, and what each part of a plan saves of them.
+
+    >>> half = VisualWork(32, 32, 11008, heads=(tuple(range(16)),) * 32, neurons=(5504,) * 32, cut=16)
+    >>> facts = Facts(layers=32, hidden=4096, intermediate=11008, heads=32, kv_heads=32)
+    >>> parts = visual_flops(half, facts, [[576.0]] * 32)
+    >>> f"{2 * parts['dense'] / 1e12:.2f} {parts['left'] / parts['dense']:.3f}"
+    '7.63 0.250'
+
+    tokens: how many there would be in each layer and row without the plan's cut. A layer costs 4nd^2 + 2n^2d for its heads and
+    3ndm (2ndm where it isn't gated) for its neurons: the paper's convention, which counts them twice. A window saves nothing in it.
+    """
+    share = facts.kv_heads / facts.heads if facts.heads else 1.0
+    found = dict.fromkeys(("dense", "layers", "heads", "neurons"), 0.0)
+    for layer, counts in enumerate(tokens):
+        for n in counts:
+            whole = layer_flops(n, facts.hidden, facts.intermediate, facts.gated, share)
+            heads = layer_flops(n, facts.hidden, 0, facts.gated, share)
+            found["dense"] += whole
+            if layer >= work.last:
+                found["layers"] += whole
+                continue
+            found["heads"] += heads * len(work.pruned(layer)) / work.heads_each
+            found["neurons"] += (whole - heads) * (1 - work.count(layer) / work.neurons_each)
+    found["left"] = found["dense"] - found["layers"] - found["heads"] - found["neurons"]
+    return found
 
 
 def llm_flops(lengths: list[float], facts: Facts) -> float:
@@ -188,6 +217,12 @@ def report(setup: Setup, clock: Clock, run: Prefill | None, table: Table | None)
         "flops": sum(llm_flops([float(n) for n in row], facts) for row in lengths.T) + look_flops,
         "kv_bytes": run.kv_after,
     }
+    spared: dict[str, Any] = {}
+    if setup.work is not None:
+        there = visual.clone()
+        there[setup.work.last :] = visual[max(0, setup.work.last - 1)] if setup.work.last else run.visual
+        spared = {"visual_flops": visual_flops(setup.work, facts, there.tolist())}
+        after["flops"] -= spared["visual_flops"]["heads"] + spared["visual_flops"]["neurons"]
     if run.call.tiles is not None:
         before["tiles"], after["tiles"] = run.call.tiles
     if looks:
@@ -201,5 +236,6 @@ def report(setup: Setup, clock: Clock, run: Prefill | None, table: Table | None)
         "before": before,
         "after": after,
         "lengths": lengths.tolist(),
+        **spared,
         **times,
     }

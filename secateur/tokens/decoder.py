@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MethodType
@@ -140,6 +140,8 @@ class DecoderDriver:
         self.step: static.Step | None = None
         """A forward after the prompt on a static cache, in place of `run`."""
         self.handles: list[Any] = []
+        self.watch: Callable[[Forward, int, Stretch, dict[str, Any]], None] | None = None
+        """Told of every layer, of what it sees and of what it is given."""
         self.stages = sorted({p.number for p in setup.stages if p.kind == "layer"})
         self.remembered = set(setup.memory.layers) if setup.memory is not None else set()
         recorded = {n for kind, n in (recorder.forms if recorder else {}) if kind == "layer"}
@@ -187,7 +189,7 @@ class DecoderDriver:
                 fix="use a method that drops at the input",
             )
         # layers before the first stage run as they are, so they need no hook
-        first = min([*self.stages, *self.biases], default=len(layers))
+        first = 0 if setup.work is not None else min([*self.stages, *self.biases], default=len(layers))
         for number, layer in enumerate(layers):
             if number >= first or number in recorded:
                 hook = self._hook(number)
@@ -271,6 +273,8 @@ class DecoderDriver:
         new = kwargs if now.plain else self._kwargs(run, now, number, layer, hidden, kwargs)
         if run.call is not None and self.recorder is not None:
             self.recorder.begin(("layer", number), layer, hidden, new, **_marks(run.call, now))
+        if self.watch is not None:
+            self.watch(run, number, now, new)
         begins = None if run.call is None else run.call.column_at
         if number in self.remembered and (begins is None) == bool(run.past):
             assert self.recorder is not None and self.current.session is not None

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from secateur.attention.work import VisualWork
 from secateur.families.vlm import Facts
 from secateur.method import Method
 from secateur.tokens.state import Reduction, TokenSets
@@ -51,6 +52,7 @@ class Stage:
     `glimpse`: at "tiles" and "input", layers that look at the prompt first.
     `parks`: between layers, what leaves steps aside: it keeps its state and its position, until a later stage with `returns`,
     at which all that is parked competes again, with the state it had. A parked token is read and written by no layer.
+    `clears`: everything leaves, and nothing is asked.
     """
 
     at: str
@@ -63,6 +65,7 @@ class Stage:
     glimpse: Glimpse | None = None
     parks: bool = False
     returns: bool = False
+    clears: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,52 @@ class TokenMethod(Method):
     def memory(self, facts: Facts) -> Memory | None:
         """What is remembered from run to run, until `attached.reset()`; None: every run stands alone."""
         return None
+
+
+@dataclass
+class WorkMethod(Method):
+    """Says what visual tokens take part in; none leaves before the plan's cut, and no weight changes.
+
+    Write `work`; `secateur.attach(model, method)` runs it.
+    """
+
+    verb: ClassVar[str] = "work"
+    instead: ClassVar[tuple[str, ...]] = ()
+    """Hyperparameters that say how much is left of each part, where no target does."""
+
+    @classmethod
+    def usual(cls) -> dict[str, Any]:
+        own = {"objects": "A H L N", "granularity": "struct", "speedup": "mixed", "when": "PAT"}
+        return {**super().usual(), **own, "decision": "stat", "budget_unit": "heads"}
+
+    def work(self, facts: Facts, target: float | None, given: Mapping[str, Any], seed: int) -> VisualWork:
+        """The plan for a model.
+
+        Args:
+            facts: depths and widths of the model.
+            target: the share of the visual tokens' multiply-adds that is left; 1: everything is as the model has it; None: as the
+                hyperparameters say.
+            given: what the caller passed to `attach` beside the hyperparameters.
+            seed: of what is drawn.
+
+        Raises:
+            SecateurError: the target can't be met, or something is missing.
+        """
+        raise self.lacks("work")
+
+
+@dataclass
+class Excused(TokenMethod):
+    """Every visual token stays: what stands in for the token method of a model that has none."""
+
+    name: ClassVar[str] = "excused"
+    adaptive: ClassVar[bool] = True
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def stages(self, facts: Facts) -> list[Stage]:
+        return []
 
 
 @dataclass

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from secateur.attention.work import VisualWork
 from secateur.errors import SecateurError, choose
 from secateur.families.vlm import Facts, Family, facts_of, family_of
 from secateur.families.vlm.facts import decoder_of
@@ -79,6 +81,8 @@ class Setup(Screen):
     """The method's own modules."""
     lesson: Lesson | None = None
     """What they are being taught; its stages stand in place of the method's."""
+    work: VisualWork | None = None
+    """What visual tokens take part in; None: everything."""
 
     @property
     def plain(self) -> bool:
@@ -107,11 +111,17 @@ class Setup(Screen):
         return any(placed.kind == "layer" for placed in self.stages)
 
     @property
+    def exact(self) -> bool:
+        """What runs first must be the prompt, whole, and what follows must know of it by its cache."""
+        return self.between_layers or self.work is not None
+
+    @property
     def in_decoder(self) -> bool:
         """Something is dropped or recorded between the layers of the language model."""
         read = (site for text, site in self.sites.items() if text not in self.glimpsed)
         weighed = any(placed.weighs for placed in self.stages)
-        return self.between_layers or weighed or any(not site.tower for site in read)
+        others = weighed or self.work is not None
+        return self.between_layers or others or any(not site.tower for site in read)
 
     def stages_at(self, kind: str, number: int = 0) -> list[Placed]:
         return [placed for placed in self.stages if placed.kind == kind and placed.number == number]
@@ -129,6 +139,7 @@ def make_setup(
     weights: Trained | None = None,
     modules: nn.Module | None = None,
     lesson: Lesson | None = None,
+    work: VisualWork | None = None,
 ) -> Setup:
     """The setup of a method on a model. `weights`: of its modules; `modules`, `lesson`: they are being trained.
 
@@ -154,6 +165,8 @@ def make_setup(
     numbered = tuple(_with_weights(placed, model, method, copied) for placed in numbered)
     _check_tiles(numbered, method)
     _check_parking(numbered, method)
+    if work is not None:
+        numbered += _cut(work, numbered, method, facts)
     memory = None if plain else method.memory(facts)
     layers = memory.layers if memory is not None else ()
     remembered = {f"layer:{n} over runs": Site.parse(f"layer:{n}", facts.layers, 0) for n in layers}
@@ -179,6 +192,7 @@ def make_setup(
         glimpsed=_glimpsed(numbered, remembered),
         modules=modules,
         lesson=lesson,
+        work=work,
     )
 
 
@@ -323,6 +337,36 @@ def _check_parking(stages: tuple[Placed, ...], method: TokenMethod) -> None:
             where=method.name,
             fix="a stage with returns=True at a later layer than every one with parks=True",
         )
+
+
+def _cut(
+    work: VisualWork, stages: tuple[Placed, ...], method: TokenMethod, facts: Facts
+) -> tuple[Placed, ...]:
+    """The stage at which every visual token leaves, if there is one; refuses what a plan can't go with."""
+    if not facts.layers:
+        raise SecateurError(
+            "a vision transformer on its own has no words that visual tokens stand beside",
+            where="work",
+            fix="a vision-language model",
+        )
+    work.check(facts.layers, facts.heads, facts.intermediate)
+    if any(placed.weighs or placed.stage.glimpse is not None for placed in stages):
+        raise SecateurError(
+            f"{method.name} weighs tokens as keys, or looks ahead at the prompt, and a plan of visual work doesn't say how",
+            where="work",
+            fix="use another token method, or none",
+        )
+    if not work.leaves:
+        return ()
+    late = [p.label for p in stages if p.kind == "layer" and p.number >= work.last]
+    if late:
+        raise SecateurError(
+            f"{method.name} chooses at {', '.join(late)}, and all visual tokens have left at layer {work.last}",
+            where="work",
+            fix="a later cut, or a method that chooses before",
+        )
+    stage = Stage(f"layer:{work.last}", lambda sets: torch.zeros_like(sets.valid), scope="row", clears=True)
+    return (_place(stage, method, facts, plain=False),)
 
 
 def _numbered(stages: list[Placed]) -> tuple[Placed, ...]:
