@@ -26,31 +26,27 @@ def sampled(
     >>> sampled(q, k, Layout(256, 256)).shape
     torch.Size([1, 2, 2, 4])
 
-    share: of a block's positions, drawn for each batch item and head, for queries and keys apart, the same in all blocks. normalise:
-    divide by the row's sum first, as the paper has it and the code hasn't. Gives float32 [B, H, rows, columns].
+    share: of a block's positions, drawn for each head, for queries and keys apart, the same in all blocks and, unlike the released
+    code, in all items of a batch. Behind the end the last token stands in. normalise: divide by the row's sum first, as the paper has it
+    and the code hasn't. Gives float32 [B, H, rows, columns].
     """
-    batch, heads = q.shape[:2]
+    heads = q.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k = k.repeat_interleave(heads // k.shape[1], 1)
-    rows = _drawn(batch, heads, layout.block_q, share, layout.rows, layout.queries, generator, q.device)
-    columns = _drawn(batch, heads, layout.block_k, share, layout.columns, layout.keys, generator, q.device)
+    rows = _drawn(heads, layout.block_q, share, layout.rows, layout.queries, generator, q.device)
+    columns = _drawn(heads, layout.block_k, share, layout.columns, layout.keys, generator, q.device)
     dots = (_take(q, rows) @ _take(k, columns).transpose(-1, -2)).float() * scale
-    real_q, real_k = (at < size for at, size in ((rows, layout.queries), (columns, layout.keys)))
-    may = real_k[:, :, None].expand_as(dots)
     if layout.causal:
-        may = may & (columns[:, :, None] <= rows[..., None] + layout.offset)
-    dots = dots.masked_fill(~may, -torch.inf)
+        dots = dots.masked_fill(columns[:, :, None] > rows[..., None] + layout.offset, -torch.inf)
     largest = dots.amax(-1, keepdim=True)
     weights = (dots - largest.where(largest > -torch.inf, 0)).exp()
     if normalise:
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-    weights = weights.masked_fill(~real_q[..., None], 0)
     shape = (layout.rows, rows.shape[-1] // layout.rows, layout.columns, columns.shape[-1] // layout.columns)
     return weights.unflatten(-1, shape[2:]).unflatten(-3, shape[:2]).amax((-1, -3))
 
 
 def _drawn(
-    batch: int,
     heads: int,
     block: int,
     share: float,
@@ -59,16 +55,16 @@ def _drawn(
     generator: torch.Generator | None,
     device: torch.device,
 ) -> Tensor:
-    """Positions [B, H, blocks * drawn]; a last block that is short gives some beyond the end."""
+    """Positions [1, H, blocks * drawn]; in a last block that is short, the last one stands in."""
     count = min(max(1, int(block * share)), block)
-    chance = torch.rand(batch, heads, min(block, size), generator=generator).to(device)
+    chance = torch.rand(1, heads, min(block, size), generator=generator).to(device)
     within = chance.argsort(-1)[..., :count].sort(-1).values
     starts = torch.arange(blocks, device=device) * block
-    return (starts[:, None] + within[:, :, None]).flatten(2)
+    return (starts[:, None] + within[:, :, None]).flatten(2).clamp(max=size - 1)
 
 
 def _take(x: Tensor, at: Tensor) -> Tensor:
-    return x.gather(2, at.clamp(max=x.shape[2] - 1)[..., None].expand(-1, -1, -1, x.shape[-1]))
+    return x.gather(2, at[..., None].expand(len(x), -1, -1, x.shape[-1]))
 
 
 def antidiagonal(
@@ -91,17 +87,23 @@ def antidiagonal(
             fix="a divisor of all three",
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    pieces_q = F.pad(q, (0, 0, 0, -layout.queries % stride)).unflatten(2, (-1, stride)).flip(3).flatten(3)
-    pieces_k = F.pad(k, (0, 0, 0, -layout.keys % stride)).unflatten(2, (-1, stride)).flatten(3)
-    each = q.shape[1] // k.shape[1]
-    grouped = pieces_q.unflatten(1, (k.shape[1], each))
-    dots = (grouped @ pieces_k[:, :, None].transpose(-1, -2)).flatten(1, 2).float() * (scale / stride)
-    if layout.causal:
-        rows, columns = (torch.arange(n, device=q.device) for n in dots.shape[-2:])
-        dots = dots.masked_fill(columns > rows[:, None] + layout.offset // stride, -torch.inf)
-    weights = dots.softmax(-1)
-    down = -weights.shape[-2] % (layout.block_q // stride)
-    across = -weights.shape[-1] % (layout.block_k // stride)
-    weights = F.pad(weights, (0, across, 0, down))
-    weights = weights.unflatten(-1, (-1, layout.block_k // stride)).sum(-1)
-    return weights.unflatten(-2, (-1, layout.block_q // stride)).sum(-2)
+    down, across = layout.block_q // stride, layout.block_k // stride
+    pieces_q = F.pad(q, (0, 0, 0, -layout.queries % stride)).unflatten(2, (-1, stride)).flatten(3)
+    pieces_k = F.pad(k, (0, 0, 0, -layout.keys % stride)).unflatten(2, (-1, stride)).flip(3).flatten(3)
+    pieces_k = pieces_k.transpose(-1, -2)
+    each, offset = q.shape[1] // k.shape[1], layout.offset // stride
+    out = q.new_zeros(*q.shape[:2], layout.rows, layout.columns, dtype=torch.float32)
+    strip = down * max(1, 256 // down)  # rows at a time: nothing is multiplied far above the diagonal
+    for start in range(0, pieces_q.shape[2], strip):
+        rows = pieces_q[:, :, start : start + strip].unflatten(1, (-1, each)).flatten(2, 3)
+        seen = min(pieces_k.shape[3], start + strip + offset) if layout.causal else pieces_k.shape[3]
+        dots = (rows @ pieces_k[..., :seen]).float() * (scale / stride)
+        dots = dots.unflatten(2, (each, -1)).flatten(1, 2)
+        if layout.causal:
+            dots.masked_fill_(
+                torch.ones_like(dots[0, 0], dtype=torch.bool).triu(start + offset + 1), -torch.inf
+            )
+        weights = F.pad(dots.softmax(-1), (0, -seen % across, 0, -dots.shape[2] % down))
+        summed = weights.unflatten(-1, (-1, across)).sum(-1).unflatten(-2, (-1, down)).sum(-2)
+        out[:, :, start // down : start // down + summed.shape[2], : summed.shape[3]] = summed
+    return out

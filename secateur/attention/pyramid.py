@@ -143,46 +143,76 @@ def gathered(
     """What `masked` gives, with only those keys read that a block of queries asks for: its work is the density's.
 
     Arguments as those of `masked`. One call of the library's attention for each block of queries, all heads at once; heads
-    that read fewer keys than others are filled up.
+    that read fewer keys than others are filled up. Keys are fetched in pieces as long as the shortest pooled block.
     """
     check(q, k, v, levels, layout)
-    each = q.shape[1] // k.shape[1]
     parts = resolutions(k, v, levels, layout, real)
     if not parts:
         return q.new_zeros(*q.shape[:3], v.shape[3])
-    k, v = (torch.cat([getattr(part, name) for part in parts], 2) for name in ("k", "v"))
-    weight = torch.cat([part.counts for part in parts], 2).to(q.dtype).log().repeat_interleave(each, 1)
-    level = torch.cat([torch.full_like(part.block, part.level) for part in parts])
-    block, last = (torch.cat([getattr(part, name) for part in parts]) for name in ("block", "last"))
-    batch = torch.arange(len(q), device=q.device)[:, None, None]
-    group = torch.arange(q.shape[1], device=q.device)[None, :, None] // each
+    piece = layout.block_k // parts[-1].level
+    keys, values, counts, level, block, last = pieces(parts, layout, piece)
+    weight = counts.to(q.dtype).log()
+    owner = torch.arange(len(q) * k.shape[1], device=q.device).view(len(q), -1, 1)
+    starts = owner.repeat_interleave(q.shape[1] // k.shape[1], 1) * len(block)
+    at = torch.arange(layout.queries, device=q.device) + layout.offset
     out = q.new_empty(*q.shape[:3], v.shape[3])
-    crossed = layout.crossed().any(1).tolist()
-    for row, rows in enumerate(torch.arange(layout.queries, device=q.device).split(layout.block_q)):
-        wanted = (levels[:, :, row, block] == level) & (weight > -torch.inf)
+    for row in range(layout.rows):
+        rows = slice(row * layout.block_q, (row + 1) * layout.block_q)
+        wanted = (levels[:, :, row, block] == level).to(torch.int8)
         if layout.causal:
-            wanted &= last <= rows[-1] + layout.offset
-        index, filled = _packed(wanted)
-        bias = weight.gather(2, index).masked_fill(filled, -torch.inf)[:, :, None]
-        if crossed[row]:
-            late = last[index][:, :, None] > rows[:, None] + layout.offset
-            bias = bias.masked_fill(late, -torch.inf)
-        found = F.scaled_dot_product_attention(
-            q[:, :, rows], k[batch, group, index], v[batch, group, index], attn_mask=bias, scale=scale
+            wanted += wanted * (last[:, -1] > at[rows][0])
+        index, late = packed(wanted)
+        found = (starts + index).flatten()
+        shape = (*q.shape[:2], 1, index.shape[-1] * piece)
+        bias = weight.index_select(0, found).view(*index.shape, piece)
+        bias = bias.masked_fill((wanted.gather(2, index) == 0)[..., None], -torch.inf).view(shape)
+        unsure = bool((bias[..., : shape[-1] - late * piece] == -torch.inf).all(-1).any())
+        if late:
+            bias = bias.expand(-1, -1, len(at[rows]), -1).contiguous()
+            hidden = last[index[..., -late:]].flatten(2)[:, :, None] > at[rows][:, None]
+            bias[..., -late * piece :].masked_fill_(hidden, -torch.inf)
+        mine = F.scaled_dot_product_attention(
+            q[:, :, rows],
+            keys.index_select(0, found).view(*q.shape[:2], shape[-1], -1),
+            values.index_select(0, found).view(*q.shape[:2], shape[-1], -1),
+            attn_mask=bias,
+            scale=scale,
         )
-        out[:, :, rows] = found.masked_fill((bias == -torch.inf).all(-1, keepdim=True), 0)
+        if unsure:
+            mine = mine.masked_fill((bias == -torch.inf).all(-1, keepdim=True), 0)
+        out[:, :, rows] = mine
     return out
 
 
-def _packed(wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """The places that are wanted, int64 [..., most], and which of these are filled up.
+def pieces(parts: list[Resolution], layout: Layout, piece: int) -> tuple[Tensor, ...]:
+    """Keys, values and counts of all levels, cut into pieces [B * G * pieces, piece * d]; each piece's level and block [pieces],
+    the last position of each key in it [pieces, piece]. What lies behind the end counts as nothing."""
+    columns: list[list[Tensor]] = [[] for _ in range(6)]
+    for part in parts:
+        size = layout.columns * layout.block_k // part.level
+        behind = size - part.k.shape[2]
+        block = torch.arange(size // piece, device=part.k.device) * piece * part.level // layout.block_k
+        made = (
+            F.pad(part.k, (0, 0, 0, behind)).unflatten(2, (-1, piece)),
+            F.pad(part.v, (0, 0, 0, behind)).unflatten(2, (-1, piece)),
+            F.pad(part.counts.expand(*part.k.shape[:2], -1), (0, behind)).unflatten(2, (-1, piece)),
+            torch.full_like(block, part.level),
+            block,
+            F.pad(part.last, (0, behind), value=layout.keys - 1).view(-1, piece),
+        )
+        for column, x in zip(columns, made, strict=True):
+            column.append(x)
+    keys, values, counts = (torch.cat(column, 2).flatten(3).flatten(0, 2) for column in columns[:3])
+    level, block, last = (torch.cat(column) for column in columns[3:])
+    return keys, values, counts, level, block, last
 
-    >>> _packed(torch.tensor([[True, False, True], [False, True, False]]))[0].tolist()
-    [[0, 2], [1, 0]]
+
+def packed(wanted: Tensor) -> tuple[Tensor, int]:
+    """Where `wanted` isn't 0, int64 [..., most], at the end, the largest last; and for how many places some are above 1.
+
+    >>> packed(torch.tensor([[2, 0, 1], [0, 1, 0]]))
+    (tensor([[2, 0],
+            [2, 1]]), 1)
     """
-    counts = wanted.sum(-1)
-    most = max(1, int(counts.max()))
-    filled = torch.arange(most, device=wanted.device) >= counts[..., None]
-    index = torch.zeros(*counts.shape, most, dtype=torch.int64, device=wanted.device)
-    index[~filled] = wanted.nonzero()[:, -1]
-    return index, filled
+    most = max(1, int((wanted > 0).sum(-1).max()))
+    return wanted.argsort(dim=-1, stable=True)[..., -most:], int((wanted > 1).sum(-1).max())

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,40 @@ class Call(Screen):
     real: Tensor | None
     causal: bool
     scale: float | None
+
+
+def unpadded(call: Call) -> Iterator[tuple[Tensor, slice, Call]]:
+    """A padded batch as its rows are alone, those of one length together: (which rows, their queries, the call)."""
+    assert call.real is not None
+    spans: dict[tuple[int, int], list[int]] = {}
+    for row, real in enumerate(call.real):
+        at = real.nonzero().flatten().tolist()
+        if at:
+            spans.setdefault((at[0], at[-1] + 1), []).append(row)
+    ahead = call.k.shape[2] - call.q.shape[2]
+    for (start, stop), found in spans.items():
+        rows, own = torch.tensor(found, device=call.q.device), slice(max(start - ahead, 0), stop - ahead)
+        if own.stop <= own.start:
+            continue
+        keys, values, real = (
+            call.k[rows, :, start:stop],
+            call.v[rows, :, start:stop],
+            call.real[rows, start:stop],
+        )
+        holes = None if bool(real.all()) else real
+        yield rows, own, Call(call.q[rows, :, own], keys, values, holes, call.causal, call.scale)
+
+
+def dense(call: Call) -> Tensor:
+    """Every key that a query may read, read."""
+    queries, keys = call.q.shape[2], call.k.shape[2]
+    may = torch.ones(queries, keys, dtype=torch.bool, device=call.q.device)
+    mask = may.tril(keys - queries) if call.causal else may
+    if call.real is not None:
+        mask = mask & call.real[:, None, None]
+    return F.scaled_dot_product_attention(
+        call.q, call.k, call.v, attn_mask=mask, scale=call.scale, enable_gqa=True
+    )
 
 
 Answer = Callable[[Call], "Tensor | None"]
@@ -94,9 +128,10 @@ class Watch(TorchFunctionMode):
             if not causal and query.shape[2] != key.shape[2]:
                 return plain()
         if real is not None:
-            held = int(real.any(0).nonzero()[-1]) + 1  # a static cache is longer than what it holds
-            key, value, real = key[:, :, :held], value[:, :, :held], real[:, :held].expand(len(query), -1)
-            real = None if bool(real.all()) else real
+            if query.shape[2] < key.shape[2]:
+                held = int(real.any(0).nonzero()[-1]) + 1  # a static cache is longer than what it holds
+                key, value, real = key[:, :, :held], value[:, :, :held], real[:, :held]
+            real = None if bool(real.all()) else real.expand(len(query), -1)
         found = self.answer(Call(query, key, value, real, causal, scale))
         return plain() if found is None else found
 
@@ -123,7 +158,8 @@ def read_mask(mask: Tensor, queries: int, keys: int) -> tuple[Tensor | None, boo
     may = may[:, 0].expand(-1, queries, keys)
     places = torch.arange(keys, device=mask.device)
     for real in (may[:, -1], may.any(1)):
-        held = int(real.any(0).nonzero()[-1]) + 1 if bool(real.any()) else keys
+        padded = queries == keys or not bool(real.any())
+        held = keys if padded else int(real.any(0).nonzero()[-1]) + 1
         own = held - queries + torch.arange(queries, device=mask.device)
         asks = real[:, own] if held >= queries else torch.ones_like(may[..., 0])
         for causal in (True, False):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from secateur.attention.levels import (
     forced,
 )
 from secateur.attention.method import AttentionMethod
+from secateur.attention.order import alike, check_grid, gilbert, tiles
 from secateur.errors import SecateurError
 from secateur.method import register
 from secateur.pruning.target import parse_target
@@ -61,6 +63,12 @@ class PSA(AttentionMethod):
     alike: tuple[float, ...] = ()
     stride: int = 16
     normalise: bool = False
+    order: str = field(default="", metadata={"choices": ("", "gilbert", "tiles", "alike", "mix")})
+    grid: tuple[int, ...] = ()
+    tile: tuple[int, ...] = (2, 8, 8)
+    text: int = 0
+    text_first: bool = True
+    clusters: tuple[int, int] = (200, 1000)
     block_k: int = 128
 
     info = record("psa")
@@ -74,13 +82,62 @@ class PSA(AttentionMethod):
                 where="density",
                 fix="leave it out and give ends=, or mask=topk",
             )
-        check_ends(stretched(self.ends or ENDS[self.mask], self.density))
+        check_ends(stretched(ENDS[self.mask] if self.ends is None else self.ends, self.density))
+        if self.alike and (len(self.alike) != 3 or not all(-1 <= cosine <= 1 for cosine in self.alike)):
+            raise SecateurError(
+                f"{self.alike} aren't mean cosines of neighbours 2, 4 and 8 apart",
+                where="alike",
+                fix="three numbers from -1 to 1, such as .75,.7,.7, or none",
+            )
+        if self.order in ("gilbert", "tiles", "mix"):
+            check_grid(self.grid)
+            check_grid(self.tile, "tile")
+        elif self.grid or (self.text and not self.order):
+            raise SecateurError("a grid and its text serve an order", where="order", fix="order=gilbert")
+        if self.text < 0 or min(self.clusters) < 1:
+            raise SecateurError(
+                f"text of {self.text} tokens, {self.clusters} clusters",
+                where="order",
+                fix="0 or more; 1 or more",
+            )
+
+    def places(self, q: Tensor, k: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor] | None:
+        if not self.order:
+            return None
+        tokens = q.shape[2] - self.text
+        if self.order != "alike" and tokens != math.prod(self.grid):
+            raise SecateurError(
+                f"{q.shape[2]} tokens aren't a grid of {self.grid} and {self.text} of text",
+                where="grid",
+                fix="frames, rows and columns of tokens as this model has them; text= for the rest",
+            )
+        start = self.text if self.text_first else 0
+        video = slice(start, start + tokens)
+        if self.order in ("gilbert", "tiles"):
+            grid = check_grid(self.grid)
+            found = gilbert(grid) if self.order == "gilbert" else tiles(grid, check_grid(self.tile, "tile"))
+            queries = keys = found.expand(1, 1, -1)
+        else:
+            keys = alike(k[:, :, video], self.clusters[1], generator=generator)
+            if self.order == "alike":
+                queries = alike(q[:, :, video], self.clusters[0], generator=generator)
+            else:
+                queries = gilbert(check_grid(self.grid)).expand(1, 1, -1)
+        text = torch.arange(self.text) + (0 if self.text_first else tokens)
+        return tuple(  # type: ignore[return-value]
+            torch.cat([places.to(q.device) + start, text.to(q.device).expand(*places.shape[:2], -1)], -1)
+            for places in (queries, keys)
+        )
 
     def levels(self, q: Tensor, k: Tensor, layout: Layout, generator: torch.Generator) -> Tensor:
         visible = layout.visible(q.device)
         must = layout.crossed(q.device)
         if layout.causal:
             must = must | (torch.arange(layout.columns, device=q.device) == 0)
+        if self.text:
+            must = must | (
+                torch.arange(layout.columns, device=q.device) >= (layout.keys - self.text) // layout.block_k
+            )
         ends = self.ends if self.ends is not None else ENDS[self.mask]
         scores = self.importance(q, k, layout, generator)
         if self.mask == "topk":
