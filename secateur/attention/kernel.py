@@ -101,7 +101,7 @@ def _kernel() -> Any:
     import triton.language as tl
 
     @triton.jit
-    def attend(
+    def attend(  # type: ignore[no-untyped-def]
         q_at, k_at, v_at, weight_at, last_at, index_at, fill_at, out_at,
         queries, offset, total, most, scale,
         heads: tl.constexpr, groups: tl.constexpr, piece: tl.constexpr, causal: tl.constexpr,

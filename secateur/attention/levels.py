@@ -2,6 +2,7 @@
 
 Everything here takes scores float [..., rows, columns] (not negative), and `visible` bool [rows, columns]; levels are int64 of
 the scores' shape: 1 for a block that is read whole, 2, 4 or 8 for one read in means of so many tokens, 0 for one that isn't read.
+`must`, bool that spreads to the scores' shape: blocks that are read whole where they are visible.
 PSA, https://arxiv.org/abs/2512.04025, steps 4 and 5. Spec: psa.
 """
 
@@ -32,7 +33,13 @@ def check_ends(ends: Ends) -> None:
         )
 
 
-def by_rank(scores: Tensor, visible: Tensor, ends: Ends, align: Sequence[int] = (1, 1, 1, 1)) -> Tensor:
+def by_rank(
+    scores: Tensor,
+    visible: Tensor,
+    ends: Ends,
+    align: Sequence[int] = (1, 1, 1, 1),
+    must: Tensor | None = None,
+) -> Tensor:
     """`topk`: of n visible blocks those of rank below n * ends[0] get level 1, the next up to n * ends[1] level 2, and so on.
 
     >>> scores = torch.tensor([[.02, .30, .05, .01, .20, .09, .04, .15, .12, .02]])
@@ -50,10 +57,12 @@ def by_rank(scores: Tensor, visible: Tensor, ends: Ends, align: Sequence[int] = 
         length = torch.minimum(-(-wanted // multiple), (count - start) // multiple) * multiple
         levels[(rank >= start) & (rank < start + length)] = level
         start = start + length
-    return _never_empty(levels.where(visible, 0), rank)
+    return _settled(levels, rank, visible, must)
 
 
-def by_threshold(scores: Tensor, visible: Tensor, ends: Ends, least: float = 0.06) -> Tensor:
+def by_threshold(
+    scores: Tensor, visible: Tensor, ends: Ends, least: float = 0.06, must: Tensor | None = None
+) -> Tensor:
     """`thresholdbound`: levels by the share of the row that blocks hold together, the block that crosses a bound included.
 
     >>> scores = torch.tensor([[.02, .30, .05, .01, .20, .09, .04, .15, .12, .02]])
@@ -73,10 +82,10 @@ def by_threshold(scores: Tensor, visible: Tensor, ends: Ends, least: float = 0.0
         stop = torch.minimum(torch.maximum(within, start), count)
         levels[(rank >= start) & (rank < stop)] = level
         start = stop
-    return _never_empty(levels.where(visible, 0), rank)
+    return _settled(levels, rank, visible, must)
 
 
-def by_energy(scores: Tensor, visible: Tensor, ends: Ends) -> Tensor:
+def by_energy(scores: Tensor, visible: Tensor, ends: Ends, must: Tensor | None = None) -> Tensor:
     """`energybound`: as `by_threshold` without tolerance, and the block that crosses a bound goes to the next level.
 
     >>> scores = torch.tensor([[.02, .30, .05, .01, .20, .09, .04, .15, .12, .02]])
@@ -88,7 +97,7 @@ def by_energy(scores: Tensor, visible: Tensor, ends: Ends) -> Tensor:
     levels = torch.zeros_like(rank)
     for level, end in reversed(list(zip(LEVELS, ends))):
         levels[mass <= end] = level
-    return _never_empty(levels.where(visible, 0), rank)
+    return _settled(levels, rank, visible, must)
 
 
 def _ranked(scores: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,8 +114,11 @@ def _ranked(scores: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
     return rank, torch.empty_like(mass).scatter_(-1, order, mass)
 
 
-def _never_empty(levels: Tensor, rank: Tensor) -> Tensor:
-    """A row that would read nothing reads its first block whole."""
+def _settled(levels: Tensor, rank: Tensor, visible: Tensor, must: Tensor | None) -> Tensor:
+    """Visible blocks alone, those that must be read whole; a row that would read nothing reads its first block whole."""
+    levels = levels.where(visible, 0)
+    if must is not None:
+        levels = forced(levels, must, visible)
     nothing = (levels == 0).all(-1, keepdim=True)
     return torch.where(nothing & (rank == 0), 1, levels)
 

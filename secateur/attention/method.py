@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.attention.layout import Layout
+from secateur.errors import SecateurError
 from secateur.method import Method
 
 
@@ -24,6 +25,15 @@ class AttentionMethod(Method):
     block_k: int = 64
     warmup: int = 0
     """The first runs of the model that stay dense, such as steps of denoising."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup < 0 or min(self.block_q, self.block_k) < 1:
+            raise SecateurError(
+                f"warmup of {self.warmup} runs, blocks of {self.block_q} queries and {self.block_k} keys that hold nothing",
+                where=self.name,
+                fix="0 runs or more, blocks of 1 or more",
+            )
 
     def places(self, q: Tensor, k: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor] | None:
         """The order in which queries and keys are cut into blocks, int64 [B or 1, H or 1, N] and [B or 1, H of keys or 1, M]; None: theirs."""

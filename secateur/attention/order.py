@@ -43,7 +43,7 @@ def tiles(grid: Grid, tile: Grid = (2, 8, 8)) -> Tensor:
 
 
 def gilbert(grid: Grid) -> Tensor:
-    """Along a generalised Hilbert curve: each token beside the one before (a diagonal step here and there where a side is odd).
+    """Along a generalised Hilbert curve: each token beside the one before, but for a longer step here and there where a side is odd.
 
     >>> gilbert((1, 2, 2)).tolist()
     [0, 2, 3, 1]

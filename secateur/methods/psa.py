@@ -21,7 +21,6 @@ from secateur.attention.levels import (
     cap_by_likeness,
     capped,
     check_ends,
-    forced,
 )
 from secateur.attention.method import AttentionMethod
 from secateur.attention.order import alike, check_grid, gilbert, tiles
@@ -52,8 +51,19 @@ class PSA(AttentionMethod):
     antidiagonal sums (causal models, as released) or sampled positions. alike: mean cosines of neighbours 2, 4, 8 apart above
     which a block may be pooled so far; () pools any. Blocks on the diagonal and the first one are read whole where attention is causal.
 
-    Reconstruction: topk under a causal mask, which was released for whole attention alone: blocks that must be read come
-    first in rank; `density`, which stretches the ends.
+    Videos: order puts tokens that belong together into one block: along a curve (gilbert), in tiles, by k-means of queries and of keys
+    (alike, with so many clusters), or mix, the curve for queries and clusters for keys. grid: frames, rows and columns of tokens;
+    text: tokens beside them (text_first: before), which go to the end and are read whole. Outputs come back in the model's order.
+    warmup: the first runs of the model, such as steps of denoising, that stay dense.
+
+    Checked: the release's own functions on random scores gave the same levels in 200 of 200 cases each of topk, thresholdbound and the
+    causal forms of topk and energybound; its antidiagonal and sampled estimates the same importance (40 of 40 and 30 of 30, the
+    sampled one up to a row's sum, by which the release divides); its curve the same path in 512 of 512 grids. Its likeness differs in a
+    last block that isn't full (3 of 592 blocks), where the release counts copies of the last token and this doesn't.
+
+    Reconstruction: `density`, which stretches the ends; under a causal mask blocks that must be read come first in rank, where
+    the release reads them on top of the others; sampled positions are the same for all items of a batch; k-means starts anew at each run,
+    where the release goes on from the centres of the step before.
     """
 
     density: str | float = ""
@@ -142,10 +152,10 @@ class PSA(AttentionMethod):
         scores = self.importance(q, k, layout, generator)
         if self.mask == "topk":
             scores = torch.where(must, scores + scores.amax() + 1, scores)
-            levels = by_rank(scores, visible, stretched(ends, self.density))
+            levels = by_rank(scores, visible, stretched(ends, self.density), must=must)
         else:
-            levels = (by_threshold if self.mask == "thresholdbound" else by_energy)(scores, visible, ends)
-        levels = forced(levels, must, visible)
+            rule = by_threshold if self.mask == "thresholdbound" else by_energy
+            levels = rule(scores, visible, ends, must=must)
         if self.alike:
             cap = cap_by_likeness(k, layout.block_k, self.alike).repeat_interleave(
                 q.shape[1] // k.shape[1], 1

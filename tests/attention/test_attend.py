@@ -174,6 +174,12 @@ def test_what_cannot_be_attached_is_named_and_leaves_the_model() -> None:
         ({"target": "25%"}, "no use for it"),
         ({"part": "nowhere"}, "no module 'nowhere'"),
         ({"density": "50%", "mask": "energybound"}, "as much as the scores ask"),
+        ({"ends": (0.1, float("nan"), 0.6, 0.7)}, "can't end at"),
+        ({"mask": "thresholdbound", "ends": (0.7, 0.6, 0.8, 0.9)}, "can't end at"),
+        ({"alike": (0.7, 0.6)}, "mean cosines"),
+        ({"alike": (0.7, 0.6, float("nan"))}, "mean cosines"),
+        ({"warmup": -1}, "warmup"),
+        ({"block_k": 0}, "hold nothing"),
         ({"density": "50%", "block_q": 10, "block_k": 16, "stride": 4}, "don't divide blocks"),
         ({"density": "50%", "block_q": 16, "block_k": 12, "stride": 4}, "no level 8"),
     ):
@@ -210,6 +216,34 @@ def test_the_estimates_by_hand() -> None:
     logits = q @ k.transpose(-1, -2) / 2
     weights = (logits - logits.amax(-1, keepdim=True)).exp().view(1, 2, 2, 16, 2, 16).amax((3, 5))
     torch.testing.assert_close(every, weights.float(), atol=1e-6, rtol=1e-6)
+
+
+def test_the_estimate_strip_by_strip() -> None:
+    """More rows of pieces than are multiplied at a time, behind other keys, groups of heads, blocks that are short."""
+    make = torch.Generator().manual_seed(3)
+    q, k = torch.randn(1, 4, 1190, 4, generator=make), torch.randn(1, 2, 1222, 4, generator=make)
+    layout = Layout(1190, 1222, 16, 16, causal=True)
+    found = antidiagonal(q, k, layout, stride=2)
+    every = k.repeat_interleave(2, 1)
+    pieces = q[:, :, 0::2] @ every[:, :, 1::2].mT + q[:, :, 1::2] @ every[:, :, 0::2].mT
+    pieces = pieces / 4  # the root of four numbers, two products
+    pieces = pieces.masked_fill(torch.ones(595, 611, dtype=torch.bool).triu(17), -torch.inf)
+    weights = torch.nn.functional.pad(pieces.softmax(-1), (0, 5, 0, 5))
+    wanted = weights.unflatten(-1, (-1, 8)).sum(-1).unflatten(-2, (-1, 8)).sum(-2)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tail", [1, 5])
+def test_a_short_last_block_is_sampled_too(tail: int) -> None:
+    """What lies behind the end stands for the last token, whichever positions are drawn."""
+    make = torch.Generator().manual_seed(5)
+    q, k = torch.randn(2, 1, 1, 64 + tail, 8, generator=make).unbind(0)
+    k[:, :, -1] = q[:, :, :64].mean(2) * 100
+    for seed in range(5):
+        found = sampled(
+            q, k, Layout(64 + tail, 64 + tail, 32, 32), generator=torch.Generator().manual_seed(seed)
+        )
+        assert bool((found.amax(-1) > 0).all()) and bool((found[..., -1] > 0).any())
 
 
 def test_density_stretches_the_ends() -> None:

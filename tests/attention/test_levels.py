@@ -100,3 +100,12 @@ def test_layouts_that_hold_nothing_are_refused() -> None:
     ):
         with pytest.raises(SecateurError):
             Layout(**wrong)
+
+
+def test_a_row_that_must_read_something_is_given_nothing_more() -> None:
+    one, all_three = torch.tensor([[0.0, 0.97, 0.03]]), torch.ones(1, 3, dtype=torch.bool)
+    must = torch.tensor([[True, False, False]])
+    assert by_energy(one, all_three, (0.5, 0.6, 0.7, 0.8), must=must).tolist() == [[1, 0, 0]]
+    assert by_rank(one, all_three, (0.0, 0.0, 0.0, 0.0), must=must).tolist() == [[1, 0, 0]]
+    hidden = torch.tensor([[True, True, False]])
+    assert by_threshold(one, hidden, (0.5, 0.5, 0.5, 0.5), must=~hidden).tolist() == [[0, 1, 0]]
