@@ -1,10 +1,11 @@
 """What pooled keys are worth over dropped ones: SmolLM2's own queries and keys at 2,048 tokens, then its perplexity and its time.
 
     OMP_NUM_THREADS=1 python benchmarks/attention.py [--tokens 2048] [--windows 2] [--densities 25,15] [--parts error,quality]
-    OMP_NUM_THREADS=1 python benchmarks/attention.py --parts time --tokens 4096 --densities 15
+    OMP_NUM_THREADS=1 python benchmarks/attention.py --parts layer,prefill --tokens 4096 --densities 15
+    OMP_NUM_THREADS=1 python benchmarks/attention.py --model scenes --block 8    # the vision towers of scenes:llava
 
 error: squared error of each layer's output over its own square, mean over the layers. quality: perplexity of windows of WikiText-2.
-time: processor seconds of a prefill over the dense one's, in turn. pyramid: psa; binary: the same blocks read whole or not at all
+layer: processor seconds of one layer's attention, everything included, beside dense SDPA. prefill: of the whole model, in turn. pyramid: psa; binary: the same blocks read whole or not at all
 (level 1 alone); random: psa's levels for blocks drawn at random. Their measured densities are made equal on the first layer. The
 block on the diagonal and the first one are always read whole; blocks have `--block` tokens.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import statistics
 import time
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ from secateur.data.text import encode, load_text
 from secateur.measure import perplexity
 from secateur.methods.psa import PSA
 from secateur.tasks import load_model
+from secateur.tasks.scenes.draw import draw_scenes, render
+from secateur.tasks.scenes.models import load_scenes, pixels
 
 
 @dataclass
@@ -54,7 +58,7 @@ def levels_of(method: PSA, call: Call, layout: Layout) -> Tensor:
 def fitted(kind: str, block: int, wanted: float, call: Call) -> PSA:
     """The method of this kind whose measured density on one attention is nearest to the one wanted from below."""
     cls, settings = KINDS[kind]
-    layout = Layout(call.q.shape[2], call.k.shape[2], block, block, causal=True)
+    layout = Layout(call.q.shape[2], call.k.shape[2], block, block, causal=call.causal)
     low, high = 0.01, 1.0
     for _ in range(9):
         middle = (low + high) / 2
@@ -68,7 +72,19 @@ def attentions(model: nn.Module, ids: Tensor) -> list[Call]:
     """Queries, keys and values of every layer."""
     found: list[Call] = []
     with torch.no_grad(), Watch(lambda call: found.append(call)) as _:
-        model(ids, use_cache=False)
+        model(ids, use_cache=False, logits_to_keep=1)
+    return found
+
+
+def towers(pictures: int = 16) -> list[Call]:
+    """Queries, keys and values of the layers of three vision towers on scenes drawn for them: 64 patches and CLS."""
+    found: list[Call] = []
+    make = torch.Generator().manual_seed(0)
+    drawn, _ = render(draw_scenes(pictures, make), make)
+    for seed in range(3):
+        tower = load_scenes("llava", seed).model.vision_tower
+        with torch.no_grad(), Watch(lambda call: found.append(call)) as _:
+            tower(pixels(drawn, "llava"))
     return found
 
 
@@ -77,10 +93,10 @@ def errors(calls: list[Call], methods: dict[str, PSA]) -> dict[str, tuple[float,
     rows: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
     for call in calls:
         dense = nn.functional.scaled_dot_product_attention(
-            call.q, call.k, call.v, is_causal=True, scale=call.scale, enable_gqa=True
+            call.q, call.k, call.v, is_causal=call.causal, scale=call.scale, enable_gqa=True
         )
         for name, method in methods.items():
-            layout = Layout(call.q.shape[2], call.k.shape[2], method.block_q, method.block_k, causal=True)
+            layout = Layout(call.q.shape[2], call.k.shape[2], method.block_q, method.block_k, call.causal)
             levels = levels_of(method, call, layout)
             out = gathered(call.q, call.k, call.v, levels, layout, scale=call.scale)
             share = float((out - dense).square().sum() / dense.square().sum())
@@ -92,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=("smollm2", "scenes"), default="smollm2")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--densities", default="25,15")
@@ -101,11 +118,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model, tokenizer = load_model("smollm2")
-    text = encode(tokenizer, load_text("wikitext2"))
-    ids = text.flatten()[: args.tokens][None]
-    calls = attentions(model, ids)
     parts = args.parts.split(",")
+    if args.model == "scenes":
+        calls, parts, args.tokens = towers(), ["error"], 65
+    else:
+        model, tokenizer = load_model("smollm2")
+        text = encode(tokenizer, load_text("wikitext2"))
+        ids = text.flatten()[: args.tokens][None]
+        calls = attentions(model, ids)
     for wanted in (int(share) / 100 for share in args.densities.split(",")):
         methods = {name: fitted(name, args.block, wanted, calls[0]) for name in KINDS}
         print(f"\n{args.tokens} tokens, blocks of {args.block}, density {wanted:.0%}", flush=True)
@@ -125,7 +145,7 @@ def main() -> None:
                     worse = perplexity(model, text, args.tokens, limit=args.windows)
                 shown = attached.report["density"]
                 print(f"| {name} | density {shown:.3f} | perplexity {worse:.2f} |", flush=True)
-        if "time" in parts:
+        if "prefill" in parts:
             ratios, levels = [], []
             for _ in range(args.rounds):
                 dense = prefill(model, ids)
@@ -137,10 +157,13 @@ def main() -> None:
                 f"| prefill over dense | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
             )
             print(f"| levels' share of the attention's time | {statistics.median(levels):.2f} |")
+        if "layer" in parts:
             once = [attention_time(calls[len(calls) // 2], methods["pyramid"]) for _ in range(args.rounds)]
-            dense, sparse = (statistics.median(column) for column in zip(*once, strict=True))
+            quotients = sorted(dense / (levels + keys) for dense, levels, keys in once)
+            share = statistics.median(levels / (levels + keys) for _, levels, keys in once)
             print(
-                f"| one layer's attention, dense over psa, everything included | {dense / sparse:.2f} |",
+                f"| one layer's attention, dense over psa | {statistics.median(quotients):.2f} "
+                f"({quotients[0]:.2f} to {quotients[-1]:.2f}) | levels' share {share:.2f} |",
                 flush=True,
             )
 
@@ -152,16 +175,20 @@ def prefill(model: nn.Module, ids: Tensor) -> float:
         return time.process_time() - begun
 
 
-def attention_time(call: Call, method: PSA) -> tuple[float, float]:
-    """Processor seconds of one attention: dense, and with levels."""
+def attention_time(call: Call, method: PSA) -> tuple[float, float, float]:
+    """Processor seconds of one attention: dense; levels; and attention with them."""
     layout = Layout(call.q.shape[2], call.k.shape[2], method.block_q, method.block_k, causal=True)
-    begun = time.process_time()
+    at = [time.process_time()]
     nn.functional.scaled_dot_product_attention(
         call.q, call.k, call.v, is_causal=True, scale=call.scale, enable_gqa=True
     )
-    middle = time.process_time()
-    gathered(call.q, call.k, call.v, levels_of(method, call, layout), layout, scale=call.scale)
-    return middle - begun, time.process_time() - middle
+    at.append(time.process_time())
+    levels = levels_of(method, call, layout)
+    at.append(time.process_time())
+    gathered(call.q, call.k, call.v, levels, layout, scale=call.scale)
+    at.append(time.process_time())
+    dense, chosen, read = (b - a for a, b in itertools.pairwise(at))
+    return dense, chosen, read
 
 
 if __name__ == "__main__":
