@@ -255,6 +255,8 @@ def one(variant: str, seed: int, parts: list[str], args: argparse.Namespace, not
     notes.get(lambda: judged(model, args.limit), part="dense", **key)
     if "harm" in parts:
         for name, settings in ALONE.items():
+            if args.alone and name not in args.alone.split(","):
+                continue
             notes.get(yopo(**settings), part="harm", name=name, **key)
         notes.get(yopo(target=args.target), part="harm", name=f"all at {args.target}", **key)
     if "heads" in parts:
@@ -286,6 +288,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=128, help="test pictures")
     parser.add_argument("--draws", type=int, default=5, help="of heads at random")
     parser.add_argument("--target", default="25%")
+    parser.add_argument("--alone", default="", help="of the parts alone, by name; default: all")
     parser.add_argument("--window", type=int, default=5, help="of the plan that is tuned for")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--samples", type=int, default=8192)

@@ -47,11 +47,11 @@ class Asked(Screen):
 
 
 class Instead(TorchFunctionMode):
-    """Hands every `scaled_dot_product_attention` to `answer`."""
+    """Hands every `scaled_dot_product_attention` to `answer`. `masks`: those that were read, which layers share."""
 
-    def __init__(self, answer: Callable[[Asked], Tensor]):
+    def __init__(self, answer: Callable[[Asked], Tensor], masks: dict[Any, tuple[Any, Tensor]]):
         super().__init__()
-        self.answer = answer
+        self.answer, self.masks = answer, masks
         self.calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,8 +77,11 @@ class Instead(TorchFunctionMode):
                 where="attention",
                 fix="model.eval()",
             )
-        may = as_bool(attn_mask, query.shape[2], key.shape[2], is_causal, query.device)
-        return self.answer(Asked(query, key, value, may, scale))
+        sizes = (query.shape[2], key.shape[2], is_causal)
+        name = sizes if attn_mask is None else id(attn_mask)
+        if name not in self.masks:
+            self.masks[name] = attn_mask, as_bool(attn_mask, *sizes, query.device)
+        return self.answer(Asked(query, key, value, self.masks[name][1], scale))
 
 
 def as_bool(
@@ -126,13 +129,58 @@ def of_heads(asked: Asked, heads: list[int]) -> Asked:
     return Asked(asked.q[:, index], asked.k[:, shared], asked.v[:, shared], may, asked.scale)
 
 
+@dataclass(frozen=True, repr=False)
+class Bands(Screen):
+    """G groups of visual queries that see few keys: the rows of each picture's grid; and all other queries."""
+
+    row: Tensor
+    """[G] of the batch."""
+    queries: Tensor
+    """[G, Q] slots, -1 padding."""
+    keys: Tensor
+    """[G, K] slots of all keys that any of them may see, -1 padding."""
+    rest: Tensor
+    """[B, T] slots of the other queries, -1 padding."""
+
+
+def banded(asked: Asked, bands: Bands) -> Tensor:
+    """Plain attention [B, H, N, d] whose mask lets each group read its keys alone, which are all that is computed."""
+    rows = torch.arange(len(asked.q), device=asked.q.device)
+    parts = [(bands.row, bands.queries, bands.keys)]
+    parts.append((rows, bands.rest, torch.arange(asked.k.shape[2], device=rows.device).expand(len(rows), -1)))
+    length = asked.q.shape[2]
+    out = None
+    for row, queries, keys in parts:
+        at, of, own = queries.clamp(min=0), keys.clamp(min=0), row[:, None]
+        may = asked.may[:, 0].expand(len(rows), length, -1)[row[:, None, None], at[:, :, None], of[:, None]]
+        # padding reads anything, since a row that reads nothing has no gradient
+        may = (may & (keys >= 0)[:, None] | (queries < 0)[:, :, None])[:, None]
+        q, k, v = (
+            x.transpose(1, 2)[own, slots].transpose(1, 2)
+            for x, slots in ((asked.q, at), (asked.k, of), (asked.v, of))
+        )
+        found = attend(Asked(q, k, v, may, asked.scale)).transpose(1, 2)[queries >= 0]  # [slots, H, d]
+        if out is None:
+            out = found.new_zeros(len(rows) * length, *found.shape[1:])
+        out = out.index_copy(0, (own * length + queries)[queries >= 0], found)
+    assert out is not None
+    return out.unflatten(0, (len(rows), length)).transpose(1, 2)
+
+
 def excused(
-    asked: Asked, visual: Tensor, keys: Tensor, pruned: list[int], silent: bool, text: Tensor | None = None
+    asked: Asked,
+    visual: Tensor,
+    keys: Tensor,
+    pruned: list[int],
+    silent: bool,
+    text: Tensor | None = None,
+    bands: Bands | None = None,
 ) -> Tensor:
     """Attention [B, H, N, d] in which the heads `pruned` do no visual work.
 
     visual: bool [B, N], keys: bool [B, M]. Visual keys weigh nothing after the softmax, which isn't normalised again.
     silent: visual queries are given nothing. text: int64 [B, T] slots of all other queries, -1 padding: those alone are computed.
+    bands: what the mask lets the other heads read, where it isn't much.
     """
     kept = [head for head in range(asked.q.shape[1]) if head not in pruned]
     heads = of_heads(asked, pruned)
@@ -159,6 +207,7 @@ def excused(
             out = out.masked_fill(visual[:, None, :, None], 0)
     if not kept:
         return out
-    both = torch.cat([attend(of_heads(asked, kept)), out], 1)
+    others = of_heads(asked, kept)
+    both = torch.cat([attend(others) if bands is None else banded(others, bands), out], 1)
     order = torch.tensor(kept + pruned, device=both.device).argsort()
     return both[:, order]

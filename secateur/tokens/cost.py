@@ -40,7 +40,7 @@ def visual_flops(work: VisualWork, facts: Facts, tokens: list[list[float]]) -> d
     '7.63 0.250'
 
     tokens: how many there would be in each layer and row without the plan's cut. A layer costs 4nd^2 + 2n^2d for its heads and
-    3ndm (2ndm where it isn't gated) for its neurons: the paper's convention, which counts them twice. A window saves nothing in it.
+    3ndm (2ndm where it isn't gated) for its neurons: the paper's convention, which counts them twice. What a window saves isn't in it.
     """
     share = facts.kv_heads / facts.heads if facts.heads else 1.0
     found = dict.fromkeys(("dense", "layers", "heads", "neurons"), 0.0)

@@ -7,7 +7,7 @@ at the cut is a stage between layers, as any other. Letters in shapes: B rows, L
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.attention.visual import Asked, Instead, attend, excused, neighbours
+from secateur.attention.visual import Asked, Bands, Instead, attend, banded, excused, neighbours
 from secateur.attention.work import VisualWork
 from secateur.errors import SecateurError
 from secateur.skipping.alive import pack
@@ -41,11 +41,16 @@ class Seen(Screen):
     """[B, M] bool: no padding."""
     near: Tensor | None
     """[B, L, M] bool: which visual keys a visual query may see; None: as the model has it."""
+    lines: Tensor | None
+    """[B, L]: a number for each line of each picture's grid, -1 for what isn't visual; None where `near` is."""
     text: Tensor
     """[B, T] slots of the queries that aren't visual, -1 padding."""
     rest: Tensor
     flat: Tensor
     """The same, and those of visual queries, over all rows."""
+    memo: dict[int, tuple[Tensor, Tensor, Bands | None]] = field(default_factory=dict)
+    """Masks with the window in them, by the mask that was given."""
+    masks: dict[Any, tuple[Any, Tensor]] = field(default_factory=dict)
 
 
 class WorkDriver:
@@ -121,7 +126,7 @@ class WorkDriver:
         seen = self.now
         if seen is None:
             return forward(*args, **kwargs)
-        with Instead(partial(self._unpacked, number, seen)) as watch:
+        with Instead(partial(self._unpacked, number, seen), seen.masks) as watch:
             out = forward(*args, **kwargs)
         if not watch.calls:
             raise SecateurError(
@@ -149,10 +154,9 @@ class WorkDriver:
         if self.listen is not None:
             self.listen(number, asked, seen)
             return attend(asked)
-        may = asked.may
+        may, bands = asked.may, None
         if seen.near is not None and number < self.work.last:
-            both = seen.queries[:, :, None] & seen.keys[:, None]
-            may = torch.where(both[:, None], seen.near[:, None], may)
+            may, bands = self._windowed(seen, may)
         pruned = self.work.pruned(number) if number < self.work.last else []
         if self.masked(number):
             if not self.work.renormalise:
@@ -167,9 +171,21 @@ class WorkDriver:
             may = may & (seen.queries[:, :, None] | ~seen.keys[:, None])[:, None]
         asked = Asked(asked.q, asked.k, asked.v, may, asked.scale)
         if not pruned:
-            return attend(asked)
+            return attend(asked) if bands is None else banded(asked, bands)
         text = seen.text if self.work.physical and bool(seen.queries.any()) else None
-        return excused(asked, seen.queries, seen.keys, pruned, self.work.silent, text)
+        return excused(asked, seen.queries, seen.keys, pruned, self.work.silent, text, bands)
+
+    def _windowed(self, seen: Seen, may: Tensor) -> tuple[Tensor, Bands | None]:
+        """A mask with the window in it, and the few keys that each line of a grid sees in it."""
+        if id(may) not in seen.memo:
+            assert seen.near is not None and seen.lines is not None
+            both = seen.queries[:, :, None] & seen.keys[:, None]
+            new = torch.where(both[:, None], seen.near[:, None], may)
+            bands = (
+                _bands(new[:, 0], seen.lines, seen.text) if self.work.physical and new.shape[1] == 1 else None
+            )
+            seen.memo[id(may)] = new, may, bands
+        return seen.memo[id(may)][0], seen.memo[id(may)][2]
 
     # -- what isn't computed --
 
@@ -297,13 +313,18 @@ class WorkDriver:
         if not bool(keys.any()):
             return None
         queries = keys[:, -now.queries :]
-        near = None
+        near = lines = None
         if places is not None and self.work.window is not None:
-            near = self._near(places.repeat_interleave(len(keys) // places.shape[1], 1), now)
+            places = places.repeat_interleave(len(keys) // places.shape[1], 1)
+            near = self._near(places, now)
+            picture, line, _ = (own.gather(1, now.mine) for own in places)
+            batch = torch.arange(len(keys), device=keys.device)[:, None]
+            lines = (batch * (int(picture.max()) + 1) + picture) * (int(line.max()) + 1) + line
+            lines = lines.masked_fill(~queries, -1)
         rest = ~queries
         text, there = pack(rest)
         flat = queries.flatten().nonzero()[:, 0]
-        return Seen(queries, keys, now.valid, near, text.masked_fill(~there, -1), rest.flatten().nonzero()[:, 0], flat)  # fmt: skip
+        return Seen(queries, keys, now.valid, near, lines, text.masked_fill(~there, -1), rest.flatten().nonzero()[:, 0], flat)  # fmt: skip
 
     def _places(self, run: Forward, now: Stretch) -> Tensor:
         """int64 [3, B, W]: picture, row and column of the visual token in each column; -1: there is none."""
@@ -359,8 +380,23 @@ def _joined(seen: Seen, text: Tensor, visual: Tensor) -> Tensor:
     return out.unflatten(0, seen.queries.shape)
 
 
+def _bands(may: Tensor, lines: Tensor, rest: Tensor) -> Bands:
+    """may bool [B, L, M], lines int64 [B, L] (-1: none), rest [B, T] -> what each line may see."""
+    row, slot = (lines >= 0).nonzero(as_tuple=True)
+    _, group, count = lines[row, slot].unique(return_inverse=True, return_counts=True)
+    order = group.argsort(stable=True)
+    place = torch.arange(len(order), device=order.device) - (count.cumsum(0) - count)[group[order]]
+    queries = torch.full((len(count), int(count.max())), -1, device=order.device)
+    queries[group[order], place] = slot[order]
+    batch = torch.zeros(len(count), dtype=torch.int64, device=order.device)
+    batch[group] = row
+    seen = may[batch[:, None], queries.clamp(min=0)] & (queries >= 0)[..., None]
+    keys, there = pack(seen.any(1))
+    return Bands(batch, queries, keys.masked_fill(~there, -1), rest)
+
+
 def _last(seen: Seen, keys: int) -> Seen:
     """A sliding layer's cache holds the last keys alone."""
     if keys == seen.keys.shape[1]:
         return seen
-    return Seen(seen.queries, seen.keys[:, -keys:], seen.valid[:, -keys:], None, seen.text, seen.rest, seen.flat)  # fmt: skip
+    return Seen(seen.queries, seen.keys[:, -keys:], seen.valid[:, -keys:], None, None, seen.text, seen.rest, seen.flat, masks=seen.masks)  # fmt: skip

@@ -15,9 +15,11 @@ from transformers import AttentionInterface
 
 import secateur
 from secateur import SecateurError
+from secateur.attention.visual import Asked, attend, banded, neighbours
 from secateur.attention.work import VisualWork
 from secateur.families.vlm.facts import decoder_of
 from secateur.tokens.attach import attach
+from secateur.tokens.work import _bands
 
 FAMILIES = ["llava-clip", "qwen2.5-vl"]
 SIZES: dict[str, Any] = {"layers": 4, "heads_each": 4, "neurons_each": 48}
@@ -241,6 +243,21 @@ def test_what_left_has_no_cache_and_no_later_layer(models: Any) -> None:
     assert report["after"]["tokens_x_layers"] * 2 == report["before"]["tokens_x_layers"]
 
 
+def test_a_line_of_a_grid_reads_the_lines_beside_it_and_the_words_before() -> None:
+    place = torch.arange(24 * 24)
+    near = neighbours(place // 24, place % 24, place * 0, 5)
+    may = torch.ones(2, 620, 620, dtype=torch.bool).tril()
+    may[:, 35:611, 35:611] = near
+    lines = torch.full((2, 620), -1)
+    lines[:, 35:611] = place // 24 + torch.tensor([[0], [24]])
+    text = torch.cat([torch.arange(35), torch.arange(611, 620)]).expand(2, -1)
+    bands = _bands(may, lines, text)
+    assert bands.queries.shape == (48, 24) and bands.keys.shape == (48, 35 + 5 * 24)
+    made = torch.Generator().manual_seed(0)
+    asked = Asked(*torch.randn(3, 2, 2, 620, 4, generator=made, dtype=torch.float64), may[:, None], None)
+    torch.testing.assert_close(banded(asked, bands), attend(asked), atol=1e-12, rtol=0)
+
+
 @torch.no_grad()
 def test_work_that_is_counted_is_work_that_is_done(models: Any) -> None:
     """Multiply-adds of all linear layers, as torch counts them, fall by what the formula says of each part."""
@@ -366,14 +383,17 @@ def test_any_dtype(models: Any, dtype: torch.dtype) -> None:
         assert model(**inputs).logits.isfinite().all()
 
 
-def test_a_model_trains_while_it_is_on(models: Any) -> None:
-    model, inputs = models("llava-clip")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_trains_while_it_is_on(models: Any, family: str) -> None:
+    model, inputs = models(family)
     model = copy.deepcopy(model)
     labels = inputs["input_ids"].masked_fill(~words(inputs), -100)
     with attach(model, "yopo", work=VisualWork(**SIZES, **PLANS["all"])):
         model(**inputs, labels=labels, use_cache=False).loss.backward()
-    gate = decoder_of(model).layers[1].mlp.gate_proj.weight.grad
-    assert gate is not None and gate.isfinite().all() and bool((gate != 0).any())
+    for layer in decoder_of(model).layers[:2]:
+        for linear in (layer.mlp.gate_proj, layer.self_attn.k_proj):
+            given = linear.weight.grad
+            assert given is not None and given.isfinite().all() and bool((given != 0).any())
 
 
 @torch.no_grad()
