@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.errors import SecateurError, require
 from secateur.graph import Group
@@ -26,13 +27,16 @@ from secateur.pruning.method import UnitMethod
 from secateur.pruning.options import Options
 from secateur.pruning.plan import Plan
 from secateur.pruning.units import check_shares
+from secateur.stats.collect import singly
 from secateur.stats.layer import InputStats, LayerStats
+from secateur.stats.memory import of_passing
 from secateur.stats.stream import Flow, states_of
 from secateur.surgery.changes import Changes, set_values
 from secateur.surgery.config import fit_config
 from secateur.surgery.cut import cut_modules
 from secateur.surgery.mask import mask_units
 from secateur.surgery.prove import largest_gap
+from secateur.utils.batches import as_batches
 from secateur.utils.running import evaluating
 
 Tensors = dict[str, Tensor]
@@ -43,6 +47,7 @@ def check_units(method: UnitMethod, target: str, options: Options) -> None:
     able = [n for n in list_methods() if getattr(method_class(n), "by_block", False)]
     fix = f"take {', '.join(able[:-1])} or {able[-1]}, or prune it without --stream"
     require(method.by_block, f"{method.name} reads more than a block at a time to score its units", where="stream", fix=fix)  # fmt: skip
+    method.passes()
     require(target != "latency", "a cut copy of the whole model would be timed", where="target", fix="give a share, params, macs or size")  # fmt: skip
     require(options.divides != MEASURED, "predictions of the whole model would be compared", where=f"allocation {MEASURED}", fix="take another")  # fmt: skip
     require(options.repair in (None, "none"), f"units are repaired ({options.repair}) with the whole model in memory", where="repair", fix="leave it out")  # fmt: skip
@@ -70,17 +75,31 @@ class Blocks:
             fix="prune it without --stream",
         )
         self.groups: list[list[Group]] = [[] for _ in streamed.modules]
-        homes = {group.name: self._homes(group) for group in context.groups}
-        wide = {g.kind: g.name for g in context.groups if len(homes[g.name]) != 1 or not g.exact}
-        kinds = dict.fromkeys(group.kind for group in context.groups if group.kind not in wide)
+        method = context.method
+        assert isinstance(method, UnitMethod)
+        self.method, self.passes = method, method.passes()
+        groups = [group for group in context.groups if method.cuts(group)]
+        self.layers = groups[0] if self.passes == "batches" and [g.kind for g in groups] == ["layers"] else None
+        if self.layers is not None:
+            self._share_out(self.layers)
+            return
+        homes = {group.name: self._homes(group) for group in groups}
+        wide = {g.kind: g.name for g in groups if len(homes[g.name]) != 1 or not g.exact}
+        kinds = dict.fromkeys(group.kind for group in groups if group.kind not in wide)
         for kind, name in wide.items():
             raise SecateurError(
                 f"the {kind} of {name} reach over several blocks",
                 where="kinds",
                 fix=f"kinds={','.join(kinds)}" if kinds else "prune it without --stream",
             )
-        for group in context.groups:
+        for group in groups:
             self.groups[homes[group.name].pop()].append(group)
+
+    def _share_out(self, layers: Group) -> None:
+        """Each block scores itself, as a group of one."""
+        for number, path in enumerate(self.streamed.paths):
+            if path in layers.modules:
+                self.groups[number] = [dataclasses.replace(layers, size=1, modules=(path,))]
 
     def _homes(self, group: Group) -> set[int]:
         names = [*(s.name for s in group.slices), *(f"{path}." for path in group.modules)]
@@ -88,25 +107,66 @@ class Blocks:
         return {next((i for i, start in enumerate(starts) if name.startswith(start)), -1) for name in names}
 
     def plan(self) -> Plan:
-        """Scores of all blocks, and the budget divided over them. What lies in the run's checkpoint isn't scored again."""
-        context, method = self.context, self.context.method
-        assert isinstance(method, UnitMethod)
-        scores: Tensors = {}
+        """What all blocks gather, and the budget divided over them. What lies in the run's checkpoint isn't gathered again."""
+        context, method = self.context, self.method
+        found: Tensors = {}
         done = 0
         while (loaded := context.checkpoint.load(f"scores-{done}")) is not None:
-            scores |= self._take(loaded)
+            self._take(loaded, found)
             done += 1
-        for block in context.stream(propagate=False, skip=done):
-            found = {f"score/{n}": s for n, s in method.scores(self._own(block.index, block.stats)).items()}
+        for number, gathered in self._by_inputs(done) if self.passes == "inputs" else self._by_passes(done):
+            context.checkpoint.save(f"scores-{number}", gathered)
+            self._take(gathered, found)
+        require(bool(found), "no linear layer reads their units", where=f"{method.name}, {context.groups[0].name}, ...")  # fmt: skip
+        plan = method.decide(context, found)
+        check_shares(context, plan)
+        return plan
+
+    def _by_inputs(self, done: int) -> Iterator[tuple[int, Tensors]]:
+        """(a block's number, what it gathers), where that comes from statistics of its inputs."""
+        for block in self.context.stream(propagate=False, skip=done):
+            own = self.method.gather(self._own(block.index, block.stats))
+            found = {f"score/{name}": scores for name, scores in own.items()}
             for name, stats in block.stats.items():
                 state = stats.inputs.state() if stats.inputs is not None else {}
                 found |= {f"stats/{key}/{name}": tensor for key, tensor in state.items()}
-            context.checkpoint.save(f"scores-{block.index}", found)
-            scores |= self._take(found)
-        require(bool(scores), "no linear layer reads their units", where=f"{method.name}, {context.groups[0].name}, ...")  # fmt: skip
-        plan = context.make_plan(keep=method.divide(context, scores))
-        check_shares(context, plan)
-        return plan
+            yield block.index, found
+
+    def _by_passes(self, done: int) -> Iterator[tuple[int, Tensors]]:
+        """(a block's number, what it gathers), where the method runs the data through it."""
+        context, stack = self.context, self.streamed.stacks[0]
+        flow = Flow(context.model, stack.modules, self._batches(), stack.path)
+        numbers = range(len(self.groups))
+        for number in context.progress(numbers, "blocks", len(numbers)) if context.progress else numbers:
+            with evaluating(context.model):
+                if number < done:  # only what comes behind it is needed
+                    for batch in range(len(flow.batches)):
+                        flow.call(batch, number)
+                    continue
+                self.streamed.enter(number)
+                gathered = self._gathered(number, flow) if self.groups[number] else {}
+            yield number, {f"score/{name}": tensor for name, tensor in gathered.items()}
+
+    def _gathered(self, number: int, flow: Flow) -> Tensors:
+        own = self._own(number, {})
+        own.data, own.progress, own.play = flow.batches, None, functools.partial(_through, flow, number)
+        return self.method.gather(own)
+
+    def _batches(self) -> list:
+        data = self.context.require_data()
+        return singly(data) if self.passes == "samples" else as_batches(data)
+
+    def memory(self) -> int:
+        """Bytes at the peak of a run, above the weights, where data goes through blocks: one batch is, through the largest."""
+        batches, streamed, stack = self._batches(), self.streamed, self.streamed.stacks[0]
+        sizes = [sum(streamed.source.entries[n].nbytes for n in own) for own in streamed.own]
+        number = max((i for i, groups in enumerate(self.groups) if groups), key=lambda i: sizes[i])
+
+        def measure(flow: Flow) -> None:
+            self._gathered(number, flow)
+
+        with evaluating(self.context.model):
+            return of_passing(self.context.model, batches, stack.modules, number, measure)
 
     def _own(self, number: int, stats: dict[str, LayerStats]) -> Context:
         """A context that sees one block's groups and statistics."""
@@ -116,27 +176,35 @@ class Blocks:
         own._collected = {own.method.statistics(): stats}
         return own
 
-    def _take(self, found: Mapping[str, Tensor]) -> Tensors:
-        """The scores of a block; its statistics are kept for the repair."""
+    def _take(self, gathered: Mapping[str, Tensor], found: Tensors) -> None:
+        """What a block gathered joins what there is; its statistics are kept for the repair."""
         states: dict[str, Tensors] = {}
-        for key, tensor in found.items():
+        for key, tensor in gathered.items():
             what, _, rest = key.partition("/")
             if what == "stats":
                 part, _, name = rest.partition("/")
                 states.setdefault(name, {})[part] = tensor
+            elif self.layers is not None and rest in found:  # blocks come in order
+                found[rest] = torch.cat([found[rest], tensor])
+            else:
+                found[rest] = tensor
         needs = self.context.method.statistics()
         for name, state in states.items():
             matrix = self.context.every_matrix[name]
             device = matrix.parameter.device
             inputs = InputStats(matrix.shape[1], needs, device, len(state["tokens"])).with_state(state)
             self.stats[name] = LayerStats(inputs, name=name, seed=self.context.seed)
-        return {key.partition("/")[2]: tensor for key, tensor in found.items() if key.startswith("score/")}
 
     @torch.no_grad()
     def cut(self, plan: Plan) -> dict[str, Any]:
         """Write all blocks as the plan leaves them, and the files that say how they are built; gives the artefact's row."""
         context, streamed, model = self.context, self.streamed, self.context.model
         dense, changes, later = copy.deepcopy(getattr(model, "config", None)), Changes(), []
+        if self.layers is not None and plan.keep:
+            self._cut_layers(plan)
+            about = self._describe(plan, dense)
+            self._check_written()
+            return about
         flow = Flow(model, streamed.stacks[0].modules, [context.example], streamed.stacks[0].path)
         with evaluating(model):
             numbers = range(len(self.groups))
@@ -163,6 +231,40 @@ class Blocks:
         self._check_written()
         return about
 
+    def _cut_layers(self, plan: Plan) -> None:
+        """Blocks leave: those that stay are proven to give together what they give beside blocks that pass their input on, and are
+        written as they are."""
+        context, streamed, model = self.context, self.streamed, self.context.model
+        layers = self.layers
+        assert layers is not None
+        left = {path for unit, path in enumerate(layers.modules) if unit not in plan.keep[layers.name].tolist()}
+        kept = [number for number, path in enumerate(streamed.paths) if path not in left]
+        with evaluating(model):
+            masked: list[Tensor] = []
+            if context.options.prove:
+                mask_units(model, context.graph, plan.keep)
+                masked = self._last(streamed.modules)
+            changes = cut_modules(model, context.graph, plan.keep)
+            fit_config(model, context.graph, context.graph._kept(plan.keep), changes)
+            modules = tuple(streamed.modules[number] for number in kept)
+            if masked and (off := largest_gap(self._last(modules), masked)) is not None:
+                raise SecateurError(
+                    f"the cut isn't provably right: without the blocks and past them differ by {off:.2g}",
+                    where=layers.name,
+                    fix="take a method that cuts within blocks",
+                )
+        streamed.keep_only(kept)
+        as_stored(model, streamed.source)
+
+    def _last(self, modules: Sequence[nn.Module]) -> list[Tensor]:
+        """What the last of these blocks gives on the example, one block after the other."""
+        flow = Flow(self.context.model, tuple(modules), [self.context.example], self.streamed.stacks[0].path)
+        for number, module in enumerate(modules):
+            args, kwargs = flow.call(0, number)
+            output = module(*args, **kwargs)
+            flow.keep(0, number, output)
+        return [state.clone() for state in states_of(output)]
+
     def _describe(self, plan: Plan, dense: Any) -> dict[str, Any]:
         """The files that build the cut model; transformers clears a folder of shards before it writes into it."""
         folder, beside = self.streamed.folder, self.streamed.folder / "built"
@@ -183,9 +285,9 @@ class Blocks:
         assert isinstance(context.method, UnitMethod)
         module, path, keep = streamed.modules[number], streamed.paths[number], self._kept(number, plan)
         streamed.enter(number)
-        values: Tensors = {}
+        values = {name: value for name, value in plan.values.items() if name.startswith(f"{path}.")}
         if keep and context.options.repair is None:
-            values = dict(context.method.repair(self._own(number, self.stats), keep))
+            values |= context.method.repair(self._own(number, self.stats), keep)
         unsaved = {f"{path}.{name}" for name in module.state_dict()} - streamed.source.entries.keys()
         given = flow.call(0, number) if keep and context.options.prove else None
         if given is not None:
@@ -216,6 +318,13 @@ class Blocks:
         for name, entry in Shards(self.streamed.folder).entries.items():
             shape = list(built[name].shape) if name in built else None
             require(shape == list(entry.shape), f"{name} is written as {list(entry.shape)}, the cut model has {shape}", where=str(self.streamed.folder))  # fmt: skip
+
+
+def _through(flow: Flow, index: int, number: int) -> None:
+    """A batch through one block, on what the dense blocks before it give."""
+    args, kwargs = flow.call(number, index)
+    with torch.no_grad():
+        flow.modules[index](*args, **kwargs)
 
 
 def forget_steps(folder: Path) -> None:

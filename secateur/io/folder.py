@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from secateur.data import calibration_batches
 from secateur.errors import require
+from secateur.graph.novices import KIND
 from secateur.io.by_block import Blocks, check_units, forget_steps
-from secateur.io.hollow import as_stored, empty_model
+from secateur.io.hollow import as_stored, empty_model, rows_apart
 from secateur.io.per_layer import FOLDER
 from secateur.io.shards import Shards
 from secateur.io.streamed import Streamed, tensors_of
@@ -131,20 +132,23 @@ def prune_folder(
     )
     if units:  # on shapes alone; what the target counts is a matter of the files
         tensors_of(model, source)
-        _ = context.graph, context.every_matrix
+        with rows_apart(model):
+            _ = context.graph, context.every_matrix
         as_stored(model, source)
     streamed = Streamed(model, source, work, dense=units)
     context.ready, context.original = streamed.enter, streamed.original
     context.checkpoint = Checkpoint(work) if units else _Finished(streamed)
+    blocks = Blocks(context, streamed) if units else None
     _check_room(work, source)
     asked = (chosen.name, chosen.source, chosen.hyperparameters, str(request.target))
     read_from = fingerprint(torch.nn.Module(), batches)
     _begin(work, _digest(source, *asked, dataclasses.asdict(options), seed, read_from), resume)
     with torch.no_grad():
         if announce is not None:
-            announce(_memory(context, streamed, batches))
-        if units:
-            plan, about = _cut(context, streamed)
+            announce(_memory(context, streamed, batches, blocks))
+        if blocks is not None:
+            plan = blocks.plan()
+            about = blocks.cut(plan)
         else:
             plan, about = _zero(context, streamed)
     report = _report(context, streamed, plan, request)
@@ -181,13 +185,6 @@ def _zero(context: Context, streamed: Streamed) -> tuple[Plan, dict[str, Any]]:
     load = f"from_pretrained(folder{', trust_remote_code=True' if custom else ''})"
     about = {"form": "custom" if custom else "plain", "load": load, "why": None}
     return plan, about | ({"per_layer_config": f"{FOLDER}/config.json"} if layers else {})
-
-
-def _cut(context: Context, streamed: Streamed) -> tuple[Plan, dict[str, Any]]:
-    """Units, block by block."""
-    blocks = Blocks(context, streamed)
-    plan = blocks.plan()
-    return plan, blocks.cut(plan)
 
 
 def _check(request: Request) -> None:
@@ -256,11 +253,13 @@ def _check_room(work: Path, source: Shards) -> None:
     )
 
 
-def _memory(context: Context, streamed: Streamed, batches: Any) -> str:
+def _memory(context: Context, streamed: Streamed, batches: Any, blocks: Blocks | None) -> str:
     """What is told before the run starts."""
-    needs = context.method.statistics()
     streamed.enter(0)
-    work = estimate(context.model, batches, needs, context.every_matrix)
+    if blocks is not None and blocks.passes != "inputs":
+        work = blocks.memory()
+    else:
+        work = estimate(context.model, batches, context.method.statistics(), context.every_matrix)
     return (
         f"needs about {(streamed.resident + work) / 1e6:,.0f} MB beside the libraries, two blocks in float32 at a time;"
         f" the whole model has {streamed.source.nbytes / 1e6:,.0f} MB on disk"
@@ -275,8 +274,11 @@ def _report(context: Context, streamed: Streamed, plan: Plan, request: Request) 
     was = {name: _nonzero(streamed.source, name) for name in streamed.source.entries}
     units = isinstance(context.method, UnitMethod)
     sides = [
-        _figures(context, shards, sum(found.values()), kept_units if units else None)
-        for shards, found, kept_units in ((streamed.source, was, {}), (written, left, plan.keep))
+        _figures(context, shards, found, buffers, kept_units if units else None)
+        for shards, found, buffers, kept_units in (
+            (streamed.source, was, streamed.buffers, {}),
+            (written, left, dict(context.model.named_buffers()), plan.keep),
+        )
     ]
     report = build_report(
         context.method, request.target, plan, context.graph if units else None, *sides,
@@ -299,12 +301,16 @@ def _nonzero(shards: Shards, name: str) -> int:
     return int(shards.read([name])[name].count_nonzero())
 
 
-def _figures(context: Context, shards: Shards, nonzero: int, keep: Any) -> dict[str, Any]:
+def _figures(
+    context: Context, shards: Shards, nonzero: dict[str, int], buffers: Container[str], keep: Any
+) -> dict[str, Any]:
     """What the files tell of a model; multiply-adds where units leave, by the graph."""
-    unmeasured = ["peak_memory_bytes", *(["macs"] if keep is None else [])]
+    unmeasured = dict.fromkeys(["peak_memory_bytes", *(["macs"] if keep is None else [])], "the model wasn't loaded")
+    if keep and any(context.graph[name].kind == KIND and not context.graph[name].modules for name in keep):
+        keep, unmeasured["macs"] = None, "it depends on how many tokens are sent to vectors"
     return {
-        "params": sum(math.prod(entry.shape) for entry in shards.entries.values()),
-        "params_nonzero": nonzero,
+        "params": sum(math.prod(entry.shape) for n, entry in shards.entries.items() if n not in buffers),
+        "params_nonzero": sum(count for name, count in nonzero.items() if name not in buffers),
         "size_bytes": shards.nbytes,
         "macs": None if keep is None else context.graph.macs(keep),
         "perplexity": {},
@@ -313,7 +319,7 @@ def _figures(context: Context, shards: Shards, nonzero: int, keep: Any) -> dict[
         "latency": {},
         "peak_memory_bytes": None,
         "seqlen": context.options.seqlen,
-        "not_measured": dict.fromkeys(unmeasured, "the model wasn't loaded"),
+        "not_measured": unmeasured,
     }
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,30 @@ def empty_model(folder: str | Path, device: str | torch.device = "cpu") -> Any:
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
     return model.eval()
+
+
+APART = 16
+"""Numbers between the beginnings of tensors that share memory, for products that want them aligned."""
+
+
+@contextlib.contextmanager
+def rows_apart(model: nn.Module) -> Iterator[None]:
+    """Within, a hollow model's stacks of matrices have strides that products of many at once take: all are one matrix of zeros."""
+    stacks = [p for p in model.parameters() if p.dim() == 3]
+    before = [p.data for p in stacks]
+    try:
+        largest = max((p[0].numel() for p in stacks), default=0)
+        rooms: dict[Any, Tensor] = {}
+        for number, p in enumerate(stacks):
+            size, key = largest + APART * len(stacks), (p.dtype, p.device)
+            if key not in rooms:
+                rooms[key] = torch.zeros(size, dtype=p.dtype, device=p.device)
+            own = rooms[key][APART * number :][: p[0].numel()].view(1, *p.shape[1:])
+            p.data = torch.from_dlpack(own).expand(p.shape)  # a storage of its own, so that none is taken for tied
+        yield
+    finally:
+        for p, old in zip(stacks, before):
+            p.data = old
 
 
 def as_stored(model: nn.Module, source: Shards) -> None:

@@ -49,6 +49,7 @@ class Streamed:
         self.modules = [module for stack in stacks for module in stack.modules]
         self.paths = paths = [stack.path_of(index) for stack in stacks for index in range(len(stack))]
         self.targets = tensors_of(model, source)
+        self.buffers = [name for name, _ in model.named_buffers() if name in source.entries]
         owner = {name: next((i for i, p in enumerate(paths) if name.startswith(f"{p}.")), -1) for name in source.entries}  # fmt: skip
         self.own = [[n for n, i in owner.items() if i == number] for number in range(len(paths))]
         self.rest = [name for name, number in owner.items() if number < 0]
@@ -112,6 +113,22 @@ class Streamed:
         kinds = {name: entries[name].dtype if name in entries else usual for name in tensors}
         write_shard(self.file(number), {n: t.data.to("cpu", kinds[n]) for n, t in tensors.items()})
         self.leave(number)
+
+    def keep_only(self, numbers: list[int]) -> None:
+        """Write these blocks of a single list as the source has them, numbered afresh; the others are gone, and so is what is in memory."""
+        stack = self.stacks[0]
+        for number in range(len(self.modules)):
+            self.leave(number)
+        count = len(numbers) + 1
+        for place, number in enumerate(numbers):
+            old, new = f"{self.paths[number]}.", f"{stack.path_of(place)}."
+            moved = {f"{new}{name.removeprefix(old)}": name for name in self.own[number]}
+            tensors = self.source.read(self.own[number])
+            write_shard(
+                self.folder / shard_name(place, count), {name: tensors[was] for name, was in moved.items()}
+            )
+        self.modules = [self.modules[number] for number in numbers]
+        self.close()
 
     def leave(self, number: int) -> None:
         """A block's tensors go, whatever they are by now; it isn't entered again."""

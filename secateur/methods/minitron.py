@@ -83,10 +83,23 @@ class Minitron(UnitMethod):
     kinds: ClassVar[tuple[str, ...] | None] = ("heads", "kv_groups", "neurons", "hidden", "layers")
     needs: ClassVar[frozenset[str]] = frozenset({"input_abs"})
     share_of: ClassVar[str] = "weights"
+    by_block: ClassVar[bool] = True
     info = record("minitron")
 
     def statistics(self) -> frozenset[str]:
         return frozenset({"block_influence"} if self.axis == "depth" else {TOKENS[self.over_tokens]})
+
+    def passes(self) -> str:
+        if self.axis == "depth" and self.blocks_by == "loss":
+            raise SecateurError(
+                "blocks are chosen by the loss of the whole model",
+                where="minitron, blocks_by loss",
+                fix="blocks_by=influence, or prune it without --stream",
+            )
+        return "batches" if self.axis == "depth" else "samples"
+
+    def cuts(self, group: Group) -> bool:
+        return (group.kind == "layers") == (self.axis == "depth")
 
     def plan(self, context: Context) -> Plan:
         scores = context.remember("scores", partial(self.scores, context))
@@ -101,7 +114,7 @@ class Minitron(UnitMethod):
         return context.make_plan(keep=context.allocate(scores))
 
     def scores(self, context: Context) -> dict[str, Tensor]:
-        groups = [group for group in context.groups if (group.kind == "layers") == (self.axis == "depth")]
+        groups = [group for group in context.groups if self.cuts(group)]
         return (
             {g.name: self.of_blocks(g, context) for g in groups}
             if self.axis == "depth"
@@ -113,9 +126,8 @@ class Minitron(UnitMethod):
         readers = {g.name: context.coupled(g, roles=("in",), kinds=("linear", "conv1d")) for g in groups}
         matrices = {s.name: matrix for pairs in readers.values() for s, matrix in pairs}
         found: dict[str, list[list[Tensor]]] = {name: [] for name, pairs in readers.items() if pairs}
-        for stats in each_sample(
-            context.model, context.require_data(), self.statistics(), matrices, context.progress
-        ):
+        data, needs = context.require_data(), self.statistics()
+        for stats in each_sample(context.model, data, needs, matrices, context.progress, context.play):
             for name, samples in found.items():
                 once = {id(stats[s.name].inputs): (s.index, stats[s.name]) for s, _ in readers[name]}
                 samples.append(
@@ -135,7 +147,7 @@ class Minitron(UnitMethod):
         """[blocks] of a stack."""
         data = context.require_data()
         if self.blocks_by == "influence":
-            return block_influence(context.model, data, group.modules, progress=context.progress)
+            return block_influence(context.model, data, group.modules, context.progress, context.play)
         batches = as_batches(data)
         every = torch.arange(group.size)
         choices: list[Mapping[str, Tensor]] = [

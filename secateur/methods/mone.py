@@ -60,6 +60,7 @@ class Mone(UnitMethod):
 
     kinds: ClassVar[tuple[str, ...] | None] = (KIND,)
     needs: ClassVar[frozenset[str]] = frozenset({"routing"})
+    by_block: ClassVar[bool] = True
     unrepaired: ClassVar[str] = "its vectors are what makes up for the experts"
     info = record("mone")
 
@@ -70,13 +71,12 @@ class Mone(UnitMethod):
                 where=f"mone, schedule {context.options.schedule}",
                 fix="leave it out",
             )
-        if others := sorted({group.kind for group in context.groups} - {KIND}):
-            raise SecateurError(
-                f"it replaces experts, and cuts no {', '.join(others)}",
-                where="mone, kinds",
-                fix="leave kinds out",
-            )
-        found = context.remember("routing", partial(self._gather, context))
+        return self.decide(context, context.remember("routing", partial(self.gather, context)))
+
+    def passes(self) -> str:
+        return "batches"
+
+    def decide(self, context: Context, found: Mapping[str, Tensor]) -> Plan:
         scores = {group.name: found[f"{group.name}/scores"] for group in context.groups}
         means = {group.name: found[f"{group.name}/means"] for group in context.groups}
         keep = self._divide(context, scores, means)
@@ -92,10 +92,16 @@ class Mone(UnitMethod):
                 values[f"{holder_of(context.model, group)}.constants"] = whole
         return context.make_plan(keep=keep, values=values)
 
-    def _gather(self, context: Context) -> dict[str, Tensor]:
+    def gather(self, context: Context) -> dict[str, Tensor]:
         """Scores and mean outputs, by group name."""
         groups = context.groups
-        stats = collect_experts(context.model, context.require_data(), groups, context.progress)
+        if others := sorted({group.kind for group in groups} - {KIND}):
+            raise SecateurError(
+                f"it replaces experts, and cuts no {', '.join(others)}",
+                where="mone, kinds",
+                fix="leave kinds out",
+            )
+        stats = collect_experts(context.model, context.require_data(), groups, context.progress, context.play)
         found = {}
         for group in groups:
             own = stats[group.name]
@@ -107,6 +113,12 @@ class Mone(UnitMethod):
         self, context: Context, scores: Mapping[str, Tensor], means: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Kept units of every group; a target in parameters or bytes counts the vectors too."""
+        if context.target.kind == "macs" and (stacked := [g.name for g in context.groups if not g.modules]):
+            raise SecateurError(
+                "what vectors save of multiply-adds depends on how many tokens are sent to them",
+                where=f"mone, target {context.target}, {stacked[0]}",
+                fix="give a share of the experts, params or size",
+            )
         if context.target.kind not in ("params", "size"):
             return context.allocate(scores)
         groups = context.competitors(scores)

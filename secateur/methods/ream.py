@@ -65,6 +65,7 @@ class Ream(Reap):
     rank: int = field(default=64, metadata={"help": "directions in which weights are compared", "min": 1})
 
     unrepaired: ClassVar[str] = "what it merges would be lost"
+    by_block: ClassVar[bool] = False
     info = record("ream")
 
     def plan(self, context: Context) -> Plan:

@@ -46,14 +46,18 @@ class Reap(UnitMethod):
 
     kinds: ClassVar[tuple[str, ...] | None] = ("experts",)
     needs: ClassVar[frozenset[str]] = frozenset({"routing"})
+    by_block: ClassVar[bool] = True
     info = record("reap")
 
-    def scores(self, context: Context) -> dict[str, Tensor]:
-        return context.remember("scores", lambda: self._scores(context))
+    def passes(self) -> str:
+        return "batches"
 
-    def _scores(self, context: Context) -> dict[str, Tensor]:
+    def scores(self, context: Context) -> dict[str, Tensor]:
+        return context.remember("scores", lambda: self.gather(context))
+
+    def gather(self, context: Context) -> dict[str, Tensor]:
         groups = context.groups
-        found = collect_experts(context.model, context.require_data(), groups, context.progress)
+        found = collect_experts(context.model, context.require_data(), groups, context.progress, context.play)
         return {
             group.name: saliency(found[group.name])[members(context.model, group)].mean(1) for group in groups
         }

@@ -32,9 +32,12 @@ class ShortGPT(UnitMethod):
     kinds: ClassVar[tuple[str, ...] | None] = ("layers",)
     needs: ClassVar[frozenset[str]] = frozenset({"block_influence"})
     share_of: ClassVar[str] = "weights"
+    by_block: ClassVar[bool] = True
     info = record("shortgpt")
 
+    def passes(self) -> str:
+        return "batches"
+
     def score(self, group: Group, context: Context) -> Tensor:
-        return block_influence(
-            context.model, context.require_data(), group.modules, progress=context.progress
-        )
+        data = context.require_data()
+        return block_influence(context.model, data, group.modules, context.progress, context.play)

@@ -70,7 +70,23 @@ class TwoSSP(UnitMethod):
     kinds: ClassVar[tuple[str, ...] | None] = ("neurons", "attentions")
     needs: ClassVar[frozenset[str]] = frozenset({"input_norm"})
     share_of: ClassVar[str] = "weights"
+    by_block: ClassVar[bool] = True
     info = record("2ssp")
+
+    def passes(self) -> str:
+        if self.attentions != 0:
+            raise SecateurError(
+                "attentions are chosen by the loss of the whole model",
+                where="2ssp, attentions",
+                fix="attentions=0 takes neurons alone, or prune it without --stream",
+            )
+        return "samples"
+
+    def cuts(self, group: Group) -> bool:
+        return group.kind == "neurons" or self.attentions != 0
+
+    def divide(self, context: Context, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.divide_both(context, scores)[0]
 
     def plan(self, context: Context) -> Plan:
         scores = context.remember("scores", partial(self.scores, context))
@@ -95,9 +111,8 @@ class TwoSSP(UnitMethod):
         }
         matrices = {s.name: matrix for _, s, matrix in readers.values()}
         found: dict[str, list[Tensor]] = {name: [] for name in readers}
-        for stats in each_sample(
-            context.model, context.require_data(), self.needs, matrices, context.progress
-        ):
+        data = context.require_data()
+        for stats in each_sample(context.model, data, self.needs, matrices, context.progress, context.play):
             for name, (_, s, _) in readers.items():
                 norm = stats[s.name].input_norm
                 found[name].append(norm[s.index.to(norm.device)].norm(dim=1))

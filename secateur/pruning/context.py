@@ -74,6 +74,8 @@ class Context(Screen):
     """A block's dense tensors by name, where a run that goes on finds the block as it was left."""
     ready: Callable[[int], None] | None = None
     """Called with the number of a block before it is looked at, where blocks aren't in memory all the time."""
+    play: Callable[[int], None] | None = None
+    """Runs the block that is looked at on a batch of the data, by its number, where blocks come one by one; else the model runs."""
     round: int = 0
     skip_blocks: tuple[int, int] = (0, 0)
     """Leading and final blocks that are left whole; a method may set it."""

@@ -97,8 +97,8 @@ class UnitMethod(Method):
     share_of: ClassVar[str] = "units"
     """What a bare percentage counts: "units" of every prunable group, or the "weights" inside a language model's blocks."""
     by_block: ClassVar[bool] = False
-    """Whether a block's tensors and its inputs' statistics are all that scores and repairs its groups, and the plan is `divide` of
-    the scores: a folder can then be cut with one block in memory (`prune_folder`)."""
+    """Whether a block's tensors and what passes through it are all that scores and repairs its groups, and the plan is `decide` of
+    what was gathered block by block: a folder can then be cut with one block in memory (`prune_folder`)."""
 
     @classmethod
     def usual(cls) -> dict[str, Any]:
@@ -120,6 +120,25 @@ class UnitMethod(Method):
     def divide(self, context: Context, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Kept units of every group."""
         return context.allocate(scores)
+
+    # Folders that are cut block by block
+
+    def passes(self) -> str:
+        """What goes through a block while it alone is there: "inputs" (statistics of them, where it needs any), "batches" or
+        "samples" of the data, by `context.play`. Raises `SecateurError` where its hyperparameters want the whole model."""
+        return "inputs"
+
+    def cuts(self, group: Group) -> bool:
+        """Whether units of this group may leave, with the hyperparameters as they are."""
+        return True
+
+    def gather(self, context: Context) -> dict[str, Tensor]:
+        """What the plan needs of the groups of one block: their scores, by name, and what else there is."""
+        return self.scores(context)
+
+    def decide(self, context: Context, found: Mapping[str, Tensor]) -> Plan:
+        """The plan, from what was gathered of all blocks."""
+        return context.make_plan(keep=self.divide(context, found))
 
     def repair(self, context: Context, keep: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Tensors (at their dense shape, by name) that replace the model's before the cut."""

@@ -28,10 +28,12 @@ def block_influence(
     data: Any,
     paths: Sequence[str],
     progress: Callable[..., Iterable] | None = None,
+    play: Callable[[int], None] | None = None,
 ) -> Tensor:
     """[blocks]: mean over tokens of 1 - cos(input, output) of each block; float64, in the order of `paths`.
 
     data: token ids [samples, length] or a list of model inputs; padding (`attention_mask` 0) doesn't count.
+    play: runs these blocks on a batch, by its number; None: the model runs.
     Raises `SecateurError` when a block doesn't give back hidden states of the shape it was given, or isn't run.
     """
     totals, counts = (
@@ -61,9 +63,10 @@ def block_influence(
             handles.append(model.get_submodule(path).register_forward_hook(hook(index), with_kwargs=True))
         items = as_batches(data)
         with evaluating(model):
-            for batch in progress(items, "block influence", len(items)) if progress else items:
+            every = progress(items, "block influence", len(items)) if progress else items
+            for number, batch in enumerate(every):
                 mask = token_mask(batch)
-                run(model, batch)
+                play(number) if play else run(model, batch)
     finally:
         for handle in handles:
             handle.remove()

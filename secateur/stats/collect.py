@@ -32,6 +32,7 @@ def collect(
     loss: Loss | None = None,
     progress: Callable[..., Iterable] | None = None,
     batch_size: int | None = None,
+    play: Callable[[int], None] | None = None,
 ) -> dict[str, LayerStats]:
     """Parameter name -> `LayerStats`, over the whole dense model.
 
@@ -46,6 +47,7 @@ def collect(
     loss: (model, batch) -> scalar, for gradients; None: the causal language modelling loss of the ids, or the model's
         own where a batch holds labels. Those are means over tokens (or samples), and so is the gradient over all batches;
         with a loss of yours it is the mean over batches.
+    play: runs the blocks that hold the matrices on a batch, by its number, for statistics of inputs; None: the model runs.
 
     The model is left as it was: modes, `requires_grad` flags and `.grad`.
     Raises `SecateurError` when a layer's values are NaN or infinite, or there is no loss to take.
@@ -58,7 +60,7 @@ def collect(
     if "fisher" in needs and "gradient" in needs and isinstance(batches, Tensor):
         batch_size = 1
     chunks = [map_tensors(batch, lambda t: t.to(device)) for batch in as_batches(batches, batch_size)]
-    stats = _inputs(model, chunks, needs & OF_INPUTS, matrices, progress)
+    stats = _inputs(model, chunks, needs & OF_INPUTS, matrices, progress, play)
     if needs & OF_GRADIENTS:
         of_loss = loss or default_loss(model, chunks[0])
         shares = [1.0] * len(chunks) if loss else [float(predictions(model, batch)) for batch in chunks]
@@ -76,14 +78,26 @@ def each_sample(
     needs: Iterable[str],
     matrices: Mapping[str, Matrix],
     progress: Callable[..., Iterable] | None = None,
+    play: Callable[[int], None] | None = None,
 ) -> Iterator[dict[str, LayerStats]]:
     """`collect` of one calibration sample after the other: each row of what is given.
 
     >>> norms = [stats["fc2.weight"].input_norm for stats in each_sample(model, ids, {"input_norm"}, matrices)]  # doctest: +SKIP
     """
-    samples = [one for batch in as_batches(data, 1) for one in _singles(batch, sequences_in(batch))]
-    for sample in progress(samples, "samples", len(samples)) if progress else samples:
-        yield collect(model, [sample], needs, matrices)
+    samples = singly(data)
+    every = progress(samples, "samples", len(samples)) if progress else samples
+    for number, sample in enumerate(every):
+        own = None if play is None else lambda _, play=play, number=number: play(number)
+        yield collect(model, [sample], needs, matrices, play=own)
+
+
+def singly(data: Any) -> list[Inputs]:
+    """Batches of one sample each.
+
+    >>> [len(sample) for sample in singly(torch.zeros(3, 8))]
+    [1, 1, 1]
+    """
+    return [one for batch in as_batches(data, 1) for one in _singles(batch, sequences_in(batch))]
 
 
 def _inputs(
@@ -92,6 +106,7 @@ def _inputs(
     needs: frozenset[str],
     matrices: Mapping[str, Matrix],
     progress: Callable[..., Iterable] | None,
+    play: Callable[[int], None] | None = None,
 ) -> dict[str, LayerStats]:
     if not needs:
         return {name: LayerStats(name=name) for name in matrices}
@@ -100,10 +115,11 @@ def _inputs(
         try:
             with torch.no_grad(), evaluating(model), recorder:
                 every = progress(batches, "activations", len(batches)) if progress else batches
-                for batch, forward in zip(every, _forwards(model, matrices)):
+                forwards = _forwards(model, matrices)
+                for number, batch in enumerate(every):
                     recorder.begin(batch)
                     with contextlib.suppress(Stop):
-                        forward(batch)
+                        play(number) if play else next(forwards)(batch)
         except NotShared:
             continue
         break

@@ -114,6 +114,7 @@ def collect_experts(
     data: Any,
     groups: Sequence[Group],
     progress: Callable[..., Iterable] | None = None,
+    play: Callable[[int], None] | None = None,
 ) -> dict[str, ExpertStats]:
     """Group name -> `ExpertStats` of the dense model, from one pass over `data`.
 
@@ -121,6 +122,7 @@ def collect_experts(
     >>> found["model.layers.0.mlp:experts"].tokens
     tensor([211., 87., 152., 62.])
 
+    play: runs the blocks around the groups on a batch, by its number; None: the model runs.
     groups: of experts, stacked in tensors or modules of a list. Stacked ones are given (states, numbers, weights), as
     transformers does it. Of listed ones the weights are read off the layer: it runs once more with experts that answer a constant.
     What either gives is compared with what the layer gave.
@@ -130,10 +132,11 @@ def collect_experts(
     device = device_of(model)
     with watched(model, groups) as watch:
         batches = as_batches(data)
-        for batch in progress(batches, "experts", len(batches)) if progress else batches:
+        every = progress(batches, "experts", len(batches)) if progress else batches
+        for number, batch in enumerate(every):
             batch = map_tensors(batch, lambda tensor: tensor.to(device))
             watch.begin(batch)
-            run(model, batch)
+            play(number) if play else run(model, batch)
     for group in groups:
         if group.name not in watch.stats or not watch.stats[group.name].tokens.sum():
             raise SecateurError("no token reached its experts", where=group.name, fix="give more data")

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from secateur.graph.blocks import Blocks, Matrix, find_matrices, find_stacks
 from secateur.stats.layer import OF_INPUTS, LayerStats, check_needs
-from secateur.stats.stream import Flow
+from secateur.stats.stream import Flow, states_of
 from secateur.utils.batches import as_batches, batch_numel
 from secateur.utils.running import flat_tensors
 
@@ -60,6 +60,26 @@ def estimate(
     states = each * sum(map(batch_numel, chunks)) // max(batch_numel(largest), 1) + each
     kept = sum({id(s.inputs): _bytes(s) for s in stats.values()}.values())
     return states + max(peak.bytes, kept + _choosing(own, stats))
+
+
+def of_passing(
+    model: nn.Module,
+    batches: list,
+    modules: tuple[nn.Module, ...],
+    number: int,
+    measure: Callable[[Flow], None],
+) -> int:
+    """Bytes at the peak where `measure` runs batches through block `number`, above the model: the states of all batches, and
+    what it allocates on the largest."""
+    largest = max(batches, key=batch_numel)
+    flow = Flow(model, modules, [largest])
+    args, kwargs = flow.call(0, number)
+    states = states_of(modules[number](*args, **kwargs))
+    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    with _Peak(held) as peak:
+        measure(flow)
+    each = sum(state.nbytes for state in states)
+    return each * sum(map(batch_numel, batches)) // max(batch_numel(largest), 1) + each + peak.bytes
 
 
 def _choosing(matrices: Mapping[str, Matrix], stats: Mapping[str, LayerStats]) -> int:
