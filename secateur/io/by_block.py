@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError, require
 from secateur.graph import Group
 from secateur.io.hollow import as_stored, same_on_noise
+from secateur.io.renamed import named
 from secateur.io.shards import Shards
 from secateur.io.streamed import Streamed
 from secateur.io.transformers import _save_transformers
@@ -46,7 +47,7 @@ def check_units(method: UnitMethod, target: str, options: Options) -> None:
     """Refuse what can't be cut block by block. Raises `SecateurError` with the methods that can."""
     able = [n for n in list_methods() if getattr(method_class(n), "by_block", False)]
     fix = f"take {', '.join(able[:-1])} or {able[-1]}, or prune it without --stream"
-    require(method.by_block, f"{method.name} reads more than a block at a time to score its units", where="stream", fix=fix)  # fmt: skip
+    require(method.by_block, f"{method.name} needs more than a block and what passes through it", where="stream", fix=fix)  # fmt: skip
     method.passes()
     require(target != "latency", "a cut copy of the whole model would be timed", where="target", fix="give a share, params, macs or size")  # fmt: skip
     require(options.divides != MEASURED, "predictions of the whole model would be compared", where=f"allocation {MEASURED}", fix="take another")  # fmt: skip
@@ -79,7 +80,9 @@ class Blocks:
         assert isinstance(method, UnitMethod)
         self.method, self.passes = method, method.passes()
         groups = [group for group in context.groups if method.cuts(group)]
-        self.layers = groups[0] if self.passes == "batches" and [g.kind for g in groups] == ["layers"] else None
+        self.layers = (
+            groups[0] if self.passes == "batches" and [g.kind for g in groups] == ["layers"] else None
+        )
         if self.layers is not None:
             self._share_out(self.layers)
             return
@@ -237,7 +240,9 @@ class Blocks:
         context, streamed, model = self.context, self.streamed, self.context.model
         layers = self.layers
         assert layers is not None
-        left = {path for unit, path in enumerate(layers.modules) if unit not in plan.keep[layers.name].tolist()}
+        left = {
+            path for unit, path in enumerate(layers.modules) if unit not in plan.keep[layers.name].tolist()
+        }
         kept = [number for number, path in enumerate(streamed.paths) if path not in left]
         with evaluating(model):
             masked: list[Tensor] = []
@@ -315,7 +320,7 @@ class Blocks:
     def _check_written(self) -> None:
         """The files hold what the cut model has."""
         built = self.context.model.state_dict()
-        for name, entry in Shards(self.streamed.folder).entries.items():
+        for name, entry in named(Shards(self.streamed.folder), self.context.model).entries.items():
             shape = list(built[name].shape) if name in built else None
             require(shape == list(entry.shape), f"{name} is written as {list(entry.shape)}, the cut model has {shape}", where=str(self.streamed.folder))  # fmt: skip
 

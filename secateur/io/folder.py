@@ -21,6 +21,7 @@ from secateur.graph.novices import KIND
 from secateur.io.by_block import Blocks, check_units, forget_steps
 from secateur.io.hollow import as_stored, empty_model, rows_apart
 from secateur.io.per_layer import FOLDER
+from secateur.io.renamed import Renamed, named
 from secateur.io.shards import Shards
 from secateur.io.streamed import Streamed, tensors_of
 from secateur.io.transformers import load_tokenizer
@@ -110,6 +111,7 @@ def prune_folder(
     source, where = Shards(folder), Path(os.path.realpath(Path(out).expanduser()))
     require(not where.exists() or (where.is_dir() and not any(where.iterdir())), "the folder is not empty", where=str(out), fix="give a new folder")  # fmt: skip
     model, chosen, options = empty_model(folder, device), request.method, request.options
+    source = named(source, model)
     batches = None
     if options.fits or reads_data(chosen, options.divides):
         require(data != "self", "the model can't write text block by block", where="data", fix="give a text")
@@ -158,6 +160,8 @@ def prune_folder(
         "seconds": time.perf_counter() - started,
         "artefact": about,
     }
+    if isinstance(source, Renamed) and about["form"] == "plain":
+        source.put_back(work)
     _copy(Path(folder).expanduser(), work, anew=BUILDS if units else ())
     if units:
         forget_steps(work)
@@ -236,7 +240,7 @@ def _begin(work: Path, digest: str, resume: bool) -> None:
 
 def _digest(source: Shards, *parts: Any) -> str:
     """What decides the result, without reading the weights: names, sizes and times of the shards, and what was asked."""
-    files = {entry.file for entry in source.entries.values()}
+    files = {entry.file for entry in source.stored.values()}
     stats = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     return hashlib.sha256(repr((stats, parts)).encode()).hexdigest()
 
@@ -268,7 +272,7 @@ def _memory(context: Context, streamed: Streamed, batches: Any, blocks: Blocks |
 
 def _report(context: Context, streamed: Streamed, plan: Plan, request: Request) -> Report:
     """Counted in the files: zeros before and after."""
-    written = Shards(streamed.folder)
+    written = named(Shards(streamed.folder), context.model)
     left = {name: _nonzero(written, name) for name in written.entries}
     kept = {n: (math.prod(e.shape), left[n]) for n, e in written.entries.items() if n in context.every_matrix}
     was = {name: _nonzero(streamed.source, name) for name in streamed.source.entries}
@@ -305,7 +309,9 @@ def _figures(
     context: Context, shards: Shards, nonzero: dict[str, int], buffers: Container[str], keep: Any
 ) -> dict[str, Any]:
     """What the files tell of a model; multiply-adds where units leave, by the graph."""
-    unmeasured = dict.fromkeys(["peak_memory_bytes", *(["macs"] if keep is None else [])], "the model wasn't loaded")
+    unmeasured = dict.fromkeys(
+        ["peak_memory_bytes", *(["macs"] if keep is None else [])], "the model wasn't loaded"
+    )
     if keep and any(context.graph[name].kind == KIND and not context.graph[name].modules for name in keep):
         keep, unmeasured["macs"] = None, "it depends on how many tokens are sent to vectors"
     return {

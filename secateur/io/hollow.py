@@ -75,7 +75,9 @@ def rows_apart(model: nn.Module) -> Iterator[None]:
             if key not in rooms:
                 rooms[key] = torch.zeros(size, dtype=p.dtype, device=p.device)
             own = rooms[key][APART * number :][: p[0].numel()].view(1, *p.shape[1:])
-            p.data = torch.from_dlpack(own).expand(p.shape)  # a storage of its own, so that none is taken for tied
+            p.data = torch.from_dlpack(own).expand(
+                p.shape
+            )  # a storage of its own, so that none is taken for tied
         yield
     finally:
         for p, old in zip(stacks, before):

@@ -69,6 +69,8 @@ class Shards:
             lies = name in self.entries and self.entries[name].file.name == shard
             require(lies, f"{shard} doesn't hold {name}, as the index says", where=str(folder), fix=FIX)
         self.nbytes = sum(entry.nbytes for entry in self.entries.values())
+        self.stored = self.entries
+        """What lies in the files, by their names."""
 
     def _index(self, path: Path) -> dict[str, str]:
         try:

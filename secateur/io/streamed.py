@@ -147,7 +147,11 @@ class Streamed:
             target.data = hollow(target, self.dtype, target.device)
         for module in self.modules:
             del module.forward
-        copy_shard(self.file(self.count - 1), {name: self.source.entries[name] for name in self.rest})
+        rest = {name: self.source.entries[name] for name in self.rest}
+        if any(entry.start < 0 for entry in rest.values()):  # made of several
+            write_shard(self.file(self.count - 1), self.source.read(rest))
+        else:
+            copy_shard(self.file(self.count - 1), rest)
         write_index(self.folder)
 
     def _place(self, tensors: dict[str, Tensor]) -> None:

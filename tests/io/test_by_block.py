@@ -13,7 +13,9 @@ import secateur
 from secateur.errors import SecateurError
 from secateur.io import by_block, streamed
 from secateur.io.folder import prune_folder
+from secateur.io.shards import Shards, read, write_shard
 from secateur.surgery.cut import cut_modules
+from secateur.surgery.mask import mask_units
 
 IDS = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(1))
 LOCAL = ("neurons", "kv_groups", "heads")
@@ -42,7 +44,7 @@ def qwen_moe() -> nn.Module:
     torch.manual_seed(0)
     config = Qwen2MoeConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2,
-        shared_expert_intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
+        shared_expert_intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, num_experts=12, num_experts_per_tok=2,
     )  # fmt: skip
     return Qwen2MoeForCausalLM(config).eval()
 
@@ -79,6 +81,10 @@ def check_equal(folder: Path, out: Path, beside: Path, report: Any, **asked: Any
         ("flap", "params<=80%", {"allocation": "uniform", "kinds": ("neurons",)}),
         ("random-structured", "60%", {}),
         ("group-magnitude", "macs<=80%", {"kinds": LOCAL, "allocation": "global"}),
+        ("2ssp", "75%", {"attentions": 0}),
+        ("minitron", "70%", {"kinds": ("neurons", "kv_groups")}),
+        ("minitron", "70%", {"axis": "depth"}),
+        ("shortgpt", "60%", {}),
         ("group-magnitude", "size<=80%", {"kinds": ("neurons",), "keep": ("*.layers.1.*",), "round_to": 8}),
     ],
 )
@@ -96,10 +102,6 @@ def test_other_layouts_stacked_experts_and_dtypes(tiny_llama: Any, save: Any, tm
     folder = save(gpt2())
     report = prune_folder(folder, tmp_path / "out", method="flap", target="70%", data=IDS)
     check_equal(folder, tmp_path / "out", tmp_path / "beside", report, method="flap", target="70%", data=IDS)
-
-    # the shards of stacked experts have other names than the model
-    with pytest.raises(SecateurError, match="the shards' names aren't the model's"):
-        prune_folder(save(qwen_moe(), name="moe"), tmp_path / "x", method="flap", target="70%", data=IDS)
 
     folder = save(tiny_llama(tie_word_embeddings=True), torch.bfloat16)
     prune_folder(folder, tmp_path / "half", method="random-structured", target="50%")
@@ -126,12 +128,75 @@ def test_what_was_cut_is_cut_again_and_set_to_zero(tiny_llama: Any, save: Any, t
     assert layers[0] == layers[1]
 
 
-@pytest.mark.parametrize("stop", ["scored", "cut"])
-def test_a_run_that_was_killed_goes_on_to_the_same_bits(
-    stop: str, tiny_llama: Any, save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("method", "target", "settings"),
+    [("reap", "50%", {}), ("mone", "50%", {}), ("flap", "97%", {"kinds": ("kv_groups",)})],
+)
+def test_stacked_experts_whose_files_hold_them_one_by_one(
+    method: str, target: str, settings: dict, save: Any, tmp_path: Path
+) -> None:
+    folder = save(qwen_moe())
+    assert "model.layers.0.mlp.experts.10.up_proj.weight" in Shards(folder).entries
+    asked: dict[str, Any] = {"method": method, "target": target, "data": IDS, **settings}
+    report = prune_folder(folder, tmp_path / "out", **asked)
+    check_equal(folder, tmp_path / "out", tmp_path / "beside", report, **asked)
+    ours, theirs = (Shards(tmp_path / name).entries for name in ("out", "beside"))
+    assert {n: e.shape for n, e in ours.items()} == {n: e.shape for n, e in theirs.items()}
+    if method == "mone":
+        assert "vectors" in report["after"]["not_measured"]["macs"]
+
+
+def test_weights_of_stacked_experts_and_one_that_is_missing(save: Any, tmp_path: Path) -> None:
+    folder = save(qwen_moe())
+    prune_folder(folder, tmp_path / "out", method="wanda", target="50%", data=IDS)
+    whole = secateur.prune(secateur.load(folder)[0], method="wanda", target="50%", data=IDS)
+    assert same(secateur.load(tmp_path / "out")[0], whole.model)
+    assert Shards(folder).entries.keys() == Shards(tmp_path / "out").entries.keys()
+
+    index = folder / "model.safetensors.index.json"
+    named = json.loads(index.read_text())
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    kept = {n: t for n, t in read(folder / named["weight_map"][name]).items() if n != name}
+    write_shard(folder / named["weight_map"].pop(name), kept)
+    index.write_text(json.dumps(named))
+    with pytest.raises(SecateurError, match=r"model.layers.1.mlp.experts.gate_up_proj can't be put together"):
+        prune_folder(folder, tmp_path / "broken", method="reap", target="50%", data=IDS)
+    assert not (tmp_path / "broken").exists()
+
+
+def test_blocks_that_leave_after_a_kill_and_a_cut_that_is_wrong(
+    tiny_llama: Any, save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save(tiny_llama(num_hidden_layers=4))
-    asked: dict[str, Any] = {"method": "flap", "target": "70%", "data": IDS}
+    asked: dict[str, Any] = {"method": "shortgpt", "target": "50%", "data": IDS}
+    prune_folder(folder, tmp_path / "whole", **asked)
+    assert len(list((tmp_path / "whole").glob("model-*-of-00003.safetensors"))) == 3
+    with monkeypatch.context() as patched:
+        patched.setattr(streamed, "copy_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prune_folder(folder, tmp_path / "out", **asked)
+        assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(by_block.Blocks, "_gathered", lambda *_: pytest.fail("scored again"))
+        prune_folder(folder, tmp_path / "out", **asked)
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+
+    def wrong(model: Any, graph: Any, keep: Any) -> None:  # passes by other blocks than those that leave
+        mask_units(model, graph, {name: 3 - units for name, units in keep.items()})
+
+    monkeypatch.setattr(by_block, "mask_units", wrong)
+    with pytest.raises(SecateurError, match="without the blocks and past them differ by"):
+        prune_folder(folder, tmp_path / "wrong", **{**asked, "target": "75%"})
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize(("method", "stop"), [("flap", "scored"), ("flap", "cut"), ("minitron", "scored")])
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(
+    method: str, stop: str, tiny_llama: Any, save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tiny_llama(num_hidden_layers=4))
+    asked: dict[str, Any] = {"method": method, "target": "70%", "data": IDS, "kinds": ("neurons",)}
     prune_folder(folder, tmp_path / "whole", **asked)
     where = {"scored": (by_block.Blocks, "_own"), "cut": (streamed.Streamed, "finish_as")}[stop]
     go, calls = getattr(*where), []
@@ -187,8 +252,17 @@ def test_a_cut_that_is_wrong_is_found(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"method": "taylor", "data": IDS}, "take flap, group-magnitude or random-structured, or prune it"),
-        ({"method": "shortgpt", "data": IDS}, "shortgpt reads more than a block at a time"),
+        ({"method": "taylor", "data": IDS}, "take 2ssp, flap, .*, reap or shortgpt, or prune it"),
+        ({"method": "ream", "data": IDS}, "ream needs more than a block and what passes through it"),
+        ({"method": "2ssp", "data": IDS}, "attentions are chosen by the loss of the whole.*attentions=0"),
+        (
+            {"method": "minitron", "data": IDS},
+            r"the hidden of .* reach over several.*kinds=kv_groups,neurons",
+        ),
+        (
+            {"method": "minitron", "axis": "depth", "blocks_by": "loss", "data": IDS},
+            "blocks are chosen by the loss of the whole model.*blocks_by=influence",
+        ),
         ({"method": "group-magnitude"}, r"the hidden of stem:hidden reach.*kinds=kv_groups,neurons"),
         ({"method": "flap", "data": IDS, "repair": "obs"}, r"units are repaired \(obs\) with the whole"),
         ({"method": "flap", "data": IDS, "schedule": "iterative:2"}, "rounds would read the model several"),
