@@ -2,10 +2,11 @@
 
 python benchmarks/stream.py                      # 1.1 billion parameters (TinyLlama's shape), bfloat16, magnitude, wanda, sparsegpt, flap
 python benchmarks/stream.py --layers 2           # smaller
+python benchmarks/stream.py --layers 4 --experts 8 --methods reap    # a Mixtral-like one, 1024 wide, whose files hold experts one by one
 
 The folder is written shard by shard; each run is a process of its own, and its peak is what the system says (VmHWM; ru_maxrss would
-be the parent's where that had more), the memory that the libraries take before the run apart. `flap` cuts to 80 %, the others set half
-of the weights to zero.
+be the parent's where that had more), the memory that the libraries take before the run apart. `flap` cuts to 80 %, `reap` to half of
+the experts, the others set half of the weights to zero.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from secateur.io.folder import prune_folder
 from secateur.io.hollow import empty_model
@@ -31,14 +33,21 @@ from secateur.utils.memory import give_back
 TARGETS = {"flap": "80%"}
 
 
-def write_model(folder: Path, layers: int) -> int:
+def write_model(folder: Path, layers: int, experts: int) -> int:
     """A random model in bfloat16, a shard a block; gives its parameters."""
-    config = LlamaConfig(
-        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=4, architectures=["LlamaForCausalLM"], tie_word_embeddings=False,
-    )  # fmt: skip
+    if experts:
+        config = MixtralConfig(
+            vocab_size=32000, hidden_size=1024, intermediate_size=2048, num_hidden_layers=layers, num_attention_heads=16,
+            num_key_value_heads=4, num_local_experts=experts, architectures=["MixtralForCausalLM"],
+        )  # fmt: skip
+    else:
+        config = LlamaConfig(
+            vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=32,
+            num_key_value_heads=4, architectures=["LlamaForCausalLM"], tie_word_embeddings=False,
+        )  # fmt: skip
     config.save_pretrained(folder)
-    shapes = {name: tuple(p.shape) for name, p in empty_model(folder).named_parameters()}
+    model = empty_model(folder)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     blocks = [[n for n in shapes if n.startswith(f"model.layers.{i}.")] for i in range(layers)]
     rest = [n for n in shapes if not n.startswith("model.layers.")]
     generator = torch.Generator().manual_seed(0)
@@ -48,7 +57,7 @@ def write_model(folder: Path, layers: int) -> int:
             one = len(shapes[name]) == 1
             noise = torch.randn(shapes[name], generator=generator) * 0.02
             tensors[name] = (torch.ones(shapes[name]) if one else noise).to(torch.bfloat16)
-        write_shard(folder / shard_name(number, layers + 1), tensors)
+        write_shard(folder / shard_name(number, layers + 1), revert_weight_conversion(model, tensors))
     write_index(folder)
     return sum(torch.Size(shape).numel() for shape in shapes.values())
 
@@ -86,6 +95,7 @@ def child(folder: str, out: str, method: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--experts", type=int, default=0)
     parser.add_argument("--methods", default="magnitude,wanda,sparsegpt,flap")
     parser.add_argument("--child", nargs=3)
     asked = parser.parse_args()
@@ -93,7 +103,7 @@ def main() -> None:
         return child(*asked.child)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "dense"
-        count = write_model(folder, asked.layers)
+        count = write_model(folder, asked.layers, asked.experts)
         print(f"{count / 1e9:.2f} billion parameters, {2 * count / 1e9:.2f} GB in bfloat16, {4 * count / 1e9:.2f} GB in float32")  # fmt: skip
         for method in asked.methods.split(","):
             out = Path(scratch) / "out"

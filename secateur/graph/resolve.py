@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from secateur.graph.labels import EXPERT, HEAD, RESIDUAL, STEM, Axes
 from secateur.graph.sizes import Attribute, Extent
@@ -19,9 +20,9 @@ def settle_experts(t: Tracer) -> dict[str, np.ndarray]:
     labels, lists = t.labels, {}
     for container, ids in t.notes.experts.items():
         children = dict(t.model.get_submodule(container).named_children())
-        shapes = [[(n, p.shape) for n, p in child.named_parameters()] for child in children.values()]
-        if any(shape != shapes[0] for shape in shapes) or not shapes[0]:
-            labels.freeze(ids, "its experts are modules of different shapes")
+        if unlike := _unlike(container, children):
+            labels.freeze(ids, unlike)
+            labels.flag(ids, EXPERT)
             continue
         ran = [name for name in children if f"{container}.{name}" in t.notes.calls]
         for name in children.keys() - set(ran):  # no token came here: it is as its neighbours are
@@ -45,6 +46,24 @@ def settle_experts(t: Tracer) -> dict[str, np.ndarray]:
         if key not in known or by_number[key] != set(range(len(ids))):
             labels.freeze(ids, why)
     return lists
+
+
+def _unlike(container: str, experts: Mapping[str, nn.Module]) -> str | None:
+    """What tells the first two experts apart whose parameters differ, and why that matters; None where all are alike."""
+    (first, shapes), *others = [
+        (n, {k: [*p.shape] for k, p in e.named_parameters()}) for n, e in experts.items()
+    ]
+    if not shapes:
+        return f"its experts hold no parameters ({container}.{first})"
+    for name, own in others:
+        for key in [*shapes, *own]:
+            if own.get(key) != shapes.get(key):
+                a, b = (str(each.get(key) or "none") for each in (shapes, own))
+                return (
+                    f"its experts aren't alike: {key} of {container}.{first} is {a}, of {container}.{name} {b}, "
+                    "and experts that differ in size can't be counted as units of one kind"
+                )
+    return None
 
 
 def query_rows(t: Tracer) -> list[tuple[np.ndarray, list[tuple[str, int, np.ndarray]]]]:

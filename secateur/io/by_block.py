@@ -141,14 +141,16 @@ class Blocks:
         flow = Flow(context.model, stack.modules, self._batches(), stack.path)
         numbers = range(len(self.groups))
         for number in context.progress(numbers, "blocks", len(numbers)) if context.progress else numbers:
+            gathered: Tensors = {}
             with evaluating(context.model):
-                if number < done:  # only what comes behind it is needed
+                if number >= done and self.groups[number]:
+                    self.streamed.enter(number)
+                    gathered = self._gathered(number, flow)
+                else:  # only what comes before it is needed
                     for batch in range(len(flow.batches)):
                         flow.call(batch, number)
-                    continue
-                self.streamed.enter(number)
-                gathered = self._gathered(number, flow) if self.groups[number] else {}
-            yield number, {f"score/{name}": tensor for name, tensor in gathered.items()}
+            if number >= done:
+                yield number, {f"score/{name}": tensor for name, tensor in gathered.items()}
 
     def _gathered(self, number: int, flow: Flow) -> Tensors:
         own = self._own(number, {})

@@ -96,7 +96,8 @@ def prune_folder(
     ----------
     folder, out: of transformers, with safetensors; a new folder.
     method: one that looks at one block at a time: of those for single weights without gradients and without an allocation over all
-        layers; of those for units `flap`, `group-magnitude` and `random-structured`, with units that lie in one block.
+        layers; of those for units the ones whose `by_block` is true (`flap`, `minitron`, `shortgpt`, `reap`, ...), with units that lie in
+        one block, or whole blocks.
     data: token ids [samples, length], a list of model inputs, a text file, or the name of a text.
     device: where blocks are computed.
     announce: called with a line about the memory that is needed, before anything is done.
@@ -145,6 +146,8 @@ def prune_folder(
     asked = (chosen.name, chosen.source, chosen.hyperparameters, str(request.target))
     read_from = fingerprint(torch.nn.Module(), batches)
     _begin(work, _digest(source, *asked, dataclasses.asdict(options), seed, read_from), resume)
+    if isinstance(source, Renamed):
+        source.forget_put_back(work)
     with torch.no_grad():
         if announce is not None:
             announce(_memory(context, streamed, batches, blocks))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.io.reshape import BROKEN
-from secateur.io.shards import Entry, Shards, read, write_index, write_shard
+from secateur.io.shards import Entry, Shards, header, read, write_index, write_shard
 
 
 def named(source: Shards, model: Any) -> Shards:
@@ -93,6 +93,13 @@ class Renamed(Shards):
             what = f"{made} can't be put together of {len(parts)} tensors of the files ({error})"
             raise SecateurError(what, where=str(self.folder), fix="prune it without --stream") from error
         return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
+
+    def forget_put_back(self, folder: Path) -> None:
+        """Remove shards that a run which was killed as it ended had put back: their blocks are made again."""
+        gone = self.stored.keys() - self.entries.keys()
+        for file in folder.glob("model-*.safetensors"):
+            if header(file).keys() & gone:
+                file.unlink()
 
     def put_back(self, folder: Path) -> None:
         """The shards of a folder get the names that plain transformers saves, one file after the other."""

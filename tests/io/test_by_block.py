@@ -11,7 +11,7 @@ from torch import nn
 
 import secateur
 from secateur.errors import SecateurError
-from secateur.io import by_block, streamed
+from secateur.io import by_block, renamed, streamed
 from secateur.io.folder import prune_folder
 from secateur.io.shards import Shards, read, write_shard
 from secateur.surgery.cut import cut_modules
@@ -133,7 +133,7 @@ def test_what_was_cut_is_cut_again_and_set_to_zero(tiny_llama: Any, save: Any, t
     [("reap", "50%", {}), ("mone", "50%", {}), ("flap", "97%", {"kinds": ("kv_groups",)})],
 )
 def test_stacked_experts_whose_files_hold_them_one_by_one(
-    method: str, target: str, settings: dict, save: Any, tmp_path: Path
+    method: str, target: str, settings: dict, save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save(qwen_moe())
     assert "model.layers.0.mlp.experts.10.up_proj.weight" in Shards(folder).entries
@@ -142,6 +142,21 @@ def test_stacked_experts_whose_files_hold_them_one_by_one(
     check_equal(folder, tmp_path / "out", tmp_path / "beside", report, **asked)
     ours, theirs = (Shards(tmp_path / name).entries for name in ("out", "beside"))
     assert {n: e.shape for n, e in ours.items()} == {n: e.shape for n, e in theirs.items()}
+    if method == "reap":  # killed as the names are put back
+        go, calls = renamed.write_shard, []
+
+        def once(*given: Any) -> None:
+            if calls:
+                raise KeyboardInterrupt
+            calls.append(go(*given))
+
+        monkeypatch.setattr(renamed, "write_shard", once)
+        with pytest.raises(KeyboardInterrupt):
+            prune_folder(folder, tmp_path / "again", **asked)
+        monkeypatch.setattr(renamed, "write_shard", go)
+        prune_folder(folder, tmp_path / "again", **asked)
+        for file in (tmp_path / "out").glob("*.safetensors"):
+            assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
     if method == "mone":
         assert "vectors" in report["after"]["not_measured"]["macs"]
 

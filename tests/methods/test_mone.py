@@ -124,3 +124,8 @@ def test_what_cannot_be_is_refused_and_the_model_untouched():
         secateur.prune(
             transformers.MixtralForCausalLM(single).eval(), method="mone", target="50%", data=IDS, seqlen=16
         )
+
+
+def test_multiply_adds_of_stacked_experts_are_no_target():
+    with pytest.raises(SecateurError, match="depends on how many tokens are sent to them"):
+        secateur.prune(build("mixtral"), method="mone", target="macs<=80%", data=IDS, seqlen=16)

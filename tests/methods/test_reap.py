@@ -51,6 +51,14 @@ def test_a_model_without_experts_and_one_that_needs_them_all(tiny_llama):
         secateur.prune(one, method="reap", target="50%", data=IDS, seqlen=16)
 
 
+def test_experts_of_different_widths_are_named_with_their_shapes():
+    model = Listed()
+    model.experts[1] = torch.nn.Linear(2, 2)
+    x = torch.randn(6, 2)
+    with pytest.raises(SecateurError, match=r"alike: bias of experts.0 is none, of experts.1 \[2\]"):
+        secateur.prune(model.eval(), [x], method="reap", target="67%", data=[x])
+
+
 def test_a_target_below_the_floor_names_what_can_be_reached():
     with pytest.raises(SecateurError, match="8,848 params is left") as error:
         secateur.prune(build("mixtral"), method="reap", target="params<=5%", data=IDS, seqlen=16)
