@@ -26,7 +26,7 @@ from transformers import LlamaConfig, MixtralConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from secateur.io.folder import prune_folder
-from secateur.io.hollow import empty_model
+from secateur.io.hollow import empty_model, rows_apart
 from secateur.io.shards import shard_name, write_index, write_shard
 from secateur.utils.memory import give_back
 
@@ -66,7 +66,9 @@ def child(folder: str, out: str, method: str) -> None:
     """One run; prints what was told, and the peak above what the process had before."""
     torch.set_num_threads(1)
     with torch.no_grad():  # the libraries load and set up the rest when a model is first built and run
-        empty_model(folder)(torch.zeros(1, 8, dtype=torch.long))
+        with rows_apart(model := empty_model(folder)):
+            model(torch.zeros(1, 8, dtype=torch.long))
+        del model
     give_back()
     before = psutil.Process().memory_info().rss
     told: list[str] = []
