@@ -42,9 +42,11 @@ class Renamed(Shards):
     def __init__(self, source: Shards, model: Any, conversions: list, converter: type, rename: Any):
         self.folder, self.nbytes, self.stored = source.folder, source.nbytes, source.stored
         self.model = model
-        converters = [each for each in conversions if isinstance(each, converter)]
+        converters: list[Any] = [each for each in conversions if isinstance(each, converter)]
         others = [each for each in conversions if not isinstance(each, converter)]
-        self.makers = {pattern: each for each in converters for pattern in each.source_patterns}
+        self.makers: dict[str, Any] = {
+            pattern: each for each in converters for pattern in each.source_patterns
+        }
         own = model.state_dict()
         self.parts: dict[str, list[tuple[str, str | None]]] = {}
         """Name of the first tensor that is made -> names in the files, each with the pattern that matched."""
@@ -52,7 +54,8 @@ class Renamed(Shards):
             made, pattern = name, None
             if name not in own:
                 made, pattern = rename(name, others, converters, model.base_model_prefix, own)
-            self.parts.setdefault(made if made in own else name, []).append((name, pattern))
+            made, pattern = (made, pattern) if made in own else (name, None)
+            self.parts.setdefault(made, []).append((name, pattern))
         model._weight_conversions = [each for each in conversions if each.was_used()]
         self.entries: dict[str, Entry] = {}
         self.first: dict[str, str] = {}
