@@ -48,8 +48,8 @@ class PSA(AttentionMethod):
 
     mask: topk gives levels by rank, so that `density` can be asked for; thresholdbound and energybound by the share of the row that
     blocks hold. ends: where levels 1, 2, 4, 8 end; equal neighbours leave a level out, (d, d, d, d) is a binary mask. estimate:
-    antidiagonal sums (causal models, as released) or sampled positions. alike: mean cosines of neighbours 2, 4, 8 apart above
-    which a block may be pooled so far; () pools any. Blocks on the diagonal and the first one are read whole where attention is causal.
+    antidiagonal sums (auto: where attention is causal, as released, and stride divides the keys ahead) or sampled positions. alike: mean
+    cosines of neighbours 2, 4, 8 apart above which a block may be pooled so far; () pools any. Blocks on the diagonal and the first one are read whole where attention is causal.
 
     Videos: order puts tokens that belong together into one block: along a curve (gilbert), in tiles, by k-means of queries and of keys
     (alike, with so many clusters), or mix, the curve for queries and clusters for keys. grid: frames, rows and columns of tokens;
@@ -166,7 +166,7 @@ class PSA(AttentionMethod):
     def importance(self, q: Tensor, k: Tensor, layout: Layout, generator: torch.Generator) -> Tensor:
         kind = self.estimate
         if kind == "auto":
-            kind = "antidiagonal" if layout.causal else "sampled"
+            kind = "antidiagonal" if layout.causal and layout.offset % self.stride == 0 else "sampled"
         if kind == "antidiagonal":
             return antidiagonal(q, k, layout, stride=self.stride)
         return sampled(q, k, layout, normalise=self.normalise, generator=generator)

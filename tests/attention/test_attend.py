@@ -105,6 +105,20 @@ def test_generate_reads_less_of_the_prompt_and_all_of_what_is_written(cache: str
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("ahead", [32, 33])
+def test_a_prompt_behind_a_cache(ahead: int) -> None:
+    """With every block read as means of one key it is the model; where pieces don't fit the keys ahead, positions are sampled."""
+    model, tokens = llama(initializer_range=0.3), ids(1, 90)
+    whole = model(tokens).logits[:, ahead:]
+    for density, close in (("100%", True), ("40%", False)):
+        cache = model(tokens[:, :ahead]).past_key_values
+        with secateur.attach(model, "psa", **{**SMALL, "density": density}) as attached:
+            out = model(tokens[:, ahead:], past_key_values=cache).logits
+        assert out.isfinite().all() and torch.allclose(out, whole, atol=1e-4) is close
+        assert attached.report["attentions"] == 2
+
+
+@torch.no_grad()
 def test_short_prompts_are_dense_and_said_to_be() -> None:
     model = llama()
     before = model(ids(1, 16)).logits
