@@ -567,13 +567,18 @@ def _map(cls: type[Method], model: nn.Module, pictures: Tensor) -> Tensor:
     return saliency(model, pictures, _make(cls), [1] * len(pictures)).values  # type: ignore[arg-type]
 
 
+def _seen_by(cls: type[Method]) -> nn.Module:
+    assert issubclass(cls, SaliencyMethod)
+    return cls.example() or _classifier()
+
+
 def _pictures(count: int = 2) -> Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(2))
 
 
 def map_fits_the_picture(cls: type[Method]) -> None:
     """A finite map of the picture's size, the same each time."""
-    model, pictures = _classifier(), _pictures()
+    model, pictures = _seen_by(cls), _pictures()
     values = _map(cls, model, pictures)
     _require(values.shape == (2, 16, 16), f"the maps are {tuple(values.shape)}, the pictures (2, 16, 16)")
     _require(torch.isfinite(values).all(), "a map isn't finite")
@@ -582,7 +587,7 @@ def map_fits_the_picture(cls: type[Method]) -> None:
 
 def map_leaves_the_model(cls: type[Method]) -> None:
     """Weights, modes, hooks and gradients are as they were, also after an error."""
-    model = _classifier().train()
+    model = _seen_by(cls).train()
     before, hooks = _state(model), [len(m._forward_hooks) for m in model.modules()]
     _map(cls, model, _pictures(1))
     _require(_same(_state(model), before) and model.training, "the model changed")

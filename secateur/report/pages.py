@@ -138,7 +138,7 @@ def _examples(cls: type[Method]) -> list[str]:
     if issubclass(cls, TokenMethod):
         return _token_examples(cls)
     if issubclass(cls, SaliencyMethod):
-        return _map_examples(name)
+        return _map_examples(name, cls.shown_on)
     if issubclass(cls, AttentionMethod):
         return _attention_examples(name)
     if issubclass(cls, WorkMethod):
@@ -227,10 +227,10 @@ def _token_examples(cls: type[TokenMethod]) -> list[str]:
     ]
 
 
-def _map_examples(name: str) -> list[str]:
+def _map_examples(name: str, network: str) -> list[str]:
     return [
         "```sh",
-        f"secateur saliency efficientnet-lite0 photo.jpg --method {name} --out map.png",
+        f"secateur saliency {network} photo.jpg --method {name} --out map.png",
         "```",
         "",
         "```python",

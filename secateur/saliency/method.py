@@ -34,11 +34,18 @@ class SaliencyMethod(Method):
     """
 
     verb: ClassVar[str] = "saliency"
+    shown_on: ClassVar[str] = "efficientnet-lite0"
+    """The network of the examples on its page."""
 
     @classmethod
     def usual(cls) -> dict[str, Any]:
         own = {"objects": "S", "criteria": "SAL", "order": "-", "data": "input", "budget_exact": None}
         return {**super().usual(), **own, **dict.fromkeys(("task", "decision", "scope"), "-")}
+
+    @classmethod
+    def example(cls) -> nn.Module | None:
+        """A tiny network for pictures of 16 x 16 in colour, for the common checks of a method that can't read any classifier."""
+        return None
 
     def draw(self, model: nn.Module, image: Tensor, target: Any) -> Drawn:
         """Draw the map of each picture.

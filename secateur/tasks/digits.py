@@ -5,33 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from secateur.data.digits import MEAN, STD, load_digits
 from secateur.data.pictures import Pictures
-from secateur.errors import SecateurError
+from secateur.families.reversed_vit import ReversedVit
+from secateur.families.vim import Vim
 from secateur.measure.vision import accuracy
 from secateur.tasks import digits_heads
 from secateur.tasks.augment import Batch, shift
 from secateur.tasks.networks.digits_cnn import DigitsCnn
 from secateur.tasks.networks.digits_heads import DigitsHeads
 from secateur.tasks.networks.digits_resnet import DigitsResNet
+from secateur.tasks.once import trained_once
 from secateur.training import fit
 from secateur.training.recipe import Recipe
 from secateur.training.task import Task
-from secateur.utils.files import atomic_directory, cache_dir
 
 BLACK = -MEAN / STD
 LEVELS = 16
 """What a white pixel is."""
 RECIPE = Recipe(optimizer="adamw", lr=1e-2, batch=64, weight_decay=1e-3, warmup=0.1)
-STEPS, VERSION = 400, 1
+STEPS = {"digits-vim": 600, "digits-dependency-vit": 800}
+LR = {"digits-vim": 5e-3, "digits-dependency-vit": 3e-3}
+VERSION = 1
 HEADS = "digits-heads"
 BUILDS: dict[str, Callable[[], nn.Module]] = {
     "digits-cnn": DigitsCnn,
     "digits-resnet": DigitsResNet,
     HEADS: DigitsHeads,
+    "digits-vim": lambda: Vim(image=8, patch=2, channels=1, width=32, depth=4, state=4),
+    "digits-dependency-vit": lambda: ReversedVit(
+        image=8, patch=2, channels=1, width=48, depth=6, heads=4, ratio=2, scale=0.1
+    ),
 }
 
 
@@ -41,32 +47,26 @@ def augment(batch: Batch, generator: torch.Generator) -> Batch:
 
 
 def load_network(name: str = "digits-cnn") -> nn.Module:
-    """The trained network, in eval mode; trained with seed 0 at the first call (400 steps), then kept in the cache."""
-    folder = cache_dir() / f"{name}-{VERSION}"
-    file = folder / "model.safetensors"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = BUILDS[name]()
-    if not file.is_file():
-        several = name == HEADS
+    """The trained network, in eval mode; trained with seed 0 at the first call (400 steps or more), then kept in the cache."""
+    several = name == HEADS
+
+    def train(model: nn.Module) -> None:
         fit(
             model,
             digits_heads.load_tasks("train") if several else load_digits("train"),
-            steps=STEPS,
+            steps=STEPS.get(name, 400),
             seed=0,
             loss=digits_heads.loss if several else None,
-            recipe=digits_heads.RECIPE if several else RECIPE,
+            recipe=digits_heads.RECIPE if several else recipe_of(name),
             augment=augment,
             description=f"training {name}",
         )
-        try:
-            with atomic_directory(folder) as partial:
-                save_file(model.state_dict(), partial / "model.safetensors")
-        except SecateurError:
-            if not file.is_file():
-                raise
-    model.load_state_dict(load_file(file))
-    return model.eval()
+
+    return trained_once(name, VERSION, BUILDS[name], train)
+
+
+def recipe_of(network: str) -> Recipe:
+    return RECIPE.replace(lr=LR.get(network, RECIPE.lr))
 
 
 def task(network: str, split: str, train: int | None, test: int | None) -> Task:
@@ -96,8 +96,8 @@ def task(network: str, split: str, train: int | None, test: int | None) -> Task:
         quality=lambda model: accuracy(model, *held_out, batch=500),
         inputs=torch.zeros(1, 1, 8, 8),
         metric="accuracy",
-        recipe=RECIPE,
-        epochs=20,
+        recipe=recipe_of(network),
+        epochs=STEPS.get(network, 375) * RECIPE.batch / 1200,
         augment=augment,
         classes=10,
         pictures=lambda count: Pictures.of(held_out, (MEAN / LEVELS,), (STD / LEVELS,), "0123456789", count),

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from secateur.training.task import Task
 
 NETWORKS = {
-    "cifar10": ("resnet20", "resnet32", "resnet44", "resnet56"),
+    "cifar10": ("resnet20", "resnet32", "resnet44", "resnet56", "cifar-vim", "cifar-dependency-vit"),
     "imagenet-sample": ("efficientnet-lite0",),
-    "digits": ("digits-cnn", "digits-resnet", "digits-heads"),
+    "digits": ("digits-cnn", "digits-resnet", "digits-heads", "digits-vim", "digits-dependency-vit"),
     "sr": ("carn-m", "carn-m-x3", "carn-m-x4", "vdsr", "vdsr-x3", "vdsr-x4", "rfdn"),
     "camvid": ("espnet",),
     "mnist": ("mnist-dit",),

@@ -6,6 +6,7 @@ import torch
 import secateur
 from secateur import SecateurError
 from secateur.families.reversed_vit import Messages, ReversedVit, forward_attention, reversed_attention
+from secateur.methods.dependency_tree import DependencyTree, hanging, parents_of
 from secateur.methods.dependency_vit import DependencyVit, stage_counts
 
 LOGITS = torch.tensor([[0.0, 1, 2], [1, 0, 3], [0, 0, 4]])
@@ -189,3 +190,65 @@ def test_pictures_and_sides_that_do_not_fit_are_refused() -> None:
         net(patch=3)
     with pytest.raises(SecateurError, match="16 doesn't divide into heads: 3"):
         net(heads=3)
+
+
+A_R = torch.tensor([[[0.0648, 0.0514, 0.0004], [0.1762, 0.0189, 0.0004], [0.4790, 0.3797, 0.0193]]])
+
+
+def test_the_worked_parents() -> None:
+    assert parents_of(A_R).tolist() == [[2, 2, 2]]
+    total = hanging(parents_of(A_R), A_R.sum(1))
+    torch.testing.assert_close(total, torch.tensor([[0.72, 0.45, 1.1901]]), rtol=0, atol=1e-4)
+
+
+def mask_of(parents):
+    """Each token sends 1 to its parent."""
+    mask = torch.zeros(1, len(parents), len(parents))
+    mask[0, list(parents), range(len(parents))] = 1.0
+    return mask
+
+
+@pytest.mark.parametrize(
+    "sends_to, wanted",
+    [
+        ([1, 2, 0], [0, 2, 0]),  # all receive the same: the first of the circle is the root
+        ([1, 0, 0, 2], [0, 0, 0, 2]),  # 0 receives more than 1
+        ([1, 0, 1, 3], [1, 1, 1, 3]),  # 1 receives more, 3 is a root of its own
+        ([1, 2, 3, 2, 4], [1, 2, 2, 2, 4]),  # a way into a circle of 2 and 3
+    ],
+)
+def test_a_circle_is_broken_where_most_arrives(sends_to, wanted) -> None:
+    assert parents_of(mask_of(sends_to)).tolist() == [wanted]
+
+
+def test_of_equal_receivers_the_first_is_the_parent() -> None:
+    mask = torch.tensor([[[0.1, 0.0, 0.0], [0.3, 0.5, 0.2], [0.3, 0.1, 0.5]]])
+    assert parents_of(mask).tolist() == [[1, 1, 2]]
+
+
+def test_what_hangs_on_a_root_is_everything() -> None:
+    parents = torch.tensor([[1, 2, 2, 2], [0, 1, 2, 3]])
+    values = torch.tensor([[1.0, 2, 4, 8]]).expand(2, -1)
+    assert hanging(parents, values).tolist() == [[1, 3, 15, 8], [1, 2, 4, 8]]
+
+
+@torch.no_grad()
+def test_the_map_is_the_tree_of_the_last_block() -> None:
+    model, picture = net(), PICTURES[:1]
+    mask = model.dependencies(picture)[-1]
+    for of, wanted in (
+        ("sent", mask.sum(1)),
+        ("received", mask.sum(2)),
+        ("tree", hanging(parents_of(mask), mask.sum(1))),
+    ):
+        found = DependencyTree(of=of).draw(model, picture, 3)
+        torch.testing.assert_close(found.values, wanted.view(1, 4, 4))
+    # roots hold what all send together
+    parents = parents_of(mask)
+    roots = parents == torch.arange(16)
+    torch.testing.assert_close(found.values.flatten(1)[roots].sum(), mask.sum())
+
+
+def test_a_map_of_another_network_is_refused() -> None:
+    with pytest.raises(SecateurError, match="Linear has no reversed attention"):
+        secateur.saliency(torch.nn.Linear(4, 2), torch.zeros(1, 4, 4), method="dependency-tree")
