@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.utils.screen import Screen
-
 
 OPEN = 2.0
 """Bias of a message controller at the start: seven eighths of a message go on. At 0 a half of it would leave in every block."""
@@ -78,15 +78,11 @@ class ReversedAttention(nn.Module):
         self.heads, self.tau = heads, tau
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.selector = nn.Linear(width, heads, bias=False) if selector else None
-        self.controller = (
-            nn.Sequential(
-                nn.Linear(width, width // 2, bias=False), nn.GELU(), nn.Linear(width // 2, 1)
-            )
-            if controller
-            else None
-        )
-        if self.controller is not None:
-            nn.init.constant_(self.controller[2].bias, OPEN)
+        self.controller = None
+        if controller:
+            last = nn.Linear(width // 2, 1)
+            nn.init.constant_(last.bias, OPEN)
+            self.controller = nn.Sequential(nn.Linear(width, width // 2, bias=False), nn.GELU(), last)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, log_m: Tensor, alive: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +144,8 @@ class ReversedVit(nn.Module):
     >>> net(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
 
-    tau: temperature of the head selector. scale: LayerScale at the start. selector, controller: without either, all heads are
+    tau: temperature of the head selector. scale: LayerScale at the start. spread: deviation of the positions at the start; small
+    networks that train for a short time need more of both. selector, controller: without either, all heads are
     sent by alike, or all messages stay whole. `skip` says which tokens go on, where something is attached.
     Raises `SecateurError` for sides or widths that don't divide.
     """
@@ -165,6 +162,7 @@ class ReversedVit(nn.Module):
         ratio: float = 4.0,
         tau: float = 0.1,
         scale: float = 1e-6,
+        spread: float = 0.02,
         selector: bool = True,
         controller: bool = True,
     ):
@@ -183,13 +181,12 @@ class ReversedVit(nn.Module):
         own = {"tau": tau, "selector": selector, "controller": controller}
         self.blocks = nn.ModuleList(Block(width, heads, ratio, scale, **own) for _ in range(depth))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
-        nn.init.trunc_normal_(self.position, std=0.02)
+        nn.init.trunc_normal_(self.position, std=spread)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.start(x)
         for number, block in enumerate(self.blocks, 1):
-            skip = self.skip
-            tokens = block(tokens, None if skip is None else lambda t, n=number: skip(n, t))
+            tokens = block(tokens, None if self.skip is None else partial(self.skip, number))
         said = self.norm(tokens.x) * tokens.log_m.exp()[..., None].to(tokens.x.dtype)
         if tokens.alive is None:
             return self.head(said.mean(1))
@@ -212,6 +209,7 @@ class ReversedVit(nn.Module):
         """The soft dependency mask [B, receiver, sender] of every block, with all tokens alive."""
         tokens, masks = self.start(x), []
         for block in self.blocks:
+            assert isinstance(block, Block)
             masks.append(block.attention.mask(block.norm1(tokens.x), tokens.log_m))
             tokens = block(tokens)
         return masks

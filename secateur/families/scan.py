@@ -42,7 +42,7 @@ class LinearScan(torch.autograd.Function):
         return h
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         decay, h = ctx.saved_tensors
         later = torch.cat([decay[:, 1:], torch.zeros_like(decay[:, :1])], 1)
         own = LinearScan.apply(later.flip(1), grad.flip(1)).flip(1)
@@ -175,7 +175,9 @@ class Path(Screen):
         else:
             self.deltas[direction] = delta
 
-    def leave(self, x: Tensor, stays: Tensor, middle: bool = True, masked: bool = False) -> tuple[Tensor, Path]:
+    def leave(
+        self, x: Tensor, stays: Tensor, middle: bool = True, masked: bool = False
+    ) -> tuple[Tensor, Path]:
         """(the tokens that go on, their way): those of x [B, n, C] that stay, bool [B, n], equally many and odd in every picture.
 
         middle: the CLS token stands between as many patches before as behind it, as near to its place as that allows, and every
@@ -204,5 +206,7 @@ class Path(Screen):
         if masked:
             return gather_columns(x, old), replace(path, alive=there)
         positions, _ = pack(there)
-        full = torch.zeros_like(old).scatter(1, self.positions, torch.arange(x.shape[1], device=x.device).expand_as(self.positions))
+        full = torch.zeros_like(old).scatter(
+            1, self.positions, torch.arange(x.shape[1], device=x.device).expand_as(self.positions)
+        )
         return gather_columns(x, full.gather(1, old.gather(1, positions))), replace(path, positions=positions)

@@ -16,6 +16,7 @@ from secateur.errors import SecateurError
 from secateur.families.scan import Path, selective_scan
 from secateur.utils.screen import Screen
 
+
 class Direction(nn.Module):
     """One way through the tokens: a causal convolution, then the selective scan."""
 
@@ -54,9 +55,7 @@ class Direction(nn.Module):
                 return self.conv((x * path.alive[..., None]).transpose(1, 2))[..., :count].transpose(1, 2)
             index = path.positions[..., None].expand_as(x)
             wide = x.new_zeros(len(x), path.length, x.shape[2]).scatter(1, index, x)
-            return (
-                self.conv(wide.transpose(1, 2))[..., : path.length].transpose(1, 2).gather(1, index)
-            )
+            return self.conv(wide.transpose(1, 2))[..., : path.length].transpose(1, 2).gather(1, index)
         if path.alive is None:
             return self.conv(x.transpose(1, 2))[..., :count].transpose(1, 2)
         order = (~path.alive).to(torch.uint8).argsort(dim=1, stable=True)[..., None].expand_as(x)

@@ -76,7 +76,8 @@ class DependencyVit(SkipMethod):
         metadata={"help": "share of the first number of tokens that leaves at a stage", "min": 0, "below": 1},
     )
     blocks: tuple[int, ...] = field(
-        default=(), metadata={"help": "where, counted from 1; none: at 2, 5, 8 and 11 twelfths of the depth", "min": 1}
+        default=(),
+        metadata={"help": "where, counted from 1; none: at 2, 5, 8 and 11 twelfths of the depth", "min": 1},
     )
     score: str = field(
         default="sent", metadata={"help": "what ranks tokens", "choices": ("sent", "received", "random")}
@@ -117,7 +118,9 @@ class DependencyVit(SkipMethod):
             before, now = now, counts.get(number, now)
             block = model.blocks[number - 1]
             assert isinstance(block, Block)
-            attached.work.add(*(_macs(block, len(tokens.x), a, b) for a, b in ((before, now), (model.tokens,) * 2)))
+            attached.work.add(
+                *(_macs(block, len(tokens.x), a, b) for a, b in ((before, now), (model.tokens,) * 2))
+            )
             return tokens if now == before else self.keep(tokens, now, masked)
 
         attached.put(model, "skip", skip)
@@ -138,7 +141,9 @@ class DependencyVit(SkipMethod):
             return tokens.log_m
         if self.score == "received":
             return tokens.received
-        drawn = torch.rand(int(tokens.positions.max()) + 1, generator=torch.Generator().manual_seed(self.seed))
+        drawn = torch.rand(
+            int(tokens.positions.max()) + 1, generator=torch.Generator().manual_seed(self.seed)
+        )
         return drawn.to(tokens.x.device)[tokens.positions]
 
     @classmethod
@@ -146,7 +151,10 @@ class DependencyVit(SkipMethod):
         return Task(
             "tiny",
             build=lambda: ReversedVit(image=8, patch=2, channels=1, width=16, depth=4, heads=2, scale=0.5),
-            train=(torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10),
+            train=(
+                torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+                torch.arange(16) % 10,
+            ),
             inputs=torch.zeros(1, 1, 8, 8),
         )
 

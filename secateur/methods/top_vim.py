@@ -72,16 +72,24 @@ class TopVim(SkipMethod):
     everything: ClassVar[Mapping[str, Any]] = {"r": 1.0}
     shown_on: ClassVar[str] = "digits-vim"
 
-    r: float = field(default=0.8, metadata={"help": "share of the patches that stays at a step", "above": 0, "max": 1})
-    start: int = field(
-        default=0, metadata={"help": "the first block behind which patches leave; 0: at 5/24 of the depth", "min": 0}
+    r: float = field(
+        default=0.8, metadata={"help": "share of the patches that stays at a step", "above": 0, "max": 1}
     )
-    every: int = field(default=0, metadata={"help": "blocks from step to step; 0: 5/24 of the depth", "min": 0})
+    start: int = field(
+        default=0,
+        metadata={"help": "the first block behind which patches leave; 0: at 5/24 of the depth", "min": 0},
+    )
+    every: int = field(
+        default=0, metadata={"help": "blocks from step to step; 0: 5/24 of the depth", "min": 0}
+    )
     until: int = field(
-        default=0, metadata={"help": "no step behind this block or a later one; 0: 20/24 of the depth", "min": 0}
+        default=0,
+        metadata={"help": "no step behind this block or a later one; 0: 20/24 of the depth", "min": 0},
     )
     score: str = field(default="clipped", metadata={"help": "what ranks patches", "choices": SCORES})
-    gap: str = field(default="repeat", metadata={"help": "how a state passes a place that is empty", "choices": GAPS})
+    gap: str = field(
+        default="repeat", metadata={"help": "how a state passes a place that is empty", "choices": GAPS}
+    )
     conv: str = field(
         default="condensed", metadata={"help": "what the convolution sees of empty places", "choices": CONVS}
     )
@@ -103,7 +111,9 @@ class TopVim(SkipMethod):
     def steps(self, depth: int) -> range:
         """The blocks behind which patches leave, of so many."""
         share = math.ceil(depth * 5 / 24)
-        return range(self.start or share, min(self.until or math.ceil(depth * 20 / 24), depth), self.every or share)
+        return range(
+            self.start or share, min(self.until or math.ceil(depth * 20 / 24), depth), self.every or share
+        )
 
     def attach(self, model: nn.Module, masked: bool = False) -> Skipping:
         if not isinstance(model, Vim):
@@ -114,7 +124,12 @@ class TopVim(SkipMethod):
             )
         depth, total = len(model.blocks), model.patches + 1
         steps = self.steps(depth)
-        require(steps, f"no patch would leave: there are {depth} blocks", where="start, until", fix="begin earlier")
+        require(
+            steps,
+            f"no patch would leave: there are {depth} blocks",
+            where="start, until",
+            fix="begin earlier",
+        )
         attached = Skipping(model, self.name)
         now = total
 
@@ -156,7 +171,10 @@ class TopVim(SkipMethod):
         return Task(
             "tiny",
             build=lambda: Vim(image=8, patch=2, channels=1, width=16, depth=4, state=4),
-            train=(torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10),
+            train=(
+                torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+                torch.arange(16) % 10,
+            ),
             inputs=torch.zeros(1, 1, 8, 8),
         )
 

@@ -11,9 +11,9 @@ from secateur.data.pictures import CIFAR10, IMAGENET_MEAN, IMAGENET_STD, Picture
 from secateur.families.reversed_vit import ReversedVit
 from secateur.families.vim import Vim
 from secateur.measure.vision import accuracy
+from secateur.tasks import vision
 from secateur.tasks.augment import Batch, shift
 from secateur.tasks.networks.cifar_resnet import CifarResNet
-from secateur.tasks import vision
 from secateur.tasks.once import trained_once
 from secateur.training.fit import fit
 from secateur.training.recipe import Recipe
@@ -23,7 +23,9 @@ BLACK = tuple(-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD))
 
 OWN: dict[str, Callable[[], nn.Module]] = {
     "cifar-vim": lambda: Vim(image=32, patch=8, width=48, depth=4, state=4),
-    "cifar-dependency-vit": lambda: ReversedVit(image=32, patch=4, width=48, depth=6, heads=4, ratio=2, scale=0.1),
+    "cifar-dependency-vit": lambda: ReversedVit(
+        image=32, patch=4, width=48, depth=6, heads=4, ratio=2, scale=1.0, spread=0.5
+    ),
 }
 RECIPE = Recipe(
     optimizer="sgd", lr=0.1, nesterov=True, weight_decay=1e-4, decay="all", batch=128, warmup=0, clip=0
