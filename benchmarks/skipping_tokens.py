@@ -17,13 +17,17 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import secateur
+from secateur.data.digits import MEAN, STD, load_digits
 from secateur.families.reversed_vit import ReversedVit
 from secateur.measure.vision import accuracy
+from secateur.methods.dependency_tree import DependencyTree
 from secateur.tasks import load_task
 from secateur.training.fit import fit
 from secateur.training.task import Task
@@ -39,8 +43,8 @@ def main() -> None:
     parser.add_argument("method", choices=("top-vim", "dependency-vit"))
     parser.add_argument("--task", default="digits", choices=("digits", "cifar10"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=400, help="of training")
-    parser.add_argument("--tune", type=int, default=100, help="steps of tuning, top-vim")
+    parser.add_argument("--steps", type=int, default=300, help="of training")
+    parser.add_argument("--tune", type=int, default=60, help="steps of tuning, top-vim")
     parser.add_argument("--train", type=int, default=None, help="pictures to train on")
     parser.add_argument("--out", help="a file for the numbers, as JSON")
     given = parser.parse_args()
@@ -70,8 +74,6 @@ def prepared(given: argparse.Namespace, network: str) -> tuple[Task, Callable[[n
     if given.task != "digits":
         assert task.quality is not None
         return task, task.quality
-    from secateur.data.digits import load_digits
-
     x, y = (torch.cat(both) for both in zip(load_digits("test"), load_digits("val")))
     return task, lambda model: accuracy(model, x, y, 200)
 
@@ -91,24 +93,19 @@ def top_vim(given: argparse.Namespace, seed: int, row: Row) -> None:
     model = train(drawn(task.build, seed), task, given.steps, seed)
     pruned = partial(attached, model, quality, "top-vim")
     row("dense", quality(model))
+    naive = {"gap": "identity", "conv": "condensed", "cls": "middle"}
     for r in (0.9, 0.8, 0.7, 0.6):
-        row(f"r {r:g}, naive", pruned(r=r, gap="identity"))
-        row(f"r {r:g}, repeat", pruned(r=r))
+        row(f"r {r:g}, naive", pruned(r=r, **naive))
+        row(f"r {r:g}, aligned", pruned(r=r))
     for gap in ("repeat", "cached", "bias", "identity"):
-        for conv in ("condensed", "zeros"):
-            for cls in ("middle", "place"):
-                row(f"r 0.8, {gap}, conv {conv}, cls {cls}", pruned(gap=gap, conv=conv, cls=cls))
+        for conv, cls in product(("zeros", "condensed"), ("place", "middle")):
+            row(f"r 0.8, {gap}, conv {conv}, cls {cls}", pruned(gap=gap, conv=conv, cls=cls))
     for r in (0.8, 0.6):
         for score in ("clipped", "unclipped", "l1"):
-            row(f"r {r:g}, repeat, {score}", pruned(r=r, score=score))
+            row(f"r {r:g}, aligned, {score}", pruned(r=r, score=score))
         draws = [pruned(r=r, score="random", seed=draw) for draw in range(DRAWS)]
-        row(f"r {r:g}, repeat, random", statistics.mean(draws))
-    for name, settings in {
-        "repeat": {},
-        "identity": {"gap": "identity"},
-        "cached, conv zeros": {"gap": "cached", "conv": "zeros"},
-        "dense": {"r": 1.0},
-    }.items():
+        row(f"r {r:g}, aligned, random", statistics.mean(draws))
+    for name, settings in {"aligned": {}, "naive": naive, "dense": {"r": 1.0}}.items():
         tuned = copy.deepcopy(model)
         with secateur.attach(tuned, "top-vim", **settings) as on:
             train(tuned, task, given.tune, seed + 100, lr=task.recipe.lr / 5)
@@ -138,6 +135,8 @@ def dependency_vit(given: argparse.Namespace, seed: int, row: Row) -> None:
 
     dense = train(drawn(task.build, seed), task, given.steps, seed)
     row("dense", quality(dense))
+    if given.task == "digits":
+        on_ink(dense, row)
     for r in (0.1, 0.16, 0.2):
         for score in ("sent", "received"):
             row(f"r {r:g}, not tuned, {score}", attached(dense, quality, "dependency-vit", r=r, score=score))
@@ -149,7 +148,7 @@ def dependency_vit(given: argparse.Namespace, seed: int, row: Row) -> None:
         ("sent", task.build, {}),
         ("received", task.build, {"score": "received"}),
         ("random", task.build, {"score": "random", "seed": seed}),
-        ("without selector", partial(without, "selector"), {"score": "received"}),
+        ("without selector", partial(without, "selector"), {}),
         ("without controller", partial(without, "controller"), {"score": "received"}),
     ):
         model = drawn(build, seed)
@@ -157,8 +156,16 @@ def dependency_vit(given: argparse.Namespace, seed: int, row: Row) -> None:
             train(model, task, given.steps, seed)
             row(f"r 0.16, trained with it, {name}", quality(model))
             row(f"work, {name}", on.work.share.mean().item())
-        if name.startswith("without"):
-            row(f"dense, {name}", quality(train(drawn(build, seed), task, given.steps, seed)))
+
+
+def on_ink(model: nn.Module, row: Row) -> None:
+    """How often the strongest patch of a map holds ink: a pixel of half of white or more."""
+    x, _ = load_digits("test")
+    ink = F.max_pool2d(x, 2)[:, 0].flatten(1) >= (8 - MEAN) / STD
+    row("patches with ink", ink.double().mean().item())
+    for of in ("tree", "sent", "received"):
+        maps = DependencyTree(of=of).draw(model, x, 0).values.flatten(1)
+        row(f"strongest patch on ink, {of}", ink.gather(1, maps.argmax(1)[:, None]).double().mean().item())
 
 
 if __name__ == "__main__":

@@ -174,6 +174,7 @@ class ReversedVit(nn.Module):
                     where=type(self).__name__,
                     fix="give a divisor",
                 )
+        self.input_size = (channels, image, image)
         self.patch, self.tokens = patch, (image // patch) ** 2
         self.skip: Skip | None = None
         self.embed = nn.Conv2d(channels, width, patch, patch)

@@ -126,6 +126,7 @@ class Vim(nn.Module):
                 where=type(self).__name__,
                 fix="give a divisor",
             )
+        self.input_size = (channels, image, image)
         self.patch, self.patches = patch, (image // patch) ** 2
         check_middle(self.patches + 1)
         self.skip: Skip | None = None

@@ -40,7 +40,7 @@ def augment(batch: Batch, generator: torch.Generator) -> Batch:
 
 
 def load_network(name: str) -> nn.Module:
-    """The trained network in eval mode; the small ones are trained at the first call (ten epochs, about half an hour on a core)."""
+    """The trained network in eval mode; the small ones are trained at the first call (ten epochs, about a quarter of an hour of a core)."""
     if name not in OWN:
         return vision.load_network(name)
 

@@ -36,7 +36,7 @@ BUILDS: dict[str, Callable[[], nn.Module]] = {
     HEADS: DigitsHeads,
     "digits-vim": lambda: Vim(image=8, patch=2, channels=1, width=32, depth=4, state=4),
     "digits-dependency-vit": lambda: ReversedVit(
-        image=8, patch=2, channels=1, width=48, depth=6, heads=4, ratio=2, scale=1.0, spread=0.5
+        image=8, patch=2, channels=1, width=48, depth=4, heads=4, ratio=2, scale=1.0, spread=0.5
     ),
 }
 

@@ -252,3 +252,12 @@ def test_the_map_is_the_tree_of_the_last_block() -> None:
 def test_a_map_of_another_network_is_refused() -> None:
     with pytest.raises(SecateurError, match="Linear has no reversed attention"):
         secateur.saliency(torch.nn.Linear(4, 2), torch.zeros(1, 4, 4), method="dependency-tree")
+
+
+def test_the_network_learns_with_it_on_from_the_start() -> None:
+    task = DependencyVit.example()
+    task.quality = lambda model: float(model.skip is not None)
+    pruned = secateur.train_prune(task, method="dependency-vit", steps=2, batch=8)
+    (row,) = pruned.report["phases"]
+    assert row["phase"] == "lite" and row["quality"] == 1.0 and row["work"] < 0.7
+    assert pruned.model.skip is None

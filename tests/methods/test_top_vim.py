@@ -9,6 +9,7 @@ import secateur
 from secateur import SecateurError
 from secateur.families.vim import Vim
 from secateur.methods.top_vim import TopVim, importance, odd_count
+from secateur.tasks import cifar10, digits
 
 
 def test_the_worked_scores() -> None:
@@ -136,7 +137,7 @@ def _delta(way, u):
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_cls_token_stays_and_stands_in_the_middle(masked) -> None:
     model, seen = net(), {}
-    with secateur.attach(model, "top-vim", r=0.6, masked=masked):
+    with secateur.attach(model, "top-vim", r=0.6, cls="middle", masked=masked):
         inner = model.skip
         model.skip = lambda n, t: seen.setdefault(n, inner(n, t))
         model(PICTURES)
@@ -181,3 +182,35 @@ def test_scores_that_are_no_numbers_are_refused() -> None:
     model.blocks[0].into.weight[40] = float("nan")  # the gate
     with secateur.attach(model, "top-vim"), pytest.raises(SecateurError, match="NaN"):
         model(PICTURES)
+
+
+def test_an_untrained_network_is_trained_and_then_tuned_with_it_on() -> None:
+    task = TopVim.example()
+    task.quality = lambda model: float(model.skip is not None)
+    pruned = secateur.train_prune(task, method="top-vim", steps=2, batch=8)
+    found = {row["phase"]: row["quality"] for row in pruned.report["phases"]}
+    assert found == {"dense": 0.0, "pruned, not tuned": 1.0, "tuning": 1.0}
+    # 17 tokens, then 16 x .8 -> 13, 12 x .8 -> 11, 10 x .8 -> 9
+    assert pruned.report["phases"][-1]["work"] == pytest.approx((17 + 13 + 11 + 9) / 68)
+    assert pruned.model.skip is None and pruned.model.path is None
+
+
+def test_the_networks_of_the_tasks_take_their_pictures() -> None:
+    for name in ("digits-vim", "digits-dependency-vit", "cifar-vim", "cifar-dependency-vit"):
+        build = {**digits.BUILDS, **cifar10.OWN}[name]
+        model = build()
+        method = "top-vim" if name.endswith("vim") else "dependency-vit"
+        with secateur.attach(model, method) as attached, torch.no_grad():
+            assert model(torch.zeros(2, *model.input_size)).shape == (2, 10)
+            assert attached.work.share.max() < 0.9
+
+
+@torch.no_grad()
+def test_the_cls_token_keeps_its_place_unless_it_must_stand_in_the_middle() -> None:
+    model, seen = net(), {}
+    with secateur.attach(model, "top-vim", r=0.6):
+        inner = model.skip
+        model.skip = lambda n, t: seen.setdefault(n, inner(n, t))
+        model(PICTURES)
+    for tokens in seen.values():
+        assert tokens.path.cls.tolist() == [8, 8, 8] and (tokens.path.positions == 8).any(1).all()
