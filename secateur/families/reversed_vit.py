@@ -25,7 +25,7 @@ class Messages(Screen):
     """The tokens inside a block, and what they say to each other.
 
     x [B, n, C]. log_m float32 [B, n]: the logarithm of how much each still sends. received float32 [B, n]: what arrived at it
-    in this block. positions int64 [B, n]: its place in the picture, ascending. alive bool [B, n]: False where a token has left
+    in this block. positions int64 [B, n]: its place in the picture, ascending; length: of all places. alive bool [B, n]: False where a token has left
     but its place is still computed (a masked pass); None: all of them.
     """
 
@@ -33,6 +33,7 @@ class Messages(Screen):
     log_m: Tensor
     received: Tensor
     positions: Tensor
+    length: int
     alive: Tensor | None = None
 
 
@@ -204,7 +205,7 @@ class ReversedVit(nn.Module):
             )
         nothing = x.new_zeros(patches.shape[:2], dtype=torch.float32)
         places = torch.arange(self.tokens, device=x.device).expand(len(x), -1)
-        return Messages(patches + self.position, nothing, nothing, places)
+        return Messages(patches + self.position, nothing, nothing, places, self.tokens)
 
     def dependencies(self, x: Tensor) -> list[Tensor]:
         """The soft dependency mask [B, receiver, sender] of every block, with all tokens alive."""

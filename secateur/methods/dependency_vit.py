@@ -17,7 +17,7 @@ from secateur.errors import SecateurError, require
 from secateur.families.reversed_vit import Block, Messages, ReversedVit
 from secateur.method import register
 from secateur.pruning.plan import Plan
-from secateur.skipping.alive import gather_columns, pack
+from secateur.skipping.alive import drawn, gather_columns, pack
 from secateur.skipping.attached import Skipping
 from secateur.skipping.work import block_macs, weights_of
 from secateur.taxonomy import record
@@ -62,8 +62,7 @@ class DependencyVit(SkipMethod):
     A softmax transformer can't be converted: the operator (`families.reversed_vit`) is trained from the start.
 
     Reconstructed: no code was published, and whether tokens are ranked by what they send, as the abstract has it, or by what they
-    receive, as a third-party implementation does, isn't known: `score`. "random" is the control: the same places in every picture,
-    drawn from the seed.
+    receive, as a third-party implementation does, isn't known: `score`. "random" is the control: drawn anew for each picture and stage.
     """
 
     info = record("dependency-vit")
@@ -108,7 +107,7 @@ class DependencyVit(SkipMethod):
         counts = dict(zip(sorted(blocks), stage_counts(model.tokens, len(blocks), self.r)))
         require(min(counts.values()), "the last stage leaves no token", where="r", fix="give less")
         attached = Skipping(model, self.name)
-        now = model.tokens
+        now, generator = model.tokens, torch.Generator().manual_seed(self.seed)
 
         def skip(number: int, tokens: Messages) -> Messages:
             nonlocal now
@@ -121,30 +120,25 @@ class DependencyVit(SkipMethod):
             attached.work.add(
                 *(_macs(block, len(tokens.x), a, b) for a, b in ((before, now), (model.tokens,) * 2))
             )
-            return tokens if now == before else self.keep(tokens, now, masked)
+            return tokens if now == before else self.keep(tokens, self.scores(tokens, generator), now, masked)
 
         attached.put(model, "skip", skip)
         return attached
 
-    def keep(self, tokens: Messages, count: int, masked: bool) -> Messages:
-        """The `count` tokens with the highest score; of equal scores the one that comes first."""
-        stays = top_per_row(self.scores(tokens), count, tokens.alive)
+    def keep(self, tokens: Messages, scores: Tensor, count: int, masked: bool = False) -> Messages:
+        """The `count` tokens with the highest scores [B, n]; of equal scores the one that comes first."""
+        stays = top_per_row(scores, count, tokens.alive)
         if masked:
             return replace(tokens, alive=stays)
         index, _ = pack(stays)
         short = {name: getattr(tokens, name).gather(1, index) for name in ("log_m", "received", "positions")}
         return replace(tokens, x=gather_columns(tokens.x, index), **short)
 
-    def scores(self, tokens: Messages) -> Tensor:
+    def scores(self, tokens: Messages, generator: torch.Generator) -> Tensor:
         """[B, n], higher stays."""
-        if self.score == "sent":
-            return tokens.log_m
-        if self.score == "received":
-            return tokens.received
-        drawn = torch.rand(
-            int(tokens.positions.max()) + 1, generator=torch.Generator().manual_seed(self.seed)
-        )
-        return drawn.to(tokens.x.device)[tokens.positions]
+        if self.score == "random":
+            return drawn(tokens.positions, tokens.length, generator)
+        return tokens.log_m if self.score == "sent" else tokens.received
 
     @classmethod
     def example(cls) -> Task:

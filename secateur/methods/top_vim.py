@@ -18,6 +18,7 @@ from secateur.families.scan import CONVS, GAPS, Path
 from secateur.families.vim import Mixer, Scanned, Vim
 from secateur.method import register
 from secateur.pruning.plan import Plan
+from secateur.skipping.alive import drawn
 from secateur.skipping.attached import Skipping
 from secateur.skipping.work import weights_of
 from secateur.taxonomy import record
@@ -60,7 +61,7 @@ class TopVim(SkipMethod):
 
     Every few blocks the best patches and the CLS token go on, an odd number. A trained network is tuned with it on. gap: what a
     state decays by at a place whose token has left, see `families.scan.Path`. "identity" with conv="condensed" and cls="middle" is
-    naive deletion, as released. score: "random" is the control: the same places in every picture, drawn from the seed.
+    naive deletion, as released. score: "random" is the control: drawn anew for each picture and step.
 
     Reconstructed: the paper's transition over gaps (its kernel wasn't released) is "repeat" by default; the outputs of both
     directions are added before they are clipped.
@@ -140,7 +141,7 @@ class TopVim(SkipMethod):
             fix="begin earlier",
         )
         attached = Skipping(model, self.name)
-        now = total
+        now, generator = total, torch.Generator().manual_seed(self.seed)
 
         def skip(number: int, tokens: Scanned) -> Scanned:
             nonlocal now
@@ -154,7 +155,7 @@ class TopVim(SkipMethod):
             if left == now:
                 return tokens
             now = left
-            stays = top_per_row(self.scores(tokens), left, tokens.path.alive)
+            stays = top_per_row(self.scores(tokens, generator), left, tokens.path.alive)
             x, path = tokens.path.leave(tokens.x, stays, self.cls == "middle", masked)
             return replace(tokens, x=x, path=path)
 
@@ -165,14 +166,10 @@ class TopVim(SkipMethod):
         attached.put(model, "path", begin)
         return attached
 
-    def scores(self, tokens: Scanned) -> Tensor:
+    def scores(self, tokens: Scanned, generator: torch.Generator) -> Tensor:
         """[B, n], higher stays; the CLS token has the highest."""
-        path = tokens.path
-        if self.score == "random":
-            drawn = torch.rand(path.length, generator=torch.Generator().manual_seed(self.seed))
-            scores = drawn.to(tokens.x.device)[path.positions]
-        else:
-            scores = importance(tokens.y, self.score)
+        path, random = tokens.path, self.score == "random"
+        scores = drawn(path.positions, path.length, generator) if random else importance(tokens.y, self.score)
         return scores.masked_fill(path.positions == path.cls[:, None], torch.inf)
 
     @classmethod

@@ -92,6 +92,19 @@ def additive(keys: Tensor, dtype: torch.dtype) -> Tensor:
     return low[:, None, None].expand(-1, 1, keys.shape[1], -1)
 
 
+def drawn(positions: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """[B, n] numbers in 0..1 by chance, for methods that are compared with it; gathered and masked passes draw the same.
+
+    >>> whole = drawn(torch.arange(4)[None], 4, torch.Generator().manual_seed(0))
+    >>> torch.equal(drawn(torch.tensor([[1, 3]]), 4, torch.Generator().manual_seed(0)), whole[:, [1, 3]])
+    True
+
+    positions: int64 [B, n], places of the tokens that are there, of so many. generator: on the CPU.
+    """
+    every = torch.rand(len(positions), length, generator=generator)
+    return every.to(positions.device).gather(1, positions)
+
+
 def check_alive(alive: Tensor, x: Tensor) -> None:
     """Raises `SecateurError` where `alive` isn't bool [B, N] of the states' [B, N, ...]."""
     if alive.dtype != torch.bool or alive.shape != x.shape[:2]:

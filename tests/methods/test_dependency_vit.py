@@ -54,14 +54,15 @@ def test_the_worked_counts() -> None:
 def tokens(log_m, received):
     n = len(log_m)
     x = torch.arange(float(n))[None, :, None]
-    return Messages(x, torch.tensor([log_m]), torch.tensor([received]), torch.arange(n)[None])
+    return Messages(x, torch.tensor([log_m]), torch.tensor([received]), torch.arange(n)[None], n)
 
 
 @pytest.mark.parametrize("score, kept", [("sent", [0, 1]), ("received", [1, 2])])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_two_readings_of_the_score_disagree(score, kept, masked) -> None:
     given = tokens(torch.tensor([0.72, 0.45, 0.02]).log().tolist(), [0.1166, 0.1955, 0.8780])
-    left = DependencyVit(score=score).keep(given, 2, masked)
+    method = DependencyVit(score=score)
+    left = method.keep(given, method.scores(given, torch.Generator()), 2, masked)
     if masked:
         assert left.alive[0].nonzero().flatten().tolist() == kept
     else:
@@ -69,7 +70,8 @@ def test_the_two_readings_of_the_score_disagree(score, kept, masked) -> None:
 
 
 def test_of_equal_messages_the_first_stay() -> None:
-    left = DependencyVit().keep(tokens([-1.0, -1.0, -1.0, 0.0], [0.0] * 4), 3, False)
+    given = tokens([-1.0, -1.0, -1.0, 0.0], [0.0] * 4)
+    left = DependencyVit().keep(given, given.log_m, 3)
     assert left.positions.tolist() == [[0, 1, 3]]
 
 
@@ -123,7 +125,7 @@ def test_blocks_know_no_places() -> None:
     model = net()
     given = model.start(PICTURES)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(3))
-    moved = Messages(given.x[:, order], given.log_m, given.received, given.positions)
+    moved = Messages(given.x[:, order], given.log_m, given.received, given.positions, 16)
     for block in model.blocks:
         given, moved = block(given), block(moved)
     torch.testing.assert_close(given.x[:, order], moved.x, rtol=1e-4, atol=1e-5)
