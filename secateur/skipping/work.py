@@ -41,13 +41,28 @@ class Work(Screen):
     """int64 [B]"""
     whole: Tensor | None = None
     """int64 [B]"""
+    total: tuple[int, int] = (0, 0)
+    """Of the runs before."""
 
     def add(self, done: Tensor, whole: Tensor) -> None:
         self.done = done if self.done is None else self.done + done
         self.whole = whole if self.whole is None else self.whole + whole
 
     def clear(self) -> None:
+        """A new run begins."""
+        self.total = self._all()
         self.done = self.whole = None
+
+    def _all(self) -> tuple[int, int]:
+        if self.done is None or self.whole is None:
+            return self.total
+        return self.total[0] + int(self.done.sum()), self.total[1] + int(self.whole.sum())
+
+    @property
+    def mean(self) -> float:
+        """done / whole over all runs."""
+        done, whole = self._all()
+        return done / max(whole, 1)
 
     @property
     def share(self) -> Tensor:

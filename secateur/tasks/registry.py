@@ -19,7 +19,9 @@ NETWORKS = {
     "imagenet-sample": ("efficientnet-lite0",),
     "digits": ("digits-cnn", "digits-resnet", "digits-heads", "digits-vim", "digits-dependency-vit"),
     "sr": ("carn-m", "carn-m-x3", "carn-m-x4", "vdsr", "vdsr-x3", "vdsr-x4", "rfdn"),
-    "camvid": ("espnet",),
+    "camvid": ("espnet", "camvid-patches"),
+    "salient-patches": ("vit-s-patches",),
+    "blur": ("windowed-unet",),
     "mnist": ("mnist-dit",),
     "digits-diffusion": ("digits-diffusion",),
     "sst2": ("minilm",),
@@ -29,6 +31,7 @@ NETWORKS = {
 MODULES = {
     "imagenet-sample": "imagenet_sample",
     "mnist": "mnist_dit",
+    "salient-patches": "salient_patches",
     "digits-diffusion": "digits_diffusion",
 }
 TASKS = tuple(NETWORKS)

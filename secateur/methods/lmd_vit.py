@@ -1,0 +1,224 @@
+"""LMD-ViT: windows of a picture that a small predictor finds sharp skip attention and feed-forward.
+
+Li et al. 2024, "Adaptive Window Pruning for Efficient Local Motion Deblurring", https://arxiv.org/abs/2306.14268. Spec: lmd-vit.
+
+Reconstructed: the weight of the pruning loss and the optimiser, which the authors' release doesn't have. Left out are their minimum over
+small shifts of the target and the weighting of the reconstruction by the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.families.windowed import Stage, WindowedUNet
+from secateur.method import register
+from secateur.pruning.plan import Plan
+from secateur.skipping.attached import Skipping
+from secateur.skipping.windows import advance, check_divides, unpartition, window_means
+from secateur.skipping.work import block_macs, weights_of
+from secateur.taxonomy import record
+from secateur.training.job import Job
+from secateur.training.recipe import Recipe
+from secateur.training.skip import SkipMethod
+from secateur.training.task import Task
+
+
+def decide(scores: Tensor, side: int, shift: int = 0, threshold: float = 0.5, draw: bool = False) -> Tensor:
+    """[M] of 0 and 1, the windows that are worked on, from logits (keep, drop) of every place [B, H, W, 2].
+
+    >>> decide(torch.tensor([1.0, -1.0]).expand(1, 2, 2, 2), 2).tolist(), decide(torch.zeros(1, 2, 2, 2), 2).tolist()
+    ([1.0], [0.0])
+
+    The logits are averaged over a window, not the probabilities; equal ones drop it. draw: with Gumbel noise from torch's global
+    random state, and gradients as if the probability were the answer.
+    """
+    logits = window_means(scores, side, shift)
+    if not draw:
+        return (logits.softmax(-1)[:, 0] > threshold).float()
+    noise = -torch.empty_like(logits).exponential_().log()
+    soft = (logits + noise).softmax(-1)[:, 0]
+    return (soft.detach() > 0.5).float() + (soft - soft.detach())  # exactly 0 or 1
+
+
+def pruning_loss(scores: Tensor, blurred: Tensor) -> Tensor:
+    """Cross-entropy of the logits [B, H, W, 2] of every place, keep where the mask [B, h, w], resized, is blurred."""
+    small = F.interpolate(blurred[:, None].float(), scores.shape[1:3], mode="area")[:, 0]
+    return F.cross_entropy(scores.permute(0, 3, 1, 2), (small < 0.5).long())
+
+
+def reconstruction(made: Tensor, sharp: Tensor) -> Tensor:
+    """L1 + (1 - SSIM) + 0.1 times L1 of the spectra, of pictures [B, 3, H, W] in 0..1."""
+    spectra = torch.view_as_real(torch.fft.rfft2(made.float()) - torch.fft.rfft2(sharp.float()))
+    return F.l1_loss(made, sharp) + 1 - similarity(made, sharp) + 0.1 * spectra.abs().mean()
+
+
+def similarity(a: Tensor, b: Tensor, size: int = 11) -> Tensor:
+    """Mean SSIM of pictures [B, C, H, W] in 0..1, with a Gaussian window of sigma 1.5. Wang et al. 2004."""
+    line = torch.exp(-((torch.arange(size, device=a.device, dtype=torch.float32) - size // 2) ** 2) / 4.5)
+    kernel = (line[:, None] * line / line.sum() ** 2).expand(a.shape[1], 1, size, size)
+    mean = lambda x: F.conv2d(x, kernel, groups=x.shape[1])
+    a, b = a.float(), b.float()
+    x, y = mean(a), mean(b)
+    spread = mean(a * a) - x * x + mean(b * b) - y * y
+    both = mean(a * b) - x * y
+    return ((2 * x * y + 1e-4) * (2 * both + 9e-4) / ((x * x + y * y + 1e-4) * (spread + 9e-4))).mean()
+
+
+class Windows(Skipping):
+    """A network that works on some windows. `scores`: what each predictor said of the last pictures, [B, H, W, 2].
+
+    `active`: bool [B, H, W] for each predictor, the places whose windows were worked on.
+    """
+
+    scores: list[Tensor]
+    active: list[Tensor]
+
+
+@register
+@dataclass
+class LmdVit(SkipMethod):
+    """A predictor scores every place of a feature map; windows of a mean score for dropping pass through untouched.
+
+    >>> pruned = secateur.train_prune(load_task("blur"), method="lmd-vit")  # doctest: +SKIP
+    >>> with secateur.attach(pruned.model, "lmd-vit") as attached:  # doctest: +SKIP
+    ...     restored = pruned.model(blurred)
+    >>> attached.active[0]  # where it worked  # doctest: +SKIP
+
+    A `secateur.families.windowed.WindowedUNet` has the predictors, one for unshifted and one for shifted windows of each stage. The
+    network and they are trained together, on (blurred, sharp, mask of what is blurred); masks aren't needed to run it.
+    """
+
+    threshold: float = field(
+        default=0.5,
+        metadata={"help": "probability above which a window is kept; 0: all are", "min": 0, "below": 1},
+    )
+    weight: float = field(default=0.1, metadata={"help": "of the pruning loss", "min": 0})
+
+    stages: tuple[int, ...] = field(
+        default=(), metadata={"help": "the stages, from 0, in which windows are skipped; default: all"}
+    )
+
+    info = record("lmd-vit")
+    everything: ClassVar[Mapping[str, Any]] = {"threshold": 0.0}
+    starts: ClassVar[str] = "init"
+    shown_on: ClassVar[str] = "blur"
+
+    def attach(self, model: nn.Module, masked: bool = False) -> Windows:
+        stages = [module for module in model.modules() if isinstance(module, Stage)]
+        if not stages:
+            raise SecateurError(
+                f"{type(model).__name__} has no stages of windows",
+                where="attach lmd-vit",
+                fix="a network of secateur.families.windowed.Stage, such as WindowedUNet",
+            )
+        chosen = tuple(self.stages) or tuple(range(len(stages)))
+        if unknown := [number for number in chosen if not 0 <= number < len(stages)]:
+            raise SecateurError(
+                f"there is no stage {unknown[0]}", where="lmd-vit.stages", fix=f"0 to {len(stages) - 1}"
+            )
+        attached = Windows(model, self.name)
+        attached.scores, attached.active = [], []
+        original = model.forward
+
+        def forward(picture: Tensor) -> Tensor:
+            attached.scores, attached.active = [], []
+            attached.work.clear()
+            return original(picture)
+
+        attached.put(model, "forward", forward)
+        for number, stage in enumerate(stages):
+            attached.put(stage, "forward", self._around(attached, stage, masked, number not in chosen))
+        return attached
+
+    def _around(self, attached: Windows, stage: Stage, masked: bool, dense: bool) -> Any:
+        def forward(x: Tensor) -> Tensor:
+            batch, height, width, channels = x.shape
+            policies: dict[int, Tensor] = {}
+            for number, block in enumerate(stage.blocks):
+                side, shift = int(block.side), int(block.shift)  # type: ignore[arg-type]
+                check_divides(height, width, side)
+                count = batch * height * width // side**2
+                if dense or (self.threshold == 0 and not stage.training):
+                    policies[number % 2] = x.new_ones(count)
+                elif number < len(stage.predictors):
+                    scores = stage.predictors[number](x)
+                    attached.scores.append(scores)
+                    policies[number] = decide(scores, side, shift, self.threshold, draw=stage.training)
+                    attached.active.append(_places(policies[number] > 0, height, width, side, shift))
+                    cost = x.new_full((batch,), height * width, dtype=torch.int64) * weights_of(
+                        stage.predictors[number]
+                    )
+                    attached.work.add(cost, cost * 0)
+                policy = policies[number % 2]
+                each = block_macs(block, torch.tensor(side**2, device=x.device), channels)
+                done = (policy.detach() > 0).view(batch, -1).sum(1)
+                attached.work.add(done * each, torch.full_like(done, count // batch) * each)
+                x = advance(block, x, policy.to(x.dtype), side, shift, masked)
+            return x
+
+        return forward
+
+    def prune(self, job: Job) -> Plan:
+        check_masks(job.task)
+
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            blurred, sharp, mask = batch
+            made = reconstruction(model(blurred), sharp)
+            return made + self.weight * sum(pruning_loss(s, mask) for s in attached.scores)
+
+        with self.attach(job.model, masked=True) as attached:
+            job.train("windows", loss=loss)
+        with self.attach(job.model) as attached:
+            quality = job.quality()
+            job.note(phase="pruned", quality=quality, work=None if quality is None else attached.work.mean)
+        return job.plan()
+
+    @classmethod
+    def example(cls) -> Task:
+        """Noise, of which a corner is to be made smooth."""
+        sharp = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        mask = torch.zeros(8, 16, 16, dtype=torch.bool)
+        mask[:, :8, :8] = True
+        blurred = torch.where(mask[:, None], F.avg_pool2d(sharp, 3, 1, 1), sharp)
+
+        def build() -> nn.Module:
+            return balanced(WindowedUNet(8, (2, 1, 2), (1, 2, 2), side=4), blurred)
+
+        recipe = Recipe(lr=1e-3, batch=4, warmup=0)
+        return Task("corner", build, (blurred, sharp, mask), inputs=blurred[:1], recipe=recipe)
+
+
+@torch.no_grad()
+def balanced(net: nn.Module, pictures: Tensor) -> nn.Module:
+    """An untrained network whose predictors keep some windows of these pictures and drop others, for checks."""
+    predictors = [each for stage in net.modules() if isinstance(stage, Stage) for each in stage.predictors]
+    for number, predictor in enumerate(predictors):
+        predictor.score[-1].weight.mul_(30)  # type: ignore[index, union-attr, operator]
+        with LmdVit().attach(net) as attached:
+            net(pictures)
+        predictor.score[-1].bias.sub_(attached.scores[number].mean((0, 1, 2)))  # type: ignore[index, union-attr, operator]
+    return net
+
+
+def _places(active: Tensor, height: int, width: int, side: int, shift: int) -> Tensor:
+    """Windows bool [M] -> the places that are theirs, bool [B, H, W]."""
+    spread = active.view(-1, 1, 1).expand(-1, side * side, 1)
+    return unpartition(spread, height, width, side, shift)[..., 0]
+
+
+def check_masks(task: Task) -> None:
+    """Raises `SecateurError` where a task's data aren't (blurred, sharp, mask) of one size."""
+    parts = task.train if isinstance(task.train, tuple) else ()
+    if len(parts) != 3 or parts[1].shape != parts[0].shape or parts[2].shape != parts[0][:, 0].shape:
+        raise SecateurError(
+            f"its data are {', '.join(str(list(part.shape)) for part in parts) or type(task.train).__name__}",
+            where=f"task {task.name}",
+            fix="(blurred [N, 3, h, w], sharp [N, 3, h, w], mask [N, h, w]) of one size",
+        )
