@@ -153,7 +153,8 @@ class Segmenter(nn.Module):
             self.backbone(x)
         finally:
             hook.remove()
-        return self.enlarged(*self.heads[-1](seen[0][:, self.prefix :]), x)
+        logits, presence = self.heads[-1](seen[0][:, self.prefix :])
+        return self.enlarged(logits, presence, x)
 
     def enlarged(self, logits: Tensor, presence: Tensor | None, x: Tensor) -> Tensor:
         """What a head said of n patches [B, n, C], for every pixel of pictures x: [B, C, H, W]."""

@@ -200,10 +200,10 @@ def balanced(net: nn.Module, pictures: Tensor) -> nn.Module:
     """An untrained network whose predictors keep some windows of these pictures and drop others, for checks."""
     predictors = [each for stage in net.modules() if isinstance(stage, Stage) for each in stage.predictors]
     for number, predictor in enumerate(predictors):
-        predictor.score[-1].weight.mul_(30)  # type: ignore[index, union-attr, operator]
+        predictor.score[-1].weight.mul_(30)  # type: ignore[index, union-attr]
         with LmdVit().attach(net) as attached:
             net(pictures)
-        predictor.score[-1].bias.sub_(attached.scores[number].mean((0, 1, 2)))  # type: ignore[index, union-attr, operator]
+        predictor.score[-1].bias.sub_(attached.scores[number].mean((0, 1, 2)))  # type: ignore[index, union-attr]
     return net
 
 

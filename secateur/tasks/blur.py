@@ -57,6 +57,6 @@ def task(network: str, split: str, train: int | None, test: int | None) -> Task:
         inputs=blurred[:1],
         metric="psnr",
         loss=loss,
-        recipe=Recipe(optimizer="adamw", lr=3e-3, batch=8, warmup=0.05, precision="float32"),
-        epochs=6,
+        recipe=Recipe(optimizer="adamw", lr=3e-3, batch=4, warmup=0.05, precision="float32"),
+        epochs=3,
     )

@@ -84,7 +84,7 @@ def fit_head(head: TokenHead, states: Tensor, shares: Tensor, decay: float = 1e-
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
 
 
 def normalised(pictures: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
