@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.data.blurred import load_blurred
+from secateur.errors import SecateurError
 from secateur.families.windowed import WindowedUNet
 from secateur.methods.lmd_vit import reconstruction
 from secateur.training.recipe import Recipe
@@ -24,8 +25,12 @@ def build() -> WindowedUNet:
 
 
 def load_network(name: str = "windowed-unet") -> nn.Module:
-    """Nobody published such a network; it is trained by `train_prune`, so this is the untrained one."""
-    return build().eval()
+    """Raises `SecateurError`: nobody published such a network."""
+    raise SecateurError(
+        "there is no trained network",
+        where=name,
+        fix="train one: secateur train-prune blur --method lmd-vit --out DIR",
+    )
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:

@@ -20,12 +20,12 @@ NETWORKS = {
     "digits": ("digits-cnn", "digits-resnet", "digits-heads", "digits-vim", "digits-dependency-vit"),
     "sr": ("carn-m", "carn-m-x3", "carn-m-x4", "vdsr", "vdsr-x3", "vdsr-x4", "rfdn"),
     "camvid": ("espnet", "camvid-patches"),
-    "salient-patches": ("vit-s-patches",),
-    "blur": ("windowed-unet",),
     "mnist": ("mnist-dit",),
     "digits-diffusion": ("digits-diffusion",),
     "sst2": ("minilm",),
     "text": ("text-llama",),
+    "salient-patches": ("vit-s-patches",),
+    "blur": ("windowed-unet",),
 }
 """The networks of each task, its default first. A task is a module of this package."""
 MODULES = {

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from secateur import SecateurError
 from secateur.families.segmenter import TokenHead
 from secateur.tasks import blur, salient_patches
 from secateur.tasks.camvid import pairs as camvid_pairs
 from secateur.tasks.patch_heads import fit_head, shares_of
-from secateur.tasks.registry import load_task
+from secateur.tasks.registry import load_network, load_task
 
 
 def test_a_patch_has_the_share_of_pixels_of_each_class() -> None:
@@ -53,6 +54,11 @@ def test_psnr_counts_the_pixels_that_are_asked_for() -> None:
     right[..., 16:] = True
     assert blur.psnr(net, x, sharp, right) == pytest.approx(20, abs=1e-3)
     assert blur.psnr(net, x, sharp) == pytest.approx(20 + 3.0103, abs=1e-3)
+
+
+def test_what_nobody_published_says_how_it_is_trained() -> None:
+    with pytest.raises(SecateurError, match="train-prune blur"):
+        load_network("windowed-unet")
 
 
 @pytest.mark.needs_data

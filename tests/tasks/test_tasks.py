@@ -321,9 +321,11 @@ def test_a_task_is_named_by_itself_its_network_or_both():
         "digits-diffusion",
         "sst2",
         "text",
+        "salient-patches",
+        "blur",
     )
     assert load_task("digits").name == load_task("digits-cnn").name == load_task("digits:digits-cnn").name
-    assert len({network for names in NETWORKS.values() for network in names}) == 20
+    assert len({network for names in NETWORKS.values() for network in names}) == 23
     for name, hint in (("cifar", "cifar10"), ("cifar10:resnet21", "resnet"), ("sr:espnet", "carn-m")):
         with pytest.raises(SecateurError, match=hint):
             load_task(name)
