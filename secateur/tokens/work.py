@@ -161,15 +161,10 @@ class WorkDriver:
         if self.masked(number):
             if not self.work.renormalise:
                 everything = list(range(asked.q.shape[1]))
-                return excused(
-                    Asked(asked.q, asked.k, asked.v, may, asked.scale),
-                    seen.queries,
-                    seen.keys,
-                    everything,
-                    silent=False,
-                )
+                return excused(asked, seen.queries, seen.keys, everything, silent=False)
             may = may & (seen.queries[:, :, None] | ~seen.keys[:, None])[:, None]
-        asked = Asked(asked.q, asked.k, asked.v, may, asked.scale)
+        if may is not asked.may:
+            asked = Asked(asked.q, asked.k, asked.v, may, asked.scale)
         if not pruned:
             return attend(asked) if bands is None else banded(asked, bands)
         text = seen.text if self.work.physical and bool(seen.queries.any()) else None

@@ -160,6 +160,20 @@ def test_words_are_those_of_the_masks_written_out(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_prompt_alone_has_no_mask_and_gives_the_same(models: Any, plan: str) -> None:
+    model, inputs = models("llava-clip")
+    real = inputs["attention_mask"][1].bool()
+    one = {name: x[1:2, real] for name, x in inputs.items() if x.dim() == 2}
+    one["pixel_values"] = inputs["pixel_values"][2:3]
+    work = VisualWork(**SIZES, **PLANS[plan])
+    with reference(model, work, "llava-clip", one["input_ids"]):
+        wanted = model(**one).logits[:, -1]
+    with attach(model, "yopo", work=work):
+        torch.testing.assert_close(model(**one).logits[:, -1], wanted, atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("plan", ["heads", "cut", "cut as released", "all", "all as released"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_later_steps_go_on_as_planned(models: Any, family: str, plan: str) -> None:
