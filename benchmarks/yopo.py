@@ -240,7 +240,9 @@ def timed(args: argparse.Namespace) -> None:
             spent, work = prefill(plan)
             ratios.append(spent / dense)
         middle = statistics.median(ratios)
-        print(f"| {name} | multiply-adds {work:.3f} | time {middle:.3f} ({min(ratios):.3f} to {max(ratios):.3f}) | saved, measured over counted {(1 - middle) / max(1 - work, 1e-9):.2f} | quotient {work / middle:.2f} |", flush=True)  # fmt: skip
+        saved = "" if work > 0.99 else f"{(1 - middle) / (1 - work):.2f}"
+        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+        print(f"| {name} | {work:.3f} | {middle:.3f} ({spread}) | {saved} |", flush=True)
 
 
 def one(variant: str, seed: int, parts: list[str], args: argparse.Namespace, notes: Notes) -> None:
@@ -259,6 +261,8 @@ def one(variant: str, seed: int, parts: list[str], args: argparse.Namespace, not
                 continue
             notes.get(yopo(**settings), part="harm", name=name, **key)
         notes.get(yopo(target=args.target), part="harm", name=f"all at {args.target}", **key)
+        every = partial(worked, model, args.limit, {}, target=args.target)
+        notes.get(every, part="harm", name=f"{args.target} with every head", **key)
     if "heads" in parts:
         for kept in (0.75, 0.5, 0.25):
             for draw in range(-1, args.draws):
@@ -276,7 +280,7 @@ def one(variant: str, seed: int, parts: list[str], args: argparse.Namespace, not
             facts_of(model, family_of(model)), amount_of(args.target), given, seed
         )
         setting = {"steps": args.steps, "lr": args.lr, "target": args.target, "window": args.window, **key}
-        for name, own in (("dense", None), ("yopo", plan)):
+        for name, own in (("yopo", plan), ("dense", None)):
             notes.get(partial(tuned, variant, seed, args, own), part="tune", name=name, **setting)
 
 
