@@ -325,7 +325,7 @@ def test_a_task_is_named_by_itself_its_network_or_both():
         "blur",
     )
     assert load_task("digits").name == load_task("digits-cnn").name == load_task("digits:digits-cnn").name
-    assert len({network for names in NETWORKS.values() for network in names}) == 23
+    assert len({network for names in NETWORKS.values() for network in names}) == 27
     for name, hint in (("cifar", "cifar10"), ("cifar10:resnet21", "resnet"), ("sr:espnet", "carn-m")):
         with pytest.raises(SecateurError, match=hint):
             load_task(name)
@@ -351,6 +351,9 @@ def test_networks_with_labelled_pictures_are_calibrated_on_those(
     (tmp_path / "cifar10").mkdir()
     (tmp_path / "cifar10" / "train_0.npz").touch()
     assert calibration_set("resnet56") == "cifar10"
+    (tmp_path / "camvid").mkdir()
+    (tmp_path / "camvid" / "camvid_test_subset.tar").touch()
+    assert calibration_set("espnet") == "camvid" and calibration_set("camvid-patches") is None
 
 
 def test_prune_takes_a_tasks_own_data(capsys: pytest.CaptureFixture[str]) -> None:
