@@ -97,6 +97,7 @@ def plan_apply(
     quality: Quality,
     where: Where,
     shown: Shown,
+    line: str,
 ) -> None:
     """Do what a plan says to a fresh model."""
     import copy
@@ -127,7 +128,7 @@ def plan_apply(
         rows = decided.summary()
         report = {
             "model": model, "method": decided.method, "target": decided.target, "seed": decided.seed, "before": before,
-            "after": after, "out": out, "notes": list(decided.notes.values()),
+            "after": after, "out": out, "command": line, "notes": list(decided.notes.values()),
             "groups": [{**row, "reason": None} for row in rows if row["kind"] != "weights"],
             "weights": [row for row in rows if row["kind"] == "weights"],
         }  # fmt: skip

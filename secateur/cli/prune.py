@@ -167,6 +167,7 @@ def prune(
 
     With --method NAME, --help shows the method's hyperparameters too.
     """
+    from secateur.io.card import write_card
     from secateur.measure import measure as run_measure
     from secateur.method import make_method
     from secateur.pruning.auto import prune as run
@@ -212,6 +213,7 @@ def prune(
     if flags.stream:
         report = _stream(model, flags, common | vars(settings), recovery, measured, where, output)
         report |= {"command": line, "versions": library_versions()}
+        write_card(Path(output.out or "").expanduser(), report, report["artefact"])
         show(report, output.json, lambda console: print_report(report, console))
         return
     with quiet_stdout():

@@ -56,6 +56,7 @@ def recover(
     *,
     flags: Recover,
     shown: Shown,
+    line: str,
 ) -> None:
     """Train what is left of a pruned model. Weights that are zero stay zero. Under torchrun the batches are shared by its processes."""
     from secateur.data import calibration_batches
@@ -107,6 +108,7 @@ def recover(
             "out": flags.out,
             "teacher": flags.teacher,
             "losses": losses,
+            "command": line,
         }
         report |= {"seconds": time.perf_counter() - start}
         report["artefact"] = save_model(network, flags.out, tokenizer=tokenizer, report=report)

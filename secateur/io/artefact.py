@@ -21,6 +21,7 @@ from torch import nn
 
 from secateur.errors import SecateurError
 from secateur.families.pipelines import Parts
+from secateur.io.card import write_card
 from secateur.io.module import _load_module, _save_module
 from secateur.io.packed import dense_folder, is_packed, pack_folder
 from secateur.io.pipelines import is_pipeline_folder, load_pipeline, save_pipeline
@@ -56,7 +57,7 @@ def save_model(
     packed: zeros take a bit each; `secateur.load` reads such a folder, and `secateur.io.packed.unpack` makes it dense.
 
     Gives what it wrote: `form` (plain, custom, module), `load` (the line that loads it) and `why` (what the config
-    can't express; None when plain). The same goes into `report.json` under `artefact`.
+    can't express; None when plain). The same goes into `report.json` under `artefact`, and `README.md` is a model card.
 
     Raises `SecateurError` where the directory isn't empty, the disk is full, or the model holds modules that the
     dense one doesn't have.
@@ -75,6 +76,7 @@ def save_model(
         if plan is not None:
             plan.save(partial)
         atomic_write_json(partial / "report.json", {**(report or {}), "artefact": about})
+        write_card(partial, report or {}, about, type(model).__name__)
     return about
 
 

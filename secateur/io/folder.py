@@ -19,6 +19,7 @@ from secateur.data import calibration_batches
 from secateur.errors import require
 from secateur.graph.novices import KIND
 from secateur.io.by_block import Blocks, check_units, forget_steps
+from secateur.io.card import write_card
 from secateur.io.hollow import as_stored, empty_model, rows_apart
 from secateur.io.per_layer import FOLDER
 from secateur.io.renamed import Renamed, named
@@ -170,6 +171,7 @@ def prune_folder(
         forget_steps(work)
         plan.save(work)
     atomic_write_json(work / "report.json", report)
+    write_card(work, report, about)
     (work / RUN).unlink()
     with explain_oserror(where):
         if where.is_dir():

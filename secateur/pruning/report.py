@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.graph import Graph
 from secateur.method import Method
+from secateur.pruning.options import Options
 from secateur.pruning.plan import Plan
 from secateur.pruning.target import Target
 from secateur.utils.screen import brief, change, counted, fit
@@ -158,3 +162,29 @@ def target_met(
     key = {"params": "params", "macs": "macs", "size": "size_bytes"}[target.kind]
     figure = "params_nonzero" if key == "params" and plan.masks else key
     return after[figure] <= target.limit(before[key]) + 1e-6
+
+
+def command_line(report: Mapping[str, Any]) -> str:
+    """The command that gives this result again; `report["command"]` where the command line wrote it; "" of a run without a method.
+
+    >>> command_line({"method": "wanda", "target": "50%", "options": {"keep": ["lm_head"], "samples": 32}})
+    'secateur prune MODEL --method wanda --target 50% --seed 0 --keep lm_head'
+    """
+    if report.get("command"):
+        return str(report["command"])
+    if report.get("method") is None:
+        return ""
+    file = re.match(r"(.+\.py:\w+) sha256:", report.get("source") or "")
+    method = file[1] if file else str(report.get("method"))
+    words = ["secateur", "prune", str(report.get("model", "MODEL")), "--method", method]
+    words += ["--target", str(report.get("target")), "--seed", str(report.get("seed", 0))]
+    usual = dataclasses.asdict(Options())
+    options = {k: v for k, v in (report.get("options") or {}).items() if k in usual and v != usual[k]}
+    for name, value in {**(report.get("hyperparameters") or {}), **options}.items():
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
+        elif isinstance(value, str | int | float):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+        elif isinstance(value, list | tuple):
+            words += [f"--{name.replace('_', '-')}", ",".join(map(str, value))]
+    return shlex.join(words)

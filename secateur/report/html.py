@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from secateur.pruning.plan import Plan
+from secateur.pruning.report import command_line
 from secateur.report.figures import (
     Figure,
     cost_figure,
@@ -26,7 +27,7 @@ from secateur.report.figures import (
     speed_text,
     strip_figures,
 )
-from secateur.report.summary import alarms, command_line, in_seconds, left, lost, notes, parted, rows
+from secateur.report.summary import alarms, in_seconds, left, lost, notes, parted, rows
 from secateur.report.terminal import kept_by_kind, merge_alike
 from secateur.utils.about import library_versions
 from secateur.utils.files import atomic_write_text

@@ -95,10 +95,13 @@ def seconds_within(value: float, low: float, high: float) -> str:
 
     >>> seconds_within(0.447, 0.431, 0.470), seconds_within(0.00512, 0.00511, 0.00513), seconds_within(1.28, 1.1, 1.6)
     ('450 ms', '5.12 ms', '1.3 s')
+    >>> seconds_within(0.00043, 0.0001, 0.002)  # one digit at least
+    '400 µs'
     """
     unit = 1.0 if value >= 1 else 1e-3 if value >= 1e-3 else 1e-6
-    finest = 2 - math.floor(math.log10(value / unit))  # three digits at most
-    return in_seconds(round(value / unit, decimals(low / unit, high / unit, most=finest)) * unit)
+    first = -math.floor(math.log10(value / unit))
+    places = max(first, decimals(low / unit, high / unit, most=first + 2))
+    return in_seconds(round(value / unit, places) * unit)
 
 
 def figure(key: str, value: float | None) -> str:
@@ -357,33 +360,3 @@ def parted(reason: str) -> tuple[str, str]:
                 else (reason, "")
             )
     return reason, ""
-
-
-def command_line(report: Mapping[str, Any]) -> str:
-    """The command that gives this result again; `report["command"]` where the command line wrote it.
-
-    >>> command_line({"method": "wanda", "target": "50%", "options": {"keep": ["lm_head"], "samples": 32}})
-    'secateur prune MODEL --method wanda --target 50% --seed 0 --keep lm_head'
-    """
-    import dataclasses
-    import re
-    import shlex
-
-    from secateur.pruning.options import Options
-
-    if report.get("command"):
-        return str(report["command"])
-    file = re.match(r"(.+\.py:\w+) sha256:", report.get("source") or "")
-    method = file[1] if file else str(report.get("method"))
-    words = ["secateur", "prune", str(report.get("model", "MODEL")), "--method", method]
-    words += ["--target", str(report.get("target")), "--seed", str(report.get("seed", 0))]
-    usual = dataclasses.asdict(Options())
-    options = {k: v for k, v in (report.get("options") or {}).items() if k in usual and v != usual[k]}
-    for name, value in {**(report.get("hyperparameters") or {}), **options}.items():
-        if isinstance(value, bool):
-            words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
-        elif isinstance(value, str | int | float):
-            words += [f"--{name.replace('_', '-')}", str(value)]
-        elif isinstance(value, list | tuple):
-            words += [f"--{name.replace('_', '-')}", ",".join(map(str, value))]
-    return shlex.join(words)

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from secateur.pruning.plan import Plan
+from secateur.pruning.report import command_line
 from secateur.report import html, summary, terminal
 from secateur.report.figures import layer_label, panels
 from secateur.utils.spread import Speed
@@ -272,7 +273,7 @@ def test_the_command_says_what_was_asked_for() -> None:
         "kinds": None,
     }
     report = {"method": "own", "source": "mine.py:Own sha256:0123", "target": "50%", "options": options}
-    assert summary.command_line(report) == (
+    assert command_line(report) == (
         "secateur prune MODEL --method mine.py:Own --target 50% --seed 0"
         " --keep lm_head --share '*.mlp=50%' --samples 8 --no-prove"
     )
