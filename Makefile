@@ -19,10 +19,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 
 demo: $(VENV)/.installed
 	@rm -rf demo
-	$(BIN)/secateur prune smollm2 --target 90% --round-to 8 --seqlen 128 --recover lora --steps 8 \
-	    --tasks english --limit 64 --latency --out demo/smollm2-90 --report demo/report.html
-	@echo; echo "The smaller model, loaded by plain transformers:"
-	@$(BIN)/python benchmarks/generate.py demo/smollm2-90 "The capital of France is"
+	$(BIN)/secateur demo --out demo
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests

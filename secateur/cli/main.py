@@ -22,6 +22,7 @@ from cyclopts import App
 from secateur.cli import (
     catalogue,
     compare,
+    demo,
     doctor,
     inspect,
     metanetwork,
@@ -64,6 +65,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "methods": catalogue.methods,
     "recommend": catalogue.recommend,
     "doctor": doctor.doctor,
+    "demo": demo.demo,
     "unpack": plan.unpack,
     "plan show": plan.plan_show,
     "plan diff": plan.plan_diff,

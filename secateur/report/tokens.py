@@ -234,6 +234,31 @@ def kept_of(part: Mapping[str, int], parts: Sequence[Mapping[str, int]]) -> str:
     return f"{' '.join(words)} {part['kept']} of {part['total']}".strip()
 
 
+def token_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(what, with all tokens, with those that were kept, how they differ), a line a figure."""
+    why, lines = found.get("not_measured") or {}, []
+    for title, key, scale in ROWS:
+        before, after = found["before"].get(key), found["after"].get(key)
+        if scale is None:
+            lines.append((title, str(before), str(after), ""))
+            continue
+        if key in found.get("speed", {}):
+            spans = [found[side]["latency"]["quartiles"][key] for side in ("before", "after")]
+            first, last = (
+                seconds_within(value, *span) for value, span in zip((before, after), spans, strict=True)
+            )
+            lines.append((title, first, last, speed_words(Speed.read(found["speed"][key]))))
+            continue
+        unit = UNITS.get(key, "")
+        first, last = (
+            "–" if value is None else (f"{value:,}" if scale == 1 else f"{value / scale:,.2f} {unit}")
+            for value in (before, after)
+        )
+        ratio = f"{after / before:.2f}" if before and after is not None else ""
+        lines.append((title, first, last, "not measured" if key in why else ratio))
+    return lines
+
+
 def print_tokens(found: Mapping[str, Any], console: Console) -> None:
     """Answers and costs with every token and with those that were kept, side by side."""
     for line in found.get("collapsed") or []:
@@ -242,23 +267,8 @@ def print_tokens(found: Mapping[str, Any], console: Console) -> None:
     console.print(f"{found['prompt']}", style="italic", markup=False)
     shown = table("", "all tokens", "kept", "kept/all", right=("all tokens", "kept", "kept/all"))
     why = found.get("not_measured") or {}
-    for title, key, scale in ROWS:
-        before, after = found["before"].get(key), found["after"].get(key)
-        if scale is None:
-            shown.add_row(title, str(before), str(after), "")
-            continue
-        if key in found.get("speed", {}):
-            spans = [found[side]["latency"]["quartiles"][key] for side in ("before", "after")]
-            times = [seconds_within(value, *span) for value, span in zip((before, after), spans, strict=True)]
-            shown.add_row(title, *times, speed_words(Speed.read(found["speed"][key])))
-            continue
-        unit = UNITS.get(key, "")
-        texts = [
-            "–" if value is None else (f"{value:,}" if scale == 1 else f"{value / scale:,.2f} {unit}")
-            for value in (before, after)
-        ]
-        ratio = f"{after / before:.2f}" if before and after is not None else ""
-        shown.add_row(title, *texts, "not measured" if key in why else ratio)
+    for line in token_rows(found):
+        shown.add_row(*line)
     console.print(shown)
     for title, key, _ in ROWS:
         if key in why:
