@@ -149,7 +149,7 @@ def speed_figure(report: Mapping[str, Any]) -> Figure | None:
     promised_within = [seconds * promised / first for seconds in within[0]]
     bars = [
         ("after, measured", last, within[1], "$after"),
-        ("after, if time followed multiply-adds", promised, promised_within, "$mid"),
+        ("after, if time<br>followed multiply-adds", promised, promised_within, "$mid"),
         ("before, measured", first, within[0], "$before"),
     ]
     data = {

@@ -115,7 +115,7 @@ def _sections(report: Mapping[str, Any], plan: Plan | None, figures: list[Figure
         _section("What each layer keeps", kept_figures(report), figures),
     ]
     if plan is not None:
-        text = "One row a layer, one column a unit, in the model's own order: the green ones stay."
+        text = "One row a layer, one column a unit, in the model's own order: the coloured ones stay."
         if plan.masks:
             text = (
                 "One row a layer, columns are the inputs of the matrix: how many of an input's weights stay."

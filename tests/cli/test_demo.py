@@ -21,7 +21,7 @@ def ran(folder: Path) -> dict[str, Any]:
     """What the three commands could have given."""
     for name in ("kept.png", "saliency.png"):
         save_png(torch.zeros(8, 8, 3, dtype=torch.uint8), folder / name)
-    speed = {"forward_seconds": Speed.of([2.0, 2.1, 1.9, 2.0], [1.0, 1.0, 1.1, 1.0]).as_dict()}
+    speed = {"forward_seconds": Speed.of([2.0, 2.1, 1.9] * 2, [1.0, 1.0, 1.1] * 2).as_dict()}
     side = {"params": 100, "perplexity": {"english": 20.5}, "latency": {"forward_seconds": 2.0}}
     language = {
         "method": "2ssp", "target": "90%", "command": "secateur prune small --target 90%", "before": side,

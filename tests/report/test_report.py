@@ -232,7 +232,7 @@ def test_the_plots_show_the_figures_of_the_report() -> None:
     speed = next(p["data"][0] for p in plots if "after, measured" in p["data"][0]["y"])
     times = dict(zip(speed["y"], speed["x"], strict=True))
     assert times == pytest.approx(
-        {"after, measured": 160, "after, if time followed multiply-adds": 100, "before, measured": 200}
+        {"after, measured": 160, "after, if time<br>followed multiply-adds": 100, "before, measured": 200}
     )
 
 
