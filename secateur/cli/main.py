@@ -137,6 +137,7 @@ def build(argv: Sequence[str]) -> tuple[App, list[str]]:
                     switches[argument.name] = bool(argument.negatives)
     for folder_app in folders.values():
         app.command(folder_app)
+    app.register_install_completion_command(help="Complete verbs and flags with Tab: bash, zsh, fish.")
     return app, on_off(argv, switches)
 
 

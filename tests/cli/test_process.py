@@ -1,6 +1,7 @@
 """The process: it starts without torch, `python -m secateur` is the command, and Ctrl-C is one line at any moment."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +38,18 @@ def test_it_starts_without_torch(words: list[str], code: int) -> None:
         [sys.executable, "-c", script, *words], env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert done.returncode == code, done.stderr
+
+
+def test_verbs_and_flags_are_completed_by_the_shell(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "secateur", "--install-completion", "--shell", "bash"]
+    home = {**ENVIRONMENT, "HOME": str(tmp_path), "SHELL": "/bin/bash"}
+    subprocess.run(words, env=home, capture_output=True, check=True)
+    (script,) = (file for file in tmp_path.rglob("secateur*") if file.is_file())
+    assert {"train-prune", "--target", "demo"} <= set(
+        script.read_text().replace("'", " ").replace('"', " ").split()
+    )
+    if bash := shutil.which("bash"):
+        subprocess.run([bash, "-n", str(script)], check=True)
 
 
 def test_the_package_is_imported_without_torch_and_keeps_its_names() -> None:
