@@ -26,15 +26,15 @@ def describe_groups(graph: Graph) -> dict[str, Any]:
     """Size and cost of the model, and a row a group: name, kind, size, shares of params and macs, reason, exact.
 
     The shares are those of what would leave if all units of the group could: groups overlap, they don't add up to 1.
-    `macs` is None where the group can't be cut, or has a single unit.
+    `macs` is None where the group can't be cut, or has no unit to spare.
     """
     params, macs = graph.params(), graph.macs()
     made = []
     for group in graph.groups:
-        share = None
-        if group.reason is None and group.size > 1 and macs:
-            one = graph.macs({group.name: torch.tensor([0])})
-            share = (macs - one) / macs * group.size / (group.size - 1)
+        share, least = None, max(1, group.least)
+        if group.reason is None and group.size > least and macs:
+            few = graph.macs({group.name: torch.arange(least)})
+            share = (macs - few) / macs * group.size / (group.size - least)
         made.append(
             {
                 "name": group.name,

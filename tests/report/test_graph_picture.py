@@ -9,6 +9,7 @@ from torch import nn
 
 from secateur.graph import trace
 from secateur.report.graph import describe_groups, graph_html
+from secateur.tasks.tiny import inputs_for, tiny_mixtral
 
 
 def test_coupled_parts_have_one_colour_and_frozen_ones_a_reason(tiny_llama: Callable[..., nn.Module]) -> None:
@@ -37,3 +38,11 @@ def test_shares_of_a_network_counted_by_hand() -> None:
     assert inner["size"] == 6 and inner["tensors"] == 3
     assert inner["params"] == (24 + 6 + 18) / 51
     assert abs(inner["macs"] - 1.0) < 1e-9
+
+
+def test_experts_of_which_two_are_picked_have_a_row() -> None:
+    """The model refuses to run with fewer, so what leaves is counted down to two."""
+    model = tiny_mixtral().float()
+    found = describe_groups(trace(model, inputs_for(model)))
+    experts = [group for group in found["groups"] if group["kind"] == "experts"]
+    assert len(experts) == 4 and all(group["reason"] is None and group["size"] == 8 for group in experts)
