@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 VERSIONED := tests/utils tests/doctor tests/tokens tests/io tests/measure $(wildcard tests/methods/test_tokens_*.py) tests/cli tests/report \
     tests/saliency tests/training/test_recover.py tests/tasks/test_gguf.py tests/test_hostile.py
 
-.PHONY: demo test test-versions update lint docs docs-site clean
+.PHONY: demo test test-versions update lint docs docs-site gallery release-check clean
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "secateur needs Python 3.11 or newer, this is " + sys.version.split()[0])'
@@ -50,6 +50,12 @@ docs: $(VENV)/.installed
 docs-site: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --site-dir site
 	@echo "site/index.html"
+
+gallery: $(VENV)/.installed
+	$(BIN)/python benchmarks/gallery.py docs/gallery
+
+release-check: $(VENV)/.installed
+	$(BIN)/python tools/release.py
 
 clean:
 	rm -rf $(VENV) .update demo build site *.egg-info
