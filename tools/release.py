@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MOST = 15e6
 """Bytes of the wheel."""
-LIGHT = ("cyclopts", "rich", "pyyaml", "numpy", "packaging", "psutil", "filelock", "jinja2", "pydantic")
+LIGHT = ("cyclopts", "rich", "safetensors", "pydantic", "pyyaml")
 """Dependencies that a start needs; the others are imported when a verb runs."""
 NEEDED = ("py.typed", "report/templates/demo.html", "taxonomy/catalogue.json", "tasks/weights/scenes-llava-0/model.safetensors")  # fmt: skip
 STARTS = (["-c", "import secateur; print(secateur.__version__)"], ["-m", "secateur", "--version"], ["-m", "secateur", "methods"])  # fmt: skip
