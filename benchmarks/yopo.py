@@ -296,7 +296,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=5, help="of the plan that is tuned for")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--samples", type=int, default=8192)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
