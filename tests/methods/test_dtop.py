@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import secateur
 from secateur import SecateurError
+from secateur.cli.train import skipped
 from secateur.families.segmenter import MaskHead, Segmenter, TokenHead
 from secateur.families.vit import Vit
 from secateur.measure import macs
@@ -264,3 +265,11 @@ def test_labels_that_do_not_fit_are_refused() -> None:
     empty[1] = -100
     with pytest.raises(SecateurError, match="no pixel of picture 1 has a class"):
         check_labels(task(empty))
+
+
+def test_the_command_line_says_what_the_network_reaches_while_it_skips() -> None:
+    """Rows of training alone say nothing of it."""
+    rows = [{"phase": "pruning on", "last_step": 3}, {"phase": "pruned", "quality": 25.3, "work": 0.525}]
+    assert skipped(rows, "psnr") == [
+        "where work is skipped: psnr 25.30 dB, 52.5 % of the multiply-adds of the parts that skip"
+    ]
