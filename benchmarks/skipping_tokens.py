@@ -11,7 +11,6 @@ score is drawn for each picture; without tuning its row is the mean of five draw
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 from collections import defaultdict
@@ -43,7 +42,7 @@ def main() -> None:
     parser.add_argument("--task", default="digits", choices=("digits", "cifar10"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=250, help="of training")
-    parser.add_argument("--tune", type=int, default=50, help="steps of tuning, top-vim")
+    parser.add_argument("--tune", type=int, default=150, help="steps of tuning, top-vim")
     parser.add_argument("--train", type=int, default=None, help="pictures to train on")
     parser.add_argument("--out", help="a file for the numbers, as JSON")
     given = parser.parse_args()
@@ -93,7 +92,7 @@ def top_vim(given: argparse.Namespace, seed: int, row: Row) -> None:
     pruned = partial(attached, model, quality, "top-vim")
     row("dense", quality(model))
     naive = {"gap": "identity", "conv": "condensed", "cls": "middle"}
-    for r in (0.9, 0.8, 0.7, 0.6):
+    for r in (0.9, 0.8, 0.6):
         row(f"r {r:g}, naive", pruned(r=r, **naive))
         row(f"r {r:g}, aligned", pruned(r=r))
     for gap in ("cached", "bias", "identity"):
@@ -105,12 +104,10 @@ def top_vim(given: argparse.Namespace, seed: int, row: Row) -> None:
             row(f"r {r:g}, aligned, {score}", pruned(r=r, score=score))
         draws = [pruned(r=r, score="random", seed=draw) for draw in range(DRAWS)]
         row(f"r {r:g}, aligned, random", statistics.mean(draws))
-    for name, settings in {"aligned": {}, "naive": naive, "dense": {"r": 1.0}}.items():
-        tuned = copy.deepcopy(model)
-        with secateur.attach(tuned, "top-vim", **settings) as on:
-            train(tuned, task, given.tune, seed + 100, lr=task.recipe.lr / 5)
-            row(f"r 0.8 tuned, {name}", quality(tuned))
-            row(f"work, {name}", on.work.share.mean().item())
+    with secateur.attach(model, "top-vim") as on:
+        train(model, task, given.tune, seed + 100, lr=task.recipe.lr / 2)
+        row("r 0.8 tuned, aligned", quality(model))
+        row("work", on.work.share.mean().item())
 
 
 def attached(
