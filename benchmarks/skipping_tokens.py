@@ -5,7 +5,7 @@
     python benchmarks/skipping_tokens.py top-vim --task cifar10 --train 10000 --steps 1200 --tune 300 --seeds 0
 
 Every row is the accuracy on pictures that nothing was trained on (of digits: test and validation, 597), one number a seed. A random
-score is drawn for each picture; without tuning its row is the mean of five draws. Nothing is chosen by these numbers.
+score is drawn for each picture. Nothing is chosen by these numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from secateur.tasks import load_task
 from secateur.training.fit import fit
 from secateur.training.task import Task
 
-DRAWS = 5
 Row = Callable[[str, float], None]
 
 
@@ -100,10 +99,8 @@ def top_vim(given: argparse.Namespace, seed: int, row: Row) -> None:
     for conv, cls in (("zeros", "middle"), ("condensed", "place"), ("condensed", "middle")):
         row(f"r 0.8, repeat, conv {conv}, cls {cls}", pruned(conv=conv, cls=cls))
     for r in (0.8, 0.6):
-        for score in ("unclipped", "l1"):
+        for score in ("unclipped", "l1", "random"):
             row(f"r {r:g}, aligned, {score}", pruned(r=r, score=score))
-        draws = [pruned(r=r, score="random", seed=draw) for draw in range(DRAWS)]
-        row(f"r {r:g}, aligned, random", statistics.mean(draws))
     with secateur.attach(model, "top-vim") as on:
         train(model, task, given.tune, seed + 100, lr=task.recipe.lr / 2)
         row("r 0.8 tuned, aligned", quality(model))
@@ -135,12 +132,8 @@ def dependency_vit(given: argparse.Namespace, seed: int, row: Row) -> None:
     if given.task == "digits":
         on_ink(dense, row)
     for r in (0.1, 0.16, 0.2):
-        for score in ("sent", "received"):
+        for score in ("sent", "received", "random"):
             row(f"r {r:g}, not tuned, {score}", attached(dense, quality, "dependency-vit", r=r, score=score))
-        draws = [
-            attached(dense, quality, "dependency-vit", r=r, score="random", seed=d) for d in range(DRAWS)
-        ]
-        row(f"r {r:g}, not tuned, random", statistics.mean(draws))
     for name, build, settings in (
         ("sent", task.build, {}),
         ("received", task.build, {"score": "received"}),

@@ -81,7 +81,7 @@ class DependencyVit(SkipMethod):
     score: str = field(
         default="sent", metadata={"help": "what ranks tokens", "choices": ("sent", "received", "random")}
     )
-    seed: int = field(default=0, metadata={"help": "of the random score"})
+    draw: int = field(default=0, metadata={"help": "which draw of the random score"})
 
     def prune(self, job: Job) -> Plan:
         with self.attach(job.model) as attached:
@@ -107,7 +107,7 @@ class DependencyVit(SkipMethod):
         counts = dict(zip(sorted(blocks), stage_counts(model.tokens, len(blocks), self.r)))
         require(min(counts.values()), "the last stage leaves no token", where="r", fix="give less")
         attached = Skipping(model, self.name)
-        now, generator = model.tokens, torch.Generator().manual_seed(self.seed)
+        now, generator = model.tokens, torch.Generator().manual_seed(self.draw)
 
         def skip(number: int, tokens: Messages) -> Messages:
             nonlocal now

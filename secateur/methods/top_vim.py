@@ -85,7 +85,7 @@ class TopVim(SkipMethod):
         default=0,
         metadata={"help": "the first block behind which patches leave; 0: at 5/24 of the depth", "min": 0},
     )
-    every: int = field(
+    apart: int = field(
         default=0, metadata={"help": "blocks from step to step; 0: 5/24 of the depth", "min": 0}
     )
     until: int = field(
@@ -106,7 +106,7 @@ class TopVim(SkipMethod):
             "choices": ("place", "middle"),
         },
     )
-    seed: int = field(default=0, metadata={"help": "of the random score"})
+    draw: int = field(default=0, metadata={"help": "which draw of the random score"})
 
     def prune(self, job: Job) -> Plan:
         if not job.trained:
@@ -122,7 +122,7 @@ class TopVim(SkipMethod):
         """The blocks behind which patches leave, of so many."""
         share = math.ceil(depth * 5 / 24)
         return range(
-            self.start or share, min(self.until or math.ceil(depth * 20 / 24), depth), self.every or share
+            self.start or share, min(self.until or math.ceil(depth * 20 / 24), depth), self.apart or share
         )
 
     def attach(self, model: nn.Module, masked: bool = False) -> Skipping:
@@ -141,7 +141,7 @@ class TopVim(SkipMethod):
             fix="begin earlier",
         )
         attached = Skipping(model, self.name)
-        now, generator = total, torch.Generator().manual_seed(self.seed)
+        now, generator = total, torch.Generator().manual_seed(self.draw)
 
         def skip(number: int, tokens: Scanned) -> Scanned:
             nonlocal now

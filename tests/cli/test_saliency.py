@@ -157,3 +157,20 @@ def test_an_overlay_shows_the_picture_in_grey_and_what_is_salient_in_colour(tmp_
         assert np.array_equal(np.asarray(written), overlay(values, image).numpy())
     with pytest.raises(SecateurError, match="the picture"):
         overlay(values, torch.rand(3, 9, 9))
+
+
+def test_the_dependency_tree_of_a_network_with_reversed_attention(run, photo, monkeypatch, tmp_path):
+    from safetensors.torch import save_file
+
+    from secateur.tasks.cifar10 import OWN, VERSION
+
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
+    folder = tmp_path / f"cifar-dependency-vit-{VERSION}"
+    folder.mkdir()
+    save_file(OWN["cifar-dependency-vit"]().state_dict(), folder / "model.safetensors")
+    code, printed, err = run(
+        "cifar-dependency-vit", photo, "--method", "dependency-tree", "--out", tmp_path / "m.png", "--json"
+    )
+    assert code == 0, err
+    found = json.loads(printed)
+    assert found["size"] == [32, 32] and found["layers"] == ["blocks.5"] and (tmp_path / "m.png").exists()

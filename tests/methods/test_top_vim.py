@@ -1,5 +1,7 @@
 """What leaves a two-way Mamba, and that the scan goes on past its place; numbers of the sheet, or by hand."""
 
+import dataclasses
+import inspect
 from itertools import product
 
 import pytest
@@ -8,8 +10,10 @@ import torch
 import secateur
 from secateur import SecateurError
 from secateur.families.vim import Vim
+from secateur.method import method_class
 from secateur.methods.top_vim import TopVim, importance, odd_count
 from secateur.tasks import cifar10, digits
+from secateur.training.skip import SkipMethod
 
 
 def test_the_worked_scores() -> None:
@@ -214,3 +218,26 @@ def test_the_cls_token_keeps_its_place_unless_it_must_stand_in_the_middle() -> N
         model(PICTURES)
     for tokens in seen.values():
         assert tokens.path.cls.tolist() == [8, 8, 8] and (tokens.path.positions == 8).any(1).all()
+
+
+@pytest.mark.parametrize(
+    "method", [m for m in secateur.list_methods() if issubclass(method_class(m), SkipMethod)]
+)
+def test_no_setting_has_the_name_of_an_argument_that_would_take_it(method) -> None:
+    own = {field.name for field in dataclasses.fields(method_class(method))}
+    taken = {
+        *inspect.signature(secateur.attach).parameters,
+        *inspect.signature(secateur.train_prune).parameters,
+    }
+    assert not own & (taken - {"settings", "hyperparameters"})
+
+
+@torch.no_grad()
+def test_chance_differs_by_picture_and_by_draw() -> None:
+    model, made = net(), []
+    same = PICTURES[:1].expand(3, -1, -1, -1)
+    for draw in (0, 0, 1):
+        with secateur.attach(model, "top-vim", score="random", draw=draw):
+            made.append(model(same))
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+    assert not torch.equal(made[0][0], made[0][1])
