@@ -1,6 +1,7 @@
 """Whether the strongest place of a map lies on the object, and whether a map knows its class.
 
     python benchmarks/pointing.py                    # EfficientNet-Lite0, 100 pictures of ECSSD; 4 min on one core
+    python benchmarks/pointing.py --only gradient integrated-gradients occlusion smoothgrad  # MINUTES min
 
 ECSSD's masks say what people look at; the class is the likeliest one. A hit: the strongest pixel lies on the mask or within
 15 pixels of it, as in the pointing game. "random" is a pixel drawn by chance (seeds 0, 1, 2), "centre" a guess at the middle. The
@@ -37,6 +38,8 @@ from secateur.utils.files import require_data
 
 SIZE, REACH, PART = 224, 15, 10
 PIXELS = ("lrp", "salient-relevance", "gradient", "guided-backprop", "guided-grad-cam")
+BLURRED = ("lrp", "integrated-gradients")
+"""Maps of both signs that change from pixel to pixel."""
 BLIND = ("gradient", "guided-backprop", "guided-grad-cam", "grad-cam")
 """Maps whose class sensitivity is printed too; they have no meta step."""
 CELLS = {
@@ -80,6 +83,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=100)
     parser.add_argument("--sensitivity", type=int, default=20, help="pictures for class sensitivity")
     parser.add_argument("--parts", action="store_true", help="also print the shares of each ten pictures")
+    parser.add_argument("--only", nargs="+", help="these maps of pixels and none of layers")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -100,8 +104,8 @@ def main() -> None:
             row, column = divmod(int(resize(values, (SIZE, SIZE))[0].argmax()), SIZE)
             hits.setdefault((method, layer), []).append(float(wide[row, column]))
 
-        seen = record(model, x, None, "all")
         maps: dict[str, list[Tensor]] = {}
+        seen = record(model, x, None, "all" if not args.only else ())
         for layer, a in seen.activations.items():
             g = seen.gradients[layer]
             for method, cell in CELLS.items():
@@ -111,8 +115,8 @@ def main() -> None:
                 point(method, layer, found[-1])
         for method, found in maps.items():
             point(method, "all", combine(found))
-        for method in PIXELS:
-            blur = 0.02 if method == "lrp" else 0.0
+        for method in args.only or PIXELS:
+            blur = 0.02 if method in BLURRED else 0.0
             values = secateur.saliency(model, x, method, blur=blur).values
             point(method, "pixels", values)
             positive = values.reshape(SIZE, SIZE).clamp(min=0).double().numpy()
@@ -120,7 +124,7 @@ def main() -> None:
     layers = [layer for method, layer in hits if method == "normgrad"]
     print(f"{len(kept)} pictures; ± is two standard errors over parts of {PART}, all in %")
     print(f"{'pointing':22s}" + "".join(f"{layer:>14s}" for layer in layers))
-    for method in (*CELLS, "grad-cam"):
+    for method in (*CELLS, "grad-cam") if layers else ():
         print(f"{method:22s}" + "".join(f"{told(hits[method, layer]):>14s}" for layer in layers))
     for (method, layer), shares in hits.items():
         if layer == "pixels":
@@ -137,9 +141,9 @@ def main() -> None:
     print(
         f"\n{'class sensitivity':22s}{'plain':>14s}{'meta':>14s}   (mean over the pictures whose maps aren't empty; 1 is blind)"
     )
-    for method in ("normgrad", "selective-normgrad", "linear-approximation", *BLIND):
+    for method in args.only or ("normgrad", "selective-normgrad", "linear-approximation", *BLIND):
         said = []
-        for meta in (0.0, 0.0025) if method not in BLIND else (None,):
+        for meta in (0.0, 0.0025) if method not in BLIND and not args.only else (None,):
             settings = {} if meta is None else {"meta": meta}
             found = [class_sensitivity(model, x[0], method, **settings) for x in kept[: args.sensitivity]]
             known = [value for value in found if not math.isnan(value)]

@@ -27,6 +27,7 @@ class Lrp(SaliencyMethod):
     """
 
     info = record("lrp")
+    additive = True
 
     composite: str = field(
         default="epsilon-plus-flat", metadata={"help": ", ".join(COMPOSITES), "choices": tuple(COMPOSITES)}

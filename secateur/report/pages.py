@@ -301,7 +301,7 @@ def _facts(cls: type[Method]) -> str:
     if issubclass(cls, WorkMethod):
         return "Spares visual tokens work while the model runs and removes none before the cut; needs no training; heads are ranked on prompts."
     if issubclass(cls, SaliencyMethod):
-        return "Draws a map and removes nothing; one forward and one backward of the model as it is; needs no training."
+        return f"Draws a map and removes nothing; {cls.runs} of the model as it is; needs no training."
     facts = [f"Removes {kind_of(cls)}" if kind_of(cls) != "other" else "Neither removes weights nor units"]
     facts.append("needs no training" if info.training_free else "trains")
     facts.append("reads `" + "`, `".join(sorted(cls.needs)) + "`" if cls.needs else "reads no statistics")

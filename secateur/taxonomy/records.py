@@ -159,5 +159,8 @@ BASELINES = r"""
 | gradient | Gradient | none | S | none | none | none | SAL | - | input | pre | none | - | - | - | - | 1 | unsupervised | cnn vit | - | - | 2013 | 1312.6034 | - | The largest absolute gradient over the colours of a pixel. |
 | guided-backprop | Guided backpropagation | none | S | none | none | none | SAL | - | input | pre | none | - | - | - | - | 1 | unsupervised | cnn vit | - | - | 2015 | 1412.6806 | - | The gradient that passes activation functions only where it is positive. |
 | guided-grad-cam | Guided Grad-CAM | none | S | none | none | none | SAL | - | input | pre | none | - | - | - | - | 1 | unsupervised | cnn vit | - | - | 2017 | 1610.02391 | - | Guided backpropagation times Grad-CAM. |
+| integrated-gradients | Integrated gradients | none | S | none | none | none | SAL | - | input | pre | none | - | - | - | - | 1 | unsupervised | cnn vit | - | - | 2017 | 1703.01365 | - | The gradient on the way from a baseline to the picture, times that way: parts of the logit. |
+| occlusion | Occlusion | none | S | none | none | none | SAL | - | input | pre | none | - | - | - | - | 1 | unsupervised | cnn vit | - | - | 2013 | 1311.2901 | - | What the logit loses while a square of the picture is covered. |
+| smoothgrad | SmoothGrad | none | S | none | none | none | SAL | - | input | pre | none | - | - | - | - | 1 | unsupervised | cnn vit | - | - | 2017 | 1706.03825 | - | The mean gradient over noisy copies of the picture. |
 | lrp | Layer-wise relevance propagation | lrp-pruning | S | none | none | none | SAL | - | input | pre | none | - | - | - | - | 1 | unsupervised | cnn vit | - | - | 2015 | - | - | What each pixel has in the class's logit, by rules that hand all of it on. |
 """
