@@ -109,10 +109,13 @@ def kinds_of(verb: str, argv: Sequence[str]) -> dict[str, type]:
     elif verb == "recommend":
         kinds["flags"] = catalogue.advice_flags()
     elif verb == "saliency":
-        method = method or saliency.DEFAULT
+        method = method or saliency.DEFAULTS[saliency.reads_text(argv)]
     find = {"prune": method_entry, "train-prune": train.train_method, "tokens": tokens.token_method, "train tokens": tokens.token_method, "saliency": saliency.map_method}  # fmt: skip
     if method is not None and verb in find:
-        kinds["settings"] = method_flags(find[verb](method), flag_names(function, *kinds.values()))
+        taken = flag_names(function, *kinds.values())
+        kinds["settings"] = method_flags(
+            find[verb](method), taken, optional=verb == "saliency" and saliency.reads_text(argv)
+        )
     return kinds
 
 

@@ -1,9 +1,10 @@
-"""`secateur saliency`: where in a picture a class comes from, as a picture."""
+"""`secateur saliency`: where in a picture a class comes from, as a picture, and in a text the next token, as coloured words."""
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,25 +21,31 @@ from secateur.cli.shared import (
     quiet_stdout,
     show,
 )
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, require
 from secateur.taxonomy.catalogue import catalogue
 from secateur.utils.files import check_path
 
 MODEL = Parameter(
-    help="a classifier of pictures: a name such as efficientnet-lite0, a folder, an .onnx or .pt2 file"
+    help="a classifier of pictures: a name such as efficientnet-lite0, a folder, an .onnx or .pt2 file; with --text a language model: smollm2 or a folder"
 )
 IMAGE = Parameter(help="a picture: PNG, JPEG, ...")
 PICTURE = Parameter(group=Group("Picture", sort_key=3))
-DEFAULT = "normgrad"
+DEFAULTS = ("normgrad", "lrp")
+"""The map of a picture, and of a text."""
 OWN = [name for name, entry in catalogue()["methods"].items() if entry["verb"] == "saliency"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saliency:
-    """The map, the class, and how the picture is read."""
+    """The map, the class, and how the picture or text is read."""
 
-    method: str = flag(f"{', '.join(OWN)}, or file.py:Class", DEFAULT)
-    target: int | None = flag("the class; default: the likeliest", None)
+    text: str | None = flag("in place of a picture: a text, whose tokens are read by a language model", None)
+    method: str | None = flag(
+        f"{', '.join(OWN)}, or file.py:Class; default: {DEFAULTS[0]}, of texts {DEFAULTS[1]}", None
+    )
+    target: str | None = flag(
+        "the class, or of texts the next token as it is written; default: the likeliest", None
+    )
     meta: float = flag("learning rate of a step towards the class before the map is made (0.0025)", 0.0)
     blur: float = flag("sigma of a Gaussian over the map, as a share of the longer side (0.02)", 0.0)
     size: Annotated[str | None, PICTURE] = flag(
@@ -51,7 +58,8 @@ class Saliency:
     device: str | None = flag(DEVICE_HELP, None)
     dtype: str | None = flag("float32, bfloat16 or float16; default: float32", None)
     out: Annotated[str | None, OUTPUT] = flag(
-        "the .png file to write: the picture at its own size, and the map in colour over it", None
+        "the .png file to write: the picture at its own size, and the map in colour over it; of texts an .html file with coloured words",
+        None,
     )
     json: Annotated[bool, OUTPUT, SWITCH] = flag(JSON_HELP, False)
 
@@ -61,13 +69,75 @@ def map_method(name: str) -> dict[str, Any]:
     return method_entry(name, "saliency", "draws no map")
 
 
+def reads_text(argv: Sequence[str]) -> bool:
+    """Whether a command line gives a text, whose maps have settings of their own."""
+    return any(token == "--text" or token.startswith("--text=") for token in argv)
+
+
 def saliency(
-    model: Annotated[str, MODEL], image: Annotated[str, IMAGE], /, *, flags: Saliency, settings: Settings
+    model: Annotated[str, MODEL],
+    image: Annotated[str | None, IMAGE] = None,
+    /,
+    *,
+    flags: Saliency,
+    settings: Settings,
 ) -> None:
-    """Show where in a picture a class comes from.
+    """Show where in a picture a class comes from, or which words of a text the next one comes from.
 
     With --method NAME, --help shows the map's hyperparameters too.
     """
+    require(
+        (image is None) != (flags.text is None),
+        "a picture and a text are given" if flags.text is not None else "nothing is given to look at",
+        where="saliency",
+        fix="name a picture, or give --text 'some words' to a language model",
+    )
+    if flags.text is None:
+        assert image is not None
+        of_picture(model, image, flags, settings)
+    else:
+        of_text(model, flags.text, flags, settings)
+
+
+def of_text(model: str, text: str, flags: Saliency, settings: Settings) -> None:
+    from secateur.report.words import plain_words, write_words
+    from secateur.saliency.text import text_saliency
+
+    ending = Path(flags.out).suffix.lower() if flags.out is not None else ".html"
+    require(
+        ending == ".html",
+        "words are written as HTML",
+        where=f"--out {flags.out}",
+        fix="end the name in .html",
+    )
+    check_new_file(flags.out, "--out")
+    for name in ("meta", "blur", "size", "mean", "std"):
+        require(
+            not getattr(flags, name), "it is for pictures", where=f"--{name}", fix="leave it out with --text"
+        )
+    method = flags.method or DEFAULTS[1]
+    own = {name: value for name, value in vars(settings).items() if value is not None}
+    with quiet_stdout():
+        network, tokenizer = open_model(model, flags.device, flags.dtype)
+        require(
+            tokenizer is not None, "it comes without a tokenizer", where=model, fix="give a language model"
+        )
+        found = text_saliency(network, tokenizer, text, method, flags.target, **own)
+        if flags.out:
+            write_words(flags.out, found, model)
+            print(f"words: {flags.out}", file=sys.stderr)
+    value = {
+        "model": model, "text": text, "method": found.method, "target": found.target, "word": found.word,
+        "logit": found.logit, "probability": found.probability,
+        "likeliest": [{"word": w, "token": i, "probability": round(p, 4)} for w, i, p in found.likeliest],
+        "additive": found.additive,
+        "tokens": [{"text": t, "token": i, "value": v} for t, i, v in zip(found.tokens, found.ids, found.values.tolist(), strict=True)],
+        "hyperparameters": found.hyperparameters, "out": flags.out,
+    }  # fmt: skip
+    show(value, flags.json, lambda console: plain_words(found, model, console))
+
+
+def of_picture(model: str, image: str, flags: Saliency, settings: Settings) -> None:
     import numpy as np
     import torch
 
@@ -76,22 +146,23 @@ def saliency(
     from secateur.saliency.picture import draw_map, read_picture, save_png, window
     from secateur.utils.pictures import open_picture
 
-    if flags.out is not None and Path(flags.out).suffix.lower() != ".png":
-        raise SecateurError(
-            "the map is written as PNG", where=f"--out {flags.out}", fix="end the name in .png"
-        )
+    ending = Path(flags.out).suffix.lower() if flags.out is not None else ".png"
+    require(
+        ending == ".png", "the map is written as PNG", where=f"--out {flags.out}", fix="end the name in .png"
+    )
     check_new_file(flags.out, "--out")
     if not Path(image).expanduser().is_file():
         raise SecateurError("no such picture", where=image, fix=check_path(image))
     own = vars(settings).copy()
     if own.get("weights"):
         own["weights"] = tuple(numbers(own["weights"], "--weights"))
-    kind = as_saliency_method(flags.method, **own)
+    kind = as_saliency_method(flags.method or DEFAULTS[0], **own)
+    target = class_number(flags.target)
     with quiet_stdout():
         network, _ = open_model(model, flags.device, flags.dtype)
         size, mean, std = reading_of(network, flags)
         x, _ = read_picture(image, size, mean, std)
-        found = run(network, x, kind, flags.target, meta=flags.meta, blur=flags.blur)
+        found = run(network, x, kind, target, meta=flags.meta, blur=flags.blur)
         likely = likeliest(network, x)
         assert isinstance(found.target, int)
         name = class_name(network, found.target)
@@ -113,6 +184,13 @@ def saliency(
         "hyperparameters": found.hyperparameters, "out": flags.out,
     }  # fmt: skip
     show(value, flags.json, lambda console: draw(value, console))
+
+
+def class_number(text: str | None) -> int | None:
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        raise SecateurError(f"{text!r} is no class", where="--target", fix="give its number") from None
 
 
 def reading_of(network: Any, flags: Saliency) -> tuple[tuple[int, int], list[float], list[float]]:

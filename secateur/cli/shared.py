@@ -144,11 +144,13 @@ def methods_of(verb: str) -> list[str]:
     return [name for name, entry in entries().items() if entry["verb"] == verb]
 
 
-def method_flags(entry: Mapping[str, Any], taken: set[str]) -> type:
-    """The hyperparameters of a method as flags; with its name before one that a general flag has too."""
-    return settings(
-        entry["settings"], f"Hyperparameters of {entry['name']}", prefix=entry["name"], taken=taken
-    )
+def method_flags(entry: Mapping[str, Any], taken: set[str], optional: bool = False) -> type:
+    """The hyperparameters of a method as flags; with its name before one that a general flag has too.
+
+    optional: what isn't given is None.
+    """
+    name, rows = entry["name"], entry["settings"]
+    return settings(rows, f"Hyperparameters of {name}", prefix=name, taken=taken, optional=optional)
 
 
 # ---------------------------------------------------------------- output

@@ -26,6 +26,7 @@ class Gradient(SaliencyMethod):
     """
 
     info = record("gradient")
+    words = True
 
     times_input: bool = field(default=False, metadata={"help": "multiply the gradient with the pixel"})
 
@@ -38,4 +39,4 @@ class Gradient(SaliencyMethod):
         each = seen.input_gradient.float()
         if self.times_input:
             each = each * seen.input.float()
-        return Drawn(each.abs().amax(1), seen.targets, attribution=each)
+        return Drawn(each.abs().amax(1), seen.targets, attribution=each, additive=self.times_input)

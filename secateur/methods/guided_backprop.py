@@ -73,6 +73,7 @@ class GuidedBackprop(Gradient):
     """
 
     info = record("guided-backprop")
+    words = False
 
     def draw(self, model: nn.Module, image: Tensor, target: Any) -> Drawn:
         return self.of(look(model, image, target, pixels=True, mode=GuidedMode()))

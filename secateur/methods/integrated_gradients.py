@@ -31,7 +31,7 @@ class IntegratedGradients(SaliencyMethod):
 
     info = record("integrated-gradients")
     runs = "a forward and a backward for each step"
-    additive = True
+    words = True
 
     steps: int = field(default=50, metadata={"help": "points on the way from the baseline", "min": 1})
     baseline: float = field(
@@ -43,4 +43,4 @@ class IntegratedGradients(SaliencyMethod):
             each = captum().IntegratedGradients(f).attribute(
                 x, self.baseline, targets, n_steps=self.steps, internal_batch_size=AT_ONCE * len(x)
             )  # fmt: skip
-        return Drawn(each.float().sum(1), targets, attribution=each.float())
+        return Drawn(each.float().sum(1), targets, attribution=each.float(), additive=True)

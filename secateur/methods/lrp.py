@@ -27,7 +27,7 @@ class Lrp(SaliencyMethod):
     """
 
     info = record("lrp")
-    additive = True
+    words = True
 
     composite: str = field(
         default="epsilon-plus-flat", metadata={"help": ", ".join(COMPOSITES), "choices": tuple(COMPOSITES)}
@@ -51,4 +51,4 @@ class Lrp(SaliencyMethod):
 
         each = propagate(model, image, start, composite)
         assert each is not None
-        return Drawn(each.float().sum(1), targets[0], attribution=each.float())
+        return Drawn(each.float().sum(1), targets[0], attribution=each.float(), additive=True)

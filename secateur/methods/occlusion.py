@@ -30,7 +30,7 @@ class Occlusion(SaliencyMethod):
 
     info = record("occlusion")
     runs = "a forward for each place of the square"
-    additive = True
+    words = True
 
     window: int | None = field(
         default=None,
@@ -57,4 +57,4 @@ class Occlusion(SaliencyMethod):
                 x, (colours, *window), (colours, *stride), self.fill, targets, perturbations_per_eval=AT_ONCE
             )  # fmt: skip
         each = lost.float() / colours  # captum gives the whole of it to every colour
-        return Drawn(each.sum(1), targets, attribution=each)
+        return Drawn(each.sum(1), targets, attribution=each, additive=True)

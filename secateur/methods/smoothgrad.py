@@ -29,6 +29,7 @@ class SmoothGrad(SaliencyMethod):
     """
 
     info = record("smoothgrad")
+    words = True
     runs = "a forward and a backward for each noisy copy"
 
     samples: int = field(default=50, metadata={"help": "noisy copies", "min": 1})

@@ -39,7 +39,7 @@ class Map(Screen):
     >>> found.save("map.png", image)  # doctest: +SKIP
 
     `target`: the class asked for, or one each. `layers`: those read. `attribution`: of kinds that look at single pixels,
-    [C, H, W] (or [N, C, H, W]), signed.
+    [C, H, W] (or [N, C, H, W]), signed; `additive` where its numbers are parts of the logit.
     """
 
     values: Tensor
@@ -48,6 +48,7 @@ class Map(Screen):
     layers: tuple[str, ...] = ()
     attribution: Tensor | None = None
     hyperparameters: dict[str, Any] = dataclasses.field(default_factory=dict)
+    additive: bool = False
 
     def unit(self) -> Tensor:
         """The values of each map from 0 to 1; a constant one is all zeros."""
@@ -140,11 +141,11 @@ def saliency(
         values = torch.cat([resize(part.values, pictures.shape[2:]) for part in parts])
         targets, layers = torch.cat([part.targets for part in parts]), parts[0].layers
         each = [part.attribution for part in parts if part.attribution is not None]
-        attribution = torch.cat(each) if each else None
+        attribution, additive = torch.cat(each) if each else None, parts[0].additive
     else:
         found = chosen.draw(model, pictures, target)
         values, targets, layers = resize(found.values, pictures.shape[2:]), found.targets, found.layers
-        attribution = found.attribution
+        attribution, additive = found.attribution, found.additive
     if blur:
         values = _blurred(values, blur * max(pictures.shape[2:]))
     for index, one in enumerate(values):
@@ -166,6 +167,7 @@ def saliency(
         layers=layers,
         attribution=attribution[0] if single and attribution is not None else attribution,
         hyperparameters={**chosen.hyperparameters, **({"meta": meta} if meta else {})},
+        additive=additive,
     )
 
 

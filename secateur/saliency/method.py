@@ -16,13 +16,14 @@ class Drawn(Screen):
     """What a saliency method drew.
 
     `values` [N, H, W] of any size, the `targets` [N] it asked for, the `layers` it read, and for maps of single pixels
-    the signed `attribution` [N, C, H, W].
+    the signed `attribution` [N, C, H, W]; `additive` where its numbers are parts of the logit, which may be summed.
     """
 
     values: Tensor
     targets: Tensor
     layers: tuple[str, ...] = ()
     attribution: Tensor | None = None
+    additive: bool = False
 
 
 @dataclass

@@ -11,7 +11,7 @@ their gradient, which moves relevance the same way; residual sums are found wher
 | average pooling, mean, sum | in proportion to the inputs |
 | max pooling | the winner takes all |
 | ReLU and other activations, dropout, other norms, times or plus a constant | as it is |
-| attention | its weights are constants, the values get all, in proportion (Ali et al. 2022, arXiv 2202.07304) |
+| attention | its weights are constants, the values get all, in proportion (Ali et al. 2022, arXiv 2202.07304); or half goes through the softmax (Achtibat et al. 2024, arXiv 2402.05602) |
 | product with the output of a sigmoid | all to the other factor |
 | product of two activations | half each |
 

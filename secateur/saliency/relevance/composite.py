@@ -8,6 +8,7 @@ from typing import Any
 
 from secateur.errors import choose
 
+ATTENTION = ("values", "softmax")
 RULES = ("z+", "epsilon", "alpha-beta", "flat", "box")
 
 
@@ -32,11 +33,15 @@ class Composite:
     """Whether positive (for alpha-beta also negative) biases take their share in z+ and alpha-beta."""
     alpha: float = 2.0
     beta: float = 1.0
+    attention: str = "values"
+    """Attention's weights are constants and the values get all (`values`), or half goes on to queries and keys through the softmax
+    (`softmax`: Achtibat et al. 2024, arXiv 2402.05602), which keeps what the softmax's own offset takes."""
     low: float | None = None
     """Least and greatest value of a pixel, for `box`; None: those of the batch."""
     high: float | None = None
 
     def __post_init__(self) -> None:
+        choose(self.attention, ATTENTION, what="rule of attention", where="lrp")
         for name in ("conv", "linear", "first", "last"):
             rule = getattr(self, name)
             if rule is not None or name not in ("first", "last"):
@@ -50,6 +55,7 @@ COMPOSITES = {
     "epsilon-plus": Composite(linear="epsilon"),
     "epsilon-plus-flat": Composite(linear="epsilon", first="flat"),
     "epsilon-plus-box": Composite(linear="epsilon", first="box"),
+    "attn-lrp": Composite(conv="epsilon", linear="epsilon", attention="softmax"),
     "z-conv": Composite(conv="epsilon", linear="z+", epsilon=1e-9),
 }
 """Common choices; `z-conv` is that of salient-relevance."""

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from secateur.errors import SecateurError
 from secateur.saliency.relevance.composite import Composite
-from secateur.saliency.relevance.rules import Rule, layer_relevance, share, stable
+from secateur.saliency.relevance.rules import Rule, layer_relevance, share, stable, through_softmax
 
 
 def _named(names: str) -> set[Any]:
@@ -31,7 +31,8 @@ PASSED = _named(
     " instance_norm normalize local_response_norm erf pow __pow__ square abs neg __neg__ rsub __rsub__"
 )
 GATES = _named("sigmoid sigmoid_ hardsigmoid")
-CONSTANT = _named("softmax log_softmax rsqrt sqrt reciprocal __rtruediv__ var std norm argmax") | {
+SOFTMAX = _named("softmax")
+CONSTANT = _named("log_softmax rsqrt sqrt reciprocal __rtruediv__ var std norm argmax") | {
     torch.linalg.norm,
     torch.linalg.vector_norm,
 }
@@ -130,6 +131,7 @@ class RelevanceMode(TorchFunctionMode):
             ({F.batch_norm, torch.batch_norm}, self._batch_norm),
             (PASSED, self._pass),
             (CONSTANT, self._constant),
+            (SOFTMAX, self._softmax),
             (SUMS | DIFFERENCES, self._add),
             (PRODUCTS, self._multiply),
             (QUOTIENTS, self._divide),
@@ -263,6 +265,18 @@ class RelevanceMode(TorchFunctionMode):
         with torch.no_grad():
             return func(*args, **kwargs)
 
+    def _softmax(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        if self.composite.attention == "values":
+            return self._constant(func, args, kwargs)
+        x, dim = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "dim")
+        value = func(*args, **kwargs).detach()
+
+        def back(relevance: Tensor, x: Tensor) -> Tensor:
+            found = x * through_softmax(relevance, value.to(relevance.dtype), dim)
+            return found.masked_fill(value == 0, 0).to(x.dtype)  # a masked place is minus infinity
+
+        return Rule.apply([value], back, x)
+
     def _add(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         x, y = args[0], _argument(args, kwargs, 1, "other")
         value = func(*args, **kwargs)
@@ -336,12 +350,32 @@ class RelevanceMode(TorchFunctionMode):
     def _attention(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         names = ("query", "key", "value")
         q, k, v = (_argument(args, kwargs, i, name) for i, name in enumerate(names))
-        q, k = q.detach(), k.detach()
         rest, kwargs = args[3:], {key: value for key, value in kwargs.items() if key not in names}
+        if self.composite.attention == "softmax":
+            mask, _, causal, scale = (
+                _argument(rest, kwargs, i, name)
+                for i, name in enumerate(("attn_mask", "dropout_p", "is_causal", "scale"))
+            )
+            return self._written_out(q, k, v, mask, causal, scale)
+        q, k = q.detach(), k.detach()
         value = func(q, k, v, *rest, **kwargs)
         if not v.requires_grad:
             return value
         return self._weighted(lambda t: func(q, k, t, *rest, **kwargs), v, value)
+
+    def _written_out(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool | None, scale: float | None
+    ) -> Tensor:
+        """Attention in operations that have rules."""
+        shared = q.shape[-3] // k.shape[-3]  # heads that read the same keys
+        with self:
+            k, v = (t.repeat_interleave(shared, -3) if shared > 1 else t for t in (k, v))
+            scores = torch.matmul(q, k.transpose(-2, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+            if causal:
+                mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+            return torch.matmul(F.softmax(scores, -1), v)
 
     def _weighted(self, f: Callable[[Tensor], Tensor], x: Tensor, value: Tensor) -> Tensor:
         epsilon = self.composite.epsilon

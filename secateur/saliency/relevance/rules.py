@@ -40,6 +40,14 @@ def share(f: Callable[[Tensor], Tensor], x: Tensor, relevance: Tensor, epsilon: 
     return x.detach() * c
 
 
+def through_softmax(relevance: Tensor, value: Tensor, dim: int) -> Tensor:
+    """What multiplies the input of a softmax of this value to give its relevance: R - s * sum(R), a Taylor step at the input.
+
+    Achtibat et al. 2024, https://arxiv.org/abs/2402.05602.
+    """
+    return relevance - value * relevance.sum(dim, keepdim=True)
+
+
 def parts(
     f: Callable[..., Tensor],
     pairs: Sequence[tuple[Tensor, Tensor, Tensor | None]],
