@@ -35,6 +35,7 @@ KINDS = {
     "tokens": "Visual tokens",
     "attach": "Attention that reads less",
     "saliency": "Maps",
+    "prompts": "Prompts",
 }
 """Verb of a method -> heading of its table."""
 FIRST = """

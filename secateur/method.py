@@ -35,6 +35,7 @@ KINDS = {
     "TokenMethod": "secateur.tokens.method",
     "WorkMethod": "secateur.tokens.method",
     "SaliencyMethod": "secateur.saliency.method",
+    "PromptMethod": "secateur.prompts.method",
 }
 """Where the kinds of method stand: each beside its engine. This file knows none of them."""
 VERBS = {
@@ -49,6 +50,7 @@ VERBS = {
         "secateur.attach, or `secateur tokens`",
     ),
     "attend": ("reads fewer keys while a model runs", "secateur.attach"),
+    "prompts": ("trains prompts of a frozen model", "secateur.prompts.train_prompts"),
     "saliency": ("draws where a network looks", "secateur.saliency, or `secateur saliency`"),
 }
 """What a method of each verb does, and where it is used."""

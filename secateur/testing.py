@@ -28,6 +28,8 @@ from secateur.attention.method import AttentionMethod
 from secateur.errors import SecateurError
 from secateur.families.vlm import facts_of, family_of
 from secateur.method import Method, make_method
+from secateur.prompts.method import Patches as PromptPatches
+from secateur.prompts.method import PromptMethod, Seen
 from secateur.pruning.method import UnitMethod, WeightMethod
 from secateur.pruning.prune import Pruned, apply_plan, prune_with
 from secateur.saliency import saliency
@@ -597,6 +599,42 @@ def map_leaves_the_model(cls: type[Method]) -> None:
     _require([len(m._forward_hooks) for m in model.modules()] == hooks, "a hook is left after an error")
 
 
+# ---------------------------------------------------------------- prompts
+
+
+def prompts_choose_patches(cls: type[Method]) -> None:
+    """What the masked pass sees is some patches of each picture, in ascending order, each once."""
+    method = _make(cls)
+    assert isinstance(method, PromptMethod)
+    draw = torch.Generator().manual_seed(0)
+    features, text = torch.randn(3, 12, 5, generator=draw), torch.randn(3, 5, generator=draw)
+    if method.masks:
+        kept = method.keep(PromptPatches(features, text, torch.rand(3, 12, generator=draw)), draw)
+        _require(
+            kept.dtype == torch.int64 and len(kept) == 3, f"{kept.dtype} {tuple(kept.shape)} names no patches"
+        )
+        _require(
+            (kept.diff(dim=1) > 0).all() and kept.min() >= 0 and kept.max() < 12, "not ascending patches"
+        )
+
+
+def prompts_have_a_loss(cls: type[Method]) -> None:
+    """A finite scalar with a gradient to what the prompts made, and none through the frozen towers."""
+    method = _make(cls)
+    assert isinstance(method, PromptMethod)
+    draw = torch.Generator().manual_seed(0)
+
+    def unit(rows: int) -> Tensor:
+        return torch.nn.functional.normalize(torch.randn(rows, 6, generator=draw), dim=1).requires_grad_(True)
+
+    image, masked, frozen, text, frozen_text = unit(4), unit(4), unit(4), unit(3), unit(3)
+    labels = torch.tensor([0, 1, 2, 0])
+    made = method.loss(Seen(image, masked, frozen, text, frozen_text, labels, unit(3).detach(), 10.0))
+    _require(made.dim() == 0 and torch.isfinite(made), "the loss is no finite scalar")
+    made.backward()
+    _require(image.grad is not None and text.grad is not None, "no gradient reaches the prompts")
+
+
 SOURCE: dict[str, Check] = {"the docstring names its source": names_its_source}
 BOTH: dict[str, Check] = {
     "100 % changes nothing": keeps_everything,
@@ -640,6 +678,11 @@ CHECKS: dict[type[Method], dict[str, Check]] = {
     AttentionMethod: {
         "levels are levels": levels_are_levels,
         "taken off, nothing is left": attention_comes_off,
+        **SOURCE,
+    },
+    PromptMethod: {
+        "the masked pass sees some patches": prompts_choose_patches,
+        "the loss trains prompts": prompts_have_a_loss,
         **SOURCE,
     },
     SaliencyMethod: {

@@ -26,7 +26,7 @@ FLOORS = [
     {"pruning"},
     {"scores", "solvers"},
     {"training", "saliency"},
-    {"tokens", "io"},
+    {"tokens", "io", "prompts"},
     {"methods"},
     {"tasks"},
     {"testing", "doctor", "comparison"},

@@ -12,6 +12,7 @@ from typing import Any
 
 from secateur.attention.method import AttentionMethod
 from secateur.method import Method, own_methods
+from secateur.prompts.method import PromptMethod
 from secateur.pruning.options import Options
 from secateur.saliency.method import SaliencyMethod
 from secateur.tasks.minigrid.train import Recipe as RoomsRecipe
@@ -69,6 +70,7 @@ def _verb(cls: type[Method]) -> str:
         WorkMethod: "tokens",
         SaliencyMethod: "saliency",
         AttentionMethod: "attach",
+        PromptMethod: "prompts",
     }
     return next((verb for kind, verb in verbs.items() if issubclass(cls, kind)), "prune")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from secateur.attention.method import AttentionMethod
 from secateur.method import Method, own_methods
+from secateur.prompts.method import PromptMethod
 from secateur.pruning.method import UnitMethod, WeightMethod
 from secateur.report.catalogue import write_catalogue
 from secateur.report.markdown import prose
@@ -270,6 +271,18 @@ def _attention_examples(name: str) -> list[str]:
         f'with secateur.attach(model, "{name}", density="25%") as attached:',
         "    model(input_ids)",
         "attached.report",
+        "```",
+        "",
+    ]
+
+
+def _prompt_examples(name: str) -> list[str]:
+    return [
+        "```python",
+        "from secateur.prompts import train_prompts",
+        "",
+        f'found = train_prompts(clip, tokenizer, (images, labels), classes, method="{name}")',
+        "found.logits(others, other_classes)",
         "```",
         "",
     ]

@@ -31,10 +31,12 @@ class NextToken(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        takes = inspect.signature(type(model).forward).parameters
+        self.last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
     def forward(self, x: Tensor) -> Tensor:
         embedded = x[:, :, 0].transpose(1, 2)
-        return logits_of(self.model(inputs_embeds=embedded, use_cache=False))[:, -1]
+        return logits_of(self.model(inputs_embeds=embedded, use_cache=False, **self.last))[:, -1]
 
 
 @dataclass(repr=False)
