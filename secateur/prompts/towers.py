@@ -25,15 +25,15 @@ class Towers:
     Raises `SecateurError` where the model has no two towers of blocks, or its image tower has no patch tokens.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         where = type(model).__name__
         both = all(
             hasattr(model, name) for name in ("get_text_features", "get_image_features", "logit_scale")
         )
         require(both, "it has no towers of pictures and words", where=where, fix=FIX)
-        self.model: Any = model
-        self.text_tower: Any = self.model.text_model
-        self.image_tower: Any = self.model.vision_model
+        self.model = model
+        self.text_tower = model.text_model
+        self.image_tower = model.vision_model
         self.text_blocks = self._blocks(self.text_tower, "text", where)
         self.image_blocks = self._blocks(self.image_tower, "image", where)
         embeddings = getattr(self.image_tower, "embeddings", None)
