@@ -79,7 +79,7 @@ def checks_for(cls: type[Method]) -> list[str]:
     raise SecateurError(
         f"{cls.__name__} is of no kind that can be checked",
         where="testing",
-        fix="derive it from WeightMethod, UnitMethod, TrainMethod, SkipMethod, TokenMethod, WorkMethod, AttentionMethod or SaliencyMethod",
+        fix="derive it from WeightMethod, UnitMethod, TrainMethod, SkipMethod, TokenMethod, WorkMethod, AttentionMethod, PromptMethod or SaliencyMethod",
     )
 
 

@@ -68,6 +68,8 @@ def kind_of(cls: type[Method]) -> str:
         return "nothing: keys are read less"
     if issubclass(cls, WorkMethod):
         return "nothing: visual tokens do less"
+    if issubclass(cls, PromptMethod):
+        return "nothing: prompts are trained"
     return "units" if issubclass(cls, UnitMethod) else "other"
 
 
@@ -144,6 +146,8 @@ def _examples(cls: type[Method]) -> list[str]:
         return _attention_examples(name)
     if issubclass(cls, WorkMethod):
         return _work_examples(name)
+    if issubclass(cls, PromptMethod):
+        return _prompt_examples(name)
     given = "model, " if "llm" in info.models else "model, inputs, "
     data = ", data=samples" if cls.needs else ""
     lines = [
@@ -313,6 +317,8 @@ def _facts(cls: type[Method]) -> str:
         return "Reads fewer keys while the model runs and removes nothing; needs no training and no data."
     if issubclass(cls, WorkMethod):
         return "Spares visual tokens work while the model runs and removes none before the cut; needs no training; heads are ranked on prompts."
+    if issubclass(cls, PromptMethod):
+        return "Trains prompts in both towers of a frozen CLIP or SigLIP and removes nothing; only the training sees fewer patches."
     if issubclass(cls, SaliencyMethod):
         return f"Draws a map and removes nothing; {cls.runs} of the model as it is; needs no training."
     facts = [f"Removes {kind_of(cls)}" if kind_of(cls) != "other" else "Neither removes weights nor units"]
