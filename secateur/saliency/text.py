@@ -67,7 +67,8 @@ def text_methods() -> list[str]:
     >>> "lrp" in text_methods()
     True
     """
-    return [name for name in list_methods() if getattr(method_class(name), "words", False)]
+    kinds = {name: method_class(name) for name in list_methods()}
+    return [name for name, cls in kinds.items() if issubclass(cls, SaliencyMethod) and cls.words]
 
 
 def text_saliency(
