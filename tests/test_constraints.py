@@ -24,7 +24,6 @@ DEVELOPMENT = {
     "ruff",
     "mypy",
     "zennit",
-    "captum",
     "mkdocs-material",
     "mkdocstrings",
 }
