@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 import secateur
+from secateur.data.pictures import load_pictures
 from secateur.data.text import load_text
 from secateur.saliency.text import text_saliency
 from secateur.tasks import load_model
-from secateur.tasks.digits_diffusion import load_pictures
 from secateur.tasks.registry import load_network
 
 LENGTH, STEPS = 24, 6
