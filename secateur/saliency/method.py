@@ -35,6 +35,10 @@ class SaliencyMethod(Method):
     """
 
     verb: ClassVar[str] = "saliency"
+    words: ClassVar[bool] = False
+    """Whether it reads texts too, as pictures of one row: `saliency.text`."""
+    runs: ClassVar[str] = "one forward and one backward"
+    """What it asks of the model for a map, in words."""
     shown_on: ClassVar[str] = "efficientnet-lite0"
     """The network of the examples on its page."""
 
