@@ -184,7 +184,7 @@ def _tiny(out: Path) -> tuple[str, str]:
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
         )
     ).save_pretrained(language)  # fmt: skip
-    ResNetForImageClassification(
-        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4)
-    ).save_pretrained(classifier)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    config.num_labels = 4
+    ResNetForImageClassification(config).save_pretrained(classifier)
     return str(language), str(classifier)
