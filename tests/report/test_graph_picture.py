@@ -2,14 +2,20 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from secateur.graph import trace
 from secateur.report.graph import describe_groups, graph_html
 from secateur.tasks.tiny import inputs_for, tiny_mixtral
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from chromium import Chromium, program
 
 
 def test_coupled_parts_have_one_colour_and_frozen_ones_a_reason(tiny_llama: Callable[..., nn.Module]) -> None:
@@ -27,6 +33,24 @@ def test_coupled_parts_have_one_colour_and_frozen_ones_a_reason(tiny_llama: Call
         "model.embed_tokens", "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj", "model.norm", "lm_head",
     )]  # fmt: skip
     assert order == sorted(order)
+
+
+@pytest.mark.skipif(program() is None, reason="Chromium isn't installed")
+def test_a_group_is_found_and_pinned_by_keyboard(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    file = tmp_path / "groups.html"
+    file.write_text(graph_html(trace(model, torch.ones(2, 4)), "two layers"))
+    with Chromium() as browser:
+        browser.open(file, 360, 740, dark=True)
+        browser.value("document.querySelector('.swatch').focus()")
+        told = browser.value("document.querySelector('#about').textContent")
+        assert "0:neurons" in told and browser.value("document.querySelectorAll('.m.on').length") == 2
+        browser.press("Enter")
+        browser.value("document.activeElement.blur()")
+        assert browser.value("document.querySelector('#about').textContent") == told, "pinned"
+        browser.press("Escape")
+        assert browser.value("document.querySelectorAll('.on').length") == 0
+        assert browser.value("document.documentElement.scrollWidth") <= 360
 
 
 def test_shares_of_a_network_counted_by_hand() -> None:
