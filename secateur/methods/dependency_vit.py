@@ -62,7 +62,8 @@ class DependencyVit(SkipMethod):
     A softmax transformer can't be converted: the operator (`families.reversed_vit`) is trained from the start.
 
     Reconstructed: no code was published, and whether tokens are ranked by what they send, as the abstract has it, or by what they
-    receive, as a third-party implementation does, isn't known: `score`. "random" is the control: drawn anew for each picture and stage.
+    receive, as a third-party implementation does, isn't known: `score`. The bias of the message controllers, which
+    begins at 2, is this library's. "random" is the control: drawn anew for each picture and stage.
     """
 
     info = record("dependency-vit")
