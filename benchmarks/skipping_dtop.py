@@ -103,6 +103,7 @@ def main():
     row("as many at random", task, model, Random())
     row("p0 = 0.95, k = 0", task, model, DToP(k=0))
     row("p0 = 0.95, k = 5, exits after 6 and 9", task, model, DToP(stages=STAGES))
+    row("as many at random, exits after 6 and 9", task, model, Random(stages=STAGES))
     for p0 in (0.95, 0.9):
         row(f"p0 = {p0}, k = 5, exit after 9 only", task, model, DToP(p0=p0, stages=STAGES[1:]))
     for p0 in args.p0:
