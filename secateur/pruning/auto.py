@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from secateur.data import calibration_batches
 from secateur.errors import SecateurError, choose, require
 from secateur.families.pipelines import as_module
+from secateur.graph import trace
+from secateur.graph.blocks import every_matrix
 from secateur.method import Method
 from secateur.pruning.options import Options
-from secateur.pruning.prune import Pruned, prune_with
+from secateur.pruning.prune import TRACED, Pruned, prune_with
 from secateur.pruning.request import OF_UNITS, OPTIONS
 from secateur.pruning.target import Target, parse_target
 from secateur.pruning.tokens import KIND
@@ -30,7 +32,7 @@ from secateur.stats.collect import default_loss
 from secateur.taxonomy.axes import HARDWARE
 from secateur.taxonomy.measured import fitting, shipped, standings
 from secateur.utils.batches import as_batches, labels_in, sequences_in
-from secateur.utils.inputs import Inputs, map_tensors
+from secateur.utils.inputs import Inputs, default_inputs, map_tensors
 from secateur.utils.running import device_of, evaluating, flat_tensors, run
 from secateur.utils.types import Objective
 
@@ -64,19 +66,25 @@ WEIGHTS = (
     Candidate("ria", "weights by their share of row and column, then each block is fitted to the dense model's", FITTED),
 )  # fmt: skip
 CLOSED = {"repair": "obs"}
+SPARED = Candidate(
+    "2ssp",
+    "neurons by what they give, from each layer as many as its predictions can spare, then what reads them is solved anew",
+    {"attentions": 0, "allocation": "measured", **CLOSED},
+)
+GENTLE = Candidate(  # first where more than half of the neurons would have to leave
+    "nirvana",
+    "neurons and attention groups by what the model's output loses, attention more gently, then what reads them is solved anew",
+    CLOSED,
+)
 UNITS = {
     "llm": (
-        Candidate(
-            "2ssp",
-            "neurons by what they give, from each layer as many as its predictions can spare, then what reads them is solved anew",
-            {"attentions": 0, "allocation": "measured", **CLOSED},
-        ),
+        SPARED,
+        GENTLE,
         Candidate(
             "2ssp",
             "neurons by what they give, then attentions by what the text loses without them, then what reads them is solved anew",
             CLOSED,
         ),
-        Candidate("nirvana", "units by what the model's output loses, each kind with a budget of its own"),
         Candidate("flap", "units by how much they vary, with a bias for what left"),
     ),
     "other": (
@@ -153,7 +161,7 @@ def prune(
     place = hardware or ("cpu" if device_of(module).type == "cpu" else "gpu-dense")
     choose(place, HARDWARE, what="hardware", where="hardware")
     batches, held = _split(data, tokenizer, module, settings, seed, effort > 1)
-    found = candidates(module, goal, place, batches is not None, settings)
+    found = candidates(module, goal, place, batches is not None, settings, inputs)
     common |= {"data": batches, "inplace": inplace, "rollback": True}
     tried: list[dict[str, Any]] = []
     judge = judge_of(module, held, loss) if effort > 1 else None
@@ -192,7 +200,12 @@ OF_PRUNE = ("also", "rollback", "resume", "tasks", "limit", "progress", "announc
 
 
 def candidates(
-    model: nn.Module, target: Target, hardware: str, has_data: bool, settings: Mapping[str, Any]
+    model: nn.Module,
+    target: Target,
+    hardware: str,
+    has_data: bool,
+    settings: Mapping[str, Any],
+    inputs: Inputs | None = None,
 ) -> list[Candidate]:
     """The methods that may fit, best first; a setting of the caller's stands in place of a candidate's."""
     units = target.n_m is None and (
@@ -200,11 +213,34 @@ def candidates(
     )
     kind = _kind(model)
     found = (UNITS[kind] if units else WEIGHTS) if has_data else WITHOUT_DATA[units]
+    if GENTLE in found and not half_of_the_neurons(model, target, inputs):
+        found = (GENTLE, *(candidate for candidate in found if candidate is not GENTLE))
     given = {name for name, value in settings.items() if value is not None}
     return [
         dataclasses.replace(c, settings={n: v for n, v in c.settings.items() if n not in given})
         for c in found
     ]
+
+
+def half_of_the_neurons(model: nn.Module, target: Target, inputs: Inputs | None = None) -> bool:
+    """Whether the target holds once half of all neurons have left. True for a target that a trace can't tell, such as latency.
+
+    >>> half_of_the_neurons(model, parse_target("macs<=80%"))  # doctest: +SKIP
+    True
+    """
+    if target.kind not in ("share", "macs", "params", "size"):
+        return True
+    graph = trace(model, default_inputs(model, TRACED) if inputs is None else inputs)
+    half = {
+        group.name: torch.arange(group.size // 2) for group in graph.prunable("neurons") if group.size > 1
+    }
+    if target.kind == "macs":
+        left, dense = graph.macs(half), graph.macs()
+    else:
+        names = list(every_matrix(model)) if target.kind == "share" else None
+        left, dense = graph.params(half, names=names), graph.params(names=names)
+    each = next(model.parameters()).element_size() if target.kind == "size" else 1
+    return left * each <= target.limit(dense * each)
 
 
 def _kind(model: nn.Module) -> str:
