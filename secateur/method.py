@@ -36,6 +36,7 @@ KINDS = {
     "WorkMethod": "secateur.tokens.method",
     "SaliencyMethod": "secateur.saliency.method",
     "PromptMethod": "secateur.prompts.method",
+    "ObjectMethod": "secateur.saliency.objects.method",
 }
 """Where the kinds of method stand: each beside its engine. This file knows none of them."""
 VERBS = {
@@ -52,6 +53,7 @@ VERBS = {
     "attend": ("reads fewer keys while a model runs", "secateur.attach"),
     "prompts": ("trains prompts of a frozen model", "secateur.prompts.train_prompts"),
     "saliency": ("draws where a network looks", "secateur.saliency, or `secateur saliency`"),
+    "train_objects": ("learns which objects stand out", "`secateur train sod`"),
 }
 """What a method of each verb does, and where it is used."""
 LIBRARY = "secateur.methods"
@@ -72,7 +74,7 @@ class Method:
     named: ClassVar[bool] = False
     """Whether a class gives itself its name."""
     verb: ClassVar[str] = ""
-    """What runs it: "prune", "train_prune", "attach" or "saliency"; a kind of method sets it."""
+    """What runs it: "prune", "train_prune", "attach", "saliency" or "train_objects"; a kind of method sets it."""
     info: ClassVar[MethodInfo]
     """The record; what a class leaves out of it, or all of it, is as usual for its kind."""
     needs: ClassVar[frozenset[str]] = frozenset()

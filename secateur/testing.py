@@ -34,6 +34,8 @@ from secateur.pruning.method import UnitMethod, WeightMethod
 from secateur.pruning.prune import Pruned, apply_plan, prune_with
 from secateur.saliency import saliency
 from secateur.saliency.method import SaliencyMethod
+from secateur.saliency.objects.method import ObjectMethod
+from secateur.tasks.sod import learn, lessons, read
 from secateur.tasks.tiny import inputs_for, tiny_cnn, tiny_llama, tiny_llava, tiny_mixtral
 from secateur.tokens.attach import Attached, attach
 from secateur.tokens.counts import amount_of
@@ -79,7 +81,7 @@ def checks_for(cls: type[Method]) -> list[str]:
     raise SecateurError(
         f"{cls.__name__} is of no kind that can be checked",
         where="testing",
-        fix="derive it from WeightMethod, UnitMethod, TrainMethod, SkipMethod, TokenMethod, WorkMethod, AttentionMethod, PromptMethod or SaliencyMethod",
+        fix="derive it from WeightMethod, UnitMethod, TrainMethod, SkipMethod, TokenMethod, WorkMethod, AttentionMethod, PromptMethod, SaliencyMethod or ObjectMethod",
     )
 
 
@@ -635,6 +637,46 @@ def prompts_have_a_loss(cls: type[Method]) -> None:
     _require(image.grad is not None and text.grad is not None, "no gradient reaches the prompts")
 
 
+# ---------------------------------------------------------------- objects
+
+
+def _objects(cls: type[Method], seed: int = 0) -> tuple[Any, nn.Module, list[Tensor]]:
+    """A method, a head of it that learned for two steps from drawn squares, and maps of two pictures."""
+    method, generator = _make(cls), torch.Generator().manual_seed(3)
+    assert isinstance(method, ObjectMethod)
+    maps = [torch.randn(4, 3, side, side, generator=generator) for side in (8, 4)]
+    masks = torch.zeros(4, 2, 16, 16, dtype=torch.bool)
+    masks[:, 0, 2:9, 3:9] = masks[:2, 1, 10:15, 9:15] = True
+    head = learn(method, lessons(maps, masks), steps=2, seed=seed, batch=2)
+    return method, head, [m[:2] for m in maps]
+
+
+def objects_fit_the_picture(cls: type[Method]) -> None:
+    """Saliency and scores in 0..1, masks of one size with it, the same each time."""
+    method, head, maps = _objects(cls)
+    found = read(method, head, maps)
+    size, opinions = found.saliency.shape[1:], found.masks.shape[1]
+    _require(found.saliency.shape == (2, *size), f"saliency is {tuple(found.saliency.shape)}")
+    _require(found.masks.shape == (2, opinions, *size), f"masks are {tuple(found.masks.shape)}")
+    _require(found.masks.dtype == torch.bool, f"masks are {found.masks.dtype}")
+    _require(found.scores.shape == (2, opinions), f"scores are {tuple(found.scores.shape)}")
+    for name, values in (("saliency", found.saliency), ("scores", found.scores)):
+        _require(((values >= 0) & (values <= 1)).all(), f"{name} leave 0..1")
+    if found.instances is not None:
+        _require(torch.equal(found.instances > 0, found.masks[:, 0]), "instances aren't parts of the mask")
+    again = read(method, head, maps)
+    _require(torch.equal(again.saliency, found.saliency), "two runs differ")
+
+
+def objects_learn(cls: type[Method]) -> None:
+    """The same seed learns the same weights, another one others."""
+    first, second, other = (_state(_objects(cls, seed)[1]) for seed in (0, 0, 1))
+    _require(_same(first, second), "two runs with one seed differ")
+    _require(not _same(first, other), "the seed changes nothing")
+    _require(all(torch.isfinite(t).all() for t in first.values()), "a weight isn't finite")
+    _refuses("no hyperparameter", lambda: make_method(cls, shrubbery=1))
+
+
 SOURCE: dict[str, Check] = {"the docstring names its source": names_its_source}
 BOTH: dict[str, Check] = {
     "100 % changes nothing": keeps_everything,
@@ -683,6 +725,11 @@ CHECKS: dict[type[Method], dict[str, Check]] = {
     PromptMethod: {
         "the masked pass sees some patches": prompts_choose_patches,
         "the loss trains prompts": prompts_have_a_loss,
+        **SOURCE,
+    },
+    ObjectMethod: {
+        "what is found fits the picture": objects_fit_the_picture,
+        "the same seed learns the same": objects_learn,
         **SOURCE,
     },
     SaliencyMethod: {

@@ -115,7 +115,7 @@ def test_methods_that_give_no_scores(tmp_path, tiny_llama, body, message):
 
 
 def test_every_kind_comes_from_a_file(tmp_path):
-    kinds = ("WeightMethod", "UnitMethod", "TrainMethod", "TokenMethod", "SaliencyMethod")
+    kinds = ("WeightMethod", "UnitMethod", "TrainMethod", "TokenMethod", "SaliencyMethod", "ObjectMethod")
     for kind in kinds:
         file = tmp_path / f"of_{kind}.py"
         file.write_text(

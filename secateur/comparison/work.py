@@ -66,6 +66,7 @@ def check_fit(work: Work | type[Work], kind: type[Method], name: str, setup: Set
         "train_prune": "prunes while it trains",
         "attach": "drops tokens while a model runs",
         "saliency": "draws maps and removes nothing",
+        "train_objects": "learns which objects stand out and removes nothing",
     }
     if kind.verb not in work.verbs:
         raise SecateurError(

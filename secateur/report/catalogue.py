@@ -15,6 +15,7 @@ from secateur.method import Method, own_methods
 from secateur.prompts.method import PromptMethod
 from secateur.pruning.options import Options
 from secateur.saliency.method import SaliencyMethod
+from secateur.saliency.objects.method import ObjectMethod
 from secateur.tasks.minigrid.train import Recipe as RoomsRecipe
 from secateur.tasks.scenes.train import Recipe as ScenesRecipe
 from secateur.taxonomy.catalogue import FILE
@@ -69,6 +70,7 @@ def _verb(cls: type[Method]) -> str:
         TokenMethod: "tokens",
         WorkMethod: "tokens",
         SaliencyMethod: "saliency",
+        ObjectMethod: "train sod",
         AttentionMethod: "attach",
         PromptMethod: "prompts",
     }

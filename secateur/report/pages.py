@@ -20,6 +20,7 @@ from secateur.pruning.method import UnitMethod, WeightMethod
 from secateur.report.catalogue import write_catalogue
 from secateur.report.markdown import prose
 from secateur.saliency.method import SaliencyMethod
+from secateur.saliency.objects.method import ObjectMethod
 from secateur.taxonomy import MethodInfo
 from secateur.taxonomy.axes import AXES, MEANING, RECORDS, notation
 from secateur.taxonomy.catalogue import FILE
@@ -58,6 +59,8 @@ def kind_of(cls: type[Method]) -> str:
     """What a method removes, in one word of the index; nothing where it draws a map."""
     if issubclass(cls, SaliencyMethod):
         return "nothing: a map"
+    if issubclass(cls, ObjectMethod):
+        return "nothing: objects are found"
     if issubclass(cls, WeightMethod):
         return "weights"
     if issubclass(cls, TrainMethod):
@@ -142,6 +145,8 @@ def _examples(cls: type[Method]) -> list[str]:
         return _token_examples(cls)
     if issubclass(cls, SaliencyMethod):
         return _map_examples(name, cls.shown_on)
+    if issubclass(cls, ObjectMethod):
+        return _object_examples(name)
     if issubclass(cls, AttentionMethod):
         return _attention_examples(name)
     if issubclass(cls, WorkMethod):
@@ -227,6 +232,23 @@ def _token_examples(cls: type[TokenMethod]) -> list[str]:
         f'with secateur.attach(model, "{cls.name}"{target}) as attached:',
         "    model.generate(**inputs)",
         "attached.kept, attached.report",
+        "```",
+        "",
+    ]
+
+
+def _object_examples(name: str) -> list[str]:
+    return [
+        "```sh",
+        f"secateur train sod --method {name} --out out/{name}",
+        f"secateur saliency out/{name} photo.jpg --out found.png",
+        "```",
+        "",
+        "```python",
+        "from secateur.tasks.sod import load_objects",
+        "",
+        f'found = load_objects("out/{name}").find([picture])[0]',
+        "found.masks, found.scores, found.saliency",
         "```",
         "",
     ]
@@ -321,6 +343,8 @@ def _facts(cls: type[Method]) -> str:
         return "Trains prompts in both towers of a frozen CLIP or SigLIP and removes nothing; only the training sees fewer patches."
     if issubclass(cls, SaliencyMethod):
         return f"Draws a map and removes nothing; {cls.runs} of the model as it is; needs no training."
+    if issubclass(cls, ObjectMethod):
+        return "Learns on the maps of a network that stays as it is, finds objects and removes nothing; needs masks to learn from."
     facts = [f"Removes {kind_of(cls)}" if kind_of(cls) != "other" else "Neither removes weights nor units"]
     facts.append("needs no training" if info.training_free else "trains")
     facts.append("reads `" + "`, `".join(sorted(cls.needs)) + "`" if cls.needs else "reads no statistics")
