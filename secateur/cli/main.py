@@ -27,6 +27,7 @@ from secateur.cli import (
     inspect,
     metanetwork,
     minigrid,
+    objects,
     plan,
     prune,
     recipe,
@@ -57,6 +58,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "train metanetwork": metanetwork.train_metanetwork,
     "train minigrid": minigrid.train_minigrid,
     "train tokens": token_modules.train_tokens,
+    "train sod": objects.train_sod,
     "saliency": saliency.saliency,
     "compare": compare.compare,
     "report": compare.report,
@@ -72,7 +74,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "plan apply": plan.plan_apply,
 }
 FOLDERS = {
-    "train": "Train the models that come with the library.",
+    "train": "Train the models that come with the library, and heads that find objects.",
     "plan": "Show, compare and apply plans: what is kept, as data.",
 }
 
@@ -108,9 +110,11 @@ def kinds_of(verb: str, argv: Sequence[str]) -> dict[str, type]:
         kinds["flags"] = catalogue.filter_flags()
     elif verb == "recommend":
         kinds["flags"] = catalogue.advice_flags()
+    elif verb == "train sod":
+        method = method or objects.DEFAULT
     elif verb == "saliency":
-        method = method or saliency.DEFAULTS[saliency.reads_text(argv)]
-    find = {"prune": method_entry, "train-prune": train.train_method, "tokens": tokens.token_method, "train tokens": tokens.token_method, "saliency": saliency.map_method}  # fmt: skip
+        method = None if objects.finds(argv) else method or saliency.DEFAULTS[saliency.reads_text(argv)]
+    find = {"prune": method_entry, "train-prune": train.train_method, "tokens": tokens.token_method, "train tokens": tokens.token_method, "saliency": saliency.map_method, "train sod": objects.object_method}  # fmt: skip
     if method is not None and verb in find:
         taken = flag_names(function, *kinds.values())
         kinds["settings"] = method_flags(

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
+from secateur.cli import objects
 from secateur.cli.flags import OUTPUT, SWITCH, Settings, flag, listed
 from secateur.cli.shared import (
     DEVICE_HELP,
@@ -26,7 +27,7 @@ from secateur.taxonomy.catalogue import catalogue
 from secateur.utils.files import check_path
 
 MODEL = Parameter(
-    help="a classifier of pictures: a name such as efficientnet-lite0, a folder, an .onnx or .pt2 file; with --text a language model: smollm2 or a folder"
+    help="a classifier of pictures: a name such as efficientnet-lite0, a folder, an .onnx or .pt2 file; with --text a language model: smollm2 or a folder; or the folder of `train sod`"
 )
 IMAGE = Parameter(help="a picture: PNG, JPEG, ...")
 PICTURE = Parameter(group=Group("Picture", sort_key=3))
@@ -41,7 +42,7 @@ class Saliency:
 
     text: str | None = flag("in place of a picture: a text, whose tokens are read by a language model", None)
     method: str | None = flag(
-        f"{', '.join(OWN)}, or file.py:Class; default: {DEFAULTS[0]}, of texts {DEFAULTS[1]}", None
+        f"{', '.join(OWN)}, or file.py:Class; default: {DEFAULTS[0]}, of texts {DEFAULTS[1]}, or what the folder holds", None
     )
     target: str | None = flag(
         "the class, or of texts the next token as it is written; default: the likeliest", None
@@ -66,6 +67,13 @@ class Saliency:
 
 def map_method(name: str) -> dict[str, Any]:
     """The catalogue's entry of a method that draws maps."""
+    learned = [own for own, entry in catalogue()["methods"].items() if entry["verb"] == "train sod"]
+    if name.strip().lower() in learned:
+        raise SecateurError(
+            f"{name} must learn first",
+            where="--method",
+            fix=f"secateur train sod --method {name} --out DIR, then secateur saliency DIR IMAGE",
+        )
     return method_entry(name, "saliency", "draws no map")
 
 
@@ -82,7 +90,7 @@ def saliency(
     flags: Saliency,
     settings: Settings,
 ) -> None:
-    """Show where in a picture a class comes from, or which words of a text the next one comes from.
+    """Show where in a picture a class comes from, or which words of a text the next one comes from; or which objects stand out.
 
     With --method NAME, --help shows the map's hyperparameters too.
     """
@@ -153,6 +161,9 @@ def of_picture(model: str, image: str, flags: Saliency, settings: Settings) -> N
     check_new_file(flags.out, "--out")
     if not Path(image).expanduser().is_file():
         raise SecateurError("no such picture", where=image, fix=check_path(image))
+    if objects.finds([model]):
+        objects.find_objects(model, image, flags)
+        return
     own = vars(settings).copy()
     if own.get("weights"):
         own["weights"] = tuple(numbers(own["weights"], "--weights"))
