@@ -36,6 +36,7 @@ KINDS = {
     "attach": "Attention that reads less",
     "saliency": "Maps",
     "prompts": "Prompts",
+    "train sod": "Objects that stand out",
 }
 """Verb of a method -> heading of its table."""
 FIRST = """
