@@ -42,7 +42,8 @@ class Saliency:
 
     text: str | None = flag("in place of a picture: a text, whose tokens are read by a language model", None)
     method: str | None = flag(
-        f"{', '.join(OWN)}, or file.py:Class; default: {DEFAULTS[0]}, of texts {DEFAULTS[1]}, or what the folder holds", None
+        f"{', '.join(OWN)}, or file.py:Class; default: {DEFAULTS[0]}, of texts {DEFAULTS[1]}, or what the folder holds",
+        None,
     )
     target: str | None = flag(
         "the class, or of texts the next token as it is written; default: the likeliest", None
