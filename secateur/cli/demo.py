@@ -170,6 +170,8 @@ def _tiny(out: Path) -> tuple[str, str]:
         ResNetForImageClassification,
     )
 
+    from secateur.io.transformers import quiet
+
     torch.manual_seed(0)
     language, classifier = out / "tiny" / "language", out / "tiny" / "classifier"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -177,14 +179,15 @@ def _tiny(out: Path) -> tuple[str, str]:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(language)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
-        )
-    ).save_pretrained(language)  # fmt: skip
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    config.num_labels = 4
-    ResNetForImageClassification(config).save_pretrained(classifier)
+    with quiet():
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(language)
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+            )
+        ).save_pretrained(language)  # fmt: skip
+        config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+        config.num_labels = 4
+        ResNetForImageClassification(config).save_pretrained(classifier)
     return str(language), str(classifier)
