@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -198,8 +198,6 @@ def _draw(report: Mapping[str, Any], console: Any) -> None:
             figure(metric, row["quality"]) if row.get("quality") is not None else "",
         )
     console.print(made)
-    for line in skipped(report["phases"], metric):
-        console.print(line)
     if rows := [row for row in report["phases"] if "order_distance" in row]:
         known = ("prune_distance", "prune_angle", "order_distance", "order_angle", "order_barrier")
         names = [name for name in known if name in rows[0]]
@@ -207,19 +205,3 @@ def _draw(report: Mapping[str, Any], console: Any) -> None:
         for row in rows:
             made.add_row(f"{row['mask']} mask", *(f"{row[name]:.4g}" for name in names))
         console.print(made)
-
-
-def skipped(phases: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
-    """What a network that skips work reaches while it skips.
-
-    >>> skipped([{"phase": "pruned", "quality": 0.75, "work": 0.5}], "accuracy")
-    ['where work is skipped: accuracy 75.0 %, 50.0 % of the multiply-adds of the parts that skip']
-    """
-    from secateur.report.summary import figure
-
-    return [
-        f"where work is skipped: {metric} {figure(metric, row['quality'])},"
-        f" {100 * row['work']:.1f} % of the multiply-adds of the parts that skip"
-        for row in phases
-        if row.get("work") is not None and row.get("quality") is not None
-    ]

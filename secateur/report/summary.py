@@ -22,6 +22,7 @@ FIGURES: dict[str, str] = {
     "peak_memory_bytes": "peak memory",
 }
 """Figures of a measurement that are single numbers, in the order in which they are shown."""
+SKIPPED = "of the multiply-adds of the parts that skip"
 TIMES = ("forward_seconds", "decode_seconds_per_token")
 METRICS = {"acc": "", "acc_norm": " (length-normalised)", "miou": " (mIoU)"}
 
@@ -222,14 +223,16 @@ def left(report: Mapping[str, Any]) -> str:
     'left: 75.0 % of the parameters, 40.0 % of the multiply-adds'
 
     Equal targets don't mean equal sizes: what a bare share counts depends on the method. Where only zeros were set, the
-    parameters that are not zero are counted.
+    parameters that are not zero are counted. Where work is skipped while the network runs, the share that is done is said.
     """
     before, after = single(report.get("before") or {}), single(report.get("after") or {})
     same = before["params"] == after["params"] and before["params_nonzero"] != after["params_nonzero"]
     shares = []
     for key in ("params_nonzero" if same else "params", "macs"):
         row = Row(key, FIGURES[key], before[key], after[key])
-        if row.ratio is not None:
+        if key == "macs" and (phases := skipping(report)):
+            shares.append(f"{phases[-1]['work']:.1%} {SKIPPED}".replace("%", " %"))
+        elif row.ratio is not None:
             shares.append(f"{row.ratio:.1%} of the {row.label}".replace("%", " %"))
     for part in report.get("parts") or ():
         if part["size"]:
@@ -237,6 +240,29 @@ def left(report: Mapping[str, Any]) -> str:
                 f"{part['kept'] / part['size']:.1%} of the weights of {part['name']}".replace("%", " %")
             )
     return f"left: {', '.join(shares)}" if shares else ""
+
+
+def skipping(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The phases in which a network that skips work while it runs was measured doing so."""
+    return [phase for phase in report.get("phases") or () if phase.get("work") is not None]
+
+
+def skipped(report: Mapping[str, Any]) -> list[str]:
+    """What a network that skips work reaches while it skips.
+
+    >>> phases = [{"phase": "pruned", "quality": 0.75, "work": 0.5}]
+    >>> skipped({"task": {"metric": "accuracy"}, "phases": phases})[0].partition(";")[0]
+    'where work is skipped: accuracy 75.0 %, 50.0 % of the multiply-adds of the parts that skip'
+    """
+    metric = (report.get("task") or {}).get("metric") or "quality"
+    found = []
+    for phase in skipping(report):
+        work = f"{phase['work']:.1%} {SKIPPED}".replace("%", " %")
+        reached = f"{metric} {figure(metric, phase.get('quality'))}"
+        found.append(
+            f"where work is skipped: {reached}, {work}; the table has the network that skips nothing"
+        )
+    return found
 
 
 def _tokens(figures: Mapping[str, Any]) -> str:
@@ -263,6 +289,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
             elif not row.speed.differs:
                 found.append("it is not measurably faster: the difference is within the noise of the timing")
     found += filter(None, [busy(before, after)])
+    found += skipped(report)
     if trained := report.get("recovery"):
         between = by_task(report.get("cut") or {})
         was = [f"{kind}, {task} was {figure(kind, value)}" for (kind, task), value in between.items()]

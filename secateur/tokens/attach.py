@@ -586,7 +586,7 @@ def attach(
         at: where a function stands: "input", "layer:K" or "encoder:K".
         records: what a function reads, such as "encoder:-2".
         scope: which tokens compete for a function: those of a "crop", a "frame", an "image" or a "row".
-        seed: of everything that is drawn.
+        seed: of everything that is drawn. Refused, but for 0, where a network skips while it works: there nothing is drawn by it.
         positions: "original" or "compact" in place of the method's.
         budget: what the target is the budget of, and what competes for it: each "frame" of a video, each "image" (a video is
             one), or "all" pictures of a row together. None: as the method has it, a share of every crop, image or row, a
@@ -632,12 +632,12 @@ def attach(
     if is_kind(method, SkipMethod):
         taken = {"target": target, "positions": positions, "budget": budget, "question": question}
         taken |= {"given": given, "text_encoder": text_encoder, "tokenizer": tokenizer, "weights": weights}
-        taken |= {"work": work}
-        for name in (name for name, value in {**taken, "part": part or None}.items() if value is not None):
+        taken |= {"work": work, "part": part or None, "seed": seed or None}
+        for name in (name for name, value in taken.items() if value is not None):
             raise SecateurError(
                 "a network that skips while it works has no use for it",
                 where=name,
-                fix="leave it out; the method's own settings say how much is skipped",
+                fix="leave it out; the method's own settings say how much is skipped, and what a control draws",
             )
         masked = bool(hyperparameters.pop("masked", False))
         return make_method(method, **hyperparameters).attach(model, masked)  # type: ignore[arg-type, attr-defined]

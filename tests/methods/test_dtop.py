@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 import secateur
 from secateur import SecateurError
-from secateur.cli.train import skipped
 from secateur.families.segmenter import MaskHead, Segmenter, TokenHead
 from secateur.families.vit import Vit
 from secateur.measure import macs
 from secateur.methods.dtop import DToP, check_labels, leaving, mask_losses, on_living
+from secateur.report.summary import left, notes
 from secateur.training.task import Task
 
 P = torch.tensor(
@@ -267,9 +267,20 @@ def test_labels_that_do_not_fit_are_refused() -> None:
         check_labels(task(empty))
 
 
-def test_the_command_line_says_what_the_network_reaches_while_it_skips() -> None:
-    """Rows of training alone say nothing of it."""
+def test_the_report_says_what_the_network_reaches_while_it_skips() -> None:
+    """Not that all multiply-adds are left, which is true of the network that skips nothing. Rows of training alone say nothing of it."""
     rows = [{"phase": "pruning on", "last_step": 3}, {"phase": "pruned", "quality": 25.3, "work": 0.525}]
-    assert skipped(rows, "psnr") == [
-        "where work is skipped: psnr 25.30 dB, 52.5 % of the multiply-adds of the parts that skip"
-    ]
+    same = {"params": 40, "macs": 200}
+    report = {"before": same, "after": same, "task": {"metric": "psnr"}, "phases": rows}
+    assert (
+        left(report) == "left: 100.0 % of the parameters, 52.5 % of the multiply-adds of the parts that skip"
+    )
+    said = "where work is skipped: psnr 25.30 dB, 52.5 % of the multiply-adds of the parts that skip"
+    assert [note.startswith(said) for note in notes(report)].count(True) == 1
+    assert "where work" not in str(notes(report | {"phases": rows[:1]}))
+    assert left(report | {"phases": rows[:1]}).endswith("100.0 % of the multiply-adds")
+
+
+def test_a_seed_that_nothing_would_be_drawn_by_is_refused() -> None:
+    with pytest.raises(SecateurError, match="seed: a network that skips"):
+        secateur.attach(DToP.example().build(), "dtop", seed=3)
