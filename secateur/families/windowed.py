@@ -114,7 +114,7 @@ class WindowedUNet(nn.Module):
     torch.Size([1, 3, 18, 30])
 
     width: channels of the first stage, doubled at each level. depths, heads: of every stage, on the way down, at the bottom, and up.
-    What it adds is gated: output = input + y * max(sigmoid(g), floor).
+    What it adds is gated: output = input + y * max(sigmoid(g), floor). Untrained it adds nothing.
     """
 
     def __init__(
@@ -146,6 +146,8 @@ class WindowedUNet(nn.Module):
             nn.ConvTranspose2d(before, size, 2, 2) for before, size in zip(below, sizes[-2::-1], strict=True)
         )
         self.write = nn.Conv2d(each[-1], 4, 3, padding=1)
+        nn.init.zeros_(self.write.weight)  # it begins as its input: else training first closes the gate, and below its floor
+        nn.init.zeros_(self.write.bias)  # nothing opens it again
 
     def forward(self, picture: Tensor) -> Tensor:
         padded, (top, left) = pad_around(picture, self.side * 2**self.levels)

@@ -197,7 +197,10 @@ class LmdVit(SkipMethod):
 
 @torch.no_grad()
 def balanced(net: nn.Module, pictures: Tensor) -> nn.Module:
-    """An untrained network whose predictors keep some windows of these pictures and drop others, for checks."""
+    """An untrained network that adds something, and whose predictors keep some windows of these pictures and drop others, for checks."""
+    for module in net.modules():
+        if isinstance(module, WindowedUNet):
+            module.write.reset_parameters()
     predictors = [each for stage in net.modules() if isinstance(stage, Stage) for each in stage.predictors]
     for number, predictor in enumerate(predictors):
         predictor.score[-1].weight.mul_(30)  # type: ignore[index, union-attr]
