@@ -17,25 +17,30 @@ PICTURES = 80
 SPLITS = ("train", "val", "test")
 
 
-def load_blurred(split: str = "test", count: int = 32, size: int = 128) -> tuple[Tensor, Tensor, Tensor]:
+def load_blurred(
+    split: str = "test", count: int = 32, size: int = 128, angle: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(blurred [N, 3, size, size], sharp, bool mask [N, size, size] of what is blurred), in 0..1, always the same.
 
     >>> blurred, sharp, mask = load_blurred("test", count=4, size=64)  # doctest: +SKIP
 
     train: squares of 12 pictures of Set14 and 80 of the ImageNet sample; val and test: of 40 others each, and the last two of
     Set14. The region is an ellipse whose half-axes are a sixth to a third of the square; it is moved along a line of 9 to 15 pixels, with a soft
-    edge that counts as blurred. Raises `SecateurError` for another split and missing data.
+    edge that counts as blurred. angle: of every line, in radians, 0 across; None: each has its own.
+    Raises `SecateurError` for another split and missing data.
     """
     if split not in SPLITS:
         raise SecateurError(f"there is no split {split!r}", where="blur", fix=", ".join(SPLITS))
     generator = torch.Generator().manual_seed(SPLITS.index(split))
     pictures = _pictures(split)
     sharp = torch.stack([_square(pictures, size, generator) for _ in range(count)])
-    made = [regional_blur(picture, generator) for picture in sharp]
+    made = [regional_blur(picture, generator, angle) for picture in sharp]
     return torch.stack([blurred for blurred, _ in made]), sharp, torch.stack([mask for _, mask in made])
 
 
-def regional_blur(picture: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def regional_blur(
+    picture: Tensor, generator: torch.Generator, angle: float | None = None
+) -> tuple[Tensor, Tensor]:
     """(picture [3, h, w] with an ellipse moved along a line, bool [h, w] where it differs by the edge's weight)."""
     height, width = picture.shape[-2:]
     draws = torch.rand(7, generator=generator).tolist()
@@ -44,7 +49,7 @@ def regional_blur(picture: Tensor, generator: torch.Generator) -> tuple[Tensor, 
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     inside = (((x - across) / wide) ** 2 + ((y - down) / high) ** 2 <= 1).float()
     weight = F.avg_pool2d(inside[None], 3, 1, 1)
-    kernel = line(9 + 6 * draws[4], math.pi * draws[5])
+    kernel = line(9 + 6 * draws[4], math.pi * draws[5] if angle is None else angle)
     pad = kernel.shape[-1] // 2
     moved = F.conv2d(F.pad(picture[:, None], (pad,) * 4, mode="reflect"), kernel[None, None])[:, 0]
     return picture + weight * (moved - picture), weight[0] > 0

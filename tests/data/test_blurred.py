@@ -24,6 +24,15 @@ def test_only_the_region_changes() -> None:
     assert blurred[:, mask].var() < 0.5 * picture[:, mask].var()
 
 
+def test_motion_across_leaves_rows_apart() -> None:
+    """A picture whose rows are flat is untouched by it, one whose columns are flat isn't."""
+    rows = torch.rand(3, 64, 1, generator=torch.Generator().manual_seed(0)).expand(3, 64, 64)
+    blurred, _ = regional_blur(rows, torch.Generator().manual_seed(1), angle=0.0)
+    torch.testing.assert_close(blurred, rows)
+    other, mask = regional_blur(rows.mT, torch.Generator().manual_seed(1), angle=0.0)
+    assert (other - rows.mT)[:, mask].abs().mean() > 0.05
+
+
 @pytest.mark.needs_data
 def test_splits_are_apart_and_always_the_same() -> None:
     blurred, sharp, mask = load_blurred("test", 3, 64)

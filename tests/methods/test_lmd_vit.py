@@ -125,7 +125,6 @@ def test_all_windows_are_the_dense_network_and_none_the_input_of_a_stage() -> No
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_stages_that_are_not_named_are_dense() -> None:
     model, x = net(), picture()
     with secateur.attach(model, "lmd-vit", stages=(1,)) as attached:
@@ -165,6 +164,14 @@ def test_training_finds_the_corner_that_is_blurred() -> None:
 def test_pictures_of_any_size_are_padded_around_and_cut_again() -> None:
     model = net()
     assert model(picture(1, 13, 30)).shape == (1, 3, 13, 30)
+
+
+def test_an_untrained_network_gives_its_input_and_learns_at_once_what_to_add() -> None:
+    """Begun at random, the gate was below its floor after the first steps, where nothing moves it."""
+    model, x = WindowedUNet(8, (1, 1, 1), (1, 1, 1), side=4), picture(1)
+    assert torch.equal(model(x), x)
+    reconstruction(model(x), x * 0.5).backward()
+    assert (model.write.weight.grad[:3].flatten(1).abs().sum(1) > 0).all()
 
 
 def test_the_output_gate_never_closes() -> None:
