@@ -146,10 +146,9 @@ class WindowedUNet(nn.Module):
             nn.ConvTranspose2d(before, size, 2, 2) for before, size in zip(below, sizes[-2::-1], strict=True)
         )
         self.write = nn.Conv2d(each[-1], 4, 3, padding=1)
-        nn.init.zeros_(
-            self.write.weight
-        )  # it begins as its input: else training first closes the gate, and below its floor
-        nn.init.zeros_(self.write.bias)  # nothing opens it again
+        # It begins as its input: else training first closes the gate, and below its floor nothing opens it again.
+        for weight in self.write.parameters():
+            nn.init.zeros_(weight)
 
     def forward(self, picture: Tensor) -> Tensor:
         padded, (top, left) = pad_around(picture, self.side * 2**self.levels)
