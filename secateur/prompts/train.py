@@ -46,6 +46,8 @@ class Prompted(Screen):
     tokenizer: Any
     prompts: Prompts
     method: PromptMethod
+    classes: tuple[str, ...]
+    """The names that they were trained on."""
     losses: list[float] = field(default_factory=list)
 
     @torch.no_grad()
@@ -129,7 +131,7 @@ def train_prompts(
             prompts, (images.to(device), labels, frozen, kept), steps=count, loss=loss, seed=seed, recipe=recipe,
             checkpoint=file, description=chosen.name, about={"method": chosen.name, **chosen.hyperparameters},
         )  # fmt: skip
-    return Prompted(model, tokenizer, prompts, chosen, losses)
+    return Prompted(model, tokenizer, prompts, chosen, tuple(classes), losses)
 
 
 def _ids(towers: Towers, tokenizer: Any, classes: Sequence[str], method: PromptMethod) -> tuple[Tensor, int]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from secateur import SecateurError
 from secateur.methods.disa import Disa, cross_interaction, directional, salient, self_regularisation
-from secateur.prompts import Seen, train_prompts
+from secateur.prompts import Seen, load_prompts, save_prompts, train_prompts
 from secateur.prompts.method import Patches
 from secateur.prompts.towers import Towers, class_ids
 
@@ -25,13 +25,12 @@ def clip():
     return randomised(CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=10)))
 
 
-def siglip():
+def siglip(width=12):
     from transformers import SiglipConfig, SiglipModel
 
     torch.manual_seed(0)
-    return randomised(
-        SiglipModel(SiglipConfig(text_config={**TEXT, "projection_size": 16}, vision_config=VISION))
-    )
+    text = {**TEXT, "hidden_size": width, "projection_size": 16}
+    return randomised(SiglipModel(SiglipConfig(text_config=text, vision_config=VISION)))
 
 
 def randomised(model):
@@ -292,3 +291,35 @@ def test_mistakes_are_named():
         import secateur
 
         secateur.prune(copy.deepcopy(run["model"]), method="disa", target="50%")
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("image_tokens", [0, 2])
+def test_saved_prompts_come_back(name, image_tokens, tmp_path):
+    make, tokenizer = MODELS[name]
+    images, _ = shots()
+    settings = {**QUICK, "image_tokens": image_tokens, "ratio": 0.5, "lr": 0.1}
+    found = train_prompts(make(), tokenizer, shots(), ["cat", "dog"], epochs=2, **settings)
+    save_prompts(found, tmp_path / "kept")
+    assert {file.name for file in (tmp_path / "kept").iterdir()} == {"prompts.json", "prompts.safetensors"}
+    again = load_prompts(tmp_path / "kept", make(), tokenizer)
+    assert again.method == found.method and again.classes == ("cat", "dog")
+    assert torch.equal(again.logits(images, ["cow", "fox"]), found.logits(images, ["cow", "fox"]))
+
+
+def test_saved_prompts_know_their_model(tmp_path):
+    tokenizer, kept = Letters(), tmp_path / "kept"
+    save_prompts(train_prompts(clip(), tokenizer, shots(), ["cat", "dog"], epochs=1, **QUICK), kept)
+    for tower in ("text_model", "vision_model"):
+        other = clip()
+        for parameter in getattr(other, tower).parameters():
+            nn.init.normal_(parameter, std=0.3)
+        with pytest.raises(SecateurError, match="says other things"):
+            load_prompts(kept, other, tokenizer)
+    with pytest.raises(SecateurError, match="where the towers take"):
+        load_prompts(kept, siglip(width=24), Letters(False))
+    with pytest.raises(SecateurError, match=r"no prompts\.json"):
+        load_prompts(tmp_path / "nothing", clip(), tokenizer)
+    (kept / "prompts.safetensors").write_bytes(b"{}")
+    with pytest.raises(SecateurError, match="can't be read"):
+        load_prompts(kept, clip(), tokenizer)
