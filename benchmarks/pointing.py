@@ -1,7 +1,7 @@
 """Whether the strongest place of a map lies on the object, and whether a map knows its class.
 
     python benchmarks/pointing.py                    # EfficientNet-Lite0, 100 pictures of ECSSD; 4 min on one core
-    python benchmarks/pointing.py --only gradient integrated-gradients occlusion smoothgrad  # MINUTES min
+    python benchmarks/pointing.py --only gradient integrated-gradients occlusion smoothgrad  # longer: many passes a map
 
 ECSSD's masks say what people look at; the class is the likeliest one. A hit: the strongest pixel lies on the mask or within
 15 pixels of it, as in the pointing game. "random" is a pixel drawn by chance (seeds 0, 1, 2), "centre" a guess at the middle. The
