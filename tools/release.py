@@ -59,8 +59,13 @@ def interpreters() -> list[str]:
     """The oldest and the newest Python on this machine of those that pyproject.toml declares."""
     least = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
     first = int(re.search(r"3\.(\d+)", least)[1])  # type: ignore[index]
-    found = [path for minor in range(first, 20) if (path := shutil.which(f"python3.{minor}"))]
+    found = [path for minor in range(first, 20) if (path := shutil.which(f"python3.{minor}")) and works(path)]
     return list(dict.fromkeys([found[0], found[-1]])) if found else [sys.executable]
+
+
+def works(python: str) -> bool:
+    """Whether it starts: a version manager has commands for interpreters that aren't chosen."""
+    return subprocess.run([python, "--version"], capture_output=True, check=False).returncode == 0
 
 
 def run(*words: str | Path) -> str:
