@@ -438,7 +438,8 @@ def untrained(model: nn.Module, method: Method | str, target: Any = "50%", seed:
 def _seen(cls: type[Method], model: nn.Module, target: str, seed: int = 0) -> tuple[Attached, Tensor]:
     method = _make(cls)
     weights = untrained(model, method, target)
-    with torch.no_grad(), attach(model, method, target=target, seed=seed, weights=weights) as attached:
+    given = dict(method.asks) if isinstance(method, TokenMethod) else None
+    with torch.no_grad(), attach(model, method, target=target, seed=seed, weights=weights, given=given) as attached:
         for _ in range(attached.setup.warm_up + 1):  # a method that remembers runs first keeps everything
             logits = model(**inputs_for(model)).logits
     return attached, logits

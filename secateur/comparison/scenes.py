@@ -60,6 +60,12 @@ class ScenesWork(Work):
                 where=run.method,
                 fix="compare it on a policy, such as that of benchmarks/rooms_minigrid.py",
             )
+        if issubclass(kind, TokenMethod) and kind.asks:
+            raise SecateurError(
+                f"it is given a {' and a '.join(kind.asks)} of every picture, and questions come without",
+                where=run.method,
+                fix="compare it with benchmarks/salient_tokens.py",
+            )
         budget = float(run.target.rstrip("%")) / 100 * TOKENS * DEPTH
         target, least = scenes.target_of_work(
             lambda target: self._score(run, target, FEW).tokens_layers, budget

@@ -37,7 +37,7 @@ class Head(nn.Module):
 class ConnNet(ObjectMethod):
     """For each pixel and each of its neighbours the probability that both belong to the same object.
 
-    >>> found = secateur.load_objects("out/connnet").find(picture)  # doctest: +SKIP
+    >>> found = load_objects("out/connnet").find([picture])[0]  # of secateur.tasks.sod  # doctest: +SKIP
 
     A pixel is salient where it is linked to any neighbour, and both must say so; what links join is an instance. Objects
     that touch stay apart where the masks that were learned from number them.

@@ -219,13 +219,12 @@ def _token_examples(cls: type[TokenMethod]) -> list[str]:
     target = "" if cls.adaptive else ', target="25%"'
     trained = cls.modules is not TokenMethod.modules
     target += ', weights="out/modules"' if trained else ""
+    target += "".join(f', given={{"{name}": {name}}}' for name in cls.asks)
     first = f"secateur train tokens scenes --method {cls.name} --target 25% --steps 250 --lr 0.001 --out out/modules"
+    second = f"secateur tokens scenes --image 3 --method {cls.name} --target 25%{' --weights out/modules' if trained else ''}"
+    shell = ["```sh", *([first] if trained else []), second, "```", ""]
     return [
-        "```sh",
-        *([first] if trained else []),
-        f"secateur tokens scenes --image 3 --method {cls.name} --target 25%{' --weights out/modules' if trained else ''}",
-        "```",
-        "",
+        *([] if cls.asks else shell),
         "```python",
         "import secateur",
         "",

@@ -86,3 +86,38 @@ def nearest(grid_row: Tensor, grid_col: Tensor, chosen: Tensor, homes: Sequence[
     for home in homes:
         apart = apart + (home[:, :, None] != home[:, None]) * (apart.max() + 1)
     return apart.masked_fill(~chosen[:, None], torch.inf).argmin(2)
+
+
+def cell_means(values: Tensor, height: int, width: int) -> Tensor:
+    """The mean of a map [H, W] over each cell of a grid that is laid over it: float64 [height, width].
+
+    >>> cell_means(torch.tensor([[0.0, 0.5, 1.0]]), 1, 2)
+    tensor([[0.1667, 0.8333]], dtype=torch.float64)
+
+    Exact for all sizes: what lies on two cells counts in each by the part that lies there. Rounded to nine decimals, so that
+    cells that show the same are equal.
+    """
+    rows, columns = (_parts(size, cells) for size, cells in zip(values.shape, (height, width)))
+    return (rows.to(values.device) @ values.double() @ columns.to(values.device).T).round(decimals=9)
+
+
+def _parts(size: int, cells: int) -> Tensor:
+    """[cells, size]: how much of each cell, of a line of `size` that is cut into `cells`, each place fills."""
+    edges, place = torch.arange(cells + 1, dtype=torch.float64) * size / cells, torch.arange(size)
+    inside = torch.minimum(edges[1:, None], place + 1) - torch.maximum(edges[:-1, None], place)
+    return inside.clamp(min=0) * cells / size
+
+
+def z_order(grid_row: Tensor, grid_col: Tensor) -> Tensor:
+    """int64: the place of each token on the curve that goes through a grid quarter by quarter; both below 2^15.
+
+    >>> z_order(torch.tensor([0, 0, 1, 1, 0]), torch.tensor([0, 1, 0, 1, 2])).tolist()
+    [0, 1, 2, 3, 4]
+
+    Tokens at even distances on it are spread evenly over any part of the grid.
+    """
+    bits = range(15)
+    return sum(
+        (((grid_row >> b & 1) << (2 * b + 1)) + ((grid_col >> b & 1) << 2 * b) for b in bits),
+        torch.zeros_like(grid_row),
+    )

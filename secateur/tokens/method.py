@@ -123,6 +123,8 @@ class TokenMethod(Method):
     """What the default stage reads: "encoder:-2", "layer:7", "layer:7:raw", "layer:7:modules", "layer:7:peek"."""
     adaptive: ClassVar[bool] = False
     """It finds the counts itself: the target may be None."""
+    asks: ClassVar[Mapping[str, Any]] = {}
+    """What it can't do without of `attach(..., given=...)`, each with an example that is checked on any model."""
 
     @classmethod
     def usual(cls) -> dict[str, Any]:

@@ -44,7 +44,8 @@ def settings(model, method, target="50%"):
     if method == "tome" and type(model).__name__.startswith(("Qwen", "InternVL")):
         return {"proportional": False}
     weights = untrained(model, method, target)
-    return SETTINGS.get(method, {}) | ({} if weights is None else {"weights": weights})
+    given = {"given": dict(asked)} if (asked := method_class(method).asks) else {}
+    return SETTINGS.get(method, {}) | given | ({} if weights is None else {"weights": weights})
 
 
 def settled(attached, model, inputs):
