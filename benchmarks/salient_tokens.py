@@ -127,13 +127,14 @@ def main() -> None:
             score.tokens_layers += work / len(seeds)
         scores.append(score)
     print(f"\n{table(scores)}\n")
-    for score in scores:
-        base = next((s for s in scores if s.method == "uniform-grid" and s.target == score.target), None)
-        if base is not None and score is not base:
-            gap, errors = above(score, base)
-            print(
-                f"  {score.target} {score.method}: {gap:+.1f} above uniform-grid, {errors:+.1f} standard errors"
-            )
+    for other in OTHERS[1:]:
+        for base in (score for score in scores if score.method == other):
+            for score in scores:
+                if score.target == base.target and score.method.startswith(OURS):
+                    gap, errors = above(score, base)
+                    print(
+                        f"  {score.target} {score.method}: {gap:+.1f} above {other}, {errors:+.1f} standard errors"
+                    )
 
 
 def _between(group: Group, first: int, last: int) -> Group:

@@ -1,4 +1,4 @@
-"""Salient tokens: the tokens on what a map of the picture says stands out, and a few of what is around.
+"""Salient tokens: the tokens on what a map of the picture says stands out.
 
 No paper: a baseline of this library. Spec: none.
 """

@@ -238,7 +238,7 @@ def test_without_ray_the_error_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_token_methods_get_the_target_at_which_they_do_equal_work(tmp_path):
-    methods = ["uniform-grid", "fastv", "vla-pruner"]
+    methods = ["uniform-grid", "fastv", "vla-pruner", "salient-tokens"]
     rows = secateur.compare("scenes", methods, ["60%", "40%"], seeds=1, test=4, out=tmp_path / "out").rows
     found = {(row["method"], row["target"]): row for row in rows}
     grid, late = found["uniform-grid", "60%"], found["fastv", "60%"]
@@ -254,6 +254,7 @@ def test_token_methods_get_the_target_at_which_they_do_equal_work(tmp_path):
     # tokens that leave in the tower's end free more than those that leave behind the second layer
     assert grid["peak_memory_bytes"] < late["peak_memory_bytes"] < whole["peak_memory_bytes"]
     assert "steps of an episode" in found["vla-pruner", "60%"]["why"]
+    assert "given a map of every picture" in found["salient-tokens", "60%"]["why"]
     assert "can't do with less than 50.8%" in found["fastv", "40%"]["why"]
 
 
