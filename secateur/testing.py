@@ -439,7 +439,10 @@ def _seen(cls: type[Method], model: nn.Module, target: str, seed: int = 0) -> tu
     method = _make(cls)
     weights = untrained(model, method, target)
     given = dict(method.asks) if isinstance(method, TokenMethod) else None
-    with torch.no_grad(), attach(model, method, target=target, seed=seed, weights=weights, given=given) as attached:
+    with (
+        torch.no_grad(),
+        attach(model, method, target=target, seed=seed, weights=weights, given=given) as attached,
+    ):
         for _ in range(attached.setup.warm_up + 1):  # a method that remembers runs first keeps everything
             logits = model(**inputs_for(model)).logits
     return attached, logits

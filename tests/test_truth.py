@@ -100,7 +100,14 @@ def test_a_published_method_without_a_row_is_named() -> None:
         truth.page([row for row in rows if row.system not in ("fastv", "wanda")])
     with pytest.raises(SecateurError, match="nothing is known of wandah"):
         truth.page([*rows, row([1.0], 2.0, system="wandah")])
-    controls = {"random", "random-structured", "random-tokens", "uniform-grid", "downsample", "salient-tokens"}
+    controls = {
+        "random",
+        "random-structured",
+        "random-tokens",
+        "uniform-grid",
+        "downsample",
+        "salient-tokens",
+    }
     assert {row.system for row in rows} >= set(catalogue.catalogue()["methods"]) - controls
     waiting = row([1.0], 2.0, system="survey-taxonomy")  # a published system that isn't in the library
     assert truth.page([*rows, waiting]) == truth.page(rows)
