@@ -146,8 +146,7 @@ class WindowedUNet(nn.Module):
             nn.ConvTranspose2d(before, size, 2, 2) for before, size in zip(below, sizes[-2::-1], strict=True)
         )
         self.write = nn.Conv2d(each[-1], 4, 3, padding=1)
-        # It begins as its input: else training first closes the gate, and below its floor nothing opens it again.
-        for weight in self.write.parameters():
+        for weight in self.write.parameters():  # it begins as its input
             nn.init.zeros_(weight)
 
     def forward(self, picture: Tensor) -> Tensor:

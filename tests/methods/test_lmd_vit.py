@@ -167,7 +167,7 @@ def test_pictures_of_any_size_are_padded_around_and_cut_again() -> None:
 
 
 def test_an_untrained_network_gives_its_input_and_learns_at_once_what_to_add() -> None:
-    """Begun at random, the gate was below its floor after the first steps, where nothing moves it."""
+    """The weights of what is added have gradients, though all are zero."""
     model, x = WindowedUNet(8, (1, 1, 1), (1, 1, 1), side=4), picture(1)
     assert torch.equal(model(x), x)
     reconstruction(model(x), x * 0.5).backward()
