@@ -86,7 +86,8 @@ def instances(cube: Tensor, threshold: float = 0.5) -> Tensor:
     for there, (dy, dx) in zip(linked.cpu().numpy(), _offsets(len(linked)), strict=True):
         y, x = there.nonzero()
         ends.append((number[y, x], number[y + dy, x + dx]))
-    first, second = (np.concatenate(part) for part in zip(*ends))
+    # older scipy reads no other integers, and gives no components without an error
+    first, second = (np.concatenate(part).astype(np.int32) for part in zip(*ends))
     graph = coo_array((np.ones(len(first), bool), (first, second)), shape=(height * width,) * 2)
     _, label = connected_components(graph, directed=False)
     label = np.where(linked.any(0).cpu().numpy().ravel(), label, -1)
