@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from secateur.data import camvid, digits, pictures, sst2
 from secateur.data.pictures import as_pairs
 from secateur.data.text import load_calibration
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, choose
 
-FIX = "give token ids [samples, length], a list of model inputs, a text file, or the name of a text"
+FIX = "give token ids [samples, length], a list of model inputs, a text file, or the name of a text or of pictures"
 
 
 def calibration_batches(
@@ -33,10 +33,14 @@ def calibration_batches(
     Raises `SecateurError` for empty data, NaN inputs, ids outside the vocabulary, and text that is too short.
     """
     own = getattr(model, "calibration_inputs", None)
+    reads_text = tokenizer is not None or getattr(getattr(model, "config", None), "vocab_size", None)
     if data is None and own is not None:
         data = own(samples, seed)
-    elif data is None and tokenizer is None and getattr(getattr(model, "config", None), "vocab_size", None):
+    elif data is None and tokenizer is None and reads_text:
         data = "self"
+    if isinstance(data, str | Path) and not reads_text:
+        error = f"{type(model).__name__} reads no text, and no pictures are called {str(data)!r}"
+        choose(str(data), (*pictures.SETS, "digits", "camvid"), where="data", error=error)
     if isinstance(data, str) and data in pictures.SETS:
         data = pictures.load_pictures(data, samples, split="train")
     elif data == "digits":
