@@ -362,7 +362,9 @@ def test_prune_takes_a_tasks_own_data(capsys: pytest.CaptureFixture[str]) -> Non
     assert found["method"] == "obspa", "group-magnitude is what is left without data"
 
 
-def test_a_name_of_no_pictures_is_refused_with_those_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_of_no_pictures_is_refused_with_those_that_there_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["prune", "digits", "--target", "macs<=60%", "--data", "digitz"]) == 2
     said = capsys.readouterr().err
     assert "reads no text" in said and "'digitz'; one of cifar10, imagenet-sample, digits, camvid" in said
