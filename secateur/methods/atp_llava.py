@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import SecateurError
+from secateur.families.vlm.facts import check_order
 from secateur.method import register
 from secateur.taxonomy import record
 from secateur.tokens.grid import strided_grid
@@ -131,10 +131,7 @@ class ATPLLaVA(TokenMethod):
 
     def places(self, facts: Facts) -> list[int]:
         """The layers before which tokens leave."""
-        if not self.layers or sorted(set(self.layers)) != list(self.layers):
-            raise SecateurError(
-                f"layers {self.layers} aren't in order", where="atp-llava", fix="such as 4,14,24"
-            )
+        check_order(self.layers)
         return facts.spread([layer + 1 for layer in self.layers], of=32)
 
     def modules(self, facts: Facts) -> nn.Module:

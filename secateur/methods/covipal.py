@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
+from secateur.families.vlm.facts import check_order
 from secateur.method import register
 from secateur.taxonomy import record
 from secateur.tokens.method import Facts, Lesson, Stage, TokenMethod
@@ -136,11 +137,8 @@ class CoViPAL(TokenMethod):
 
     def places(self, facts: Facts) -> list[str]:
         """Stages of this model, shallow ones first."""
+        check_order(self.layers)
         deep = [layer for layer in self.layers if layer]
-        if not self.layers or sorted(set(self.layers)) != list(self.layers) or min(self.layers) < 0:
-            raise SecateurError(
-                f"layers {self.layers} aren't in order", where="covipal", fix="such as 0,8,16, each once"
-            )
         return ["input"] * (0 in self.layers) + [
             f"layer:{n}" for n in (facts.spread(deep, of=32) if deep else [])
         ]

@@ -135,7 +135,7 @@ def test_the_width_is_an_eighth_of_the_models():
     ("settings", "match"),
     [
         ({"layers": (8, 0)}, "aren't in order"),
-        ({"layers": ()}, "aren't in order"),
+        ({"layers": ()}, "there is none"),
         ({"width": 12}, "isn't divided by 8 heads"),
         ({"layers": (0, 16), "guides": (2,)}, "can't guide"),
         ({"guides": (9,)}, "can't guide"),

@@ -10,7 +10,8 @@ from tiny_models import FAMILIES, IMAGE, inputs_for, make
 
 import secateur
 from secateur import SecateurError
-from secateur.method import method_class
+from secateur.families.vlm import Facts
+from secateur.method import make_method, method_class
 from secateur.testing import untrained
 from secateur.tokens.attach import attach
 from secateur.tokens.method import TokenMethod
@@ -21,6 +22,7 @@ DESIGNS = ["llava-clip", "llava-siglip", "qwen2.5-vl"]
 """With CLS, without CLS, and with merged patches, windows and 3-D positions."""
 SETTINGS = {"recoverable-compression": {"text": "embeddings"}, "cdpruner": {"text": "embeddings"}}
 """Where no text encoder is given."""
+LAYERED = [m for m in METHODS if isinstance(n := getattr(method_class(m), "layers", None), tuple) and n]
 NO_MASK = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "internvl")
 """Their towers' blocks take no mask: ToMe can't weigh merged tokens there, and says so."""
 NEEDS_CLS = {"recoverable-compression"}
@@ -305,6 +307,15 @@ def test_nonsense_is_named_and_the_model_left_alone(models, method):
         with pytest.raises(SecateurError, match=match):
             attach(model, method, **wrong)
     assert torch.equal(plain(model, inputs), before)
+
+
+@pytest.mark.parametrize("method", LAYERED)
+@pytest.mark.parametrize("layers", [(16, 8), (8, 8), (-2, 8), ()])
+def test_layers_that_are_not_in_order_are_named(method, layers):
+    """Scaled to a depth, 16 and 8 of 32 would be taken for 16 and 17."""
+    facts = Facts(layers=32, hidden=64, heads=4)
+    with pytest.raises(SecateurError, match="^layers: .*(aren't in order|there is none)"):
+        make_method(method, layers=layers).stages(facts)
 
 
 @pytest.mark.parametrize("method", METHODS)

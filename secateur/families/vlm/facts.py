@@ -64,7 +64,10 @@ class Facts(Screen):
 
         >>> Facts(layers=28).spread((8, 16), of=32), Facts(layers=4).spread((7, 9, 12), of=32)
         ([7, 14], [1, 2, 3])
+
+        Raises `SecateurError` where they aren't in order, or are more than the model has room for.
         """
+        check_order(numbers)
         first = max(1, self.first_layer)
         if self.layers - first < len(numbers):
             raise SecateurError(
@@ -86,6 +89,22 @@ class Facts(Screen):
         if isinstance(number, float):
             return min(round(number * self.blocks), self.blocks - 1)
         return int(number) if number >= 0 else self.blocks + int(number)
+
+
+def check_order(layers: Sequence[int]) -> None:
+    """Layers where tokens leave are named from 0 on, the lowest first and each once; raises `SecateurError` for others.
+
+    >>> check_order((16, 8))
+    Traceback (most recent call last):
+    ...
+    secateur.errors.SecateurError: layers: 16, 8 aren't in order; from 0 on, the lowest first and each once, such as 8,16
+    """
+    if not layers or sorted(set(layers)) != list(layers) or layers[0] < 0:
+        raise SecateurError(
+            f"{', '.join(map(str, layers))} aren't in order" if layers else "there is none",
+            where="layers",
+            fix="from 0 on, the lowest first and each once, such as 8,16",
+        )
 
 
 @dataclass(repr=False)
