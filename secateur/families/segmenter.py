@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.families.vlm import family_of
+from secateur.skipping.alive import gather_columns, pack, put_columns, readable
+from secateur.skipping.work import weights_of
 
 
 class TokenHead(nn.Module):
@@ -30,6 +32,10 @@ class TokenHead(nn.Module):
     def forward(self, x: Tensor, keys: Tensor | None = None) -> tuple[Tensor, None]:
         """(logits [B, n, C] of states [B, n, D], None: the head says nothing of the picture as a whole)."""
         return self.out(self.norm(x)), None
+
+    def macs(self, tokens: Tensor) -> Tensor:
+        """Multiply-adds [B] on so many tokens [B]."""
+        return tokens * weights_of(self)
 
     @staticmethod
     def probabilities(logits: Tensor, presence: Tensor | None) -> Tensor:
@@ -68,6 +74,13 @@ class MaskHead(nn.Module):
             q, looks = layer(q, tokens, keys)
         return looks.mT, self.presence(q)
 
+    def macs(self, tokens: Tensor) -> Tensor:
+        """Multiply-adds [B] on so many tokens [B]; what the queries cost among themselves doesn't depend on them."""
+        classes, c = self.queries.shape
+        layers = len(self.layers)
+        each = weights_of(self.project) + layers * (2 * c * c + 2 * classes * c)
+        return tokens * each + layers * (14 * c * c + 2 * classes * c) * classes + 2 * c * classes
+
     @staticmethod
     def probabilities(logits: Tensor, presence: Tensor | None) -> Tensor:
         """[B, n, C]"""
@@ -102,6 +115,18 @@ class _Layer(nn.Module):
         return self.norms[2](q + self.mlp(q)), looks.mean(1)
 
 
+def on_living(head: nn.Module, x: Tensor, alive: Tensor, masked: bool) -> tuple[Tensor, Tensor | None]:
+    """What a head says of the patches bool [B, n] that are alive: ([B, n, C], presence). What stands at the others means nothing."""
+    if bool(alive.all()):
+        return head(x)
+    seen = readable(alive)
+    if masked:
+        return head(x, seen)
+    index, valid = pack(seen, right=True)
+    logits, presence = head(gather_columns(x, index), valid)
+    return put_columns(logits.new_zeros(*x.shape[:2], logits.shape[-1]), logits, index, valid), presence
+
+
 class Segmenter(nn.Module):
     """A transformer as it comes from its library, and a head behind each of the blocks `stages`, the last of which answers.
 
@@ -128,10 +153,15 @@ class Segmenter(nn.Module):
             family = family_of(backbone)
             if family.layout is not None:
                 raise SecateurError("it isn't a vision transformer", where="Segmenter", fix="give its tower")
-            found, prefix = family.blocks(backbone), family.prefix(backbone)
+            try:
+                found, prefix = family.blocks(backbone), family.prefix(backbone)
+            except AttributeError as error:
+                raise _no_blocks("its blocks aren't where they are in others of its kind") from error
             blocks = next(name for name, module in backbone.named_modules() if module is found)
         self.backbone, self.heads, self.stages = backbone, nn.ModuleList(heads), tuple(stages)
         self.path, self.prefix = blocks, prefix
+        if not isinstance(dict(backbone.named_modules()).get(blocks), nn.ModuleList | nn.Sequential):
+            raise _no_blocks(f"it has no list of blocks named {blocks!r}")
         depth = len(self.blocks)
         ascending = list(self.stages) == sorted(set(self.stages)) and self.stages[:1] >= (0,)
         if not ascending or self.stages[-1] != depth - 1 or len(heads) != len(self.stages):
@@ -167,3 +197,9 @@ class Segmenter(nn.Module):
         values: Any = logits if presence is None else self.heads[-1].probabilities(logits, presence)  # type: ignore[operator]
         grid = values.mT.unflatten(2, (rows, -1))
         return F.interpolate(grid.float(), (height, width), mode="bilinear", align_corners=False)
+
+
+def _no_blocks(what: str) -> SecateurError:
+    return SecateurError(
+        what, where="Segmenter", fix="name them and say how many tokens stand in front: blocks=, prefix="
+    )

@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.families.segmenter import Segmenter, TokenHead
+from secateur.families.segmenter import Segmenter, TokenHead, on_living
 from secateur.families.vit import Vit
 from secateur.method import register
 from secateur.pruning.plan import Plan
-from secateur.skipping.alive import gather_columns, pack, put_columns, write
+from secateur.skipping.alive import write
 from secateur.skipping.attached import Skipping
 from secateur.skipping.blocks import skip_blocks
-from secateur.skipping.work import weights_of
 from secateur.taxonomy import record
 from secateur.training.job import Job
+from secateur.training.losses import mask_losses
 from secateur.training.recipe import Recipe
 from secateur.training.skip import SkipMethod
 from secateur.training.task import Task
@@ -105,6 +105,12 @@ class DToP(SkipMethod):
                 fix="put them on it: secateur.families.segmenter.Segmenter(vit, heads, stages)",
             )
         last = model.stages[-1]
+        if len(model.stages) == 1:
+            raise SecateurError(
+                "its only head is at its end, so that no patch could leave",
+                where="attach dtop",
+                fix="a Segmenter with heads behind earlier blocks too",
+            )
         early = tuple(self.stages) or model.stages[:-1]
         if unknown := [n for n in early if n not in model.stages[:-1]]:
             raise SecateurError(
@@ -123,10 +129,8 @@ class DToP(SkipMethod):
             logits, presence = on_living(head, x[:, model.prefix :], live, masked)
             canvas = write(attached.said[-1][0], logits, live) if attached.said else logits
             attached.said.append((canvas, presence))
-            cost = live.sum(1) * weights_of(head)
-            attached.work.add(
-                cost, torch.full_like(cost, live.shape[1] * weights_of(head)) * (number == last)
-            )
+            whole = head.macs(torch.full_like(live.sum(1), live.shape[1])) * (number == last)  # type: ignore[operator]
+            attached.work.add(head.macs(live.sum(1)), whole)  # type: ignore[operator]
             if number == last:
                 return alive
             with torch.no_grad():
@@ -176,56 +180,15 @@ class DToP(SkipMethod):
         return Task("halves", build, (pictures, labels), inputs=pictures[:1], recipe=recipe)
 
 
-def on_living(head: nn.Module, x: Tensor, alive: Tensor, masked: bool) -> tuple[Tensor, Tensor | None]:
-    """What a head says of the patches that are alive; [B, n, C], zeros for the others."""
-    if bool(alive.all()):
-        return head(x)
-    # a picture of which nothing is left reads everything, so that its presence is a number
-    seen = alive | ~alive.any(1, keepdim=True)
-    if masked:
-        return head(x, seen)
-    index, valid = pack(seen, right=True)
-    logits, presence = head(gather_columns(x, index), valid)
-    return put_columns(logits.new_zeros(*x.shape[:2], logits.shape[-1]), logits, index, valid), presence
-
-
 def stage_loss(
     model: Segmenter, canvas: Tensor, presence: Tensor | None, batch: tuple[Tensor, Tensor]
 ) -> Tensor:
     """The loss of one stage, for labels int64 [B, H, W] with -100 where none is."""
     x, labels = batch
+    logits = model.enlarged(canvas, None, x)
     if presence is None:
-        return F.cross_entropy(model.enlarged(canvas, None, x), labels, ignore_index=NOBODY)
-    masks = model.enlarged(canvas, None, x)
-    return mask_losses(masks, presence, labels)
-
-
-def mask_losses(masks: Tensor, presence: Tensor, labels: Tensor) -> Tensor:
-    """Presence (weight 1, absent classes .1), focal (20; alpha .25, gamma 2) and dice (1) losses of mask logits [B, C, H, W].
-
-    >>> sure = torch.tensor([[[[20.0, -20.0]], [[-20.0, 20.0]]]])
-    >>> there = torch.tensor([[[20.0, -20.0], [20.0, -20.0]]])
-    >>> round(mask_losses(sure, there, torch.tensor([[[0, 1]]])).item(), 4)
-    0.0
-
-    presence: logits [B, C, 2], there and not. Focal and dice are means over the classes that a picture has.
-    """
-    known = labels != NOBODY
-    wanted = (
-        F.one_hot(labels.clamp(min=0), masks.shape[1]).permute(0, 3, 1, 2) * known[:, None]
-    )  # [B, C, H, W]
-    there = wanted.flatten(2).any(2)  # [B, C]
-    weight = presence.new_tensor([1.0, 0.1])
-    said = F.cross_entropy(presence.flatten(0, 1), (~there).long().flatten(), weight)
-    logits, y = masks[there], wanted[there].to(masks)  # [pairs, H, W]
-    counts = known[:, None].expand_as(masks)[there].to(masks)
-    p = logits.sigmoid()
-    each = F.binary_cross_entropy_with_logits(logits, y, reduction="none")
-    right = p * y + (1 - p) * (1 - y)
-    focal = (0.25 * y + 0.75 * (1 - y)) * (1 - right) ** 2 * each * counts
-    p = p * counts
-    dice = 1 - (2 * (p * y).flatten(1).sum(1) + 1) / (p.flatten(1).sum(1) + y.flatten(1).sum(1) + 1)
-    return said + 20 * focal.sum() / counts.sum() + dice.mean()
+        return F.cross_entropy(logits, labels, ignore_index=NOBODY)
+    return mask_losses(logits, presence, labels, NOBODY)
 
 
 def check_labels(task: Task) -> None:

@@ -25,6 +25,7 @@ from secateur.skipping.windows import advance, check_divides, unpartition, windo
 from secateur.skipping.work import block_macs, weights_of
 from secateur.taxonomy import record
 from secateur.training.job import Job
+from secateur.training.losses import reconstruction
 from secateur.training.recipe import Recipe
 from secateur.training.skip import SkipMethod
 from secateur.training.task import Task
@@ -51,24 +52,6 @@ def pruning_loss(scores: Tensor, blurred: Tensor) -> Tensor:
     """Cross-entropy of the logits [B, H, W, 2] of every place, keep where the mask [B, h, w], resized, is blurred."""
     small = F.interpolate(blurred[:, None].float(), scores.shape[1:3], mode="area")[:, 0]
     return F.cross_entropy(scores.permute(0, 3, 1, 2), (small < 0.5).long())
-
-
-def reconstruction(made: Tensor, sharp: Tensor) -> Tensor:
-    """L1 + (1 - SSIM) + 0.1 times L1 of the spectra, of pictures [B, 3, H, W] in 0..1."""
-    spectra = torch.view_as_real(torch.fft.rfft2(made.float()) - torch.fft.rfft2(sharp.float()))
-    return F.l1_loss(made, sharp) + 1 - similarity(made, sharp) + 0.1 * spectra.abs().mean()
-
-
-def similarity(a: Tensor, b: Tensor, size: int = 11) -> Tensor:
-    """Mean SSIM of pictures [B, C, H, W] in 0..1, with a Gaussian window of sigma 1.5. Wang et al. 2004."""
-    line = torch.exp(-((torch.arange(size, device=a.device, dtype=torch.float32) - size // 2) ** 2) / 4.5)
-    kernel = (line[:, None] * line / line.sum() ** 2).expand(a.shape[1], 1, size, size)
-    mean = lambda x: F.conv2d(x, kernel, groups=x.shape[1])
-    a, b = a.float(), b.float()
-    x, y = mean(a), mean(b)
-    spread = mean(a * a) - x * x + mean(b * b) - y * y
-    both = mean(a * b) - x * y
-    return ((2 * x * y + 1e-4) * (2 * both + 9e-4) / ((x * x + y * y + 1e-4) * (spread + 9e-4))).mean()
 
 
 class Windows(Skipping):

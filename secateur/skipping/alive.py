@@ -78,11 +78,11 @@ def advance(block: Block, x: Tensor, alive: Tensor, masked: bool = False) -> Ten
     if bool(alive.all()):
         return block(x, None)
     if masked:
-        return torch.where(alive[..., None], block(x, _readable(alive)), x)
+        return torch.where(alive[..., None], block(x, readable(alive)), x)
     index, valid = pack(alive, right=True)
     if not index.shape[1]:
         return x
-    keys = None if bool(valid.all()) else _readable(valid)
+    keys = None if bool(valid.all()) else readable(valid)
     return put_columns(x, block(gather_columns(x, index), keys), index, valid)
 
 
@@ -115,6 +115,6 @@ def check_alive(alive: Tensor, x: Tensor) -> None:
         )
 
 
-def _readable(alive: Tensor) -> Tensor:
-    """A picture of which nothing is alive reads everything, since a softmax over nothing is NaN; none of it is written."""
+def readable(alive: Tensor) -> Tensor:
+    """bool [B, n] of what may be read: a picture of which nothing is alive reads everything, since a softmax over nothing is NaN; none of it is written."""
     return alive | ~alive.any(1, keepdim=True)

@@ -15,7 +15,10 @@ def weights_of(module: nn.Module) -> int:
     >>> weights_of(nn.Sequential(nn.Linear(3, 4), nn.Conv2d(4, 4, 3, groups=4)))
     48
     """
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d))
+    parts = list(module.modules())
+    fused = [m.in_proj_weight for m in parts if isinstance(m, nn.MultiheadAttention)]
+    plain = [m.weight for m in parts if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d)]
+    return sum(weight.numel() for weight in (*plain, *fused) if weight is not None)
 
 
 def block_macs(module: nn.Module, tokens: Tensor, width: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from secateur.data.blurred import load_blurred
 from secateur.errors import SecateurError
 from secateur.families.windowed import WindowedUNet
-from secateur.methods.lmd_vit import reconstruction
+from secateur.training.losses import reconstruction
 from secateur.training.recipe import Recipe
 from secateur.training.task import Task
 from secateur.utils.running import evaluating

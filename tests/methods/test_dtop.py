@@ -8,11 +8,12 @@ import torch.nn.functional as F
 
 import secateur
 from secateur import SecateurError
-from secateur.families.segmenter import MaskHead, Segmenter, TokenHead
+from secateur.families.segmenter import MaskHead, Segmenter, TokenHead, on_living
 from secateur.families.vit import Vit
 from secateur.measure import macs
-from secateur.methods.dtop import DToP, check_labels, leaving, mask_losses, on_living
+from secateur.methods.dtop import DToP, check_labels, leaving
 from secateur.report.summary import left, notes
+from secateur.training.losses import mask_losses
 from secateur.training.task import Task
 
 P = torch.tensor(
@@ -131,11 +132,13 @@ def test_every_class_keeps_its_surest_and_a_higher_p0_lets_fewer_go() -> None:
 
 
 @torch.no_grad()
-def test_work_is_the_forward_s_multiply_adds_but_for_the_patch_embedding() -> None:
-    model, x = segmenter(), pictures(1)
+@HEADS
+def test_work_is_the_forward_s_multiply_adds_but_for_the_patch_embedding(head, p0) -> None:
+    model, x = segmenter(head), pictures(1)
     embedding = 24 * 3 * 4 * 64
-    with secateur.attach(model, "dtop", p0=0.6, k=2) as attached:
+    with secateur.attach(model, "dtop", p0=p0, k=1) as attached:
         assert macs(model, x) - embedding == int(attached.work.done[0])
+        assert not attached.alive[-1].all()
         whole = int(attached.work.whole[0])
     assert macs(model, x) - embedding == whole
 
@@ -251,8 +254,18 @@ def test_networks_and_stages_that_do_not_fit_are_refused() -> None:
         secateur.attach(Vit(8, 2, 8, 2, 2), "dtop")
     with pytest.raises(SecateurError, match="no use for it"):
         secateur.attach(segmenter(), "dtop", target="50%")
+    vit, head = Vit(8, 2, 8, 2, 2), TokenHead(8, 2)
+    with pytest.raises(SecateurError, match="only head is at its end"):
+        secateur.attach(Segmenter(vit, [head], (1,), "blocks", 1), "dtop")
     with pytest.raises(SecateurError, match="a head for each stage"):
-        Segmenter(Vit(8, 2, 8, 2, 2), [TokenHead(8, 2)], (0,), "blocks", 1)
+        Segmenter(vit, [head], (0,), "blocks", 1)
+    with pytest.raises(SecateurError, match="no list of blocks named 'layers'.*blocks=, prefix="):
+        Segmenter(vit, [head], (1,), "layers", 1)
+    namesake = type(
+        "VisionTransformer", (torch.nn.Module,), {}
+    )()  # torchvision's too has its blocks elsewhere
+    with pytest.raises(SecateurError, match="aren't where they are in others.*blocks=, prefix="):
+        Segmenter(namesake, [head], (1,))
 
 
 def test_labels_that_do_not_fit_are_refused() -> None:

@@ -17,10 +17,9 @@ from secateur.methods.lmd_vit import (
     check_masks,
     decide,
     pruning_loss,
-    reconstruction,
-    similarity,
 )
 from secateur.skipping.windows import window_means
+from secateur.training.losses import reconstruction, similarity
 from secateur.training.task import Task
 
 

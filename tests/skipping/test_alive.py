@@ -154,6 +154,12 @@ def test_work_is_what_the_forward_really_multiplies() -> None:
     assert together[0] == int(block_macs(model.blocks[0], counts, 16).sum())
 
 
+@torch.no_grad()
+def test_a_block_of_torch_s_own_attention_counts_its_fused_matrix() -> None:
+    block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    assert int(block_macs(block, torch.tensor([6]), 16)) == macs(block, states(1))
+
+
 def test_work_adds_up_picture_by_picture() -> None:
     work = Work()
     for done in ([1, 2], [3, 4]):
