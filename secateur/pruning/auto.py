@@ -76,6 +76,8 @@ GENTLE = Candidate(  # first where more than half of the neurons would have to l
     "neurons and attention groups by what the model's output loses, attention more gently, then what reads them is solved anew",
     CLOSED,
 )
+GENTLE_KINDS = {"heads", "kv_groups"}
+"""What it cuts beside neurons: where these stay whole, it has no advantage."""
 UNITS = {
     "llm": (
         SPARED,
@@ -213,7 +215,8 @@ def candidates(
     )
     kind = _kind(model)
     found = (UNITS[kind] if units else WEIGHTS) if has_data else WITHOUT_DATA[units]
-    if GENTLE in found and not half_of_the_neurons(model, target, inputs):
+    asked = set(settings.get("kinds") or GENTLE_KINDS)
+    if GENTLE in found and asked & GENTLE_KINDS and not half_of_the_neurons(model, target, inputs):
         found = (GENTLE, *(candidate for candidate in found if candidate is not GENTLE))
     given = {name for name, value in settings.items() if value is not None}
     return [
