@@ -110,8 +110,7 @@ class CATP(TokenMethod):
         words, there = sets.text("embeddings", of="image")
         if self.bare == "refuse":
             self._refuse_bare(sets, there)
-        share = sets.share if sets.share is not None else sets.asked / sets.total
-        half = floors(sets.total * (1 + torch.as_tensor(share, dtype=torch.float64)) / 2).clamp(min=1)
+        half = floors(sets.total * (1 + sets.asked_share) / 2).clamp(min=1)
         # what each token that stays says of its image: the tokens and the image that it is a part of
         sets.carried["tokens"] = (sets.total / half)[:, None].expand_as(sets.valid)
         sets.carried["image"] = (1 / half)[:, None].expand_as(sets.valid)

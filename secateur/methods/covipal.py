@@ -173,12 +173,7 @@ class CoViPAL(TokenMethod):
 
     def share(self, number: int, sets: TokenSets) -> Tensor:
         """[S] what is left behind a place, of all the set's tokens."""
-        target = (
-            sets.asked / sets.total
-            if sets.share is None
-            else torch.full_like(sets.total, sets.share, dtype=torch.float64)
-        )
-        return target.double() ** ((number + 1) / len(self.layers))
+        return sets.asked_share ** ((number + 1) / len(self.layers))
 
     def choose(self, number: int, words: str, sets: TokenSets) -> Tensor:
         keep = (self.share(number, sets) * sets.total + 0.5 + 1e-9).long().clamp(min=1)

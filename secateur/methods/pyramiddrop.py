@@ -54,6 +54,6 @@ class PyramidDrop(TokenMethod):
 
     def cut(self, peek: str, done: float, sets: TokenSets) -> Tensor:
         """done: the part of the cuts that is behind, this one counted."""
-        share = sets.asked / sets.total if sets.share is None else sets.share
-        keep = (sets.total * share**done + 1e-4).long().clamp(min=1)  # a root's power may fall just short
+        # a power of a root may fall just short
+        keep = (sets.total * sets.asked_share**done + 1e-4).long().clamp(min=1)
         return top_per_row(sets.attention(peek, rows="last"), keep, sets.valid)

@@ -54,8 +54,7 @@ class VidCom2(TokenMethod):
     def select(self, sets: TokenSets) -> Tensor:
         kept = torch.zeros_like(sets.valid)
         frames = sets.image_of * (int(sets.frame_of.max()) + 1) + sets.frame_of
-        for i, count in enumerate(sets.count.tolist()):
-            share = sets.share if sets.share is not None else int(sets.asked[i]) / int(sets.total[i])
+        for i, (count, share) in enumerate(zip(sets.count.tolist(), sets.asked_share.tolist())):
             kept[i, :count] = self.video(sets.features[i, :count], frames[i, :count], sets.keep[i], share)
         return kept
 

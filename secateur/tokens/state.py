@@ -185,6 +185,13 @@ class TokenSets(Screen):
         return self.target if isinstance(self.target, float) else None
 
     @property
+    def asked_share(self) -> Tensor:
+        """[S] float64: what the caller asked for as a share of each set before any stage, also where it was a number."""
+        if self.share is None:
+            return self.asked.double() / self.total
+        return torch.full_like(self.total, self.share, dtype=torch.float64)
+
+    @property
     def device(self) -> torch.device:
         return self.features.device
 

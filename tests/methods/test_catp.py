@@ -74,6 +74,14 @@ def test_greedy_is_near_the_best_and_its_ends_are_what_they_should_be():
         assert value.sum().item() == pytest.approx(mine, abs=1e-4)
 
 
+@pytest.mark.parametrize("asked", [1, 10, 11, 27, 48])
+def test_a_number_of_tokens_halves_what_must_go_exactly(asked):
+    """A share in float32 falls short of a whole number: with 1 of 49 asked for, 24 of the 25 stayed."""
+    text = {("embeddings", "image"): torch.ones(1, 1, 2)}
+    sets = token_sets(torch.randn(1, 49, 2), keep=asked, target=asked, text=text)
+    assert int(make_method("catp").cover(sets).sum()) == (49 + asked) // 2
+
+
 def row_of(image_of, now, before, hidden, share, asked, half=None):
     """One row after the first stage kept everything, or `half` of each image's tokens."""
     number = torch.tensor([image_of])
