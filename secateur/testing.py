@@ -824,6 +824,7 @@ def _one_crop(valid: Tensor, grid: tuple[int, int] | Tensor | None) -> dict[str,
         "grid_col": place % width,
         **{name: torch.zeros_like(place) for name in ("image_of", "crop_of", "frame_of")},
         "newline": torch.zeros_like(valid),
+        "level": torch.zeros_like(place).masked_fill(~valid, -1),
         "grid": size,
     }
 

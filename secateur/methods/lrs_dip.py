@@ -186,21 +186,15 @@ class LRSDIP(TokenMethod):
         for number, site in enumerate(sites):
             logits, there = _logits(sets, site), sets.text(f"{site}:keys")[1]
             sets.noted[f"distilled {number}"] = distillation(
-                sets.noted[f"look {number}"], logits, self.finest(sets), torch.cat([sets.valid, there], 1)
+                sets.noted[f"look {number}"], logits, sets.finest, torch.cat([sets.valid, there], 1)
             )
         return sets.valid
 
     # -- choosing --
 
-    @staticmethod
-    def finest(sets: TokenSets) -> Tensor:
-        """bool [S, n]: the tokens of each picture's finest level."""
-        level = torch.zeros_like(sets.index) if sets.level is None else sets.level
-        return sets.valid & (level == level.masked_fill(~sets.valid, -1).amax(1, keepdim=True))
-
     def chosen(self, site: str, sets: TokenSets) -> tuple[Tensor, Tensor]:
         """bool [S, n], the best of the finest level and its separators, and the scores [S, n]."""
-        mine = self.finest(sets)
+        mine = sets.finest
         asks: str | Tensor = "last" if self.token == "last" else sets.text("columns")[0][:, :1]
         attention = sets.attention(site, rows=asks, over="visual", heads=True).masked_fill(~mine[:, None], 0)
         # softmax over the level's own tokens, head by head
@@ -216,7 +210,7 @@ class LRSDIP(TokenMethod):
 
     def zoom(self, site: str, sets: TokenSets) -> Tensor:
         """bool [S, tiles] of the next level."""
-        assert sets.level is not None and sets.tiles is not None and sets.maps is not None
+        assert sets.tiles is not None and sets.maps is not None
         here = sets.reading - 1
         depth = (sets.tiles.amin(2) > 0).sum(1)
         next_grid = sets.tiles[:, sets.reading]
@@ -236,8 +230,6 @@ class LRSDIP(TokenMethod):
 
     def prune(self, site: str, sets: TokenSets) -> Tensor:
         best, _ = self.chosen(site, sets)
-        if sets.level is None or sets.tiles is None:
-            return best
         keep = best | (sets.level == 0) & (sets.level.amax(1, keepdim=True) > 0)
         if self.concat_levels and "voted" in sets.carried:
             keep = keep | (sets.carried["voted"] > 0)

@@ -96,9 +96,8 @@ def evenly(among: Tensor, order: Tensor, count: int) -> Tensor:
 
 def marked(sets: TokenSets) -> tuple[Tensor, Tensor]:
     """[S, n] float64: the mean of its picture's map over each token's cell; [S, n] int64: which grid that is a cell of."""
-    level = torch.zeros_like(sets.index) if sets.level is None else sets.level
     row = sets.row[:, None].expand_as(sets.index)
-    where = torch.stack([row, sets.image_of, sets.frame_of, level, sets.grid_row, sets.grid_col], 2)[
+    where = torch.stack([row, sets.image_of, sets.frame_of, sets.level, sets.grid_row, sets.grid_col], 2)[
         sets.valid
     ]
     if len(where.unique(dim=0)) < len(where):

@@ -112,6 +112,8 @@ class TokenSets(Screen):
     """[S, n] int64 image of the row, crop of the image, frame of the video (0 for stills); -1 padding."""
     newline: Tensor
     """[S, n] bool: separators. Among the candidates: a method that wants them kept says so, and counts them."""
+    level: Tensor
+    """[S, n] int64 level of each token's crop in its picture's pyramid: 0 the coarsest, or where there is none; -1 padding."""
     grid: Tensor
     """[S, 2] int64 height and width of the set's grid, (0, 0) where it spans several."""
     generator: torch.Generator
@@ -129,8 +131,6 @@ class TokenSets(Screen):
     """Whatever else a method writes at one stage and reads at the next; the same for all stages of a run."""
     given: dict[str, Any] = field(default_factory=dict)
     """What the caller passed to `attach` beside the hyperparameters: question, text_encoder, tokenizer, ..."""
-    level: Tensor | None = None
-    """[S, n] int64 level of each token's crop in its picture's pyramid: 0 the coarsest; -1 padding."""
     tiles: Tensor | None = None
     """[S, levels, 2] int64 rows and columns of tiles of each level of the set's image, (0, 0) where it has none; None where a
     set spans several images."""
@@ -178,6 +178,11 @@ class TokenSets(Screen):
     def home(self) -> Tensor:
         """[S, n] int64: a number for each crop of each image of the set's row; -1 padding."""
         return torch.where(self.valid, self.image_of * (int(self.crop_of.max()) + 1) + self.crop_of, -1)
+
+    @property
+    def finest(self) -> Tensor:
+        """[S, n] bool: the tokens of the finest level that each set has here."""
+        return self.valid & (self.level == self.level.amax(1, keepdim=True))
 
     @property
     def share(self) -> float | None:
