@@ -18,7 +18,7 @@ from secateur.attention.levels import density
 from secateur.attention.method import AttentionMethod
 from secateur.attention.order import inverse
 from secateur.attention.pyramid import gathered
-from secateur.attention.reach import Call, Watch, dense, unpadded
+from secateur.attention.reach import Call, Watch, dense, groups_of, unpadded
 from secateur.errors import SecateurError
 from secateur.utils.screen import fit
 
@@ -39,6 +39,7 @@ class Attending:
     def __init__(self, model: nn.Module, method: AttentionMethod, part: str = "", seed: int = 0):
         self.model, self.method, self.part = model, method, part
         self.module = _module(model, part)
+        self.groups = groups_of(self.module)
         if self.module in _ATTENDED:
             raise SecateurError(
                 "an attention method is attached already", where=part or type(model).__name__, fix="detach it"
@@ -69,7 +70,7 @@ class Attending:
             self._runs += 1
             return forward(*args, **kwargs)
         self._calls = 0
-        with Watch(self._answer) as watch:
+        with Watch(self._answer, self.groups) as watch:
             out = forward(*args, **kwargs)
         if not watch.calls:
             raise SecateurError(

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.errors import SecateurError
@@ -68,72 +68,107 @@ Answer = Callable[[Call], "Tensor | None"]
 """What a call gives instead; None: as it was."""
 
 
-class Watch(TorchFunctionMode):
-    """Hands every self-attention over more than one query to `answer`; all else runs as it was."""
+@dataclass(frozen=True, repr=False)
+class Given(Screen):
+    """The arguments of `scaled_dot_product_attention`."""
 
-    def __init__(self, answer: Answer):
-        super().__init__()
-        self.answer = answer
-        self.calls = 0
-        self._read: dict[int, tuple[Tensor, tuple[Tensor | None, bool]]] = {}
-        """Masks that were read in this run, by identity: layers share them."""
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def check(self) -> None:
+        """Raises `SecateurError` for dropout."""
+        if self.dropout_p:
+            raise SecateurError(
+                f"attention drops {self.dropout_p:g} of its weights at random",
+                where="attention",
+                fix="model.eval()",
+            )
+
+
+class Between(TorchFunctionMode):
+    """Stands between a module and the library's attention, and counts its calls. Write `attention`."""
+
+    calls = 0
+
+    def attention(self, given: Given) -> Tensor | None:
+        """What a call gives instead; None: as it was."""
+        return None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        return self._attention(func, *args, **(kwargs or {}))
-
-    def _attention(
-        self,
-        function: Callable[..., Tensor],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
         self.calls += 1
+        found = self.attention(Given(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {})) if found is None else found
 
-        def plain() -> Tensor:
-            return function(
-                query,
-                key,
-                value,
-                attn_mask=attn_mask,
-                dropout_p=dropout_p,
-                is_causal=is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
 
-        if query.dim() != 4 or query.shape[2] == 1:
-            return plain()
-        if dropout_p:
-            raise SecateurError(
-                f"attention drops {dropout_p:g} of its weights at random",
-                where="attention",
-                fix="model.eval()",
-            )
-        if attn_mask is None:
-            if query.shape[2] != key.shape[2]:
-                return plain()  # attention across: other keys than its own
-            real, causal = None, is_causal
+class Watch(Between):
+    """Hands every self-attention over more than one query to `answer`; all else runs as it was.
+
+    groups: how many heads share one of keys, as `groups_of` finds it. One query of grouped heads may come as that many queries
+    of one head (transformers 5.24, while it writes); where that can't be told from so many tokens, it runs as it was.
+    """
+
+    def __init__(self, answer: Answer, groups: Collection[int] = ()):
+        super().__init__()
+        self.answer, self.groups = answer, groups
+        self._read: dict[tuple[int, int, int], tuple[Tensor, tuple[Tensor | None, bool]]] = {}
+        """Masks that were read in this run, by identity and what was read: layers share them."""
+
+    def attention(self, given: Given) -> Tensor | None:
+        query, key, value, mask = given.query, given.key, given.value, given.attn_mask
+        if query.dim() != 4 or query.shape[2] == 1 or self._grouped(given):
+            return None
+        given.check()
+        queries, keys = query.shape[2], key.shape[2]
+        if mask is None:
+            if queries != keys:
+                return None  # attention across: other keys than its own
+            real, causal = None, given.is_causal
         else:
-            if id(attn_mask) not in self._read:
-                self._read[id(attn_mask)] = attn_mask, read_mask(attn_mask, query.shape[2], key.shape[2])
-            real, causal = self._read[id(attn_mask)][1]
-            if not causal and query.shape[2] != key.shape[2]:
-                return plain()
+            name = id(mask), queries, keys
+            if name not in self._read:
+                self._read[name] = mask, read_mask(mask, queries, keys)
+            real, causal = self._read[name][1]
+            if not causal and queries != keys:
+                return None
         if real is not None:
-            if query.shape[2] < key.shape[2]:
+            if queries < keys:
                 held = int(real.any(0).nonzero()[-1]) + 1  # a static cache is longer than what it holds
                 key, value, real = key[:, :, :held], value[:, :, :held], real[:, :held]
             real = None if bool(real.all()) else real.expand(len(query), -1)
-        found = self.answer(Call(query, key, value, real, causal, scale))
-        return plain() if found is None else found
+        return self.answer(Call(query, key, value, real, causal, given.scale))
+
+    def _grouped(self, given: Given) -> bool:
+        """It may be one query: as many as a group has heads, and no mask that tells one of them from another."""
+        mask = given.attn_mask
+        alike = (
+            not given.is_causal
+            if mask is None
+            else mask.dim() == 4 and (mask.shape[1] > 1 or mask.shape[2] == 1)
+        )
+        return alike and given.query.shape[2] in self.groups
+
+
+def groups_of(module: nn.Module) -> set[int]:
+    """How many heads share one of keys, in each attention of a model of transformers."""
+    return {int(getattr(part, "num_key_value_groups", 1)) for part in module.modules()}
+
+
+def may_read(mask: Tensor, fix: str) -> Tensor:
+    """bool of a mask's shape: what may be read. Raises `SecateurError` where it adds anything else than a large negative number."""
+    if mask.dtype == torch.bool:
+        return mask
+    may = mask == 0
+    if bool((mask[~may] > -1e4).any()):
+        raise SecateurError("its mask adds a bias to the logits", where="attention", fix=fix)
+    return may
 
 
 def read_mask(mask: Tensor, queries: int, keys: int) -> tuple[Tensor | None, bool]:
@@ -145,11 +180,7 @@ def read_mask(mask: Tensor, queries: int, keys: int) -> tuple[Tensor | None, boo
     mask: bool, or float that is 0 or a large negative number, [.., queries, keys]. Rows of queries that are padding may hold anything.
     Raises `SecateurError` for one that is anything else: a bias, a window, blocks.
     """
-    may = mask if mask.dtype == torch.bool else mask == 0
-    if mask.dtype != torch.bool and bool((mask[~may] > -1e4).any()):
-        raise SecateurError(
-            "its mask adds a bias to the logits", where="attention", fix="leave this module out: part="
-        )
+    may = may_read(mask, "leave this module out: part=")
     may = may.expand(*[1] * (4 - may.dim()), *may.shape[:-2], queries, keys) if may.dim() < 4 else may
     if may.shape[1] > 1 and not bool((may == may[:, :1]).all()):
         raise SecateurError(

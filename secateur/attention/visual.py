@@ -13,9 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from secateur.errors import SecateurError
+from secateur.attention.reach import Between, Given, may_read
 from secateur.utils.screen import Screen
 
 
@@ -50,43 +49,22 @@ class Asked(Screen):
     causal: bool = False
 
 
-class Instead(TorchFunctionMode):
+class Instead(Between):
     """Hands every `scaled_dot_product_attention` to `answer`. `masks`: those that were read, which layers share."""
 
     def __init__(self, answer: Callable[[Asked], Tensor], masks: dict[Any, tuple[Any, Tensor]]):
         super().__init__()
         self.answer, self.masks = answer, masks
-        self.calls = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        self.calls += 1
-        return self._attention(*args, **(kwargs or {}))
-
-    def _attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if dropout_p:
-            raise SecateurError(
-                f"attention drops {dropout_p:g} of its weights at random",
-                where="attention",
-                fix="model.eval()",
-            )
-        sizes = (query.shape[2], key.shape[2], is_causal)
-        name = sizes if attn_mask is None else id(attn_mask)
+    def attention(self, given: Given) -> Tensor:
+        given.check()
+        query, key, value, mask = given.query, given.key, given.value, given.attn_mask
+        sizes = (query.shape[2], key.shape[2], given.is_causal)
+        name = sizes if mask is None else id(mask)
         if name not in self.masks:
-            self.masks[name] = attn_mask, as_bool(attn_mask, *sizes, query.device)
-        causal = attn_mask is None and is_causal
-        return self.answer(Asked(query, key, value, self.masks[name][1], scale, causal))
+            self.masks[name] = mask, as_bool(mask, *sizes, query.device)
+        causal = mask is None and given.is_causal
+        return self.answer(Asked(query, key, value, self.masks[name][1], given.scale, causal))
 
 
 def as_bool(
@@ -99,17 +77,10 @@ def as_bool(
 
     Raises `SecateurError` for one that adds anything else than a large negative number.
     """
-    if mask is None:
-        whole = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device)
-        return whole.tril() if causal else whole
-    if mask.dtype == torch.bool:
-        return mask
-    may = mask == 0
-    if bool((mask[~may] > -1e4).any()):
-        raise SecateurError(
-            "its mask adds a bias to the logits", where="attention", fix="leave window and heads out"
-        )
-    return may
+    if mask is not None:
+        return may_read(mask, "leave window and heads out")
+    whole = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device)
+    return whole.tril() if causal else whole
 
 
 def attend(asked: Asked) -> Tensor:
