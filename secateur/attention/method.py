@@ -44,4 +44,4 @@ class AttentionMethod(Method):
 
         q: [B, H, N, d], k: [B, H of keys, M, d], as the model has them (rotated).
         """
-        raise NotImplementedError
+        raise self.lacks("levels")

@@ -207,6 +207,9 @@ def test_what_cannot_be_attached_is_named_and_leaves_the_model() -> None:
     dropping = llama(attention_dropout=0.5).train()
     with pytest.raises(SecateurError, match=r"model.eval\(\)"), secateur.attach(dropping, "psa", **SMALL):
         dropping(ids())
+    unwritten = AttentionMethod(block_q=16, block_k=16)
+    with pytest.raises(SecateurError, match="must define levels"), secateur.attach(model, unwritten):
+        model(ids())
     with pytest.raises(SecateurError, match="places of its own"):
         secateur.attach(model, "random-tokens", target="50%", part="model")
 
