@@ -6,14 +6,17 @@ Maps are [B, H, W, C]; windows of side w have n = w * w places.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.skipping.windows import partition, shift_mask, unpartition
+from secateur.skipping.windows import advance
+
+Choose = Callable[[int, Tensor], Tensor | None]
+"""(the block, counted from 0; the map in front of it) -> policy [M] of 0 and 1 of the windows it works on; None: all."""
 
 
 class WindowBlock(nn.Module):
@@ -86,7 +89,10 @@ class Predictor(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one resolution, every second one shifted by half a window, and a predictor for either kind. Dense as it is."""
+    """Blocks of one resolution, every second one shifted by half a window, and a predictor for either kind.
+
+    Dense as it is. `choose` says which windows are worked on, where something is attached, and `masked` how.
+    """
 
     def __init__(self, width: int, depth: int, heads: int, side: int, modulated: bool):
         super().__init__()
@@ -94,16 +100,14 @@ class Stage(nn.Module):
             WindowBlock(width, heads, side, (i % 2) * (side // 2), modulated=modulated) for i in range(depth)
         )
         self.predictors = nn.ModuleList(Predictor(width) for _ in range(min(depth, 2)))
+        self.choose: Choose | None = None
+        self.masked = False
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1:3]
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             assert isinstance(block, WindowBlock)
-            mask = None
-            if block.shift:
-                mask = shift_mask(height, width, block.side, block.shift, x.device).repeat(len(x), 1, 1)
-            windows = block(partition(x, block.side, block.shift), mask)
-            x = unpartition(windows, height, width, block.side, block.shift)
+            policy = None if self.choose is None else self.choose(number, x)
+            x = advance(block, x, policy, block.side, block.shift, self.masked)
         return x
 
 
@@ -132,7 +136,8 @@ class WindowedUNet(nn.Module):
                 where="WindowedUNet",
                 fix="an odd number of stages, and heads for each",
             )
-        self.levels, self.side, self.floor = len(depths) // 2, side, floor
+        self.levels, self.floor = len(depths) // 2, floor
+        self.multiple = side * 2**self.levels
         sizes = [width * 2**level for level in range(self.levels + 1)]
         each = [*sizes, *(2 * size for size in sizes[-2::-1])]
         self.stages = nn.ModuleList(
@@ -150,7 +155,7 @@ class WindowedUNet(nn.Module):
             nn.init.zeros_(weight)
 
     def forward(self, picture: Tensor) -> Tensor:
-        padded, (top, left) = pad_around(picture, self.side * 2**self.levels)
+        padded, (top, left) = pad_around(picture, self.multiple)
         x = F.leaky_relu(self.read(padded)).permute(0, 2, 3, 1)
         over = []
         for stage, shrink in zip(self.stages, self.shrink):

@@ -3,7 +3,8 @@
 Li et al. 2024, "Adaptive Window Pruning for Efficient Local Motion Deblurring", https://arxiv.org/abs/2306.14268. Spec: lmd-vit.
 
 Reconstructed: the weight of the pruning loss and the optimiser, which the authors' release doesn't have. Left out are their minimum over
-small shifts of the target and the weighting of the reconstruction by the mask.
+small shifts of the target and the weighting of the reconstruction by the mask. What the network adds is gated by max(sigmoid(g), 0.1), as
+theirs is; below the floor the maximum gives g no gradient, and in training here the gate closes down to it (docs/results.md).
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.families.windowed import Stage, WindowedUNet
+from secateur.families.windowed import Choose, Stage, WindowBlock, WindowedUNet, pad_around
 from secateur.method import register
 from secateur.pruning.plan import Plan
 from secateur.skipping.attached import Skipping
-from secateur.skipping.windows import advance, check_divides, unpartition, window_means
+from secateur.skipping.windows import unpartition, window_means
 from secateur.skipping.work import block_macs, weights_of
 from secateur.taxonomy import record
 from secateur.training.job import Job
@@ -117,44 +118,46 @@ class LmdVit(SkipMethod):
 
         attached.put(model, "forward", forward)
         for number, stage in enumerate(stages):
-            attached.put(stage, "forward", self._around(attached, stage, masked, number not in chosen))
+            attached.put(stage, "choose", self._choose(attached, stage, number not in chosen))
+            attached.put(stage, "masked", masked)
         return attached
 
-    def _around(self, attached: Windows, stage: Stage, masked: bool, dense: bool) -> Any:
-        def forward(x: Tensor) -> Tensor:
-            batch, height, width, channels = x.shape
-            policies: dict[int, Tensor] = {}
-            for number, block in enumerate(stage.blocks):
-                side, shift = int(block.side), int(block.shift)  # type: ignore[arg-type]
-                check_divides(height, width, side)
-                count = batch * height * width // side**2
-                if dense or (self.threshold == 0 and not stage.training):
-                    policies[number % 2] = x.new_ones(count)
-                elif number < len(stage.predictors):
-                    scores = stage.predictors[number](x)
-                    attached.scores.append(scores)
-                    policies[number] = decide(scores, side, shift, self.threshold, draw=stage.training)
-                    attached.active.append(_places(policies[number] > 0, height, width, side, shift))
-                    cost = x.new_full((batch,), height * width, dtype=torch.int64) * weights_of(
-                        stage.predictors[number]
-                    )
-                    attached.work.add(cost, cost * 0)
-                policy = policies[number % 2]
-                each = block_macs(block, torch.tensor(side**2, device=x.device), channels)
-                done = (policy.detach() > 0).view(batch, -1).sum(1)
-                attached.work.add(done * each, torch.full_like(done, count // batch) * each)
-                x = advance(block, x, policy.to(x.dtype), side, shift, masked)
-            return x
+    def _choose(self, attached: Windows, stage: Stage, dense: bool) -> Choose:
+        policies: dict[int, Tensor] = {}
 
-        return forward
+        def choose(number: int, x: Tensor) -> Tensor | None:
+            (batch, height, width, channels), block = x.shape, stage.blocks[number]
+            assert isinstance(block, WindowBlock)
+            area, policy = block.side**2, None
+            if not dense and (self.threshold > 0 or stage.training):
+                if number < len(stage.predictors):
+                    predictor = stage.predictors[number]
+                    scores = predictor(x)
+                    policies[number] = decide(scores, block.side, block.shift, self.threshold, stage.training)
+                    attached.scores.append(scores)
+                    attached.active.append(
+                        _places(policies[number] > 0, height, width, block.side, block.shift)
+                    )
+                    cost = torch.full((batch,), height * width * weights_of(predictor), device=x.device)
+                    attached.work.add(cost, cost * 0)
+                policy = policies[number % 2].to(x.dtype)
+            each = block_macs(block, torch.tensor(area, device=x.device), channels)
+            whole = torch.full((batch,), height * width // area, device=x.device)
+            done = whole if policy is None else (policy.detach() > 0).view(batch, -1).sum(1)
+            attached.work.add(done * each, whole * each)
+            return policy
+
+        return choose
 
     def prune(self, job: Job) -> Plan:
         check_masks(job.task)
+        multiple = getattr(job.model, "multiple", 1)  # a network that pads its pictures says to what
 
         def loss(model: nn.Module, batch: Any) -> Tensor:
             blurred, sharp, mask = batch
             made = reconstruction(model(blurred), sharp)
-            return made + self.weight * sum(pruning_loss(s, mask) for s in attached.scores)
+            mask = pad_around(mask[:, None].float(), multiple)[0][:, 0]
+            return made + self.weight * sum(pruning_loss(scores, mask) for scores in attached.scores)
 
         with self.attach(job.model, masked=True) as attached:
             job.train("windows", loss=loss)

@@ -59,29 +59,31 @@ def window_means(scores: Tensor, side: int, shift: int = 0) -> Tensor:
 
 
 def advance(
-    block: Block, x: Tensor, policy: Tensor, side: int, shift: int = 0, masked: bool = False
+    block: Block, x: Tensor, policy: Tensor | None, side: int, shift: int = 0, masked: bool = False
 ) -> Tensor:
     """The map [B, H, W, C] after a block that runs on the windows whose policy [M], of 0 and 1, is 1; the others are left, bit for bit.
 
-    masked: all windows are computed and the block multiplies what it adds by the policy, so that gradients reach it. Else the
+    policy: None: all windows, and the block as it is. masked: all windows are computed and the block multiplies what it adds by the policy, so that gradients reach it. Else the
     active windows are gathered, with their rows of the mask of the shift.
 
     Raises `SecateurError` where the windows don't divide the map, or there are other than M of them.
     """
     height, width = x.shape[1:3]
     windows = partition(x, side, shift)
+    mask = shift_mask(height, width, side, shift, x.device) if shift else None
+    every = None if mask is None else mask.repeat(len(x), 1, 1)
+    if policy is None:
+        return unpartition(block(windows, every, None), height, width, side, shift)
     if policy.shape != windows.shape[:1]:
         raise SecateurError(
             f"the policy is {list(policy.shape)}, there are {len(windows)} windows", where="skipping"
         )
-    mask = shift_mask(height, width, side, shift, x.device) if shift else None
     if masked:
-        every = None if mask is None else mask.repeat(len(x), 1, 1)
         return unpartition(block(windows, every, policy[:, None, None]), height, width, side, shift)
     active = policy.nonzero()[:, 0]
     if not len(active):
         return x
-    rows = None if mask is None else mask[active % len(mask)]
+    rows = None if every is None else every[active]
     made = block(windows[active], rows, None)
     return unpartition(windows.index_put((active,), made.to(windows.dtype)), height, width, side, shift)
 

@@ -11,6 +11,7 @@ import secateur
 from secateur import SecateurError
 from secateur.families.windowed import Predictor, Stage, WindowedUNet
 from secateur.measure import macs
+from secateur.methods import lmd_vit
 from secateur.methods.lmd_vit import (
     LmdVit,
     balanced,
@@ -63,9 +64,9 @@ def test_similarity_and_reconstruction_by_hand() -> None:
     """Flat pictures of .2 and .4: (2 * .08 + c1) / (.04 + .16 + c1), c1 = 1e-4; spectra differ by .2 * 256 in one of 16 x 9 complex numbers."""
     a, b = torch.full((1, 1, 16, 16), 0.2), torch.full((1, 1, 16, 16), 0.4)
     alike = (0.16 + 1e-4) / (0.2 + 1e-4)
-    assert similarity(a, b).item() == pytest.approx(alike, abs=1e-4)
+    assert similarity(a, b).item() == pytest.approx(alike, abs=2e-5)
     assert similarity(a, a).item() == pytest.approx(1)
-    assert reconstruction(a, b).item() == pytest.approx(0.2 + 1 - alike + 0.1 * 51.2 / (16 * 9 * 2), abs=1e-4)
+    assert reconstruction(a, b).item() == pytest.approx(0.2 + 1 - alike + 0.1 * 51.2 / (16 * 9 * 2), abs=2e-5)
 
 
 def net(**settings):
@@ -136,7 +137,7 @@ def test_stages_that_are_not_named_are_dense() -> None:
 
 
 def test_work_follows_the_active_windows_as_the_counter_sees_it() -> None:
-    """What the blocks save is what the whole forward saves, but for the predictors, which the dense network hasn't."""
+    """What is said to be saved is what the whole forward saves, the predictors paid for."""
     model, x = net(), picture(1)
     dense = macs(model, x)
     with secateur.attach(model, "lmd-vit") as attached:
@@ -144,8 +145,7 @@ def test_work_follows_the_active_windows_as_the_counter_sees_it() -> None:
         saved = int(attached.work.whole[0] - attached.work.done[0])
         share = torch.stack([active.float().mean() for active in attached.active]).mean()
     assert 0 < share < 1
-    summed = sum(2 * p.first.in_features // 2 for stage in model.stages for p in stage.predictors)
-    assert abs((dense - now) - saved) <= 2 * summed
+    assert dense - now == saved
 
 
 def test_training_finds_the_corner_that_is_blurred() -> None:
@@ -158,6 +158,18 @@ def test_training_finds_the_corner_that_is_blurred() -> None:
     deep = attached.active[2]  # [8, 8, 8]: half of the resolution
     assert deep[:, :4, :4].float().mean() > 0.9 and deep[:, 4:, 4:].float().mean() < 0.1
     assert F.mse_loss(made, task.train[1]) < F.mse_loss(task.train[0], task.train[1])
+
+
+def test_the_mask_is_padded_as_the_pictures_are(monkeypatch) -> None:
+    """20 x 20 pixels lie in the middle of 24 x 24: a mask of its own size would be stretched over a map of 24 and of 12."""
+    task, seen = LmdVit.example(), []
+    blurred, sharp = (F.interpolate(part, (20, 20)) for part in task.train[:2])
+    mask = torch.zeros(8, 20, 20, dtype=torch.bool)
+    mask[:, :8, :8] = True
+    monkeypatch.setattr(lmd_vit, "pruning_loss", lambda scores, m: seen.append(m) or pruning_loss(scores, m))
+    task = dataclasses.replace(task, train=(blurred, sharp, mask), inputs=blurred[:1])
+    secateur.train_prune(task, method="lmd-vit", steps=1)
+    assert seen and all(torch.equal(m, F.pad(mask[:4].float(), (2, 2, 2, 2), mode="replicate")) for m in seen)
 
 
 def test_pictures_of_any_size_are_padded_around_and_cut_again() -> None:
@@ -181,7 +193,7 @@ def test_the_output_gate_never_closes() -> None:
         model.write.bias[3] = 50.0
         fully = model(x) - x
         model.write.bias[3] = -50.0
-        torch.testing.assert_close(model(x) - x, 0.1 * fully, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(model(x) - x, 0.1 * fully, rtol=1e-5, atol=1e-6)
 
 
 def test_half_precision_averages_in_single() -> None:
