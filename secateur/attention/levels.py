@@ -33,6 +33,39 @@ def check_ends(ends: Ends) -> None:
         )
 
 
+def stretched(ends: Ends, share: float) -> tuple[float, ...]:
+    """The ends times one number, at most 1 each, so that this share of the keys is read.
+
+    >>> stretched((0.1, 0.15, 0.15, 0.35), 0.3)
+    (0.2, 0.3, 0.3, 0.7)
+
+    Raises `SecateurError` for ends that can't be stretched so far: where level 1 has none, half of the keys are the most.
+    """
+    check_ends(ends)
+    most = read_by([float(end > 0) for end in ends])
+    if most < share:
+        raise SecateurError(
+            f"levels that end at {', '.join(map(str, ends))} read {most:.1%} of the keys at most, not {share:.1%}",
+            where="density",
+            fix="ask for less, or give ends whose first number is above 0",
+        )
+    low, high = 0.0, 1 / min(end for end in ends if end > 0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        enough = read_by([min(1, end * middle) for end in ends]) >= share
+        low, high = (low, middle) if enough else (middle, high)
+    return tuple(round(min(1.0, end * high), 12) for end in ends)
+
+
+def read_by(ends: Ends) -> float:
+    """The share of the keys that blocks of these ends read.
+
+    >>> round(read_by((0.1, 0.3, 0.4, 0.6)), 6)
+    0.25
+    """
+    return sum((end - start) / level for level, start, end in zip(LEVELS, [0, *ends], ends))
+
+
 def by_rank(
     scores: Tensor,
     visible: Tensor,

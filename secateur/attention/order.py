@@ -92,6 +92,18 @@ def inverse(places: Tensor) -> Tensor:
     return places.argsort(-1)
 
 
+def beside(places: Tensor, text: int, first: bool) -> Tensor:
+    """Places of all tokens, where so many of text stand before (first) or behind the others: they go to the end.
+
+    >>> beside(torch.tensor([1, 0]), text=2, first=True).tolist()
+    [3, 2, 0, 1]
+
+    places: int64 [..., N] of the others, counted without the text. Gives [..., N + text].
+    """
+    own = torch.arange(text, device=places.device) + (0 if first else places.shape[-1])
+    return torch.cat([places + (text if first else 0), own.expand(*places.shape[:-1], -1)], -1)
+
+
 def _nearest(tokens: Tensor, centres: Tensor) -> Tensor:
     return (centres.square().sum(-1)[:, None] - 2 * tokens @ centres.transpose(-1, -2)).argmin(-1)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.attention.estimate import antidiagonal, sampled
-from secateur.attention.layout import LEVELS, Layout
+from secateur.attention.layout import Layout
 from secateur.attention.levels import (
     by_energy,
     by_rank,
@@ -21,9 +21,10 @@ from secateur.attention.levels import (
     cap_by_likeness,
     capped,
     check_ends,
+    stretched,
 )
 from secateur.attention.method import AttentionMethod
-from secateur.attention.order import alike, check_grid, gilbert, tiles
+from secateur.attention.order import alike, beside, check_grid, gilbert, tiles
 from secateur.errors import SecateurError
 from secateur.method import register
 from secateur.pruning.target import parse_target
@@ -92,7 +93,7 @@ class PSA(AttentionMethod):
                 where="density",
                 fix="leave it out and give ends=, or mask=topk",
             )
-        check_ends(stretched(ENDS[self.mask] if self.ends is None else self.ends, self.density))
+        check_ends(self.bounds)
         if self.alike and (len(self.alike) != 3 or not all(-1 <= cosine <= 1 for cosine in self.alike)):
             raise SecateurError(
                 f"{self.alike} aren't mean cosines of neighbours 2, 4 and 8 apart",
@@ -110,6 +111,12 @@ class PSA(AttentionMethod):
                 where="order",
                 fix="0 or more; 1 or more",
             )
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """Where levels 1, 2, 4, 8 end."""
+        ends = ENDS[self.mask] if self.ends is None else self.ends
+        return ends if self.density == "" else stretched(ends, parse_target(self.density).share("density"))
 
     def places(self, q: Tensor, k: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor] | None:
         if not self.order:
@@ -133,11 +140,7 @@ class PSA(AttentionMethod):
                 queries = alike(q[:, :, video], self.clusters[0], generator=generator)
             else:
                 queries = gilbert(check_grid(self.grid)).expand(1, 1, -1)
-        text = torch.arange(self.text) + (0 if self.text_first else tokens)
-        return tuple(  # type: ignore[return-value]
-            torch.cat([places.to(q.device) + start, text.to(q.device).expand(*places.shape[:2], -1)], -1)
-            for places in (queries, keys)
-        )
+        return tuple(beside(places.to(q.device), self.text, self.text_first) for places in (queries, keys))  # type: ignore[return-value]
 
     def levels(self, q: Tensor, k: Tensor, layout: Layout, generator: torch.Generator) -> Tensor:
         visible = layout.visible(q.device)
@@ -148,14 +151,13 @@ class PSA(AttentionMethod):
             must = must | (
                 torch.arange(layout.columns, device=q.device) >= (layout.keys - self.text) // layout.block_k
             )
-        ends = self.ends if self.ends is not None else ENDS[self.mask]
         scores = self.importance(q, k, layout, generator)
         if self.mask == "topk":
             scores = torch.where(must, scores + scores.amax() + 1, scores)
-            levels = by_rank(scores, visible, stretched(ends, self.density), must=must)
+            levels = by_rank(scores, visible, self.bounds, must=must)
         else:
             rule = by_threshold if self.mask == "thresholdbound" else by_energy
-            levels = rule(scores, visible, ends, must=must)
+            levels = rule(scores, visible, self.bounds, must=must)
         if self.alike:
             cap = cap_by_likeness(k, layout.block_k, self.alike).repeat_interleave(
                 q.shape[1] // k.shape[1], 1
@@ -170,26 +172,3 @@ class PSA(AttentionMethod):
         if kind == "antidiagonal":
             return antidiagonal(q, k, layout, stride=self.stride)
         return sampled(q, k, layout, normalise=self.normalise, generator=generator)
-
-
-def stretched(ends: tuple[float, ...], density: str | float) -> tuple[float, ...]:
-    """The ends times one number, at most 1 each, so that they read `density` of the keys.
-
-    >>> stretched((0.1, 0.15, 0.15, 0.35), "30%")
-    (0.2, 0.3, 0.3, 0.7)
-    """
-    if density == "":
-        return ends
-    wanted = parse_target(density).share("density")
-    low, high = 0.0, 1 / max(min(end for end in ends if end > 0), 1e-6)
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (
-            (middle, high) if read_by([min(1, end * middle) for end in ends]) < wanted else (low, middle)
-        )
-    return tuple(round(min(1.0, end * high), 12) for end in ends)
-
-
-def read_by(ends: list[float]) -> float:
-    """The share of the keys that blocks of these ends read."""
-    return sum((end - start) / level for level, start, end in zip(LEVELS, [0, *ends], ends))

@@ -13,10 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import secateur
 from secateur.attention.estimate import antidiagonal, sampled
 from secateur.attention.layout import Layout
+from secateur.attention.levels import stretched
 from secateur.attention.method import AttentionMethod
 from secateur.attention.reach import read_mask
 from secateur.errors import SecateurError
-from secateur.methods.psa import PSA, stretched
+from secateur.methods.psa import PSA
 from secateur.testing import inputs_for, tiny_llava
 
 SMALL: dict[str, Any] = {"block_q": 16, "block_k": 16, "stride": 4}
@@ -192,6 +193,10 @@ def test_what_cannot_be_attached_is_named_and_leaves_the_model() -> None:
         ({"mask": "thresholdbound", "ends": (0.7, 0.6, 0.8, 0.9)}, "can't end at"),
         ({"alike": (0.7, 0.6)}, "mean cosines"),
         ({"alike": (0.7, 0.6, float("nan"))}, "mean cosines"),
+        ({"ends": (0.5, 0.4, 0.6, 0.7), "density": "100%"}, "can't end at"),
+        ({"ends": (0.1, float("nan"), 0.6, 0.7), "density": "50%"}, "can't end at"),
+        ({"ends": (0.0, 0.2, 0.3, 0.4), "density": "60%"}, "read 50.0% of the keys at most, not 60.0%"),
+        ({"ends": (0.0, 0.0, 0.0, 0.0), "density": "60%"}, "read 0.0% of the keys at most"),
         ({"warmup": -1}, "warmup"),
         ({"block_k": 0}, "hold nothing"),
         ({"density": "50%", "block_q": 10, "block_k": 16, "stride": 4}, "don't divide blocks"),
@@ -264,10 +269,11 @@ def test_a_short_last_block_is_sampled_too(tail: int) -> None:
 
 
 def test_density_stretches_the_ends() -> None:
-    assert stretched((0.1, 0.15, 0.15, 0.35), "15%") == pytest.approx((0.1, 0.15, 0.15, 0.35))
-    ends = stretched((0.1, 0.15, 0.15, 0.35), "60%")
+    assert stretched((0.1, 0.15, 0.15, 0.35), 0.15) == pytest.approx((0.1, 0.15, 0.15, 0.35))
+    ends = stretched((0.1, 0.15, 0.15, 0.35), 0.6)
     assert ends[3] == 1 and ends[0] + (ends[1] - ends[0]) / 2 + (1 - ends[2]) / 8 == pytest.approx(0.6)
-    assert stretched((0.3, 0.3, 0.3, 0.3), "25%") == pytest.approx((0.25,) * 4)
+    assert stretched((0.3, 0.3, 0.3, 0.3), 0.25) == pytest.approx((0.25,) * 4)
+    assert stretched((0.0, 0.2, 0.2, 0.2), 0.5) == pytest.approx((0, 1, 1, 1))
 
 
 def test_blocks_that_must_be_read_come_first_in_rank() -> None:
