@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from secateur.prompts.towers import Towers, class_ids
 from secateur.training.fit import fit
 from secateur.training.recipe import Recipe
 from secateur.utils.random import seeded
-from secateur.utils.running import device_of, evaluating
+from secateur.utils.running import device_of, evaluating, frozen_weights
 from secateur.utils.screen import Screen
 
 RECIPE = Recipe(optimizer="sgd", lr=0.0025, batch=4, warmup=0.05, clip=0.0)
@@ -109,7 +108,7 @@ def train_prompts(
     labels = labels.to(device)
     ids, place = _ids(towers, tokenizer, classes, chosen)
     ids = ids.to(device)
-    with evaluating(model), _frozen(model):
+    with evaluating(model), frozen_weights(model):
         with torch.no_grad():
             frozen_text = towers.text(ids)
         frozen, kept = _look(towers, images, labels, frozen_text, chosen, seed)
@@ -190,15 +189,3 @@ def _first(towers: Towers, ids: Tensor, place: int, method: PromptMethod, seed: 
     if (held == held[0]).all():
         text[0] = towers.text_tower.embeddings.token_embedding(held[0]).detach().float().cpu()
     return Prompts(text, noise(method.image_tokens, wide_image) if method.image_tokens else None)
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    needed = [p for p in model.parameters() if p.requires_grad]
-    for parameter in needed:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in needed:
-            parameter.requires_grad_(True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.errors import SecateurError
-from secateur.utils.running import evaluating, logits_of
+from secateur.utils.running import evaluating, frozen_weights, logits_of
 from secateur.utils.screen import Screen
 
 
@@ -25,18 +25,13 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
 
     Hooks of the caller stay and run.
     """
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     in_place: list[Any] = [module for module in model.modules() if getattr(module, "inplace", None) is True]
     try:
-        for parameter in flags:
-            parameter.requires_grad_(False)
         for module in in_place:
             module.inplace = False
-        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        with evaluating(model), frozen_weights(model), torch.inference_mode(False), torch.enable_grad():
             yield model
     finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
         for module in in_place:
             module.inplace = True
 

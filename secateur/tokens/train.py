@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from secateur.training.fit import fit
 from secateur.training.recipe import Recipe
 from secateur.training.train_prune import claim
 from secateur.utils.random import seed_of
-from secateur.utils.running import device_of, evaluating
+from secateur.utils.running import device_of, evaluating, frozen_weights
 
 RECIPE = Recipe(batch=32)
 
@@ -111,7 +111,7 @@ def train_tokens(
 
     learner = modules if frozen else nn.ModuleList([modules, model])
     about: dict[str, Any] = {"seed": seed, "frozen": frozen, "lessons": []}
-    with evaluating(model), _frozen(model) if frozen else nullcontext():
+    with evaluating(model), frozen_weights(model) if frozen else nullcontext():
         for lesson in chosen.lessons(facts):
             setup = make_setup(
                 model, chosen, target=amount, seed=seed, given=given, modules=modules, lesson=lesson
@@ -161,16 +161,3 @@ def objective(attached: Attached, lesson: Lesson) -> Callable[[nn.Module, Any], 
         return lesson.loss(attached.noted, own)
 
     return loss
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of the model requires a gradient inside."""
-    needed = [p for p in model.parameters() if p.requires_grad]
-    for parameter in needed:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in needed:
-            parameter.requires_grad_(True)

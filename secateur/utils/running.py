@@ -227,3 +227,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module, mode in modes:
             if module.training is not mode:
                 module.training = mode
+
+
+@contextmanager
+def frozen_weights(model: nn.Module) -> Iterator[None]:
+    """No parameter of the model requires a gradient inside; afterwards those do that did, whatever was done to them."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
