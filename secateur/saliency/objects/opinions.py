@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from secateur.measure.opinions import iou
+
 
 def pair_losses(logits: Tensor, truths: Tensor) -> tuple[Tensor, Tensor]:
     """(cross-entropy, Dice), [P, G] each, of every mask's logits [P, pixels] against every truth [G, pixels] in 0..1.
@@ -47,14 +49,10 @@ def unlike(masks: Tensor, order: Sequence[int], most: float = 0.9) -> list[int]:
 
     Overlap is intersection over union, of two empty masks 1.
     """
+    same = iou(masks, masks) > most
     kept: list[int] = []
     for number in order:
-        one = masks[number]
-        same = False
-        for other in (masks[k] for k in kept):
-            union = int((one | other).sum())
-            same = same or not union or int((one & other).sum()) / union > most
-        if not same:
+        if not same[number, kept].any():
             kept.append(number)
     return kept
 
