@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from secateur.cli.flags import OUTPUT, SWITCH, Settings, flag
-from secateur.cli.shared import DEVICE_HELP, JSON_HELP, check_device, check_new_folder, quiet_stdout, show
+from secateur.cli.shared import (
+    DEVICE_HELP,
+    JSON_HELP,
+    RESUME_HELP,
+    check_device,
+    check_new_folder,
+    quiet_stdout,
+    show,
+    work_folder,
+)
 from secateur.cli.train import TASK, recipe_of
 
 LATER = ("metanetwork", "last")
@@ -26,9 +35,7 @@ class Metanetwork:
     train: int | None = flag("train on at most this many samples", None)
     device: str | None = flag(DEVICE_HELP, None)
     out: Annotated[str, OUTPUT] = flag("a new folder for the metanetwork")
-    resume: Annotated[bool, OUTPUT] = flag(
-        "go on with the unfinished run of the same command, in OUT.run", True
-    )
+    resume: Annotated[bool, OUTPUT] = flag(RESUME_HELP, True)
     every: Annotated[int, OUTPUT] = flag("steps between checkpoints", 100)
     json: Annotated[bool, OUTPUT, SWITCH] = flag(JSON_HELP, False)
 
@@ -47,9 +54,7 @@ def train_metanetwork(
     from secateur.training.metatraining import train_metanetwork as run
 
     out = Path(flags.out).expanduser()
-    work = out.with_name(out.name + ".run")
-    if not flags.resume and (work / "run.json").exists():
-        shutil.rmtree(work)
+    work = work_folder(flags.out, flags.resume)
     with quiet_stdout():
         loaded = load_task(task, train=flags.train)
         check_device(flags.device)

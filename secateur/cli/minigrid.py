@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from secateur.cli.flags import OUTPUT, SWITCH, Settings, flag
-from secateur.cli.shared import JSON_HELP, check_new_folder, quiet_stdout, show
+from secateur.cli.shared import JSON_HELP, RESUME_HELP, check_new_folder, quiet_stdout, show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +17,7 @@ class Rooms:
 
     threads: int | None = flag("threads of the processor; default: as many as there are cores", None)
     out: Annotated[str, OUTPUT] = flag("a new folder for the policy")
-    resume: Annotated[bool, OUTPUT] = flag(
-        "go on with the unfinished run of the same command, in OUT.run", True
-    )
+    resume: Annotated[bool, OUTPUT] = flag(RESUME_HELP, True)
     every: Annotated[int, OUTPUT] = flag("steps between checkpoints", 100)
     episodes: Annotated[int, OUTPUT] = flag("episodes to be judged by at the end", 64)
     json: Annotated[bool, OUTPUT, SWITCH] = flag(JSON_HELP, False)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from secateur.cli.flags import OUTPUT, SWITCH, Settings, flag, listed
-from secateur.cli.shared import JSON_HELP, check_new_folder, quiet_stdout, show
+from secateur.cli.shared import JSON_HELP, RESUME_HELP, check_new_folder, quiet_stdout, show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +23,7 @@ class Scenes:
     device: str = flag("cpu, cuda, cuda:1, mps, ...", "cpu")
     threads: int | None = flag("threads of the processor; default: as many as there are cores", None)
     out: Annotated[str, OUTPUT] = flag("a new folder for the model")
-    resume: Annotated[bool, OUTPUT] = flag(
-        "go on with the unfinished run of the same command, in OUT.run", True
-    )
+    resume: Annotated[bool, OUTPUT] = flag(RESUME_HELP, True)
     every: Annotated[int, OUTPUT] = flag("steps between checkpoints", 500)
     limit: Annotated[int, OUTPUT] = flag("test pictures to measure accuracy on at the end", 256)
     json: Annotated[bool, OUTPUT, SWITCH] = flag(JSON_HELP, False)

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ MODEL = Parameter(
 OUT_HELP = "a new folder for the result, or a new .onnx, .pt2 or (for llama.cpp) .gguf file"
 REPORT_HELP = "a self-contained HTML file with the report"
 DEVICE_HELP = "cpu, cuda, cuda:1, mps, ...; default: cpu"
+RESUME_HELP = "go on with the unfinished run of the same command, in OUT.run"
 JSON_HELP = "print one JSON object, and nothing else, on stdout"
 PLAN = Parameter(help="a folder that holds a plan.json, or the file")
 MEASUREMENT = Parameter(group=Group("Measurement", sort_key=3))
@@ -203,6 +205,14 @@ def check_new_folder(path: str | None, name: str = "--out") -> None:
     in_use = folder.is_dir() and any(folder.iterdir())
     require(not in_use, "the folder is not empty", where=where, fix="give a new folder, or remove this one")
     _check_writable(folder, where)
+
+
+def work_folder(out: str, resume: bool) -> Path:
+    """Where the checkpoints of a run lie until its result is at `out`: OUT.run. Without `resume` an unfinished run is removed."""
+    work = Path(f"{Path(out).expanduser()}.run")
+    if not resume and (work / "run.json").exists():  # a folder of anything else is refused later
+        shutil.rmtree(work)
+    return work
 
 
 def check_new_file(path: str | None, name: str = "--report") -> None:

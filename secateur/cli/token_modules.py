@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from secateur.cli.flags import OUTPUT, SWITCH, Settings, flag
-from secateur.cli.shared import JSON_HELP, at_least, check_device, check_new_folder, quiet_stdout, show
+from secateur.cli.shared import (
+    JSON_HELP,
+    RESUME_HELP,
+    at_least,
+    check_device,
+    check_new_folder,
+    quiet_stdout,
+    show,
+    work_folder,
+)
 from secateur.cli.tokens import MODEL, any_model, as_prompt, is_scene, scene_model, token_method
 from secateur.cli.train import recipe_of
 from secateur.errors import SecateurError
@@ -33,9 +42,7 @@ class TokenModules:
     device: str = flag("cpu, cuda, cuda:1, mps, ...", "cpu")
     dtype: str | None = flag("float32, bfloat16 or float16; default: float32 on a cpu", None)
     out: Annotated[str, OUTPUT] = flag("a new folder for the modules")
-    resume: Annotated[bool, OUTPUT] = flag(
-        "go on with the unfinished run of the same command, in OUT.run", True
-    )
+    resume: Annotated[bool, OUTPUT] = flag(RESUME_HELP, True)
     every: Annotated[int, OUTPUT] = flag("steps between checkpoints", 100)
     json: Annotated[bool, OUTPUT, SWITCH] = flag(JSON_HELP, False)
 
@@ -53,9 +60,7 @@ def train_tokens(
     name = token_method(flags.method)["name"] if ":" not in flags.method else flags.method
     check_device(flags.device)
     out = Path(flags.out).expanduser()
-    work = out.with_name(out.name + ".run")
-    if not flags.resume and (work / "run.json").exists():
-        shutil.rmtree(work)
+    work = work_folder(flags.out, flags.resume)
     with quiet_stdout():
         from secateur.tokens.modules import Trained
         from secateur.tokens.train import RECIPE

@@ -23,6 +23,7 @@ from secateur.cli.shared import (
     method_entry,
     quiet_stdout,
     show,
+    work_folder,
 )
 from secateur.errors import SecateurError
 
@@ -88,7 +89,7 @@ def train_prune(
         check_new_folder(out)
         check_new_file(page)
     asked = drawn.asked
-    work = _work_folder(out, flags.resume, is_main())
+    work = flags.resume if out is None else work_folder(out, flags.resume or not is_main())
     with quiet_stdout():
         train_method(flags.method)
         own = {name: value for name, value in vars(settings).items() if value is not None}
@@ -154,16 +155,6 @@ def recipe_of(flags: Settings) -> dict[str, Any]:
                 ) from None
         recipe[name] = value
     return recipe
-
-
-def _work_folder(out: str | None, resume: bool, main: bool) -> bool | Path:
-    """Where the run's checkpoints lie: beside the result, else in the cache. Without `resume` an unfinished run is removed."""
-    if out is None:
-        return resume
-    work = Path(f"{Path(out).expanduser()}.run")
-    if main and not resume and (work / "run.json").exists():  # a folder of anything else is refused later
-        shutil.rmtree(work)
-    return work
 
 
 def _write(pruned: Any, out: str | None, page: str | None) -> None:
