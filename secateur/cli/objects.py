@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from secateur.cli.flags import OUTPUT, SWITCH, Settings, flag
 from secateur.cli.shared import (
     JSON_HELP,
+    RESUME_HELP,
     at_least,
     check_device,
     check_new_file,
@@ -19,6 +20,7 @@ from secateur.cli.shared import (
     method_entry,
     quiet_stdout,
     show,
+    work_folder,
 )
 from secateur.errors import SecateurError
 
@@ -39,11 +41,14 @@ class Sod:
     seed: int = flag("of the weights, the order, and which 50 of the pictures are held out", 0)
     pictures: int | None = flag("learn from at most this many photographs", None)
     scenes: int | None = flag(
-        "drawn scenes with several objects to learn from too; default: 200 for psod, else none", None
+        "drawn scenes with several objects to learn from too; default: 200 where a method gives several opinions (psod), else none",
+        None,
     )
     device: str = flag("cpu, cuda, cuda:1, mps, ...", "cpu")
     threads: int | None = flag("threads of the processor; default: as many as there are cores", None)
     out: Annotated[str, OUTPUT] = flag("a new folder for what was learned")
+    resume: Annotated[bool, OUTPUT] = flag(RESUME_HELP, True)
+    every: Annotated[int, OUTPUT] = flag("steps between checkpoints", 100)
     json: Annotated[bool, OUTPUT, SWITCH] = flag(JSON_HELP, False)
 
 
@@ -56,32 +61,38 @@ def train_sod(*, flags: Sod, settings: Settings) -> None:
     """Learn from photographs with masks (ECSSD) which objects stand out, and judge it by 50 that were held out.
 
     `secateur saliency FOLDER IMAGE` draws with it. With --method NAME, --help shows the method's hyperparameters too.
+    A run that was stopped goes on where it was: give the same command again.
     """
     import torch
 
     check_new_folder(flags.out)
-    for name in ("steps", "pictures", "scenes"):
+    for name in ("steps", "pictures", "scenes", "every"):
         at_least(f"--{name}", getattr(flags, name), 0 if name == "scenes" else 1)
     check_device(flags.device)
     if flags.threads:
         torch.set_num_threads(flags.threads)
+    work = work_folder(flags.out, flags.resume)
     with quiet_stdout():
         from secateur.data.ecssd import load_ecssd
+        from secateur.method import make_method
+        from secateur.saliency.objects.method import ObjectMethod
         from secateur.tasks import sod
         from secateur.tasks.scenes.opinions import draw_opinions
 
-        spec = sod.backbone(flags.backbone)
+        method, spec = make_method(flags.method, **vars(settings)), sod.backbone(flags.backbone)
+        assert isinstance(method, ObjectMethod)
         pictures, masks = load_ecssd("train", flags.pictures, flags.seed)
-        drawn = (200 if flags.method == "psod" else 0) if flags.scenes is None else flags.scenes
+        drawn = (200 if method.several else 0) if flags.scenes is None else flags.scenes
         more = draw_opinions(drawn, flags.seed, spec.size)
         finder = sod.train_sod(
-            flags.method, pictures + more[0], masks + more[1],
-            backbone=spec, steps=flags.steps, seed=flags.seed, device=flags.device, **vars(settings),
+            method, pictures + more[0], masks + more[1], backbone=spec, steps=flags.steps, seed=flags.seed,
+            device=flags.device, directory=work, every=flags.every,
         )  # fmt: skip
         held, truths = load_ecssd("test", seed=flags.seed)
         figures = sod.judge(finder.find(held), truths)
         finder.about |= {"figures": figures.table(), "scenes": drawn}
-        finder.save(Path(flags.out).expanduser())
+        finder.save(flags.out)
+        shutil.rmtree(work, ignore_errors=True)
     about = {"method": finder.method.name, "backbone": spec.name, **finder.about, "out": flags.out}
     show(about, flags.json, lambda console: _figures(about, console))
 

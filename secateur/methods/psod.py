@@ -122,6 +122,7 @@ class Psod(ObjectMethod):
     """
 
     info = record("psod")
+    several = True
     quick: ClassVar[Mapping[str, Any]] = {"width": 4, "depth": 1}
 
     prompts: int = field(

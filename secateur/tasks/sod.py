@@ -9,10 +9,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from secateur.data.ecssd import at_size
 from secateur.data.pictures import HALF, IMAGENET_MEAN, IMAGENET_STD
 from secateur.errors import SecateurError, choose, require
 from secateur.measure.salient import SalientFigures, salient_figures
-from secateur.method import make_method
+from secateur.method import expect, make_method
 from secateur.saliency.objects.features import feature_maps
 from secateur.saliency.objects.method import Lesson, ObjectMethod, Objects, as_truth
 from secateur.tasks.focus import NAME as FOCUS
@@ -28,14 +29,27 @@ from secateur.tasks.focus import load_focus
 from secateur.tasks.vision import LITE, load_network
 from secateur.training import fit
 from secateur.training.recipe import Recipe
+from secateur.training.train_prune import claim
 from secateur.utils.files import atomic_directory, atomic_write_json, check_path
 from secateur.utils.inputs import map_tensors
 from secateur.utils.running import evaluating
-from secateur.utils.schema import read_object
+from secateur.utils.schema import Entry, Size, parse, read_object
 from secateur.utils.screen import Screen
 
 RECIPE = Recipe(optimizer="adamw", lr=4e-3, weight_decay=1e-3, batch=8, warmup=0.1)
 FILE, WEIGHTS = "objects.json", "head.safetensors"
+
+
+class About(Entry):
+    """What `Finder.save` writes beside the weights."""
+
+    format: Literal["secateur-objects-1"]
+    method: str
+    hyperparameters: dict[str, Any]
+    backbone: str
+    size: Size
+    channels: list[Size]
+    about: dict[str, Any]
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,9 +115,9 @@ def learn(
     steps: int,
     seed: int = 0,
     device: Any = None,
-    **changes: Any,
+    **more: Any,
 ) -> nn.Module:
-    """A head that learned from `lessons`, in eval mode. changes: fields of a `Recipe`."""
+    """A head that learned from `lessons`, in eval mode. more: fields of a `Recipe`, and what else `fit` takes."""
     names = [name for name in data if name.startswith("map")]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -112,7 +126,7 @@ def learn(
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return method.loss(model, Lesson([batch[name] for name in names], batch["masks"], batch["count"]))
 
-    fit(head, dict(data), steps=steps, loss=loss, seed=seed, recipe=RECIPE, description="objects", **changes)
+    fit(head, dict(data), steps=steps, loss=loss, seed=seed, recipe=RECIPE, description="objects", **more)
     return head.eval()
 
 
@@ -198,33 +212,40 @@ def train_sod(
     steps: int = 300,
     seed: int = 0,
     device: Any = None,
+    directory: str | Path | None = None,
+    every: int = 100,
     **hyperparameters: Any,
 ) -> Finder:
     """A finder that learned from pictures (uint8 [3, height, width]) and their masks ([height, width] or [opinions, height, width]).
 
     >>> finder = train_sod("connnet", *load_ecssd("train"), backbone=BACKBONES["efficientnet-lite0"])  # doctest: +SKIP
 
-    Every picture is seen as it is and mirrored. Raises `SecateurError`: masks of floats, of another size, empty ones, negative
-    numbers of objects, pictures that are all object, and a method that learns something else.
+    Every picture is seen as it is and mirrored. directory: what a stopped run needs to go on: the same call goes on to the same bits;
+    every: steps between checkpoints. Raises `SecateurError`: masks of floats, of another size, empty ones, negative numbers of
+    objects, pictures that are all object, a method that learns something else, and a directory of another run.
     """
     made = make_method(method, **hyperparameters)
-    if not isinstance(made, ObjectMethod):
-        raise SecateurError(f"{made.name} doesn't learn objects", where="method", fix="connnet or psod")
+    expect(made, "train_objects", "train_sod")
+    assert isinstance(made, ObjectMethod)
     require(bool(pictures), "there is no picture", where="pictures", fix="give at least one")
     if len(pictures) != len(masks):
         raise SecateurError(
             f"{len(masks)} masks for {len(pictures)} pictures", where="masks", fix="give one of each"
         )
     stacked = stack_masks(pictures, masks, backbone.size)
+    about: dict[str, Any] = {"steps": steps, "seed": seed, "pictures": len(pictures)}
+    folder = None if directory is None else Path(directory).expanduser()
+    own = {"method": made.name, **made.hyperparameters, "backbone": backbone.name, "size": backbone.size}
+    claim(folder, {**own, **about})
     model = backbone.load().to(device or "cpu")
     maps = [
         torch.cat(two)
         for two in zip(look(backbone, model, pictures), look(backbone, model, pictures, mirrored=True))
     ]
     data = lessons(maps, torch.cat([stacked, stacked.flip(-1)]))
-    head = learn(made, data, steps=steps, seed=seed, device=device)
-    about = {"steps": steps, "seed": seed, "pictures": len(pictures), "channels": [m.shape[1] for m in maps]}
-    return Finder(made, head, backbone, model, about)
+    file = None if folder is None else folder / WEIGHTS
+    head = learn(made, data, steps=steps, seed=seed, device=device, checkpoint=file, every=every, about=own)
+    return Finder(made, head, backbone, model, about | {"channels": [m.shape[1] for m in maps]})
 
 
 def stack_masks(pictures: Sequence[Tensor], masks: Sequence[Tensor], size: int) -> Tensor:
@@ -252,15 +273,19 @@ def load_objects(folder: str | Path, device: Any = None) -> Finder:
     require(
         (path / FILE).is_file(), "it holds no finder of objects", where=str(path), fix=check_path(path / FILE)
     )
-    told = read_object(path / FILE)
+    again = "train it again: secateur train sod"
+    told = parse(About, read_object(path / FILE, again), str(path / FILE), again)
+    method = make_method(told.method, **told.hyperparameters)
+    expect(method, "train_objects", "load_objects")
+    assert isinstance(method, ObjectMethod)
+    spec = dataclasses.replace(backbone(told.backbone), size=told.size)
+    head = method.head(told.channels)
     try:
-        method = make_method(told["method"], **told["hyperparameters"])
-        spec = dataclasses.replace(backbone(told["backbone"]), size=int(told["size"]))
-        assert isinstance(method, ObjectMethod)
-        head = method.head([int(c) for c in told["channels"]])
         head.load_state_dict(load_file(path / WEIGHTS))
-    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
-        fix = "train it again: secateur train sod"
-        raise SecateurError(f"it can't be read ({error})", where=str(path), fix=fix) from error
+    except (SafetensorError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise SecateurError(
+            f"its weights can't be read ({reason})", where=str(path / WEIGHTS), fix=again
+        ) from error
     where = device or "cpu"
-    return Finder(method, head.to(where).eval(), spec, spec.load().to(where), dict(told.get("about", {})))
+    return Finder(method, head.to(where).eval(), spec, spec.load().to(where), told.about)

@@ -10,6 +10,7 @@ from torch import nn
 
 from secateur.cli import main as cli
 from secateur.data import ecssd
+from secateur.methods.connnet import ConnNet
 from secateur.tasks import sod
 from secateur.tasks.scenes.opinions import draw_opinions
 
@@ -100,6 +101,35 @@ def test_mistakes_are_one_line(world, capsys) -> None:
         told = run(capsys, *words, code=2)
         assert said in told and told.count("\n") == 1 and "Traceback" not in told
     assert not (world / "x").exists()
+
+
+def test_what_ctrl_c_stopped_goes_on(world, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train", "sod", "--backbone", "tiny", "--steps", 4, "--pictures", 6, "--every", 1, "--out"]
+    run(capsys, *words, world / "whole")
+    loss, calls = ConnNet.loss, []
+
+    def counted(*args: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return loss(*args)
+
+    monkeypatch.setattr(ConnNet, "loss", counted)
+    assert "the same command again to continue" in run(capsys, *words, world / "parts", code=130)
+    assert (world / "parts.run").is_dir() and not (world / "parts").exists()
+    assert "another seed" in run(capsys, *words, world / "parts", "--seed", 1, code=2)
+    run(capsys, *words, world / "parts")
+    assert len(calls) == 4 + 1 and not (world / "parts.run").exists()
+    read = [(world / name / sod.WEIGHTS).read_bytes() for name in ("whole", "parts")]
+    assert read[0] == read[1]
+
+
+def test_scenes_are_drawn_where_a_method_gives_several_opinions(world, capsys) -> None:
+    """Any spelling of its name: the method says it, not the name."""
+    words = ["train", "sod", "--backbone", "tiny", "--steps", 1, "--pictures", 2, "--width", 4, "--json"]
+    for method, count in (("PSOD", 200), ("connnet", 0)):
+        told = json.loads(run(capsys, *words, "--method", method, "--out", world / method))
+        assert told["scenes"] == count and told["pictures"] == 2 + count
 
 
 def test_help_shows_the_settings_of_the_method_that_is_named(capsys) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from secateur import SecateurError
-from secateur.saliency.objects.method import Objects
+from secateur.methods.connnet import ConnNet
+from secateur.saliency.objects.method import Lesson, Objects
 from secateur.tasks import sod
 from secateur.tasks.scenes.opinions import draw_opinions
 
@@ -58,6 +59,32 @@ def test_what_learned_is_written_and_read_again(tmp_path, spec, method: str, own
         assert torch.equal(first.saliency, second.saliency) and torch.equal(first.masks, second.masks)
     with pytest.raises(SecateurError):
         finder.save(tmp_path / "found")
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, spec, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures, masks = scenes()
+    whole = sod.train_sod("connnet", pictures, masks, backbone=spec, steps=6, width=4)
+    own = {"backbone": spec, "steps": 6, "width": 4, "directory": tmp_path / "run", "every": 2}
+    loss, calls = ConnNet.loss, []
+
+    def counted(self: ConnNet, head: nn.Module, lesson: Lesson) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return loss(self, head, lesson)
+
+    monkeypatch.setattr(ConnNet, "loss", counted)
+    with pytest.raises(KeyboardInterrupt):
+        sod.train_sod("connnet", pictures, masks, **own)
+    again = sod.train_sod("connnet", pictures, masks, **own)
+    assert len(calls) == 6 + 2  # four of the six steps were kept
+    for name, value in whole.head.state_dict().items():
+        assert torch.equal(value, again.head.state_dict()[name]), name
+    for change, said in (({"seed": 1}, "another seed"), ({"neighbours": 4}, "another neighbours")):
+        with pytest.raises(SecateurError, match=said):
+            sod.train_sod("connnet", pictures, masks, **own, **change)
+    with pytest.raises(SecateurError, match="another data"):
+        sod.train_sod("connnet", *draw_opinions(6, 1, 48), **own)
 
 
 def test_the_backbone_stays_as_it_was(spec) -> None:
@@ -110,7 +137,7 @@ def test_other_mistakes_are_named(spec, tmp_path) -> None:
     ):
         with pytest.raises(SecateurError, match=said):
             sod.train_sod("connnet", *args, backbone=spec, steps=1)
-    with pytest.raises(SecateurError, match="doesn't learn objects"):
+    with pytest.raises(SecateurError, match="magnitude prunes"):
         sod.train_sod("magnitude", pictures, masks, backbone=spec)
     with pytest.raises(SecateurError, match="efficientnet-lite0"):
         sod.backbone("efficientnet")
@@ -122,9 +149,19 @@ def test_a_broken_folder_is_named(spec, tmp_path) -> None:
     finder = sod.train_sod("connnet", *scenes(2), backbone=spec, steps=1, width=4)
     finder.save(tmp_path / "found")
     told = json.loads((tmp_path / "found" / sod.FILE).read_text())
-    told["channels"] = [1, 2, 3]
+    for change, said in (
+        ({"channels": [1, 2, 3]}, "weights can't be read"),
+        ({"format": "secateur-objects-2"}, "format is secateur-objects-2"),
+        ({"size": "32"}, "size is 32"),
+        ({"method": "magnitude", "hyperparameters": {}}, "magnitude prunes"),
+        ({"backbone": "resnet"}, "resnet"),
+    ):
+        (tmp_path / "found" / sod.FILE).write_text(json.dumps({**told, **change}))
+        with pytest.raises(SecateurError, match=said):
+            sod.load_objects(tmp_path / "found")
     (tmp_path / "found" / sod.FILE).write_text(json.dumps(told))
-    with pytest.raises(SecateurError, match="can't be read"):
+    (tmp_path / "found" / sod.WEIGHTS).write_bytes(b"{}")
+    with pytest.raises(SecateurError, match="weights can't be read"):
         sod.load_objects(tmp_path / "found")
     unnamed = dataclasses.replace(finder, spec=dataclasses.replace(spec, name="mine"))
     with pytest.raises(SecateurError, match="mine"):

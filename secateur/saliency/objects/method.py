@@ -47,6 +47,8 @@ class ObjectMethod(Method):
     """
 
     verb: ClassVar[str] = "train_objects"
+    several: ClassVar[bool] = False
+    """Whether it learns several opinions of one picture, so from pictures that have them."""
 
     @classmethod
     def usual(cls) -> dict[str, Any]:
