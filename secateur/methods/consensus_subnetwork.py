@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.gates import Reading, answers_over, place
+from secateur.gates import Reading, answers_over
 from secateur.gates.laws import GRADIENTS
 from secateur.graph import Group
 from secateur.method import register
@@ -116,7 +116,7 @@ class ConsensusSubnetwork(TrainMethod):
         kind = self.gate if self.gate != "auto" else "layers" if layers else "channels"
         groups = [group for group in context.groups if group.kind == kind]
         with job.seeded("gates"):
-            gated = place(job.model, context.graph, self.law, groups=groups, inputs=context.example)
+            gated = job.gated(context, self.law, groups, inputs=context.example)
         share_of, wanted = price(context, gated.points)
         ramp, laws = Ramp(self.ramp), gated.readers()
 
@@ -147,7 +147,7 @@ class ConsensusSubnetwork(TrainMethod):
             share_of_the_consensus=float(share_of(majority)),
         )
         kept = self.choose(job, groups, shares, {name: sure for name, (_, sure) in found.items()})
-        told = {f"no gate: {name}": why for name, why in gated.frozen.items()}
+        told = {}
         for name, units in kept.items():
             if added := [int(u) for u in units if shares[name][u] < 0.5]:
                 told[f"kept against the consensus: {name}"] = (

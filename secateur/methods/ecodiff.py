@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.gates import HardConcrete, place
+from secateur.gates import HardConcrete
 from secateur.method import register
 from secateur.pruning.plan import Plan
 from secateur.taxonomy import record
@@ -95,7 +95,7 @@ class EcoDiff(TrainMethod):
             job.train("dense")
         context = job.context()
         law = lambda group: HardConcrete(group.size, self.start, delta=self.delta)
-        gated = place(job.model, context.graph, law, groups=context.groups, train_model=False)
+        gated = job.gated(context, law, train_model=False)
         laws = {name: made for name, made in gated.by_group().items() if isinstance(made, HardConcrete)}
         heads = [name for name in laws if gated.groups[name].kind != "neurons"]
         kinds = [names for names in (heads, [name for name in laws if name not in heads]) if names]

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from secateur.gates import choice_of, counts_of, log_cost, place
+from secateur.gates import choice_of, counts_of, log_cost
 from secateur.gates.choice import temperature
 from secateur.graph import Group
 from secateur.method import register
@@ -100,7 +100,7 @@ class TAS(TrainMethod):
         law = lambda group: choice_of(group, lambda: temperature(ramp.weight, self.tau, self.tau_end))
         groups = [group for group in context.groups if len(counts_of(group)) > 1]
         with job.seeded("sizes"):
-            gated = place(copy.deepcopy(job.model), context.graph, law, groups=groups)
+            gated = job.gated(context, law, groups, model=copy.deepcopy(job.model))
         share_of, wanted = price(context, gated.points)
         own = job.task.loss or default_loss
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from secateur.gates import Gated, Gaussian, Lagrangian, place
+from secateur.gates import Gated, Gaussian, Lagrangian
 from secateur.graph import Group
 from secateur.method import register
 from secateur.pruning.allocate import nearest_multiple
@@ -94,14 +94,8 @@ class VTrans(TrainMethod):
         data = part_of(job.task.train, self.data_share, job.generator("data"))
         dense = copy.deepcopy(job.model).requires_grad_(False) if self.distil else None
         with job.seeded("gates"):
-            gated = place(
-                job.model,
-                context.graph,
-                lambda group: Gaussian(group.size, self.sharpness),
-                groups=context.groups,
-                train_model=not self.masks_only,
-                rows=True,
-            )
+            law = lambda group: Gaussian(group.size, self.sharpness)
+            gated = job.gated(context, law, train_model=not self.masks_only, rows=True)
         laws = {name: law for name, law in gated.by_group().items() if isinstance(law, Gaussian)}
         expected, wanted = price(context, gated.points)
         held, ramp = Lagrangian(), Ramp(self.warmup_target)
@@ -134,7 +128,7 @@ class VTrans(TrainMethod):
         )
         with torch.no_grad():
             left = float(expected(gated.keep()))
-        notes = {f"no gate: {name}": why for name, why in gated.frozen.items()}
+        notes = {}
         if abs(left - wanted) > 0.05:
             notes["masks"] = (
                 f"the masks expect {left:.1%} to be left, not {wanted:.1%}: train for longer, or raise mask_lr and multiplier_lr"

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.graph import Graph
+from secateur.gates import Gate, Gated, place
+from secateur.graph import Graph, Group
 from secateur.graph.blocks import find_matrices
 from secateur.graph.smaller import left
 from secateur.method import Method
@@ -64,6 +65,7 @@ class Job(Screen):
     moments: Moments = field(default_factory=dict)
     """The optimiser's state at the end of the last phase."""
     frozen: dict[str, str] = field(default_factory=dict)
+    _ungated: dict[str, str] = field(default_factory=dict)
     _names: list[str] = field(default_factory=list)
     _cut: dict[str, Tensor] = field(default_factory=dict)
     _competed: frozenset[str] = frozenset()
@@ -283,6 +285,26 @@ class Job(Screen):
         self._contexts.append(context)
         return context
 
+    def gated(
+        self,
+        context: Context,
+        law: Callable[[Group], Gate],
+        groups: Sequence[Group] | None = None,
+        *,
+        model: nn.Module | None = None,
+        **how: Any,
+    ) -> Gated:
+        """The network behind gates, as `gates.place` puts them; the plan's notes say which groups have none, and why.
+
+        >>> gated = job.gated(context, lambda group: HardConcrete(group.size), train_model=False)  # doctest: +SKIP
+
+        groups: None: those of the context. model: in place of the job's own. Raises `SecateurError` where no group gets a gate.
+        """
+        groups = context.groups if groups is None else groups
+        gated = place(self.model if model is None else model, context.graph, law, groups=groups, **how)
+        self._ungated |= gated.frozen
+        return gated
+
     @property
     def limit(self) -> float | None:
         """Seconds that a latency target came to, once the budget was divided."""
@@ -359,7 +381,11 @@ class Job(Screen):
             keep=self._cut,
             masks=masks,
             values=values,
-            notes={**({"weights": DENSE_NOTE} if masks else {}), **(notes or {})},
+            notes={
+                **({"weights": DENSE_NOTE} if masks else {}),
+                **{f"no gate: {name}": why for name, why in self._ungated.items()},
+                **(notes or {}),
+            },
             options={"steps": self.steps, "recipe": dataclasses.asdict(self.recipe)},
         )
 

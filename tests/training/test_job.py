@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.errors import SecateurError
+from secateur.gates import choice_of
 from secateur.method import make_method
 from secateur.pruning.plan import Plan
 from secateur.pruning.target import parse_target
@@ -113,6 +114,23 @@ def test_stopped_after_the_cut_it_goes_on(tmp_path: Path) -> None:
     assert len(calls) < 8 + 4
     mine, theirs = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine) and whole.plan == resumed.plan
+
+
+def test_groups_without_a_gate_are_told_of_in_the_plan() -> None:
+    """A width of channels that a norm mixes can't be chosen; the neurons behind it can."""
+
+    class Widths(Norms):
+        def prune(self, job: Job) -> Plan:
+            gated = job.gated(job.context(), lambda group: choice_of(group, lambda: 1.0))
+            assert [*gated.groups] == ["hidden:neurons"]
+            return job.plan()
+
+    net = Net()
+    net.norm = nn.GroupNorm(2, 8)
+    data = (torch.randn(8, 1, 8, 8), torch.arange(8) % 4)
+    plan = secateur.train_prune(net, method=Widths(), target="100%", steps=1, data=data).plan
+    told = {name: note for name, note in plan.notes.items() if name.startswith("no gate")}
+    assert [*told] == ["no gate: conv:channels"] and "norms mix its units" in told["no gate: conv:channels"]
 
 
 def test_two_phases_of_one_name_are_refused() -> None:
