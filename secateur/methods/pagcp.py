@@ -25,7 +25,7 @@ from secateur.method import register
 from secateur.pruning.context import Context
 from secateur.pruning.plan import Plan
 from secateur.scores.lift import smallest_first
-from secateur.solvers.guarded import Losses, cheapest, decay, greedy, in_order
+from secateur.solvers.guarded import Losses, cheapest, decay, greedy, in_order, savings
 from secateur.surgery import trial, unit_masks
 from secateur.taxonomy import record
 from secateur.training.job import Job
@@ -134,13 +134,7 @@ class Pagcp(TrainMethod):
         factor = 1.0 if self.constant else decay(allowance, len(left), budget)
         sizes = {name: left[name] for name in in_order(saved, factor)}
         found = greedy(sizes, evaluate, allowance, factor, self.guard)
-        replayed: dict[str, int] = {}
-        savings = {}
-        for step in found:
-            most = macs(replayed)
-            replayed[step.name] = step.removed
-            savings[step.name] = float(most - macs(replayed))
-        removed = {step.name: step.removed for step in cheapest(found, savings, self.top)}
+        removed = {step.name: step.removed for step in cheapest(found, savings(found, macs), self.top)}
         start, end = losses(), evaluate(removed)
         return {
             "removed": [*removed.items()],

@@ -108,6 +108,21 @@ def greedy(
     return found
 
 
+def savings(accepted: Sequence[Accepted], cost: Callable[[Mapping[str, int]], float]) -> dict[str, float]:
+    """What each layer saves once those before it have lost theirs; cost: units removed by layer -> what is left to pay.
+
+    >>> steps = [Accepted("a", 2, {"x": 1}, 1.0, ""), Accepted("b", 5, {"x": 1}, 1.0, "")]
+    >>> savings(steps, lambda removed: (10 - removed.get("a", 0)) * (10 - removed.get("b", 0)))
+    {'a': 20.0, 'b': 40.0}
+    """
+    removed: dict[str, int] = {}
+    costs = [cost(removed)]
+    for step in accepted:
+        removed[step.name] = step.removed
+        costs.append(cost(removed))
+    return {step.name: float(costs[i] - costs[i + 1]) for i, step in enumerate(accepted)}
+
+
 def cheapest(accepted: Sequence[Accepted], savings: Mapping[str, float], share: float) -> list[Accepted]:
     """Of what may leave, the floor(share * all) layers (one at least) whose loss rises least for what they save, cheapest first.
 

@@ -10,7 +10,7 @@ import secateur
 from secateur import SecateurError
 from secateur.graph import trace
 from secateur.scores.lift import smallest_first
-from secateur.solvers.guarded import Accepted, cheapest, decay, greedy, in_order
+from secateur.solvers.guarded import Accepted, cheapest, decay, greedy, in_order, savings
 from secateur.surgery import cut_units, trial, unit_masks
 from secateur.training.task import Task
 
@@ -86,10 +86,17 @@ def test_order_and_the_cheapest():
         Accepted(n, r, {"x": 1 + rise}, 1.0, "")
         for n, r, rise in (("a", 1, 0.3), ("b", 1, 0.1), ("c", 0, 0.0))
     ]
-    savings = {"a": 10.0, "b": 10.0, "c": 10.0}
-    assert [s.name for s in cheapest(steps, savings, 1.0)] == ["b", "a"]
-    assert [s.name for s in cheapest(steps, savings, 0.67)] == ["b", "a"]
-    assert [s.name for s in cheapest(steps, savings, 0.5)] == ["b"]
+    saved = {"a": 10.0, "b": 10.0, "c": 10.0}
+    assert [s.name for s in cheapest(steps, saved, 1.0)] == ["b", "a"]
+    assert [s.name for s in cheapest(steps, saved, 0.67)] == ["b", "a"]
+    assert [s.name for s in cheapest(steps, saved, 0.5)] == ["b"]
+
+
+def test_a_layer_saves_what_is_left_to_save_behind_those_before_it():
+    """Two layers one behind the other: 10 x 10 weights, then 8 x 10, 8 x 10 and 8 x 5."""
+    steps = [Accepted(n, r, {"x": 1.0}, 1.0, "") for n, r in (("a", 2), ("b", 0), ("c", 5))]
+    weights = lambda removed: (10 - removed.get("a", 0)) * (10 - removed.get("c", 0))
+    assert savings(steps, weights) == {"a": 20.0, "b": 0.0, "c": 40.0}
 
 
 class Heads(nn.Module):
