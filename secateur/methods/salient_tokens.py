@@ -12,15 +12,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from secateur.errors import SecateurError, require
 from secateur.method import register
 from secateur.taxonomy import record
 from secateur.tokens.counts import ceils
-from secateur.tokens.grid import cell_means, z_order
+from secateur.tokens.grid import z_order
+from secateur.tokens.maps import marked
 from secateur.tokens.method import TokenMethod
-from secateur.tokens.state import Missing, TokenSets
-
-FIX = 'attach(..., given={"map": [height, width], [masks, height, width], or a list of one of these for each picture})'
+from secateur.tokens.state import TokenSets
 
 
 @register
@@ -66,7 +64,7 @@ class SalientTokens(TokenMethod):
     info = record("salient-tokens")
 
     def select(self, sets: TokenSets) -> Tensor:
-        score, plane = marked(sets)
+        score, plane = marked(sets, self.name)
         curve = (plane << 30) + z_order(sets.grid_row, sets.grid_col)
         keep = sets.keep if sets.target is not None else self.found(score, sets)
         kept = torch.zeros_like(sets.valid)
@@ -92,67 +90,3 @@ def evenly(among: Tensor, order: Tensor, count: int) -> Tensor:
     there = order[among[order]]
     step = (torch.arange(count, device=order.device) * 2 + 1) * len(there) // max(2 * count, 1)
     return torch.zeros_like(among).index_fill_(0, there[step], True)
-
-
-def marked(sets: TokenSets) -> tuple[Tensor, Tensor]:
-    """[S, n] float64: the mean of its picture's map over each token's cell; [S, n] int64: which grid that is a cell of."""
-    row = sets.row[:, None].expand_as(sets.index)
-    where = torch.stack([row, sets.image_of, sets.frame_of, sets.level, sets.grid_row, sets.grid_col], 2)[
-        sets.valid
-    ]
-    if len(where.unique(dim=0)) < len(where):
-        raise Missing(
-            "known place of a picture's crops: they lie over one another",
-            where="salient-tokens",
-            fix='given={"pyramid": ...} with the levels of each picture, or a processor that makes no crops',
-        )
-    pictures, picture = where[:, :2].unique(dim=0, return_inverse=True)
-    maps = read_maps(sets.given.get("map"), len(pictures), sets.device)
-    grids, grid = where[:, :4].unique(dim=0, return_inverse=True)
-    score = torch.zeros(len(where), dtype=torch.float64, device=sets.device)
-    for number in range(len(grids)):
-        mine = grid == number
-        place = where[mine, 4:]
-        height, width = (place.amax(0) + 1).tolist()
-        cells = cell_means(maps[int(picture[mine][0])], height, width)
-        score[mine] = cells[place[:, 0], place[:, 1]]
-    scores, planes = score.new_zeros(sets.valid.shape), torch.zeros_like(sets.index)
-    scores[sets.valid], planes[sets.valid] = score, grid
-    return scores, planes
-
-
-def read_maps(given: Any, pictures: int, device: torch.device) -> list[Tensor]:
-    """The map [H, W] of each picture. Raises `SecateurError` where there is none, or it is no map."""
-    require(given is not None, "there is no map of the picture", where="salient-tokens", fix=FIX)
-    if not isinstance(given, list | tuple):
-        return [read_map(given, "map", device)] * pictures
-    said = f"{len(given)} maps for {pictures} picture{'s' * (pictures != 1)}"
-    require(len(given) == pictures, said, where="map", fix="one for each picture, row by row, or one for all")
-    return [read_map(one, f"map {number}", device) for number, one in enumerate(given)]
-
-
-def read_map(given: Any, where: str, device: torch.device) -> Tensor:
-    """One picture's map [H, W], the largest of several opinions."""
-    try:
-        values = torch.as_tensor(given, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise SecateurError(f"it is no array of numbers ({error})", where=where, fix=FIX) from error
-    require(
-        values.dim() in (2, 3) and values.numel() > 0,
-        f"its shape is {list(values.shape)}",
-        where=where,
-        fix=FIX,
-    )
-    require(
-        values.dtype == torch.bool or values.is_floating_point(),
-        f"it holds {str(values.dtype).removeprefix('torch.')}",
-        where=where,
-        fix="bool, such as mask > 0, or floats in 0..1",
-    )
-    require(
-        values.dtype == torch.bool or bool(((values >= 0) & (values <= 1 + 1e-6)).all()),
-        "it holds numbers outside 0..1, or NaN",
-        where=where,
-        fix="divide it by its maximum; secateur's maps: found.unit()",
-    )
-    return values.double() if values.dim() == 2 else values.double().amax(0)
